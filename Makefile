@@ -1,0 +1,42 @@
+# CC, CFLAGS, LDFLAGS, PREFIX, SYSCONFDIR, DESTDIR and VERSION are yours to set.
+# Without CC: musl-gcc where there is one, else cc; both make a static binary.
+.POSIX:
+
+PREFIX = /usr/local
+SYSCONFDIR = /etc
+SBINDIR = $(PREFIX)/sbin
+MANDIR = $(PREFIX)/share/man
+BIN = clamsmtpd
+
+CC = $$(command -v musl-gcc || echo cc)
+CFLAGS = -Os
+LDFLAGS = -static
+
+ALL_CFLAGS = -std=c99 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 \
+	-DCONFFILE='"$(SYSCONFDIR)/clamsmtpd.conf"' -Wall -Wextra $(CPPFLAGS) $(CFLAGS)
+SRC = clamsmtpd.c smtp.c clamd.c conf.c util.c
+
+all: $(BIN)
+
+$(BIN): $(SRC) clamsmtpd.h
+	$(CC) $(ALL_CFLAGS) -o $@ $(SRC) $(LDFLAGS)
+
+check:
+	./test.sh
+
+bench: $(BIN)
+	bench/run
+
+install: $(BIN)
+	mkdir -p $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man8 \
+	    $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(SYSCONFDIR)
+	install -m 755 $(BIN) $(DESTDIR)$(SBINDIR)/clamsmtpd
+	install -m 644 clamsmtpd.8 $(DESTDIR)$(MANDIR)/man8/clamsmtpd.8
+	install -m 644 clamsmtpd.conf.5 $(DESTDIR)$(MANDIR)/man5/clamsmtpd.conf.5
+	test -e $(DESTDIR)$(SYSCONFDIR)/clamsmtpd.conf || \
+	    install -m 644 clamsmtpd.conf $(DESTDIR)$(SYSCONFDIR)/clamsmtpd.conf
+
+clean:
+	rm -f $(BIN)
+
+.PHONY: all check bench install clean

@@ -1,0 +1,650 @@
+/*
+ * Talking to clamd(8): which of them, when, and what it said.
+ *
+ * A message is scanned over a connection of its own, opened when the message
+ * is complete.  Through a unix socket clamd gets the spool's descriptor
+ * (FILDES), over TCP its bytes (INSTREAM).  Nobody waits here: a step that
+ * cannot go on returns 0.
+ */
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "clamsmtpd.h"
+
+#define ANSWERSZ	2048		/* bytes; clamd's answers are one line */
+#define CHUNKSZ		(1 << 30)	/* INSTREAM; clamd has its own limit */
+
+static struct clamd *clamds;		/* all that a conf or a scan refers to */
+
+/* Sessions that wait for a slot, in the order in which they came. */
+static struct session *queue;
+
+/*
+ * A scan that nobody wants any more keeps its thread in clamd until clamd has
+ * done with it (closing the socket does not end it), and so its slot here.
+ */
+struct abandoned {
+	struct peer peer;
+	struct clamd *at;
+	int64_t	 until;
+	struct abandoned *next;
+};
+static struct abandoned *abandoned;
+
+struct clamd *
+clamd_get(struct target *t)
+{
+	struct clamd *c;
+
+	for (c = clamds; c != NULL; c = c->next)
+		if (strcmp(c->target->text, t->text) == 0) {
+			target_put(t);
+			c->refs++;
+			return c;
+		}
+	if ((c = calloc(1, sizeof *c)) == NULL) {
+		target_put(t);
+		return NULL;
+	}
+	c->refs = 1;
+	c->target = t;
+	c->next = clamds;
+	clamds = c;
+	return c;
+}
+
+void
+clamd_put(struct clamd *c)
+{
+	struct clamd **p;
+
+	if (--c->refs > 0)
+		return;
+	for (p = &clamds; *p != c; p = &(*p)->next)
+		;
+	*p = c->next;
+	target_put(c->target);
+	free(c);
+}
+
+/*
+ * Health: one line of the log when something goes wrong, one when all is well
+ * again.
+ */
+
+static void
+clamd_complain(struct clamd *c, const char *why)
+{
+	if (strcmp(c->complaint, why) == 0)
+		return;
+	snprintf(c->complaint, sizeof c->complaint, "%s", why);
+	logmsg(LOG_ERR, "clamd %s: %s", c->target->text, why);
+}
+
+static void
+clamd_well(struct clamd *c)
+{
+	c->dead_until = 0;
+	if (c->complaint[0] == '\0')
+		return;
+	c->complaint[0] = '\0';
+	logmsg(LOG_NOTICE, "clamd %s: works again", c->target->text);
+}
+
+/*
+ * Slots.
+ */
+
+static void
+slot_take(struct session *s, struct clamd *c)
+{
+	c->running++;
+	c->refs++;
+	s->scan.at = c;
+}
+
+static void
+slot_free(struct clamd *c)
+{
+	c->running--;
+	clamd_put(c);
+	if (queue != NULL)
+		queue->wake = 1;
+}
+
+static void
+queue_leave(struct session *s)
+{
+	struct session **p;
+
+	for (p = &queue; *p != NULL; p = &(*p)->scan.next)
+		if (*p == s) {
+			*p = s->scan.next;
+			break;
+		}
+	s->scan.next = NULL;
+	if (queue != NULL)
+		queue->wake = 1;
+}
+
+static void
+queue_join(struct session *s)
+{
+	struct session **p;
+
+	for (p = &queue; *p != NULL; p = &(*p)->scan.next)
+		;
+	*p = s;
+	s->scan.next = NULL;
+	s->scan.phase = SC_QUEUE;
+}
+
+/* A path that nobody has put there is not worth a try: of the usual places
+ * only the one that exists is meant. */
+static int
+is_there(const struct conf *conf, const struct clamd *c)
+{
+	struct stat st;
+
+	return !conf->clamd_default ||
+	    stat(c->target->addr[0].u.un.sun_path, &st) == 0;
+}
+
+/*
+ * The first in file order that is alive and has a free slot.  *busy: there is
+ * none, but it is worth waiting for one.  When all are dead, the dead ones
+ * that have not failed this message are tried: one may have come back.
+ */
+static struct clamd *
+clamd_choose(struct session *s, int *busy)
+{
+	struct clamd *c, *dead = NULL;
+	int i;
+
+	*busy = 0;
+	for (i = 0; i < s->conf->nclamd; i++) {
+		c = s->conf->clamd[i];
+		if ((s->scan.tried & (uint32_t)1 << i) || !is_there(s->conf, c))
+			continue;
+		if (c->dead_until > now) {
+			if (dead == NULL)
+				dead = c;
+		} else if (c->running < s->conf->maxscans)
+			return c;
+		else
+			*busy = 1;
+	}
+	if (!*busy && dead == NULL && s->scan.tried == 0)
+		return s->conf->clamd[0];	/* so that the log has its name */
+	if (*busy || dead == NULL)
+		return NULL;
+	if (dead->running < s->conf->maxscans)
+		return dead;
+	*busy = 1;
+	return NULL;
+}
+
+static int
+verdict_is(struct session *s, enum verdict v)
+{
+	s->verdict = v;
+	s->scan.phase = SC_NONE;
+	return 1;
+}
+
+static void
+scan_leave(struct session *s)
+{
+	struct clamd *c = s->scan.at;
+
+	peer_close(&s->clamd);
+	s->scan.at = NULL;
+	s->scan.started = 0;
+	if (c != NULL)
+		slot_free(c);
+}
+
+/* In front: it has waited its turn once. */
+static void
+queue_again(struct session *s)
+{
+	s->scan.next = queue;
+	queue = s;
+	s->scan.phase = SC_QUEUE;
+}
+
+/* This clamd is of no use for this message: on to the next one. */
+static int
+scan_failed(struct session *s, int dead, const char *why)
+{
+	struct clamd *c = s->scan.at;
+	int i;
+
+	slog(s, LOG_DEBUG, "clamd %s: %s", c->target->text, why);
+	snprintf(s->virus, sizeof s->virus, "%s", why);
+	clamd_complain(c, why);
+	if (dead) {
+		c->dead_until = now + RETRY_TIME;
+		target_look(c->target, 1);
+	}
+	for (i = 0; i < s->conf->nclamd; i++)
+		if (s->conf->clamd[i] == c)
+			s->scan.tried |= (uint32_t)1 << i;
+	scan_leave(s);
+	queue_again(s);
+	return 1;
+}
+
+static int
+scan_errno(struct session *s, const char *what)
+{
+	char why[NOTESZ / 4];
+	int ours = errno == EMFILE || errno == ENFILE || errno == ENOMEM ||
+	    errno == ENOBUFS;
+
+	if (errno == EACCES)
+		snprintf(why, sizeof why, "%s: %s for user %ld", what,
+		    strerror(errno), (long)geteuid());
+	else
+		snprintf(why, sizeof why, "%s: %s", what, strerror(errno));
+	return scan_failed(s, !ours, why);
+}
+
+/*
+ * The steps.
+ */
+
+void
+clamd_begin(struct session *s)
+{
+	memset(&s->scan, 0, sizeof s->scan);
+	s->verdict = UNKNOWN;
+	s->virus[0] = '\0';
+	queue_join(s);
+}
+
+static int
+scan_queue(struct session *s)
+{
+	struct clamd *c;
+	int busy;
+
+	if (queue != s)
+		return 0;
+	c = clamd_choose(s, &busy);
+	if (c == NULL && busy)
+		return 0;
+	queue_leave(s);
+	if (c == NULL)
+		return verdict_is(s, FAILED);
+	slot_take(s, c);
+	s->scan.addr = 0;
+	s->scan.phase = SC_LOOKUP;
+	return 1;
+}
+
+static int
+scan_lookup(struct session *s)
+{
+	struct target *t = s->scan.at->target;
+
+	target_look(t, 0);
+	if (t->naddr == 0) {
+		if (t->looking)
+			return 0;
+		return scan_failed(s, 1, "this name has no address");
+	}
+	s->scan.phase = SC_CONNECT;
+	return 1;
+}
+
+/* The connection stands: say what is to be scanned. */
+static int
+scan_command(struct session *s)
+{
+	struct clamd *c = s->scan.at;
+	struct target *t = c->target;
+	const char *cmd;
+
+	s->scan.fildes = t->addr[s->scan.addr].u.sa.sa_family == AF_UNIX &&
+	    !c->no_fildes;
+	s->scan.sent = s->scan.chunk = 0;
+	s->scan.ended = 0;
+	s->scan.again = s->scan.until = 0;
+	if (!buf_ready(&s->clamd.out, 64))
+		return 0;
+	cmd = s->scan.fildes ? "zFILDES" : "zINSTREAM";
+	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", cmd, t->text);
+	buf_put(&s->clamd.out, cmd, strlen(cmd) + 1);
+	s->scan.phase = SC_SEND;
+	return 1;
+}
+
+static int
+scan_connect(struct session *s)
+{
+	struct target *t = s->scan.at->target;
+	socklen_t len = sizeof(int);
+	int err = 0, done;
+
+	if (s->scan.again > now)
+		return 0;
+	if (s->clamd.fd == -1) {
+		if (s->scan.addr >= t->naddr)	/* looked up anew meanwhile */
+			s->scan.addr = 0;
+		s->clamd.fd = addr_connect(&t->addr[s->scan.addr], &done);
+		if (s->clamd.fd == -1 && errno == EAGAIN) {
+			s->scan.again = now + BUSY_TIME;
+			return 0;
+		}
+		s->scan.again = 0;
+		s->scan.until = now + CONNECT_TIME;
+		s->clamd.connecting = s->clamd.fd != -1 && !done;
+		if (s->clamd.fd == -1)
+			err = errno;
+	} else if (!s->clamd.connecting)
+		getsockopt(s->clamd.fd, SOL_SOCKET, SO_ERROR, &err, &len);
+	else if (now >= s->scan.until)
+		err = ETIMEDOUT;
+	if (err == 0)
+		return s->clamd.connecting ? 0 : scan_command(s);
+	peer_close(&s->clamd);
+	if (++s->scan.addr < t->naddr)
+		return 1;
+	errno = err;
+	return scan_errno(s, "connect");
+}
+
+static int
+send_fildes(struct session *s)
+{
+	int fd, r;
+
+	/* clamd must not be able to change what it has judged. */
+	fd = spool_reopen(s->spool);
+	r = peer_sendfd(&s->clamd, fd != -1 ? fd : s->spool);
+	if (fd != -1)
+		close(fd);
+	if (r == 0)
+		return 0;
+	s->scan.started = 1;
+	s->scan.phase = SC_ANSWER;
+	return 1;
+}
+
+static int
+send_instream(struct session *s)
+{
+	struct scan *c = &s->scan;
+	off_t end = scan_line_len + s->size;
+	uint32_t n;
+
+	if (c->sent < c->chunk)
+		return peer_sendfile(&s->clamd, s->spool, &c->sent,
+		    c->chunk - c->sent) && --s->budget > 0;
+	if (!buf_ready(&s->clamd.out, sizeof n))
+		return 0;
+	n = end - c->sent > CHUNKSZ ? CHUNKSZ : end - c->sent;
+	c->chunk += n;
+	c->ended = n == 0;
+	n = htonl(n);
+	buf_put(&s->clamd.out, &n, sizeof n);
+	return 1;
+}
+
+static int
+scan_send(struct session *s)
+{
+	if (!peer_drain(&s->clamd, !s->scan.fildes && !s->scan.ended))
+		return 0;
+	/* It said something already, or it went away: that is the answer. */
+	if (s->clamd.err || s->clamd.eof || buf_len(&s->clamd.in) > 0 ||
+	    s->scan.ended) {
+		s->scan.started = s->scan.ended;
+		s->scan.phase = SC_ANSWER;
+		return 1;
+	}
+	return s->scan.fildes ? send_fildes(s) : send_instream(s);
+}
+
+static int
+is(const char *p, size_t n, const char *word)
+{
+	return n == strlen(word) && memcmp(p, word, n) == 0;
+}
+
+/* "stream: " or "fd[N]: ", and how long it is; 0: neither. */
+static size_t
+label_length(const char *p, size_t n)
+{
+	size_t i = 3;
+
+	if (n > 8 && memcmp(p, "stream: ", 8) == 0)
+		return 8;
+	if (n < 7 || memcmp(p, "fd[", 3) != 0)
+		return 0;
+	while (i < n && p[i] >= '0' && p[i] <= '9')
+		i++;
+	if (i == 3 || n - i < 4 || memcmp(p + i, "]: ", 3) != 0)
+		return 0;
+	return i + 3;
+}
+
+static int
+has(const char *p, size_t n, const char *word)
+{
+	size_t len = strlen(word);
+
+	for (; n >= len; p++, n--)
+		if (memcmp(p, word, len) == 0)
+			return 1;
+	return 0;
+}
+
+enum verdict
+clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
+{
+	static const char found[] = " FOUND";
+	size_t i, label = label_length(p, n), len = sizeof found - 1;
+
+	*retry = 0;
+	if (memchr(p, '\n', n) != NULL || memchr(p, '\0', n) != NULL)
+		return FAILED;
+	if (has(p, n, "INSTREAM size limit exceeded"))
+		return TOOBIG;
+	if (label > 0 && is(p + label, n - label, "OK"))
+		return CLEAN;
+	if (label > 0 && n > label + len &&
+	    memcmp(p + n - len, found, len) == 0) {
+		n -= label + len;
+		for (i = 0; i < n && i < NAMESZ - 1; i++)
+			name[i] = p[label + i] > ' ' && p[label + i] < 127 ?
+			    p[label + i] : '_';
+		name[i] = '\0';
+		return VIRUS;
+	}
+	*retry = is(p, n, "UNKNOWN COMMAND") ||
+	    has(p, n, "No file descriptor received") ||
+	    has(p, n, "Access denied");
+	return FAILED;
+}
+
+/* The answer is there, n bytes without its terminator; whole: it had one.
+ * Without one it is good for nothing but a reason. */
+static int
+scan_answer(struct session *s, const char *p, size_t n, int whole)
+{
+	struct clamd *c = s->scan.at;
+	char why[NOTESZ / 4];
+	enum verdict v;
+	int retry;
+
+	slog(s, LOG_DEBUG, "CLAMAV < %s", printable(p, n));
+	v = clamd_parse(p, n, s->virus, &retry);
+	if (!whole && v != TOOBIG)
+		v = FAILED;
+	if (v == FAILED && retry && s->scan.fildes) {
+		logmsg(LOG_NOTICE, "clamd %s: takes no descriptors (%s); "
+		    "it gets the data instead", c->target->text,
+		    printable(p, n));
+		c->no_fildes = 1;
+		peer_close(&s->clamd);
+		s->scan.started = 0;
+		s->scan.phase = SC_CONNECT;
+		return 1;
+	}
+	if (v == FAILED) {
+		snprintf(why, sizeof why, "it answered \"%.200s\"%s",
+		    printable(p, n), whole ? "" : " and broke off");
+		return scan_failed(s, 0, why);
+	}
+	clamd_well(c);
+	scan_leave(s);
+	return verdict_is(s, v);
+}
+
+static int
+scan_read(struct session *s)
+{
+	struct buf *in = &s->clamd.in;
+	const char *p = buf_head(in);
+	size_t n = buf_len(in);
+	const char *end = memchr(p, '\0', n);
+
+	if (end != NULL)
+		return scan_answer(s, p, end - p, 1);
+	if (n > ANSWERSZ)
+		return scan_failed(s, 0, "it answered at too great a length");
+	if (!s->clamd.eof)
+		return 0;
+	if (n == 0)
+		return scan_failed(s, 1, "it closed the connection without an answer");
+	/* Some errors end in a newline, whatever was asked for. */
+	return scan_answer(s, p, p[n - 1] == '\n' ? n - 1 : n, 0);
+}
+
+int
+clamd_scan(struct session *s)
+{
+	for (;;) {
+		int r = 0;
+
+		switch (s->scan.phase) {
+		case SC_NONE:
+			return 1;
+		case SC_QUEUE:
+			r = scan_queue(s);
+			break;
+		case SC_LOOKUP:
+			r = scan_lookup(s);
+			break;
+		case SC_CONNECT:
+			r = scan_connect(s);
+			break;
+		case SC_SEND:
+			r = scan_send(s);
+			break;
+		case SC_ANSWER:
+			r = scan_read(s);
+			break;
+		}
+		if (r == 0)
+			return 0;
+	}
+}
+
+int
+clamd_wants(const struct session *s)
+{
+	switch (s->scan.phase) {
+	case SC_CONNECT:
+		return POLLOUT;
+	case SC_SEND:
+		return POLLIN | POLLOUT;
+	case SC_ANSWER:
+		return s->clamd.eof ? 0 : POLLIN;
+	default:
+		return 0;
+	}
+}
+
+int64_t
+clamd_time(const struct session *s)
+{
+	if (s->scan.phase != SC_CONNECT)
+		return 0;
+	return s->scan.again != 0 ? s->scan.again : s->scan.until;
+}
+
+void
+clamd_drop(struct session *s)
+{
+	struct abandoned *a;
+
+	if (s->scan.phase == SC_QUEUE)
+		queue_leave(s);
+	if (s->scan.at != NULL && s->scan.started && s->clamd.fd != -1 &&
+	    (a = calloc(1, sizeof *a)) != NULL) {
+		a->peer = s->clamd;
+		buf_free(&a->peer.out);
+		a->at = s->scan.at;
+		a->until = now + ABANDON_TIME;
+		a->next = abandoned;
+		abandoned = a;
+		s->clamd.fd = -1;
+		memset(&s->clamd.in, 0, sizeof s->clamd.in);
+		memset(&s->clamd.out, 0, sizeof s->clamd.out);
+		s->scan.at = NULL;
+	}
+	scan_leave(s);
+	s->scan.phase = SC_NONE;
+}
+
+void
+clamd_late(struct session *s)
+{
+	static const char why[] = "no verdict within ScanTimeOut";
+
+	if (s->scan.at != NULL)
+		clamd_complain(s->scan.at, why);
+	else
+		slog(s, LOG_ERR, "clamd: no free slot within ScanTimeOut; "
+		    "is MaxScans as large as clamd's MaxThreads?");
+	snprintf(s->virus, sizeof s->virus, "%s", why);
+	clamd_drop(s);
+}
+
+static void
+on_abandoned(void *arg, int revents)
+{
+	struct abandoned *a = arg;
+
+	(void)revents;
+	a->until = now;		/* an answer or its end: clamd is done with it */
+}
+
+void
+clamd_watch(void)
+{
+	struct abandoned *a, **p = &abandoned;
+
+	while ((a = *p) != NULL) {
+		if (now >= a->until) {
+			*p = a->next;
+			slot_free(a->at);
+			peer_close(&a->peer);
+			free(a);
+			continue;
+		}
+		watch(a->peer.fd, POLLIN, on_abandoned, a);
+		wait_until(a->until);
+		p = &a->next;
+	}
+}

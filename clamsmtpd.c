@@ -1,0 +1,1379 @@
+/*
+ * clamsmtpd: start-up, the loop, listeners, children, signals.
+ *
+ * A turn of the loop: what each session wants to hear is computed anew and
+ * given to poll(); whoever is ready reads, writes and thinks; then those whose
+ * time has come; and last the dead are freed.
+ */
+
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <limits.h>
+#include <poll.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "clamsmtpd.h"
+
+#define FIRST_ID	0x100000	/* of a connection, in the log */
+#define ACCEPTS		64		/* from one listener in one turn */
+#define PAUSE_TIME	SECOND		/* out of descriptors: no accept() for */
+#define KILL_TIME	(5 * SECOND)	/* between TERM and KILL */
+#define LOOKUP_LIMIT	(30 * SECOND)
+#define LOOKUP_RETRY	(5 * SECOND)
+#define TRIM_TIME	(2 * SECOND)
+
+int64_t now;
+int wake_all;
+struct counters count;
+
+static struct conf *conf;
+static char *conf_path;
+static const char *pid_option;		/* -p */
+static const char *flags[64][2];	/* the old flags: setting, value */
+static int nflags;
+static int sandboxed;
+static int pid_fd = -1;
+
+static struct session **sessions;
+static int nsessions, sessions_size;
+static unsigned next_id = FIRST_ID;
+
+/*
+ * What poll() is asked, and who is told.
+ */
+
+static struct pollfd *fds;
+static struct owner {
+	void	(*ready)(void *, int);
+	void	*arg;
+} *owners;
+static int nfds, fds_size;
+static int64_t turn_end;
+
+void
+watch(int fd, int events, void (*ready)(void *, int), void *arg)
+{
+	int size = fds_size * 2 + 64;
+	struct pollfd *f;
+	struct owner *o;
+
+	if (nfds == fds_size) {
+		if ((f = realloc(fds, size * sizeof *f)) != NULL)
+			fds = f;
+		if ((o = realloc(owners, size * sizeof *o)) != NULL)
+			owners = o;
+		if (f == NULL || o == NULL) {
+			starved = 1;	/* in the next turn, then */
+			return;
+		}
+		fds_size = size;
+	}
+	fds[nfds].fd = fd;
+	fds[nfds].events = events;
+	fds[nfds].revents = 0;
+	owners[nfds].ready = ready;
+	owners[nfds++].arg = arg;
+}
+
+void
+wait_until(int64_t t)
+{
+	if (t != 0 && t < turn_end)
+		turn_end = t;
+}
+
+/* What was asked for is ready if the socket failed: the call that reads or
+ * writes it tells how. */
+static void
+serve_ready(void)
+{
+	int i, r, n = nfds;
+
+	for (i = 0; i < n; i++) {
+		r = fds[i].revents;
+		if (r == 0)
+			continue;
+		if (r & (POLLERR | POLLHUP | POLLNVAL))
+			r |= fds[i].events;
+		owners[i].ready(owners[i].arg, r);
+	}
+}
+
+/*
+ * Children that run no other program: look-ups and quarantine.
+ */
+
+struct child {
+	pid_t	 pid;
+	int	 fd;			/* its answer comes here */
+	void	(*done)(void *, const char *, size_t);
+	void	*ctx;			/* NULL: nobody asks any more */
+	int64_t	 deadline;
+	char	*scratch;
+	size_t	 n;
+	char	 answer[PATH_MAX];
+	struct child *next;
+};
+static struct child *children;
+
+static void
+default_signals(void)
+{
+	static const int all[] = {
+		SIGCHLD, SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1
+	};
+	size_t i;
+	sigset_t none;
+
+	for (i = 0; i < sizeof all / sizeof all[0]; i++)
+		signal(all[i], SIG_DFL);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+struct child *
+child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
+    const char *scratch, void (*done)(void *, const char *, size_t), void *ctx,
+    int64_t ms)
+{
+	struct child *c = calloc(1, sizeof *c);
+	int p[2] = { -1, -1 }, keep[3], err;
+
+	if (c == NULL)
+		return NULL;
+	if (scratch != NULL && (c->scratch = strdup(scratch)) == NULL)
+		goto fail;
+	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1)
+		goto fail;
+	if ((c->pid = fork()) == -1)
+		goto fail;
+	if (c->pid == 0) {
+		default_signals();
+		keep[0] = p[1];
+		keep[1] = keep1;
+		keep[2] = keep2;
+		close_all_but(keep, 3);
+		work(p[1], arg);
+		_exit(0);
+	}
+	close(p[1]);
+	c->fd = p[0];
+	c->done = done;
+	c->ctx = ctx;
+	c->deadline = now + ms;
+	c->next = children;
+	children = c;
+	return c;
+fail:
+	err = errno;
+	if (p[0] != -1) {
+		close(p[0]);
+		close(p[1]);
+	}
+	free(c->scratch);
+	free(c);
+	errno = err;
+	return NULL;
+}
+
+void
+child_forget(struct child *c)
+{
+	c->ctx = NULL;
+}
+
+/* Its answer is complete, or it gets no more time. */
+static void
+child_end(struct child *c)
+{
+	struct child **p;
+
+	for (p = &children; *p != c; p = &(*p)->next)
+		;
+	*p = c->next;
+	close(c->fd);
+	if (c->n == 0) {
+		kill(c->pid, SIGKILL);
+		if (c->scratch != NULL)
+			unlink(c->scratch);
+	}
+	if (c->ctx != NULL)
+		c->done(c->ctx, c->answer, c->n);
+	free(c->scratch);
+	free(c);
+}
+
+static void
+on_child(void *arg, int revents)
+{
+	struct child *c = arg;
+	ssize_t n;
+
+	(void)revents;
+	n = read(c->fd, c->answer + c->n, sizeof c->answer - c->n);
+	if (n > 0)
+		c->n += n;
+	else if (n == 0 || (errno != EAGAIN && errno != EINTR))
+		child_end(c);
+}
+
+static void
+children_watch(void)
+{
+	struct child *c, *next;
+
+	for (c = children; c != NULL; c = next) {
+		next = c->next;
+		if (now >= c->deadline) {
+			c->n = 0;
+			child_end(c);
+			continue;
+		}
+		watch(c->fd, POLLIN, on_child, c);
+		wait_until(c->deadline);
+	}
+}
+
+/*
+ * Looking up names.
+ */
+
+static void
+lookup_work(int out, void *arg)
+{
+	struct target *t = arg;
+	struct addr addr[MAXADDRS];
+	int n;
+
+	n = addr_lookup(t->name, t->port, addr);
+	if (write(out, addr, n * sizeof addr[0]) == -1)
+		_exit(1);
+}
+
+static void
+on_lookup(void *ctx, const char *answer, size_t n)
+{
+	struct target *t = ctx;
+
+	t->looking = 0;
+	if (n == 0 || n % sizeof t->addr[0] != 0)
+		logmsg(LOG_WARNING, "%s: no address found for this name%s",
+		    t->text, t->naddr > 0 ? "; the old one stays" : "");
+	else {
+		memcpy(t->addr, answer, n);
+		t->naddr = n / sizeof t->addr[0];
+	}
+	wake_all = 1;
+	target_put(t);
+}
+
+void
+target_look(struct target *t, int force)
+{
+	int64_t age = now - t->looked;
+
+	if (t->name == NULL || t->looking)
+		return;
+	if (t->looked != 0 && age < (force || t->naddr == 0 ?
+	    LOOKUP_RETRY : LOOKUP_TIME))
+		return;
+	t->looked = now;
+	t->looking = 1;
+	t->refs++;
+	if (child_start(lookup_work, t, -1, -1, NULL, on_lookup, t,
+	    LOOKUP_LIMIT) != NULL)
+		return;
+	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
+	t->looking = 0;
+	t->refs--;
+}
+
+/* Not to wait for it when the first mail comes. */
+static void
+look_up_all(struct conf *c)
+{
+	int i;
+
+	if (c->out != NULL && !c->transparent)
+		target_look(c->out, 0);
+	for (i = 0; i < c->nclamd; i++)
+		target_look(c->clamd[i]->target, 0);
+}
+
+/*
+ * VirusActions.
+ */
+
+struct job {
+	unsigned id;			/* the session's, for the log */
+	char	*command;
+	char	**env;
+	int64_t	 ms, deadline;
+	pid_t	 pid;			/* 0: waits */
+	int	 warned;		/* TERM sent */
+	struct job *next;
+};
+static struct job *jobs;		/* running ones and waiting ones, by age */
+
+void
+env_free(char **env)
+{
+	size_t i;
+
+	for (i = 0; env[i] != NULL; i++)
+		free(env[i]);
+	free(env);
+}
+
+static void
+job_free(struct job *j)
+{
+	struct job **p;
+
+	for (p = &jobs; *p != NULL; p = &(*p)->next)
+		if (*p == j) {
+			*p = j->next;
+			break;
+		}
+	env_free(j->env);
+	free(j->command);
+	free(j);
+}
+
+static void job_exec(const struct job *) __attribute__((noreturn));
+
+static void
+job_exec(const struct job *j)
+{
+	int none = open("/dev/null", O_RDWR);
+
+	setpgid(0, 0);
+	default_signals();
+	if (none != -1) {
+		dup2(none, 0);
+		dup2(none, 1);
+		dup2(none, 2);
+	}
+	close_all_but(NULL, 0);
+	execle("/bin/sh", "sh", "-c", j->command, (char *)NULL, j->env);
+	_exit(127);
+}
+
+static void
+jobs_start(void)
+{
+	struct job *j, *next;
+	int running = 0;
+
+	for (j = jobs; j != NULL; j = j->next)
+		running += j->pid != 0;
+	for (j = jobs; j != NULL && running < MAXACTIONS; j = next) {
+		next = j->next;
+		if (j->pid != 0)
+			continue;
+		switch (j->pid = fork()) {
+		case -1:
+			logmsg(LOG_ERR, "%06X: VirusAction: fork:", j->id);
+			job_free(j);
+			break;
+		case 0:
+			job_exec(j);
+		default:
+			setpgid(j->pid, j->pid);	/* whoever is first */
+			j->deadline = now + j->ms;
+			running++;
+		}
+	}
+}
+
+void
+action_start(unsigned id, const char *command, char **env, int64_t ms)
+{
+	struct job *j, **last;
+	int waiting = 0;
+
+	for (last = &jobs; *last != NULL; last = &(*last)->next)
+		waiting += (*last)->pid == 0;
+	if (waiting >= MAXWAITING) {
+		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d wait already",
+		    id, waiting);
+		env_free(env);
+		return;
+	}
+	j = calloc(1, sizeof *j);
+	if (j == NULL || (j->command = strdup(command)) == NULL) {
+		logmsg(LOG_ERR, "%06X: VirusAction: not run:", id);
+		free(j);
+		env_free(env);
+		return;
+	}
+	j->id = id;
+	j->env = env;
+	j->ms = ms;
+	*last = j;
+	jobs_start();
+}
+
+static void
+job_ended(pid_t pid, int status)
+{
+	struct job *j;
+
+	for (j = jobs; j != NULL; j = j->next)
+		if (j->pid == pid)
+			break;
+	if (j == NULL)
+		return;
+	if (WIFSIGNALED(status))
+		logmsg(LOG_WARNING, "%06X: VirusAction: killed by signal %d",
+		    j->id, WTERMSIG(status));
+	else if (WEXITSTATUS(status) != 0)
+		logmsg(LOG_WARNING, "%06X: VirusAction: exit status %d", j->id,
+		    WEXITSTATUS(status));
+	/* What it left in its group has had its time if it was killed. */
+	if (j->warned)
+		kill(-pid, SIGKILL);
+	job_free(j);
+}
+
+static void
+jobs_watch(void)
+{
+	struct job *j;
+
+	for (j = jobs; j != NULL; j = j->next) {
+		if (j->pid == 0)
+			continue;
+		if (now >= j->deadline) {
+			if (!j->warned)
+				logmsg(LOG_WARNING, "%06X: VirusAction: takes "
+				    "longer than TimeOut, stopped", j->id);
+			kill(-j->pid, j->warned ? SIGKILL : SIGTERM);
+			j->warned = 1;
+			j->deadline = now + KILL_TIME;
+		}
+		wait_until(j->deadline);
+	}
+}
+
+static void
+reap(void)
+{
+	pid_t pid;
+	int status;
+
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+		job_ended(pid, status);
+	jobs_start();
+}
+
+/* The daemon ends, and nothing of it stays. */
+static void
+jobs_kill(void)
+{
+	struct job *j;
+
+	while ((j = jobs) != NULL) {
+		logmsg(LOG_WARNING, "%06X: VirusAction: %s", j->id,
+		    j->pid == 0 ? "not run, the daemon ends" :
+		    "killed, the daemon ends");
+		if (j->pid != 0) {
+			kill(-j->pid, SIGKILL);
+			waitpid(j->pid, NULL, 0);
+		}
+		job_free(j);
+	}
+}
+
+/*
+ * Listeners and sessions.
+ */
+
+struct listener {
+	int	 fd;
+	int	 kept;			/* in the new settings too */
+	char	*text;			/* the Listen line */
+	struct addr addr;
+	struct listener *next;
+};
+static struct listener *listeners;
+static int64_t paused_until;		/* no accept() before this */
+
+int
+is_own_connection(const struct addr *a)
+{
+	int i;
+
+	if (a->u.sa.sa_family != AF_INET && a->u.sa.sa_family != AF_INET6)
+		return 0;
+	for (i = 0; i < nsessions; i++)
+		if (sessions[i]->server.fd != -1 &&
+		    addr_equal(&sessions[i]->server_local, a))
+			return 1;
+	return 0;
+}
+
+static void
+session_add(int fd, const struct addr *a)
+{
+	struct session **p, *s;
+
+	if (nsessions >= conf->maxconn) {
+		logmsg(LOG_WARNING, "%06X: refused %s: MaxConnections (%d) "
+		    "reached", next_id++, addr_text(a), conf->maxconn);
+		count.refused++;
+		session_refuse(fd);
+		return;
+	}
+	if (nsessions == sessions_size) {
+		p = realloc(sessions, (sessions_size * 2 + 64) * sizeof *p);
+		if (p != NULL) {
+			sessions = p;
+			sessions_size = sessions_size * 2 + 64;
+		}
+	}
+	s = nsessions < sessions_size ? session_new(fd, a, conf, next_id) : NULL;
+	if (s == NULL) {
+		logmsg(LOG_ERR, "refused %s:", addr_text(a));
+		count.refused++;
+		session_refuse(fd);
+		return;
+	}
+	next_id = next_id == 0xFFFFFF ? FIRST_ID : next_id + 1;
+	count.sessions++;
+	s->wake = 1;
+	sessions[nsessions++] = s;
+}
+
+static void
+on_accept(void *arg, int revents)
+{
+	static int complained;
+	struct listener *l = arg;
+	struct addr a;
+	int fd, i;
+
+	(void)revents;
+	for (i = 0; i < ACCEPTS; i++) {
+		memset(&a, 0, sizeof a);
+		a.len = sizeof a.u;
+		fd = accept4(l->fd, &a.u.sa, &a.len,
+		    SOCK_NONBLOCK | SOCK_CLOEXEC);
+		if (fd == -1)
+			break;
+		complained = 0;
+		addr_unmap(&a);
+		session_add(fd, &a);
+	}
+	if (i == ACCEPTS || errno == EAGAIN || errno == ECONNABORTED ||
+	    errno == EINTR)
+		return;
+	if (!complained)
+		logmsg(LOG_ERR, "%s: accept:", l->text);
+	complained = 1;
+	paused_until = now + PAUSE_TIME;
+}
+
+static void
+listener_close(struct listener *l)
+{
+	struct listener **p;
+
+	for (p = &listeners; *p != l; p = &(*p)->next)
+		;
+	*p = l->next;
+	if (l->addr.u.sa.sa_family == AF_UNIX && l->fd != -1)
+		unlink(l->addr.u.un.sun_path);
+	close(l->fd);
+	free(l->text);
+	free(l);
+}
+
+static void
+listeners_close(int kept_ones)
+{
+	struct listener *l, *next;
+
+	for (l = listeners; l != NULL; l = next) {
+		next = l->next;
+		if (kept_ones || !l->kept)
+			listener_close(l);
+	}
+}
+
+/* [::]:25 and 0.0.0.0:25 beside it do not get into each other's way. */
+static int
+has_ipv4_too(const struct conf *c, unsigned port)
+{
+	int i;
+
+	for (i = 0; i < c->nlisten; i++)
+		if (c->listen[i]->naddr == 1 && c->listen[i]->port == port &&
+		    c->listen[i]->addr[0].u.sa.sa_family == AF_INET)
+			return 1;
+	return 0;
+}
+
+static int
+listener_open(const struct conf *c, const struct target *t, const struct addr *a)
+{
+	struct listener *l = calloc(1, sizeof *l);
+
+	if (l == NULL || (l->text = strdup(t->text)) == NULL) {
+		logmsg(LOG_ERR, "Listen: %s:", t->text);
+		free(l);
+		return -1;
+	}
+	l->addr = *a;
+	l->kept = 1;
+	l->next = listeners;
+	listeners = l;
+	l->fd = addr_listen(a, c->transparent, has_ipv4_too(c, t->port));
+	if (l->fd == -1) {
+		logmsg(LOG_ERR, "Listen: %s:", addr_full(a));
+		listener_close(l);
+		return -1;
+	}
+	if (a->u.sa.sa_family != AF_UNIX)	/* port 0: the kernel's choice */
+		getsockname(l->fd, &l->addr.u.sa, &l->addr.len);
+	return 0;
+}
+
+static int
+listen_on(const struct conf *c, struct target *t, int starting)
+{
+	struct listener *l;
+	int i, n = t->naddr, same = 0;
+
+	for (l = listeners; l != NULL; l = l->next)
+		if (strcmp(l->text, t->text) == 0)
+			same = l->kept = 1;
+	if (same)
+		return 0;
+	if (t->name != NULL && starting)
+		n = t->naddr = addr_lookup(t->name, t->port, t->addr);
+	if (n == 0) {
+		logmsg(LOG_ERR, "Listen: %s: %s", t->text, starting ?
+		    "no address found for this name" :
+		    "a name is looked up at the start only; give an address");
+		return -1;
+	}
+	for (i = 0; i < n; i++)
+		if (listener_open(c, t, &t->addr[i]) == -1)
+			return -1;
+	return 0;
+}
+
+/* Open what is new in c, close what is not in it; -1: all as before. */
+static int
+listeners_open(const struct conf *c, int starting)
+{
+	struct listener *l, *old = listeners, *next;
+	int i, bad = 0;
+
+	for (l = listeners; l != NULL; l = l->next)
+		l->kept = 0;
+	for (i = 0; i < c->nlisten && !bad; i++)
+		bad = listen_on(c, c->listen[i], starting) == -1;
+	if (!bad) {
+		listeners_close(0);
+		return 0;
+	}
+	for (l = listeners; l != old; l = next) {	/* new ones are in front */
+		next = l->next;
+		listener_close(l);
+	}
+	return -1;
+}
+
+static int
+is_loopback(const struct addr *a)
+{
+	switch (a->u.sa.sa_family) {
+	case AF_INET:
+		return ntohl(a->u.in.sin_addr.s_addr) >> 24 == 127;
+	case AF_INET6:
+		return IN6_IS_ADDR_LOOPBACK(&a->u.in6.sin6_addr);
+	default:
+		return 1;
+	}
+}
+
+static void
+listeners_log(const struct conf *c)
+{
+	struct listener *l;
+
+	for (l = listeners; l != NULL; l = l->next) {
+		logmsg(LOG_INFO, "listening on %s", addr_full(&l->addr));
+		if (!is_loopback(&l->addr) && !c->transparent &&
+		    c->out->naddr == 0 && c->out->name == NULL)
+			logmsg(LOG_WARNING, "%s can be reached from other hosts, "
+			    "and OutAddress is a port alone: each of them is "
+			    "connected back to; is that what you want?",
+			    addr_full(&l->addr));
+	}
+}
+
+/*
+ * Limits, privileges, the pid file.
+ */
+
+/* Client, next hop and spool for each session, and what clamd needs. */
+static int
+set_limits(const struct conf *c)
+{
+	struct rlimit r = { 0, 0 };
+	rlim_t want = 3 * (rlim_t)c->maxconn + (rlim_t)c->maxscans * c->nclamd + 64;
+
+	setrlimit(RLIMIT_CORE, &r);	/* mail does not belong on the disk */
+	if (getrlimit(RLIMIT_NOFILE, &r) == -1 || r.rlim_cur >= want)
+		return 0;
+	r.rlim_cur = want;
+	if (r.rlim_max < want)
+		r.rlim_max = want;
+	if (setrlimit(RLIMIT_NOFILE, &r) == 0)
+		return 0;
+	getrlimit(RLIMIT_NOFILE, &r);
+	logmsg(LOG_ERR, "MaxConnections: %d needs %lu descriptors, and the limit "
+	    "is %lu: raise it (ulimit -n) or lower MaxConnections", c->maxconn,
+	    (unsigned long)want, (unsigned long)r.rlim_max);
+	return -1;
+}
+
+static void
+pid_file_open(const char *path)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	struct stat mine, there;
+
+	for (;;) {
+		pid_fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC,
+		    0644);
+		if (pid_fd == -1)
+			die(1, "PidFile: %s:", path);
+		if (fcntl(pid_fd, F_SETLK, &lock) == -1) {
+			if (errno != EACCES && errno != EAGAIN)
+				die(1, "PidFile: %s: lock:", path);
+			fcntl(pid_fd, F_GETLK, &lock);
+			die(1, "PidFile: %s: a clamsmtpd with process id %ld "
+			    "has it and is running", path, (long)lock.l_pid);
+		}
+		/* One that has just ended may have removed what we opened. */
+		if (fstat(pid_fd, &mine) == 0 && lstat(path, &there) == 0 &&
+		    mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
+			return;
+		close(pid_fd);
+	}
+}
+
+static void
+pid_file_write(const char *path)
+{
+	char text[32];
+	int n = snprintf(text, sizeof text, "%ld\n", (long)getpid());
+
+	if (ftruncate(pid_fd, 0) == -1 || pwrite(pid_fd, text, n, 0) != n)
+		die(1, "PidFile: %s: write:", path);
+}
+
+static void
+pid_file_remove(const char *path)
+{
+	if (pid_fd == -1)
+		return;
+	/* The directory may belong to root, whom we are no longer. */
+	if (unlink(path) == -1 && ftruncate(pid_fd, 0) == -1)
+		logmsg(LOG_WARNING, "PidFile: %s: remove:", path);
+	close(pid_fd);
+}
+
+static void
+drop_privileges(const char *user)
+{
+	struct passwd *pw;
+	char *end;
+	uid_t uid;
+	gid_t gid;
+
+	uid = strtoul(user, &end, 10);
+	pw = *end == '\0' ? getpwuid(uid) : getpwnam(user);
+	if (pw == NULL && *end != '\0')
+		die(1, "User: \"%s\" is not a user of this system", user);
+	if (pw != NULL)
+		uid = pw->pw_uid;
+	gid = pw != NULL ? pw->pw_gid : (gid_t)uid;
+	if (getuid() == uid && geteuid() == uid && uid != 0)
+		return;
+	if ((pw != NULL ? initgroups(pw->pw_name, gid) : setgroups(1, &gid)) == -1)
+		die(1, "User: %s: groups:", user);
+	if (setgid(gid) == -1 || setuid(uid) == -1)
+		die(1, "User: %s:", user);
+	if (uid != 0 && (setuid(0) != -1 || geteuid() != uid || getegid() != gid))
+		die(1, "User: %s: root's rights could not be given up", user);
+}
+
+/*
+ * Landlock (Linux 5.13): the kernel's numbers, for its headers are not
+ * everywhere.
+ */
+#define LL_WRITE_FILE	(1 << 1)
+#define LL_REMOVE_FILE	(1 << 5)
+#define LL_MAKE_REG	(1 << 8)
+#define LL_MAKE_SOCK	(1 << 9)
+#define LL_TRUNCATE	(1 << 14)	/* since version 3 */
+#define LL_ALL_WRITES	(0x1ff2)	/* those, and all other makes and removes */
+
+#if defined(SYS_landlock_create_ruleset)
+static int
+landlock_allow(int ruleset, const char *path, int is_dir)
+{
+	struct { uint64_t access; int32_t fd; } __attribute__((packed)) rule;
+	char dir[PATH_MAX], *slash;
+	int r;
+
+	snprintf(dir, sizeof dir, "%s", path);
+	if (!is_dir && (slash = strrchr(dir, '/')) != NULL)
+		slash[slash == dir] = '\0';
+	rule.access = LL_WRITE_FILE | LL_REMOVE_FILE | LL_MAKE_REG |
+	    (is_dir ? 0 : LL_MAKE_SOCK) |
+	    (syscall(SYS_landlock_create_ruleset, NULL, 0, 1) >= 3 ?
+	    LL_TRUNCATE : 0);
+	rule.fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (rule.fd == -1)
+		return -1;
+	r = syscall(SYS_landlock_add_rule, ruleset, 1, &rule, 0);
+	close(rule.fd);
+	return r;
+}
+
+static int
+landlock(const struct conf *c)
+{
+	uint64_t access = LL_ALL_WRITES;
+	int version, set, i, r;
+
+	version = syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
+	if (version < 1)
+		return -1;
+	if (version >= 3)
+		access |= LL_TRUNCATE;
+	set = syscall(SYS_landlock_create_ruleset, &access, sizeof access, 0);
+	if (set == -1)
+		return -1;
+	r = landlock_allow(set, c->tempdir, 1);
+	if (c->pidfile != NULL)
+		r |= landlock_allow(set, c->pidfile, 0);
+	for (i = 0; i < c->nlisten; i++)
+		if (c->listen[i]->text[0] == '/')
+			r |= landlock_allow(set, c->listen[i]->text, 0);
+	if (r == 0)
+		r = syscall(SYS_landlock_restrict_self, set, 0);
+	close(set);
+	return r;
+}
+#else
+static int
+landlock(const struct conf *c)
+{
+	(void)c;
+	return -1;
+}
+#endif
+
+/* With a VirusAction there is none: its script may need setgid programs. */
+static void
+sandbox(const struct conf *c)
+{
+	if (c->virusaction != NULL) {
+		logmsg(LOG_INFO, "sandbox: none, since there is a VirusAction");
+		return;
+	}
+	sandboxed = 1;
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == -1)
+		logmsg(LOG_INFO, "sandbox: none on this kernel");
+	else if (landlock(c) == 0)
+		logmsg(LOG_INFO, "sandbox: no new privileges; files are written "
+		    "in %s and beside PidFile and unix listeners only",
+		    c->tempdir);
+	else
+		logmsg(LOG_INFO, "sandbox: no new privileges (no Landlock here)");
+}
+
+/*
+ * Signals: bytes in a pipe, read in the loop.
+ */
+
+static int sigpipe[2];
+static int stopping;			/* 1: when all is done, 2: at once */
+static int64_t drain_until;
+
+static void
+on_signal(int sig)
+{
+	int err = errno;
+	char c = sig;
+
+	if (write(sigpipe[1], &c, 1) == -1)
+		errno = err;		/* full: they are many already */
+	errno = err;
+}
+
+static void
+signals_open(void)
+{
+	static const int caught[] = { SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1 };
+	struct sigaction sa;
+	size_t i;
+
+	if (pipe2(sigpipe, O_CLOEXEC | O_NONBLOCK) == -1)
+		die(1, "pipe:");
+	memset(&sa, 0, sizeof sa);
+	sa.sa_flags = SA_RESTART;
+	sa.sa_handler = on_signal;
+	for (i = 0; i < sizeof caught / sizeof caught[0]; i++)
+		sigaction(caught[i], &sa, NULL);
+	sa.sa_handler = SIG_IGN;
+	sigaction(SIGPIPE, &sa, NULL);
+}
+
+static void
+log_counters(void)
+{
+	logmsg(LOG_NOTICE, "sessions=%d of %llu refused=%llu messages=%llu "
+	    "bytes=%llu clean=%llu viruses=%llu clamav-errors=%llu "
+	    "unscanned=%llu oversize=%llu errors=%llu", nsessions,
+	    (unsigned long long)count.sessions,
+	    (unsigned long long)count.refused,
+	    (unsigned long long)count.messages,
+	    (unsigned long long)count.bytes, (unsigned long long)count.clean,
+	    (unsigned long long)count.viruses,
+	    (unsigned long long)count.failed,
+	    (unsigned long long)count.unscanned,
+	    (unsigned long long)count.oversize,
+	    (unsigned long long)count.errors);
+}
+
+static int
+differ(const char *a, const char *b)
+{
+	return a == NULL || b == NULL ? a != b : strcmp(a, b) != 0;
+}
+
+/* What cannot be changed any more, or NULL. */
+static const char *
+needs_restart(const struct conf *c)
+{
+	if (differ(c->user, conf->user))
+		return "User";
+	if (differ(c->pidfile, conf->pidfile))
+		return "PidFile";
+	if (sandboxed && differ(c->tempdir, conf->tempdir))
+		return "TempDirectory";
+	if (sandboxed && c->virusaction != NULL)
+		return "VirusAction";
+	return NULL;
+}
+
+static void
+reload(void)
+{
+	struct conf *c = conf_load(conf_path, flags, nflags, pid_option);
+	const char *what = c != NULL ? needs_restart(c) : NULL;
+
+	if (what != NULL)
+		logmsg(LOG_ERR, "%s: %s cannot be changed without a restart",
+		    conf_path, what);
+	if (c == NULL || what != NULL || set_limits(c) == -1 ||
+	    listeners_open(c, 0) == -1) {
+		logmsg(LOG_ERR, "%s: not taken; the settings are as before",
+		    conf_path);
+		conf_put(c);
+		return;
+	}
+	conf_put(conf);
+	conf = c;
+	logmsg(LOG_NOTICE, "%s: read again", conf_path);
+	listeners_log(conf);
+	look_up_all(conf);
+}
+
+static void
+on_signals(void *arg, int revents)
+{
+	char sig;
+
+	(void)arg;
+	(void)revents;
+	while (read(sigpipe[0], &sig, 1) == 1)
+		switch (sig) {
+		case SIGCHLD:
+			reap();
+			break;
+		case SIGHUP:
+			if (!stopping)
+				reload();
+			break;
+		case SIGUSR1:
+			log_counters();
+			break;
+		default:
+			logmsg(LOG_NOTICE, stopping ? "stopping at once" :
+			    "stopping when the messages under way are done");
+			stopping++;
+			drain_until = now + DRAIN_TIME;
+			listeners_close(1);
+		}
+}
+
+/*
+ * The loop.
+ */
+
+static void
+watch_all(void)
+{
+	struct listener *l;
+	int i;
+
+	nfds = 0;
+	turn_end = now + 60 * SECOND;
+	watch(sigpipe[0], POLLIN, on_signals, NULL);
+	children_watch();
+	jobs_watch();
+	clamd_watch();
+	for (i = 0; i < nsessions; i++)
+		session_watch(sessions[i]);
+	if (now >= paused_until)
+		for (l = listeners; l != NULL; l = l->next)
+			watch(l->fd, POLLIN, on_accept, l);
+	else
+		wait_until(paused_until);
+	if (stopping)
+		wait_until(drain_until);
+	if (buf_spares() > 0)
+		wait_until(now + TRIM_TIME);
+	if (starved)
+		wait_until(now + BUSY_TIME);
+	wake_all |= starved;
+	starved = 0;
+}
+
+static void
+run_due(void)
+{
+	int i, all = wake_all;
+
+	wake_all = 0;
+	for (i = 0; i < nsessions; i++)
+		if (all || sessions[i]->wake || now >= sessions[i]->next_time)
+			if (sessions[i]->state != S_DEAD)
+				session_run(sessions[i]);
+}
+
+static void
+bury(void)
+{
+	int i;
+
+	for (i = 0; i < nsessions; )
+		if (sessions[i]->state == S_DEAD) {
+			session_free(sessions[i]);
+			sessions[i] = sessions[--nsessions];
+		} else
+			i++;
+}
+
+/* A session that is to run was woken by another one: no sleep. */
+static int
+is_awake(void)
+{
+	int i;
+
+	for (i = 0; i < nsessions; i++)
+		if (sessions[i]->wake)
+			return 1;
+	return 0;
+}
+
+static void
+serve(void)
+{
+	int i, n;
+
+	while (stopping < 2 && (!stopping || nsessions > 0 || jobs != NULL ||
+	    children != NULL)) {
+		watch_all();
+		if (is_awake())
+			turn_end = now;
+		n = poll(fds, nfds, turn_end > now ? turn_end - now : 0);
+		now = monotonic();
+		if (n > 0)
+			serve_ready();
+		else if (n == 0)
+			buf_trim();
+		run_due();
+		for (i = 0; stopping && i < nsessions; i++)
+			session_shutdown(sessions[i], now >= drain_until);
+		bury();
+		if (stopping && now >= drain_until && nsessions == 0)
+			break;
+	}
+}
+
+/*
+ * The end, and the beginning.
+ */
+
+static void
+leave(void)
+{
+	int i;
+
+	for (i = 0; i < nsessions; i++)
+		session_shutdown(sessions[i], 1);
+	while (nsessions > 0)
+		session_free(sessions[--nsessions]);
+	while (children != NULL) {
+		children->n = 0;
+		child_end(children);
+	}
+	jobs_kill();
+	listeners_close(1);
+	pid_file_remove(conf->pidfile);
+	logmsg(LOG_NOTICE, "stopped");
+	conf_put(conf);
+	free(sessions);
+	free(fds);
+	free(owners);
+	free(conf_path);
+	buf_trim();
+}
+
+static void usage(void) __attribute__((noreturn));
+static void version(void) __attribute__((noreturn));
+
+static void
+usage(void)
+{
+	static const char text[] =
+	    "usage: clamsmtpd [-n] [-d level] [-f configfile] [-p pidfile]\n"
+	    "       clamsmtpd -v\n";
+
+	exit(write(2, text, sizeof text - 1) == -1 ? 1 : 2);
+}
+
+static void
+old_flag(char flag, const char *setting, const char *value)
+{
+	if (nflags == sizeof flags / sizeof flags[0])
+		usage();
+	logmsg(LOG_WARNING, "-%c: this option will go; set %s in %s instead",
+	    flag, setting, conf_path != NULL ? conf_path : CONFFILE);
+	flags[nflags][0] = setting;
+	flags[nflags++][1] = value;
+}
+
+static void
+version(void)
+{
+	printf("clamsmtpd %s\nconfiguration file: %s\n", VERSION, CONFFILE);
+	exit(0);
+}
+
+struct options {
+	int	 level;			/* -d; -1: be a daemon */
+	int	 check;			/* -n */
+	const char *file;		/* -f */
+};
+
+static void
+options_read(struct options *o, int argc, char **argv)
+{
+	static const struct { char flag; const char *setting, *value; } old[] = {
+		{ 'b', "Action", "bounce" }, { 'c', "ClamAddress", NULL },
+		{ 'D', "TempDirectory", NULL }, { 'h', "Header", NULL },
+		{ 'l', "Listen", NULL }, { 'm', "MaxConnections", NULL },
+		{ 'q', "Quarantine", "on" }, { 't', "TimeOut", NULL },
+		{ 'X', "DebugFiles", "on" },
+	};
+	size_t i;
+	int c;
+
+	while ((c = getopt(argc, argv, "bc:d:D:f:h:l:m:np:qt:vX")) != -1)
+		switch (c) {
+		case 'd':
+			if (optarg[0] < '0' || optarg[0] > '4' || optarg[1] != '\0') {
+				logmsg(LOG_ERR, "-d: \"%s\" is not a level from "
+				    "0 to 4", optarg);
+				usage();
+			}
+			o->level = optarg[0] - '0';
+			break;
+		case 'f':
+			o->file = optarg;
+			break;
+		case 'n':
+			o->check = 1;
+			break;
+		case 'p':
+			pid_option = optarg;
+			break;
+		case 'v':
+			version();
+		case '?':
+			usage();
+		default:
+			for (i = 0; old[i].flag != c; i++)
+				;
+			old_flag(c, old[i].setting, old[i].value != NULL ?
+			    old[i].value : optarg);
+		}
+	if (argc - optind > 1)
+		usage();
+	if (argc - optind == 1) {
+		logmsg(LOG_WARNING, "%s: this operand will go; set OutAddress in "
+		    "the configuration file instead", argv[optind]);
+		flags[nflags][0] = "OutAddress";
+		flags[nflags++][1] = argv[optind];
+	}
+}
+
+/* A reload happens in another directory. */
+static char *
+absolute(const char *path)
+{
+	char dir[PATH_MAX], *p;
+
+	if (*path == '/' || getcwd(dir, sizeof dir) == NULL)
+		return strdup(path);
+	if ((p = malloc(strlen(dir) + strlen(path) + 2)) != NULL)
+		sprintf(p, "%s/%s", dir, path);
+	return p;
+}
+
+/*
+ * Returns in the child, with the descriptor by which it says that it is ready.
+ * The parent exits: 0 then, or with the child's status if that ends before.
+ */
+static int
+detach(void)
+{
+	int p[2], status;
+	char ready;
+	pid_t pid;
+
+	if (pipe2(p, O_CLOEXEC) == -1)
+		die(1, "pipe:");
+	if ((pid = fork()) == -1)
+		die(1, "fork:");
+	if (pid == 0) {
+		close(p[0]);
+		setsid();
+		return p[1];
+	}
+	close(p[1]);
+	if (read(p[0], &ready, 1) == 1)
+		_exit(0);
+	if (waitpid(pid, &status, 0) == pid && WIFEXITED(status))
+		_exit(WEXITSTATUS(status));
+	_exit(1);
+}
+
+static void
+attach_nothing(int ready)
+{
+	int none = open("/dev/null", O_RDWR);
+
+	if (chdir("/") == -1 || none == -1)
+		die(1, "/dev/null:");
+	dup2(none, 0);
+	dup2(none, 1);
+	dup2(none, 2);
+	if (none > 2)
+		close(none);
+	if (write(ready, "", 1) == -1)
+		logmsg(LOG_WARNING, "the program that started us is gone");
+	close(ready);
+}
+
+static void
+check_tempdir(const struct conf *c)
+{
+	int fd = spool_open(c->tempdir, 0);
+
+	if (fd == -1)
+		die(1, "TempDirectory: %s cannot be written to by user %ld; it "
+		    "must be there and belong to that user:", c->tempdir,
+		    (long)geteuid());
+	close(fd);
+}
+
+/* Descriptors 0 to 2 must be there, or a socket would become one of them. */
+static void
+fill_standard(void)
+{
+	int fd;
+
+	do
+		fd = open("/dev/null", O_RDWR);
+	while (fd >= 0 && fd <= 2);
+	close(fd);
+}
+
+int
+main(int argc, char **argv)
+{
+	struct options o = { -1, 0, CONFFILE };
+	int ready = -1;
+
+	fill_standard();
+	options_read(&o, argc, argv);
+	now = monotonic();
+	if (o.level >= 0)
+		log_open(o.level, 1);
+	conf_path = absolute(o.file);
+	conf = conf_load(conf_path, flags, nflags, pid_option);
+	if (conf == NULL)
+		return 2;
+	if (o.check) {
+		conf_show(conf);
+		return fflush(stdout) == 0 ? 0 : 1;
+	}
+	if (o.level < 0)
+		ready = detach();
+	signals_open();
+	if (set_limits(conf) == -1 || listeners_open(conf, 1) == -1)
+		return 1;
+	if (conf->pidfile != NULL) {
+		pid_file_open(conf->pidfile);
+		pid_file_write(conf->pidfile);
+	}
+	if (conf->user != NULL)
+		drop_privileges(conf->user);
+	if (geteuid() == 0)
+		logmsg(LOG_WARNING, "running as root is NOT recommended");
+	check_tempdir(conf);
+	if (ready != -1) {
+		log_open(LOG_INFO - LOG_ERR, 0);
+		attach_nothing(ready);
+	}
+	sandbox(conf);
+	listeners_log(conf);
+	look_up_all(conf);
+	serve();
+	leave();
+	return 0;
+}

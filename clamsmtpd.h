@@ -1,0 +1,448 @@
+/*
+ * clamsmtpd: an SMTP filter that has clamd look at every message.
+ *
+ * The story of a session is in smtp.c; the loop that runs the sessions is in
+ * clamsmtpd.c; clamd.c talks to clamd, conf.c reads the settings, util.c has
+ * the log, buffers, sockets and files that all of them use.
+ */
+
+#include <sys/types.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <netinet/in.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <syslog.h>		/* the LOG_ levels */
+
+#ifndef VERSION
+#define VERSION		"2.0"
+#endif
+#ifndef CONFFILE
+#define CONFFILE	"/etc/clamsmtpd.conf"
+#endif
+
+/* Sizes, in bytes. */
+#define BUFSZ		65536		/* one buffer; one read or write */
+#define LINESZ		12288		/* a command, without its line end (RFC 4954 4) */
+#define REPLYSZ		16384		/* a whole reply of the next hop */
+#define NOTESZ		1024		/* a reply line of our own */
+#define ADDRTEXT	128		/* an address as text */
+#define NAMESZ		160		/* the name of a virus */
+#define LOGSZ		1000		/* a line of the log */
+#define RCPTSZ		65536		/* all recipients kept for the VirusAction */
+
+/* The most bytes that one system call moves; 1 in a test build. */
+#ifndef IO_MAX
+#define IO_MAX		(1 << 18)
+#endif
+
+#define MAXADDRS	8		/* addresses of one name */
+#define MAXLISTEN	32
+#define MAXCLAMDS	32		/* one bit each in scan.tried */
+#define MAXACTIONS	8		/* VirusActions at once */
+#define MAXWAITING	64		/* VirusActions that wait for one of those */
+
+/* Times, in milliseconds, that no setting changes. */
+#define SECOND		((int64_t)1000)
+#define FINAL_TIME	(600 * SECOND)	/* RFC 5321 4.5.3.2.6 */
+#define LINGER_TIME	(5 * SECOND)
+#define CONNECT_TIME	(5 * SECOND)	/* to clamd */
+#define DRAIN_TIME	(8 * SECOND)	/* after SIGTERM */
+#define LOOKUP_TIME	(60 * SECOND)	/* an address of a name is good for */
+#define RETRY_TIME	(30 * SECOND)	/* a dead clamd is left alone for */
+#define ABANDON_TIME	(600 * SECOND)	/* an abandoned scan counts for */
+#define BUSY_TIME	100		/* between two knocks at a full backlog */
+#define SLOWEST_BODY	100		/* bytes a second, over TimeOut */
+
+/*
+ * Bytes b[r] .. b[w-1] wait, 0 <= r <= w <= BUFSZ.  No bytes, no memory: b is
+ * NULL.  The `in' of a peer may stand in the one shared buffer while its
+ * session runs (peer_fill, peer_settle).
+ */
+struct buf {
+	char	*b;
+	size_t	 r, w;
+};
+
+/* A text that grows, always with a NUL behind it; s is NULL when empty. */
+struct str {
+	char	*s;
+	size_t	 len, size;
+};
+
+/*
+ * One socket of a session; fd is -1 when there is none.  eof: nothing more
+ * will be read.  err: it failed or was reset, what we write goes nowhere.
+ */
+struct peer {
+	int	 fd;
+	int	 eof, err;
+	int	 connecting;		/* until poll has said how it went */
+	struct buf in, out;
+};
+
+struct addr {
+	socklen_t len;			/* 0: no address */
+	union {
+		struct sockaddr	sa;
+		struct sockaddr_in in;
+		struct sockaddr_in6 in6;
+		struct sockaddr_un un;
+	} u;
+};
+
+/*
+ * Where an OutAddress or ClamAddress points.  A numeric address or a path is
+ * in addr[0] from the start; a name has what the last look-up found.  Neither
+ * name nor address: a port alone, back to the client's own address.
+ */
+struct target {
+	int	 refs;
+	char	*text;			/* as written, for messages */
+	char	*name;			/* NULL: nothing to look up */
+	unsigned port;
+	int	 naddr;
+	struct addr addr[MAXADDRS];
+	int	 looking;		/* a child is at it */
+	int64_t	 looked;		/* when the last one began; 0: never */
+};
+
+/* One ClamAddress and its health; lives on over a reload of the settings. */
+struct clamd {
+	int	 refs;
+	struct target *target;
+	int	 running;		/* scans, the abandoned ones too */
+	int64_t	 dead_until;		/* 0: alive, as far as we know */
+	int	 no_fildes;		/* it refused descriptors: INSTREAM */
+	char	 complaint[NOTESZ / 4];	/* logged last; empty: all is well */
+	struct clamd *next;
+};
+
+enum action { DROP, BOUNCE, PASS };
+
+struct rule {				/* one word of an Action line */
+	enum action action;
+	char	*pattern;		/* fnmatch(3); of a virus's name */
+	struct rule *next;
+};
+
+/* The settings.  A session keeps the ones it began with: refs. */
+struct conf {
+	int	 refs;
+	enum action action;		/* where no rule matches */
+	int	 bounce;		/* the old setting */
+	struct rule *rules;
+	int	 nclamd;
+	struct clamd *clamd[MAXCLAMDS];
+	int	 clamd_default;		/* no ClamAddress: the first that exists */
+	int	 debug_files;
+	char	*header;		/* NULL: none */
+	int64_t	 keepalives;		/* ms; 0: none */
+	int	 nlisten;
+	struct target *listen[MAXLISTEN];
+	int	 maxconn;
+	int	 maxscans;
+	int64_t	 maxscansize;		/* bytes; 0: none */
+	struct target *out;
+	char	*pidfile;
+	int	 quarantine;
+	int	 failopen;		/* ScanFailure: pass */
+	int64_t	 scantimeout;		/* ms */
+	char	*tempdir;
+	int64_t	 timeout;		/* ms */
+	int	 transparent;
+	char	*user;
+	char	*virusaction;
+	int	 xclient;
+	unsigned char seen[40];		/* conf.c's: who set a keyword last */
+};
+
+/* What clamd said of a message, or that it said nothing. */
+enum verdict { UNKNOWN, CLEAN, VIRUS, FAILED, TOOBIG };
+
+/* In the order in which they happen; smtp.c has the table. */
+enum state {
+	S_CONNECT, S_GREETING, S_COMMAND, S_REPLY, S_AUTH, S_BODY, S_CHUNK,
+	S_SCAN, S_QUARANTINE, S_DATA, S_REPLAY, S_FINAL, S_RESET, S_LINGER,
+	S_DEAD
+};
+
+/* Where the body automaton stands between two bytes (smtp.c). */
+enum eol { BOL, BOL_DOT, BOL_DOT_CR, LINE, TEXT, CRS };
+
+/* Where the search for the end of the header section stands (smtp.c). */
+enum header { H_LINE, H_NAME, H_BLANK, H_REST, H_DONE };
+
+/* The scan of a session's message; clamd.c's alone. */
+struct scan {
+	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
+	struct clamd *at;		/* we hold one of its slots; or NULL */
+	int	 addr;			/* which of the target's addresses */
+	uint32_t tried;			/* bit i: conf->clamd[i] has failed us */
+	int	 fildes;
+	int	 started;		/* clamd may be scanning */
+	off_t	 sent;			/* INSTREAM: of the spool */
+	off_t	 chunk;			/* INSTREAM: end of the chunk announced */
+	int	 ended;			/* INSTREAM: the empty chunk is queued */
+	int64_t	 until, again;		/* connect limit, next knock; 0: none */
+	struct session *next;		/* in the queue */
+};
+
+struct verb;
+
+struct session {
+	unsigned id;			/* first word of its log lines */
+	enum state state;		/* assigned in enter() only */
+	int	 wake;			/* run it, whatever poll says */
+	int64_t	 next_time;		/* or then; the earliest of its times */
+	struct conf *conf;
+	int64_t	 deadline;		/* monotonic ms, like every time here */
+	int64_t	 slow_at;		/* BODY: when the rate is looked at, */
+	uint64_t slow_bytes;		/* and what has come since the last look */
+
+	struct peer client, server, clamd;
+	struct addr client_addr;	/* who connected */
+	struct addr local_addr;		/* to which address of ours */
+	struct addr server_addr;	/* the next hop, */
+	struct addr server_local;	/* and our end of that connection */
+	int	 hop;			/* which address of the target */
+
+	/* The command at the next hop: at most one, and at most one NOOP. */
+	const struct verb *verb;
+	int	 asked;			/* a reply to verb is owed to us */
+	int	 noop;			/* a reply to a NOOP is owed to us */
+	int64_t	 noop_at;		/* when the next is due; 0: none */
+	size_t	 reply_seen;		/* of server.in: whole lines, looked at */
+	int	 skipping;		/* the rest of an overlong line */
+
+	/* What the next hop offered last. */
+	int64_t	 hop_size;		/* bytes; 0: no limit */
+	int	 hop_chunking;
+	int	 hop_xclient;		/* X_ bits (smtp.c) */
+	int	 xclient_done;
+	struct str helo;		/* the last HELO or EHLO line */
+
+	/* The mail: from an accepted MAIL to mail_reset(). */
+	int	 mail;			/* MAIL accepted */
+	int	 rcpts;			/* RCPTs accepted */
+	struct str from, to;		/* bare; `to' has one on a line, */
+	int	 to_cut;		/* and "..." for those that are too many */
+	struct str pending;		/* the address of the MAIL or RCPT asked */
+	struct str remote, remote_helo;	/* from XFORWARD; empty: not known */
+	struct str held;		/* the reply that we owe the client */
+
+	/* The message.  spool >= 0 from DATA or the first BDAT to mail_reset(). */
+	int	 spool;
+	int	 bdat;			/* it comes in chunks */
+	int	 raw;			/* chunks, to be replayed as BDAT */
+	uint64_t chunk_left;
+	int	 chunk_last;
+	off_t	 size;			/* spooled, behind the scan line */
+	enum eol eol;
+	uint64_t pending_bytes;		/* CRs or NULs held back by the automaton */
+	int	 dots;			/* a line of the spool begins with a dot */
+	enum header header;
+	off_t	 header_at;		/* the end of the header section */
+	int	 error;			/* held has the first error: store no more */
+	int64_t	 dot_at;		/* when the final dot had come */
+
+	struct scan scan;
+	enum verdict verdict;
+	char	 virus[NAMESZ];		/* printable; or why the scan FAILED */
+	enum action action;		/* what is done with a VIRUS */
+	struct str quarantined;		/* path of the copy */
+	struct child *child;		/* the quarantine's */
+
+	/* The replay: our header goes in at insert_at. */
+	struct str insert;
+	off_t	 insert_at;
+	int	 inserted;
+	off_t	 sent;			/* of size */
+	int	 at_bol;		/* the next byte begins a line */
+	int	 dotted;		/* the final dot is queued */
+	int	 budget;		/* pieces it may still send in this turn */
+	int	 shut;			/* LINGER: our last line is out */
+};
+
+/* A child that runs no other program and answers through a pipe. */
+struct child;
+
+extern int64_t now;			/* CLOCK_MONOTONIC, ms; set once a turn */
+extern int wake_all;			/* run every session in the next turn */
+
+struct counters {			/* since the start */
+	uint64_t sessions, refused, messages, clean, viruses, failed, unscanned,
+	    oversize, errors, bytes;
+};
+extern struct counters count;
+
+/* clamsmtpd.c */
+
+/*
+ * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
+ * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
+ * the loop with the n bytes that it wrote to out; n is 0 if it failed or took
+ * longer than ms, and then the file scratch (NULL: none) is removed.  Returns
+ * NULL and sets errno if there can be no child.
+ */
+struct child *child_start(void (*work)(int out, void *arg), void *arg,
+    int keep1, int keep2, const char *scratch,
+    void (*done)(void *ctx, const char *answer, size_t n), void *ctx, int64_t ms);
+
+/* The ctx of this child is gone: done is not to be called. */
+void child_forget(struct child *);
+
+/*
+ * Run the shell command with env (NAME=value strings, and a NULL) in a
+ * process group of its own for at most ms; waits its turn if there are
+ * many.  Takes env, which is freed with env_free().
+ */
+void action_start(unsigned id, const char *command, char **env, int64_t ms);
+void env_free(char **env);
+
+/* Look a target's name up if that has not been done lately (force: if the
+ * address we had was of no use).  Returns at once. */
+void target_look(struct target *, int force);
+
+/* For this turn: call ready(arg) when one of events (or an error) is there. */
+void watch(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
+
+/* For this turn: sleep no longer than until time t; 0: no matter. */
+void wait_until(int64_t t);
+
+/* Whether this is our own end of a connection to a next hop. */
+int is_own_connection(const struct addr *);
+
+/* smtp.c */
+
+/* A new session for the socket fd, or NULL without memory (fd is left). */
+struct session *session_new(int fd, const struct addr *, struct conf *, unsigned id);
+
+/* Its descriptors and times for this turn. */
+void session_watch(struct session *);
+
+/* Run it until it must wait, its time being up or not. */
+void session_run(struct session *);
+
+/* SIGTERM: an idle session gets its 421; at_once: whatever it is doing. */
+void session_shutdown(struct session *, int at_once);
+
+/* Release all that it holds, and itself. */
+void session_free(struct session *);
+
+/* One line to a client that there is no session for; closes fd. */
+void session_refuse(int fd);
+
+/* clamd.c */
+struct clamd *clamd_get(struct target *);	/* the one of that text; takes the target */
+void clamd_put(struct clamd *);
+void clamd_begin(struct session *);		/* the message is complete: queue it */
+int clamd_scan(struct session *);		/* 1: s->verdict is there; 0: wait */
+int clamd_wants(const struct session *);	/* poll events of s->clamd; 0: none */
+int64_t clamd_time(const struct session *);	/* when to look again; 0: no matter */
+void clamd_late(struct session *);		/* ScanTimeOut is over */
+void clamd_drop(struct session *);		/* no verdict is wanted any more */
+void clamd_watch(void);				/* the abandoned scans */
+
+/*
+ * What clamd's answer (n bytes, terminator taken off) says.  VIRUS: name has
+ * it.  *retry: it does not take descriptors.  Anything not understood: FAILED.
+ */
+enum verdict clamd_parse(const char *answer, size_t n, char name[NAMESZ], int *retry);
+
+/* conf.c */
+
+/*
+ * Settings from the old flags in (name, value) pairs, then from file path,
+ * then pidfile (NULL: as in the file).  All errors are logged; NULL if there
+ * was one.
+ */
+struct conf *conf_load(const char *path, const char *const (*flags)[2], int nflags,
+    const char *pidfile);
+void conf_show(const struct conf *);		/* on standard output */
+void conf_put(struct conf *);			/* drop a reference */
+enum action conf_action(const struct conf *, const char *virus);
+void target_put(struct target *);
+
+/* util.c */
+
+/*
+ * The log.  A format that ends in a colon gets errno's text behind it.  All
+ * three keep errno.  die() is for the time before the loop only.
+ */
+void log_open(int level, int console);		/* syslog, or stderr */
+void log_stderr(void);				/* so far: before log_open */
+void logmsg(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+void slog(const struct session *, int level, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+void die(int status, const char *fmt, ...) __attribute__((format(printf, 2, 3), noreturn));
+int log_wants(int level);
+
+int64_t monotonic(void);			/* ms */
+
+/*
+ * Up to n bytes made fit for a line of the log: control characters and
+ * backslashes as \xHH, the rest as it is; cut with "..." when long.  One of a
+ * few buffers that are used in turn.
+ */
+const char *printable(const char *, size_t n);
+const char *printable_word(const char *, size_t n);	/* blanks as \x20 too */
+const char *rfc5322_date(void);			/* now; a static buffer */
+
+size_t buf_len(const struct buf *);
+char *buf_head(const struct buf *);		/* the first byte that waits */
+/* Whether n more bytes fit; gets memory.  0: not now (full, or no memory). */
+int buf_ready(struct buf *, size_t n);
+void buf_put(struct buf *, const void *, size_t n);	/* after buf_ready() */
+void buf_eat(struct buf *, size_t n);
+void buf_free(struct buf *);
+int buf_spares(void);				/* buffers kept for the next user */
+void buf_trim(void);				/* idle: give them back */
+extern int starved;				/* buf_ready had no memory */
+
+int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
+int str_set(struct str *, const char *, size_t n);
+void str_free(struct str *);
+
+/* Read once.  1: something came (bytes, eof); 0: nothing there. */
+int peer_fill(struct peer *);
+/* After the session ran: keep what is left of the shared buffer.  -1: no
+ * memory for it. */
+int peer_settle(struct peer *);
+/* Write what is in out, until it is empty (1) or the socket is full (0).
+ * more: what follows may go into the same segment. */
+int peer_drain(struct peer *, int more);
+/* Up to n bytes of file fd from *at to the socket; 1: got on, 0: full. */
+int peer_sendfile(struct peer *, int fd, off_t *at, off_t n);
+int peer_sendfd(struct peer *, int fd);		/* on one byte; 1, or 0: full */
+void peer_close(struct peer *);
+/* Whether the peer was reset, as far as the kernel knows now. */
+int peer_reset(struct peer *);
+
+const char *addr_text(const struct addr *);	/* a.b.c.d, v6, path, "local" */
+const char *addr_full(const struct addr *);	/* with its port */
+int addr_equal(const struct addr *, const struct addr *);
+void addr_unmap(struct addr *);			/* ::ffff:a.b.c.d is IPv4 */
+unsigned addr_port(const struct addr *);
+void addr_set_port(struct addr *, unsigned port);
+int addr_ip(struct addr *, const char *text, unsigned port);	/* -1: not numeric */
+int addr_path(struct addr *, const char *path);	/* -1: too long */
+/* Look name up (this blocks); how many of addr[MAXADDRS] were filled. */
+int addr_lookup(const char *name, unsigned port, struct addr *addr);
+/* A non-blocking socket, connecting; -1 and errno. *done: connected already. */
+int addr_connect(const struct addr *, int *done);
+/* A listening socket; -1 and errno.  v6only: leave IPv4 to another one. */
+int addr_listen(const struct addr *, int transparent, int v6only);
+
+extern const char scan_line[];			/* stands before the message */
+extern const size_t scan_line_len;
+/* The spool: nameless, or DebugFiles' named one; -1 and errno. */
+int spool_open(const char *dir, int keep);
+/* The same file for reading only, as clamd shall have it; -1 and errno. */
+int spool_reopen(int fd);
+/* Start a copy of the message in dir; done as in child_start, with the path
+ * in answer, or nothing.  NULL and errno if it cannot begin. */
+struct child *spool_quarantine(int fd, const char *dir,
+    void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);
+/* In a child: close every descriptor above 2 but the n in keep, which it sorts. */
+void close_all_but(int *keep, int n);

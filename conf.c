@@ -1,0 +1,890 @@
+/*
+ * The settings: `Name: value' lines, read through one table that also has the
+ * defaults, which go through the same setters.
+ */
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <fnmatch.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "clamsmtpd.h"
+
+#define MAXFILE		(1 << 20)	/* bytes of a configuration file */
+#define MAXCONFLINE	4096
+
+/* What ClamAddress is when nobody has set it: the first that is there. */
+static const char *const clamd_paths[] = {
+	"/run/clamav/clamd.sock",	/* upstream, Alpine */
+	"/var/run/clamav/clamd.ctl",	/* Debian */
+	"/var/run/clamav/clamd",	/* the original's default */
+};
+
+/*
+ * A setter returns NULL, or how the sentence `"value" is not ...' ends.  The
+ * value has no blanks around it and is not empty unless may_be_empty.
+ */
+struct keyword {
+	const char *name;
+	const char *(*set)(struct conf *, const struct keyword *, const char *);
+	void	 (*show)(const struct conf *, const struct keyword *);
+	size_t	 off;
+	const char *def;		/* NULL: stays 0 */
+	int64_t	 min, max;		/* numbers: as in the file */
+	int64_t	 unit;			/* numbers: what is stored is times this */
+	void	 (*clear)(struct conf *);	/* lists: it may be repeated */
+	const char *now_called;		/* an old name */
+	int	 may_be_empty;
+};
+
+static void *
+field(const struct conf *c, const struct keyword *k)
+{
+	return (char *)(uintptr_t)c + k->off;
+}
+
+static char *
+copy(const char *s)
+{
+	char *p = strdup(s);
+
+	if (p == NULL)
+		logmsg(LOG_ERR, "settings:");
+	return p;
+}
+
+static const char no_memory[] = "kept: out of memory";
+
+/*
+ * Values of one word.
+ */
+
+static const char *
+set_bool(struct conf *c, const struct keyword *k, const char *v)
+{
+	static const char *const words[] = {
+		"off", "on", "no", "yes", "false", "true", "0", "1"
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof words / sizeof words[0]; i++)
+		if (strcasecmp(v, words[i]) == 0) {
+			*(int *)field(c, k) = i & 1;
+			return NULL;
+		}
+	return "on or off";
+}
+
+static void
+show_bool(const struct conf *c, const struct keyword *k)
+{
+	printf("%s: %s\n", k->name, *(int *)field(c, k) ? "on" : "off");
+}
+
+static const char *
+not_a_number(const struct keyword *k)
+{
+	static char text[96];
+
+	if (k->max == INT64_MAX)
+		return "a number of bytes, such as 25M, or 0 for no limit";
+	snprintf(text, sizeof text, "a number from %lld to %lld",
+	    (long long)k->min, (long long)k->max);
+	return text;
+}
+
+/* Digits only, and a suffix where a size is asked for; -1: it is not that. */
+static int64_t
+number(const char *v, int suffixes)
+{
+	static const char suffix[] = "KMG";
+	const char *p;
+	int64_t n = 0;
+
+	if (!isdigit((unsigned char)*v))
+		return -1;
+	for (; isdigit((unsigned char)*v); v++) {
+		if (n > (INT64_MAX - 9) / 10)
+			return -1;
+		n = n * 10 + (*v - '0');
+	}
+	if (suffixes && *v != '\0' &&
+	    (p = strchr(suffix, toupper((unsigned char)*v))) != NULL) {
+		int shift = 10 * (p - suffix + 1);
+
+		if (n > INT64_MAX >> shift)
+			return -1;
+		n <<= shift;
+		v++;
+	}
+	return *v == '\0' ? n : -1;
+}
+
+static const char *
+set_int(struct conf *c, const struct keyword *k, const char *v)
+{
+	int64_t n = number(v, 0);
+
+	if (n < k->min || n > k->max)
+		return not_a_number(k);
+	*(int *)field(c, k) = n;
+	return NULL;
+}
+
+static void
+show_int(const struct conf *c, const struct keyword *k)
+{
+	printf("%s: %d\n", k->name, *(int *)field(c, k));
+}
+
+static const char *
+set_int64(struct conf *c, const struct keyword *k, const char *v)
+{
+	int64_t n = number(v, k->max == INT64_MAX);
+
+	if (n < k->min || n > k->max)
+		return not_a_number(k);
+	*(int64_t *)field(c, k) = n * k->unit;
+	return NULL;
+}
+
+static void
+show_int64(const struct conf *c, const struct keyword *k)
+{
+	printf("%s: %lld\n", k->name,
+	    (long long)(*(int64_t *)field(c, k) / k->unit));
+}
+
+static const char *
+set_text(struct conf *c, const struct keyword *k, const char *v)
+{
+	char **p = field(c, k);
+
+	free(*p);
+	*p = copy(v);
+	return *p == NULL ? no_memory : NULL;
+}
+
+/* A daemon's directory changes: paths are made absolute at once. */
+static const char *
+set_path(struct conf *c, const struct keyword *k, const char *v)
+{
+	char path[2 * PATH_MAX];
+	size_t n;
+
+	if (*v == '/')
+		n = 0;
+	else if (getcwd(path, PATH_MAX) != NULL)
+		n = strlen(path);
+	else
+		return "a path that starts with a slash";
+	if (strlen(v) >= PATH_MAX)
+		return "a path of this system: it is too long";
+	snprintf(path + n, sizeof path - n, n > 0 ? "/%s" : "%s", v);
+	for (n = strlen(path); n > 1 && path[n - 1] == '/'; n--)
+		path[n - 1] = '\0';
+	return set_text(c, k, path);
+}
+
+static void
+show_text(const struct conf *c, const struct keyword *k)
+{
+	const char *v = *(char **)field(c, k);
+
+	if (v == NULL)
+		printf("# %s:\n", k->name);
+	else
+		printf("%s: %s\n", k->name, v);
+}
+
+static const char *
+set_scanfailure(struct conf *c, const struct keyword *k, const char *v)
+{
+	(void)k;
+	if (strcasecmp(v, "tempfail") != 0 && strcasecmp(v, "pass") != 0)
+		return "tempfail or pass";
+	c->failopen = strcasecmp(v, "pass") == 0;
+	return NULL;
+}
+
+static void
+show_scanfailure(const struct conf *c, const struct keyword *k)
+{
+	printf("%s: %s\n", k->name, c->failopen ? "pass" : "tempfail");
+}
+
+/*
+ * Action, and what it was called before.
+ */
+
+static const struct { const char *word; enum action action; } actions[] = {
+	{ "drop", DROP }, { "bounce", BOUNCE }, { "reject", BOUNCE },
+	{ "pass", PASS },
+};
+
+static void
+clear_action(struct conf *c)
+{
+	struct rule *r;
+
+	while ((r = c->rules) != NULL) {
+		c->rules = r->next;
+		free(r->pattern);
+		free(r);
+	}
+	c->action = DROP;
+}
+
+static const char *
+add_rule(struct conf *c, enum action action, const char *word, size_t n)
+{
+	struct rule *r, **last;
+
+	if ((r = calloc(1, sizeof *r)) == NULL ||
+	    (r->pattern = strndup(word, n)) == NULL) {
+		free(r);
+		return no_memory;
+	}
+	r->action = action;
+	for (last = &c->rules; *last != NULL; last = &(*last)->next)
+		;
+	*last = r;
+	return NULL;
+}
+
+/* An action, and patterns of the viruses that it is for; none: for all. */
+static const char *
+set_action(struct conf *c, const struct keyword *k, const char *v)
+{
+	static const char blank[] = " \t";
+	const char *why = NULL;
+	size_t i, n = strcspn(v, blank);
+
+	(void)k;
+	for (i = 0; i < sizeof actions / sizeof actions[0]; i++)
+		if (strlen(actions[i].word) == n &&
+		    strncasecmp(v, actions[i].word, n) == 0)
+			break;
+	if (i == sizeof actions / sizeof actions[0])
+		return "bounce, drop or pass (with patterns of virus names, "
+		    "if only for those)";
+	v += n;
+	v += strspn(v, blank);
+	if (*v == '\0')
+		c->action = actions[i].action;
+	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, blank)) {
+		n = strcspn(v, blank);
+		why = add_rule(c, actions[i].action, v, n);
+	}
+	return why;
+}
+
+static const char *
+action_word(enum action a)
+{
+	return a == BOUNCE ? "bounce" : a == PASS ? "pass" : "drop";
+}
+
+static void
+show_action(const struct conf *c, const struct keyword *k)
+{
+	const struct rule *r;
+
+	for (r = c->rules; r != NULL; r = r->next)
+		printf("%s: %s %s\n", k->name, action_word(r->action), r->pattern);
+	printf("%s: %s\n", k->name, action_word(c->action));
+}
+
+static const char *
+set_bounce(struct conf *c, const struct keyword *k, const char *v)
+{
+	const char *why = set_bool(c, k, v);
+
+	if (why == NULL)	/* an int, and so is the enum's field */
+		c->action = *(int *)field(c, k) ? BOUNCE : DROP;
+	return why;
+}
+
+enum action
+conf_action(const struct conf *c, const char *virus)
+{
+	const struct rule *r;
+
+	for (r = c->rules; r != NULL; r = r->next)
+		if (fnmatch(r->pattern, virus, 0) == 0)
+			return r->action;
+	return c->action;
+}
+
+/*
+ * Header: \r \n \t are taken at once, % when it is used.  Lines end in CRLF,
+ * the last one in nothing.
+ */
+
+static int
+is_header_line(const char *p)
+{
+	const char *q = p;
+
+	while (*q > ' ' && *q < 127 && *q != ':')
+		q++;
+	return q > p && *q == ':';
+}
+
+static const char *
+set_header(struct conf *c, const struct keyword *k, const char *v)
+{
+	static const char not[] = "header lines of the form Name: text";
+	char *h = malloc(2 * strlen(v) + 1), *w = h, *p;
+
+	(void)k;
+	if (h == NULL)
+		return no_memory;
+	for (; *v != '\0'; v++) {
+		if (v[0] == '\\' && v[1] == 'r' && v[2] == '\\' && v[3] == 'n')
+			v += 2;
+		if (v[0] == '\\' && (v[1] == 'n' || v[1] == 'r')) {
+			*w++ = '\r';
+			*w++ = '\n';
+			v++;
+		} else if (v[0] == '\\' && v[1] == 't') {
+			*w++ = '\t';
+			v++;
+		} else
+			*w++ = *v;
+	}
+	while (w > h && (w[-1] == '\n' || w[-1] == '\r'))
+		w--;
+	*w = '\0';
+	for (p = h; p != NULL && *h != '\0'; p = strchr(p, '\n')) {
+		if (p != h)
+			p++;
+		if (!is_header_line(p) && (p == h || (*p != ' ' && *p != '\t'))) {
+			free(h);
+			return not;
+		}
+	}
+	free(c->header);
+	c->header = h;
+	if (*h == '\0') {
+		free(h);
+		c->header = NULL;
+	}
+	return NULL;
+}
+
+static void
+show_header(const struct conf *c, const struct keyword *k)
+{
+	const char *p;
+
+	printf("%s: ", k->name);
+	for (p = c->header; p != NULL && *p != '\0'; p++)
+		if (*p == '\r')
+			printf("\\r");
+		else if (*p == '\n')
+			printf("\\n");
+		else if (*p == '\t')
+			printf("\\t");
+		else
+			putchar(*p);
+	putchar('\n');
+}
+
+/*
+ * Addresses.
+ */
+
+static const char not_address[] = "an address: /path, port, address, name, "
+    "address:port, [IPv6]:port or name:port";
+
+/* -1: not a port. */
+static int
+port_number(const char *v)
+{
+	int64_t n = number(v, 0);
+
+	return n > 65535 ? -1 : n;
+}
+
+static int
+is_host_name(const char *p)
+{
+	int letters = 0;
+
+	if (*p == '\0' || strlen(p) > 253)
+		return 0;
+	for (; *p != '\0'; p++) {
+		if (!isalnum((unsigned char)*p) && strchr("-._", *p) == NULL)
+			return 0;
+		if (!isdigit((unsigned char)*p) && *p != '.')
+			letters = 1;
+	}
+	return letters;
+}
+
+/* Fill t from host (NULL: port alone) and port. */
+static const char *
+target_host(struct target *t, const char *host, int port)
+{
+	if (port == -1)
+		return not_address;
+	t->port = port;
+	if (host == NULL)
+		return NULL;
+	if (addr_ip(&t->addr[0], host, port) == 0) {
+		t->naddr = 1;
+		return NULL;
+	}
+	if (!is_host_name(host))
+		return not_address;
+	t->name = copy(host);
+	return t->name == NULL ? no_memory : NULL;
+}
+
+static const char *
+target_parse(struct target *t, const char *v, int port)
+{
+	char host[256];
+	const char *colon = strrchr(v, ':');
+	size_t n = strlen(v);
+
+	if (*v == '/') {
+		t->naddr = 1;
+		if (addr_path(&t->addr[0], v) == -1)
+			return "a path of at most 107 characters";
+		return NULL;
+	}
+	if (n >= sizeof host)
+		return not_address;
+	memcpy(host, v, n + 1);
+	if (v[strspn(v, "0123456789")] == '\0')
+		return target_host(t, NULL, port_number(v));
+	if (*v == '[') {
+		char *end = strchr(host, ']');
+
+		if (end == NULL || (end[1] != '\0' && end[1] != ':') ||
+		    strchr(host, ':') > end)
+			return not_address;
+		if (end[1] == ':')
+			port = port_number(end + 2);
+		*end = '\0';
+		return target_host(t, host + 1, port);
+	}
+	if (colon == NULL || strchr(v, ':') != colon)
+		return target_host(t, host, port);	/* bare, IPv6 too */
+	host[colon - v] = '\0';
+	return target_host(t, host, port_number(colon + 1));
+}
+
+void
+target_put(struct target *t)
+{
+	if (t == NULL || --t->refs > 0)
+		return;
+	free(t->text);
+	free(t->name);
+	free(t);
+}
+
+/* k->min: the lowest port; k->max: the one where none is given. */
+static const char *
+target_new(struct target **tp, const struct keyword *k, const char *v)
+{
+	struct target *t = calloc(1, sizeof *t);
+	const char *why;
+
+	if (t == NULL)
+		return no_memory;
+	t->refs = 1;
+	t->text = copy(v);
+	why = t->text == NULL ? no_memory : target_parse(t, v, k->max);
+	if (why == NULL && *v != '/' && t->port < k->min)
+		why = not_address;
+	if (why != NULL) {
+		target_put(t);
+		return why;
+	}
+	*tp = t;
+	return NULL;
+}
+
+static const char *
+set_out(struct conf *c, const struct keyword *k, const char *v)
+{
+	target_put(c->out);
+	c->out = NULL;
+	return target_new(&c->out, k, v);
+}
+
+static void
+show_out(const struct conf *c, const struct keyword *k)
+{
+	if (c->out == NULL)
+		printf("# %s:\n", k->name);
+	else
+		printf("%s: %s\n", k->name, c->out->text);
+}
+
+/* A port alone stands for this address where there is nobody to answer to. */
+static void
+target_default_host(struct target *t, const char *host)
+{
+	if (t->naddr == 0 && t->name == NULL)
+		target_host(t, host, t->port);
+}
+
+static void
+clear_listen(struct conf *c)
+{
+	while (c->nlisten > 0)
+		target_put(c->listen[--c->nlisten]);
+}
+
+static const char *
+set_listen(struct conf *c, const struct keyword *k, const char *v)
+{
+	const char *why;
+
+	if (c->nlisten == MAXLISTEN)
+		return "possible: 32 addresses are the most";
+	why = target_new(&c->listen[c->nlisten], k, v);
+	if (why == NULL)
+		target_default_host(c->listen[c->nlisten++], "0.0.0.0");
+	return why;
+}
+
+static void
+show_listen(const struct conf *c, const struct keyword *k)
+{
+	int i;
+
+	for (i = 0; i < c->nlisten; i++)
+		printf("%s: %s\n", k->name, c->listen[i]->text);
+}
+
+static void
+clear_clamd(struct conf *c)
+{
+	while (c->nclamd > 0)
+		clamd_put(c->clamd[--c->nclamd]);
+}
+
+static const char *
+set_clamd(struct conf *c, const struct keyword *k, const char *v)
+{
+	struct target *t;
+	const char *why;
+
+	if (c->nclamd == MAXCLAMDS)
+		return "possible: 32 addresses are the most";
+	if ((why = target_new(&t, k, v)) != NULL)
+		return why;
+	target_default_host(t, "127.0.0.1");
+	c->clamd[c->nclamd] = clamd_get(t);
+	if (c->clamd[c->nclamd] == NULL)
+		return no_memory;
+	c->nclamd++;
+	return NULL;
+}
+
+static void
+show_clamd(const struct conf *c, const struct keyword *k)
+{
+	int i;
+
+	if (c->clamd_default)
+		printf("# %s: the first of these that is there\n", k->name);
+	for (i = 0; i < c->nclamd; i++)
+		printf("%s%s: %s\n", c->clamd_default ? "# " : "", k->name,
+		    c->clamd[i]->target->text);
+}
+
+#define FIELD(x)	offsetof(struct conf, x)
+
+/* OutAddress is the first: complete() looks at who set it. */
+static const struct keyword keywords[] = {
+	{ .name = "OutAddress", .set = set_out, .show = show_out,
+	  .min = 1, .max = 25 },
+	{ .name = "Listen", .set = set_listen, .show = show_listen,
+	  .max = 10025, .clear = clear_listen },
+	{ .name = "ClamAddress", .set = set_clamd, .show = show_clamd,
+	  .min = 1, .max = 3310, .clear = clear_clamd },
+	{ .name = "Action", .set = set_action, .show = show_action,
+	  .def = "drop", .clear = clear_action },
+	{ .name = "Header", .set = set_header, .show = show_header,
+	  .def = "X-Virus-Scanned: ClamAV using ClamSMTP", .may_be_empty = 1 },
+	{ .name = "Quarantine", .set = set_bool, .show = show_bool,
+	  .off = FIELD(quarantine) },
+	{ .name = "VirusAction", .set = set_text, .show = show_text,
+	  .off = FIELD(virusaction) },
+	{ .name = "ScanFailure", .set = set_scanfailure,
+	  .show = show_scanfailure, .def = "tempfail" },
+	{ .name = "ScanTimeOut", .set = set_int64, .show = show_int64,
+	  .off = FIELD(scantimeout), .min = 1, .max = 86400, .unit = SECOND },
+	{ .name = "MaxScans", .set = set_int, .show = show_int,
+	  .off = FIELD(maxscans), .def = "10", .min = 1, .max = 1000 },
+	{ .name = "MaxScanSize", .set = set_int64, .show = show_int64,
+	  .off = FIELD(maxscansize), .def = "0", .max = INT64_MAX, .unit = 1 },
+	{ .name = "MaxConnections", .set = set_int, .show = show_int,
+	  .off = FIELD(maxconn), .def = "64", .min = 2, .max = 65535 },
+	{ .name = "TimeOut", .set = set_int64, .show = show_int64,
+	  .off = FIELD(timeout), .def = "180", .min = 1, .max = 86400,
+	  .unit = SECOND },
+	{ .name = "KeepAlives", .set = set_int64, .show = show_int64,
+	  .off = FIELD(keepalives), .def = "0", .max = 86400, .unit = SECOND },
+	{ .name = "XClient", .set = set_bool, .show = show_bool,
+	  .off = FIELD(xclient) },
+	{ .name = "TransparentProxy", .set = set_bool, .show = show_bool,
+	  .off = FIELD(transparent) },
+	{ .name = "TempDirectory", .set = set_path, .show = show_text,
+	  .off = FIELD(tempdir), .def = "/tmp" },
+	{ .name = "PidFile", .set = set_path, .show = show_text,
+	  .off = FIELD(pidfile) },
+	{ .name = "User", .set = set_text, .show = show_text,
+	  .off = FIELD(user) },
+	{ .name = "DebugFiles", .set = set_bool, .show = show_bool,
+	  .off = FIELD(debug_files) },
+	{ .name = "ScanHeader", .set = set_header, .now_called = "Header",
+	  .may_be_empty = 1 },
+	{ .name = "Bounce", .set = set_bounce, .now_called = "Action",
+	  .off = FIELD(bounce) },
+};
+#define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
+
+/* Who has set a keyword, in the order in which they count. */
+enum source { BY_NOBODY, BY_FLAG, BY_FILE };
+
+/* Where a message comes from. */
+struct place {
+	const char *file;		/* NULL: the command line */
+	int	 line;
+	enum source source;
+	int	 errors;
+};
+
+static const char *
+place_text(const struct place *at)
+{
+	static char text[PATH_MAX + 16];
+
+	if (at->file == NULL)
+		return "command line";
+	snprintf(text, sizeof text, "%s:%d", at->file, at->line);
+	return text;
+}
+
+static void
+assign(struct conf *c, struct place *at, const char *name, const char *value)
+{
+	const struct keyword *k;
+	const char *why;
+	size_t i;
+
+	for (i = 0; i < NKEYWORDS; i++)
+		if (strcasecmp(name, keywords[i].name) == 0)
+			break;
+	if (i == NKEYWORDS) {
+		logmsg(LOG_ERR, "%s: \"%s\" is not the name of a setting; "
+		    "clamsmtpd.conf(5) has them all", place_text(at),
+		    printable(name, strlen(name)));
+		at->errors++;
+		return;
+	}
+	k = &keywords[i];
+	if (k->now_called != NULL)
+		logmsg(LOG_INFO, "%s: %s is an old name; %s has its place",
+		    place_text(at), k->name, k->now_called);
+	if (c->seen[i] == at->source && at->source != BY_NOBODY &&
+	    k->clear == NULL)
+		logmsg(LOG_WARNING, "%s: %s is set twice; the last one counts",
+		    place_text(at), k->name);
+	if (c->seen[i] != at->source && k->clear != NULL)
+		k->clear(c);
+	c->seen[i] = at->source;
+	if (*value == '\0' && !k->may_be_empty) {
+		logmsg(LOG_ERR, "%s: %s: the value is missing", place_text(at),
+		    k->name);
+		at->errors++;
+	} else if ((why = k->set(c, k, value)) != NULL) {
+		logmsg(LOG_ERR, "%s: %s: \"%s\" is not %s", place_text(at),
+		    k->name, printable(value, strlen(value)), why);
+		at->errors++;
+	}
+}
+
+static char *
+trim(char *p)
+{
+	size_t n;
+
+	p += strspn(p, " \t");
+	for (n = strlen(p); n > 0 && strchr(" \t\r", p[n - 1]) != NULL; n--)
+		p[n - 1] = '\0';
+	return p;
+}
+
+static void
+read_line(struct conf *c, struct place *at, char *line, size_t n)
+{
+	const char *why = NULL;
+	char *colon;
+
+	if (memchr(line, '\0', n) != NULL)
+		why = "has a NUL byte in it; this is to be a text file";
+	else if (n > MAXCONFLINE)
+		why = "is longer than 4096 bytes";
+	line = trim(line);
+	if (why == NULL && (*line == '\0' || *line == '#'))
+		return;
+	colon = strchr(line, ':');
+	if (why == NULL && colon == NULL)
+		why = "has no colon; it should read Name: value";
+	if (why != NULL) {
+		logmsg(LOG_ERR, "%s: \"%.40s\" %s", place_text(at),
+		    printable(line, strlen(line)), why);
+		at->errors++;
+		return;
+	}
+	*colon = '\0';
+	assign(c, at, trim(line), trim(colon + 1));
+}
+
+/* The whole file; NULL: it cannot be read (missing: *missing is 1). */
+static char *
+slurp(const char *path, size_t *n, int *missing)
+{
+	char *text = NULL;
+	ssize_t r = -1;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	*missing = fd == -1 && errno == ENOENT;
+	*n = 0;
+	if (fd != -1 && (text = malloc(MAXFILE + 1)) != NULL)
+		while ((r = read(fd, text + *n, MAXFILE - *n)) > 0)
+			*n += r;
+	if (r == -1 || *n == MAXFILE) {
+		logmsg(*missing ? LOG_WARNING : LOG_ERR,
+		    *n == MAXFILE ? "%s: larger than 1 MiB" : "%s:", path);
+		free(text);
+		text = NULL;
+	} else
+		text[*n] = '\0';
+	if (fd != -1)
+		close(fd);
+	return text;
+}
+
+static void
+read_file(struct conf *c, const char *path, int *errors)
+{
+	struct place at = { path, 0, BY_FILE, 0 };
+	char *text, *p, *end, *nl;
+	size_t n;
+	int missing;
+
+	if ((text = slurp(path, &n, &missing)) == NULL) {
+		*errors += !missing;
+		return;
+	}
+	for (p = text, end = text + n; p < end; p = nl + 1) {
+		at.line++;
+		if ((nl = memchr(p, '\n', end - p)) == NULL)
+			nl = end;
+		*nl = '\0';
+		read_line(c, &at, p, nl - p);
+	}
+	free(text);
+	*errors += at.errors;
+}
+
+/* What follows from several settings, or from none. */
+static void
+complete(struct conf *c, const char *path, int *errors)
+{
+	struct place at = { NULL, 0, BY_NOBODY, 0 };
+	size_t i;
+
+	if (c->nlisten == 0)
+		assign(c, &at, "Listen", "10025");
+	if (c->nclamd == 0) {
+		c->clamd_default = 1;
+		for (i = 0; i < sizeof clamd_paths / sizeof clamd_paths[0]; i++)
+			assign(c, &at, "ClamAddress", clamd_paths[i]);
+	}
+	if (c->scantimeout == 0)
+		c->scantimeout = c->timeout;
+	if (c->seen[0] == BY_NOBODY && !c->transparent) {
+		logmsg(LOG_ERR, "%s: OutAddress is missing: the mail server "
+		    "that gets the mail, such as 127.0.0.1:10026", path);
+		at.errors++;
+	}
+	*errors += at.errors;
+}
+
+struct conf *
+conf_load(const char *path, const char *const (*flags)[2], int nflags,
+    const char *pidfile)
+{
+	struct conf *c = calloc(1, sizeof *c);
+	struct place at = { NULL, 0, BY_FLAG, 0 };
+	size_t i;
+	int n;
+
+	if (c == NULL) {
+		logmsg(LOG_ERR, "settings:");
+		return NULL;
+	}
+	c->refs = 1;
+	for (i = 0; i < NKEYWORDS; i++)
+		if (keywords[i].def != NULL &&
+		    keywords[i].set(c, &keywords[i], keywords[i].def) != NULL)
+			at.errors++;
+	for (n = 0; n < nflags; n++)
+		assign(c, &at, flags[n][0], flags[n][1]);
+	read_file(c, path, &at.errors);
+	complete(c, path, &at.errors);
+	if (pidfile != NULL) {
+		at.source = BY_NOBODY;
+		assign(c, &at, "PidFile", pidfile);
+	}
+	if (at.errors > 0) {
+		conf_put(c);
+		return NULL;
+	}
+	return c;
+}
+
+void
+conf_show(const struct conf *c)
+{
+	size_t i;
+
+	for (i = 0; i < NKEYWORDS; i++)
+		if (keywords[i].show != NULL)
+			keywords[i].show(c, &keywords[i]);
+}
+
+void
+conf_put(struct conf *c)
+{
+	if (c == NULL || --c->refs > 0)
+		return;
+	clear_action(c);
+	clear_listen(c);
+	clear_clamd(c);
+	target_put(c->out);
+	free(c->header);
+	free(c->virusaction);
+	free(c->tempdir);
+	free(c->pidfile);
+	free(c->user);
+	free(c);
+}

@@ -1,0 +1,213 @@
+#!/bin/sh
+# usage: ./demo.sh [--keep] [--system-clamd]
+#
+# Shows clamsmtpd at work: installs what is missing, builds, starts a virus
+# scanner, a receiving mail server and clamsmtpd between them, sends three mails,
+# and shows what became of each.  Everything is private to this script and gone
+# when it ends.
+#
+#   --keep          leave it running, and say how to talk to it
+#   --system-clamd  ask this machine's running clamd, not one of our own
+
+set -u
+cd "$(dirname "$0")" || exit 1
+# shellcheck source=tests/install.sh
+. tests/install.sh
+
+keep='' system=''
+for arg do
+	case $arg in
+	--keep)		keep=yes ;;
+	--system-clamd)	system=yes ;;
+	*)	sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+		exit 2 ;;
+	esac
+done
+
+dir=$(mktemp -d "${TMPDIR:-/tmp}/clamsmtpd-demo.XXXXXX") || exit 1
+chmod 755 "$dir"
+pids=
+
+clean()
+{
+	for pid in $pids; do
+		kill "$pid" 2>/dev/null
+	done
+	# shellcheck disable=SC2086
+	wait $pids 2>/dev/null
+	rm -rf "$dir"
+}
+trap clean EXIT
+trap 'exit 1' HUP INT TERM
+
+fail()
+{
+	echo "$*" >&2
+	for f in "$dir"/*.log; do
+		[ ! -s "$f" ] || tail -n 5 "$f" >&2
+	done
+	exit 1
+}
+
+# wait_for WHAT COMMAND...: until the command succeeds, ten seconds at most
+wait_for()
+{
+	what=$1 turn=0
+	shift
+	until "$@" 2>/dev/null; do
+		turn=$((turn + 1))
+		[ "$turn" -lt 100 ] || fail "$what did not start; it said:"
+		sleep 0.1
+	done
+}
+
+# ---------------------------------------------------------------- preparation
+
+need='cc /usr/include/stdio.h make musl-gcc /usr/bin/python3'
+[ "$system" ] || need="$need clamd"
+# shellcheck disable=SC2086
+install_missing "$dir/install.log" $need
+for what in $MISSING; do
+	# there is no musl-gcc on Alpine: cc is one
+	[ "$what" = musl-gcc ] || fail "cannot do without $what"
+done
+
+make -s >"$dir/make.log" 2>&1 || fail "make fails:"
+mkdir "$dir/spool" "$dir/mail" "$dir/clamd" "$dir/db"
+
+# Nothing here needs root; a service of its own user is what one should have.
+us='' scanner=''
+if [ "$(id -u)" = 0 ]; then
+	us='User: nobody'
+	chown nobody "$dir/spool"
+	if id clamav >/dev/null 2>&1; then
+		scanner='User clamav'
+		chown clamav "$dir/clamd"
+	fi
+fi
+
+# ---------------------------------------------------------------- the scanner
+
+if [ "$system" ]; then
+	address=
+	for socket in /run/clamav/clamd.sock /var/run/clamav/clamd.ctl \
+	    /var/run/clamav/clamd; do
+		[ ! -S "$socket" ] || address=${address:-$socket}
+	done
+	[ "$address" ] || fail "no clamd of this machine has a socket in /run/clamav"
+	knows="this machine's own"
+else
+	address=$dir/clamd/socket
+	knows='knows one "virus", the harmless EICAR test file'
+	# The test file's text, in hexadecimal.
+	printf '%s' 'Eicar-Test-Signature:0:*:58354f2150254041505b345c505a58353428' \
+	    '505e2937434329377d2445494341522d5354414e444152442d414e5449564952' \
+	    '55532d544553542d46494c452124482b482a' >"$dir/db/demo.ndb"
+	echo >>"$dir/db/demo.ndb"
+	cat >"$dir/clamd.conf" <<-EOF
+		DatabaseDirectory $dir/db
+		LocalSocket $address
+		LocalSocketMode 666
+		TemporaryDirectory $dir/clamd
+		Foreground yes
+		$scanner
+	EOF
+	# A copy, for AppArmor confines the installed one to its usual places.
+	cp "$(command -v clamd)" "$dir/clamd/clamd"
+	"$dir/clamd/clamd" -c "$dir/clamd.conf" >"$dir/clamd.log" 2>&1 &
+	pids="$pids $!"
+	wait_for clamd test -S "$address"
+fi
+
+# ---------------------------------------------------------------- the others
+
+PYTHONDONTWRITEBYTECODE=1
+export PYTHONDONTWRITEBYTECODE
+"$PYTHON" tests/demo.py sink "$dir/mail" >"$dir/sink.log" 2>&1 &
+pids="$pids $!"
+wait_for "the next hop" test -e "$dir/mail/port"
+hop=127.0.0.1:$(cat "$dir/mail/port")
+
+cat >"$dir/clamsmtpd.conf" <<EOF
+Listen: 127.0.0.1:0
+OutAddress: $hop
+ClamAddress: $address
+Action: bounce
+TempDirectory: $dir/spool
+$us
+EOF
+./clamsmtpd -d 3 -f "$dir/clamsmtpd.conf" 2>"$dir/clamsmtpd.log" &
+pids="$pids $!"
+wait_for clamsmtpd grep -q 'listening on' "$dir/clamsmtpd.log"
+here=$(sed -n 's/.*listening on //p' "$dir/clamsmtpd.log" | head -n 1)
+
+cat <<EOF
+
+  sender  --->  clamsmtpd  --->  next hop (the mail server that takes the mail)
+                    |
+                  clamd, the virus scanner: $knows
+
+  clamsmtpd listens on $here, with this configuration file:
+
+EOF
+sed '/^$/d; s/^/    /' "$dir/clamsmtpd.conf"
+
+# ---------------------------------------------------------------- three mails
+
+mails()
+{
+	find "$dir/mail" -name '[0-9]*' ! -name '*.new' | wc -l
+}
+
+# show KIND TITLE
+show()
+{
+	before=$(mails)
+	seen=$(wc -l <"$dir/clamsmtpd.log")
+	"$PYTHON" tests/demo.py write "$1" "$dir/$1.eml" || fail "no mail"
+	echo
+	echo "== $2"
+	echo
+	heard=$("$PYTHON" tests/demo.py send "$here" "$dir/$1.eml" 2>&1)
+	echo "  the sender heard     $heard"
+	wait_for "the log line" log_line
+	after=$(mails)
+	if [ "$((after))" = "$((before))" ]; then
+		echo "  the next hop got     nothing"
+	else
+		echo "  the next hop got     this mail:"
+		sed 's/^/      | /' "$dir/mail/$((after))" | tr -d '\r'
+	fi
+	tail -n "+$((seen + 1))" "$dir/clamsmtpd.log" | sed -n '/status=/{
+		s/^clamsmtpd: //
+		s/^/  clamsmtpd logged     /
+		p
+	}'
+}
+
+log_line()
+{
+	tail -n "+$((seen + 1))" "$dir/clamsmtpd.log" | grep -q status=
+}
+
+show clean "a clean mail: it passes, with one header more"
+show eicar "a mail with the EICAR test file attached: refused"
+show zipped "the same, with the file in a zip archive: refused"
+echo
+
+[ "$keep" ] || exit 0
+trap - EXIT HUP INT TERM
+cat <<EOF
+== it goes on running
+
+  send a mail      $PYTHON tests/demo.py send $here $dir/eicar.eml
+  by hand          nc ${here%:*} ${here##*:}    (EHLO me, MAIL FROM:<a@example.com>, ...)
+EOF
+if have swaks; then
+	echo "                   swaks --server $here --to you@example.com --attach @FILE"
+fi
+cat <<EOF
+  mail that came   $dir/mail/
+  the log          $dir/clamsmtpd.log
+  the end          kill$pids; rm -rf $dir
+EOF

@@ -1,0 +1,2635 @@
+/*
+ * The life of a mail, from top to bottom.
+ *
+ *	CONNECT	    to the next hop, as soon as the client is there
+ *	GREETING    the next hop's, passed on under another name
+ *	COMMAND	    one of the client's, when the one before has its reply
+ *	REPLY	    to it, read whole, passed on whole
+ *	AUTH	    a line of the client's that only the next hop understands
+ *	BODY	    DATA: into the spool, up to the final dot
+ *	CHUNK	    BDAT: so many bytes into the spool
+ *	SCAN	    clamd looks at it
+ *	QUARANTINE  a child keeps a copy of it
+ *	DATA	    clamd called it OK: the next hop is asked to take it
+ *	REPLAY	    header and body go out
+ *	FINAL	    the next hop's word on it, which is the client's too
+ *	RESET	    instead of the last three, for what is not forwarded
+ *	LINGER	    the last reply is out, the client may read it in peace
+ *
+ * At most one command is outstanding at the next hop (and none beside a NOOP
+ * of ours), so whose reply has come is never a question.
+ *
+ * No byte of a body reaches the next hop unless clamd has said OK, or the
+ * administrator has said so: only judge() enters S_DATA.
+ */
+
+#include <ctype.h>
+#include <errno.h>
+#include <limits.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "clamsmtpd.h"
+
+/* Linux; the kernel's number, for IPv4 and IPv6 alike. */
+#define ORIGINAL_DST	80
+
+#define OUR_NAME	"smtp.passthru"
+
+/* All that we ever say to a client of our own accord. */
+static const char
+    r_ready[] =		"354 Start mail input; end with <CRLF>.<CRLF>",
+    r_chunk[] =		"250 2.0.0 %llu octets received",
+    r_virus_drop[] =	"250 2.0.0 Virus Detected; Discarded Email",
+    r_virus_bounce[] =	"550 5.7.1 Virus Detected; Content Rejected (%s)",
+    r_busy[] =		"421 4.3.2 Server busy, too many connections",
+    r_stopping[] =	"421 4.3.2 Service shutting down",
+    r_loop[] =		"421 4.4.6 Mail loop: this is a connection of our own",
+    r_no_hop[] =	"421 4.4.1 Local Error (next mail server: %s)",
+    r_hop_lost[] =	"421 4.4.2 Local Error (next mail server: %s)",
+    r_hop_lost_mail[] =	"451 4.4.2 Local Error (next mail server: %s)",
+    r_idle[] =		"421 4.4.2 Timeout, closing connection",
+    r_no_scan[] =	"451 4.3.0 Local Error (clamd: %s)",
+    r_local[] =		"451 4.3.0 Local Error (%s: %s)",
+    r_full[] =		"452 4.3.1 Local Error (%s: %s)",
+    r_too_big[] =	"552 5.3.4 Message too big (limit %lld bytes)",
+    r_long[] =		"500 5.5.2 Line too long",
+    r_unknown[] =	"500 5.5.1 Command not recognized",
+    r_control[] =	"501 5.5.2 Control character in command",
+    r_no_args[] =	"501 5.5.4 DATA takes no parameters",
+    r_bad_size[] =	"501 5.5.4 Syntax: BDAT size [LAST]",
+    r_binary[] =	"501 5.5.4 BODY=BINARYMIME is not supported",
+    r_no_tls[] =	"502 5.5.1 Command not implemented",
+    r_sequence[] =	"503 5.5.1 Bad sequence of commands",
+    r_no_rcpt[] =	"503 5.5.1 No accepted MAIL and RCPT before this",
+    r_xclient[] =	"554 5.7.0 Insufficient authorization";
+
+/* The attributes of XCLIENT that we have values for. */
+enum { X_NAME = 1, X_ADDR = 2, X_PORT = 4 };
+
+static int st_connect(struct session *), st_greeting(struct session *),
+    st_command(struct session *), st_reply(struct session *),
+    st_auth(struct session *), st_body(struct session *),
+    st_chunk(struct session *), st_scan(struct session *),
+    st_quarantine(struct session *), st_data(struct session *),
+    st_replay(struct session *), st_final(struct session *),
+    st_reset(struct session *), st_linger(struct session *);
+
+enum { CLIENT = 1, SERVER = 2 };
+
+/* How long a state may last: TimeOut since the client's last sign of life;
+ * TimeOut in all; what is set where it is entered or goes on. */
+enum clock { C_IDLE, C_TOTAL, C_OTHER };
+
+static const struct {
+	const char *name;
+	int	 from;			/* whom it listens to */
+	enum clock clock;
+	int	(*step)(struct session *);	/* 1: got on, call again; 0: wait */
+} states[] = {
+	[S_CONNECT] =	{ "connect", 0, C_OTHER, st_connect },
+	[S_GREETING] =	{ "greeting", SERVER, C_TOTAL, st_greeting },
+	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command },
+	[S_REPLY] =	{ "reply", SERVER, C_TOTAL, st_reply },
+	[S_AUTH] =	{ "auth", CLIENT | SERVER, C_IDLE, st_auth },
+	[S_BODY] =	{ "body", CLIENT | SERVER, C_IDLE, st_body },
+	[S_CHUNK] =	{ "chunk", CLIENT | SERVER, C_IDLE, st_chunk },
+	[S_SCAN] =	{ "scan", CLIENT | SERVER, C_OTHER, st_scan },
+	[S_QUARANTINE] = { "quarantine", CLIENT | SERVER, C_TOTAL, st_quarantine },
+	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data },
+	[S_REPLAY] =	{ "replay", CLIENT | SERVER, C_OTHER, st_replay },
+	[S_FINAL] =	{ "final", SERVER, C_OTHER, st_final },
+	[S_RESET] =	{ "reset", SERVER, C_TOTAL, st_reset },
+	[S_LINGER] =	{ "linger", CLIENT, C_OTHER, st_linger },
+	[S_DEAD] =	{ "dead", 0, C_OTHER, NULL },
+};
+
+static void
+enter(struct session *s, enum state state)
+{
+	s->state = state;
+	switch (states[state].clock) {
+	case C_IDLE:
+	case C_TOTAL:
+		s->deadline = now + s->conf->timeout;
+		break;
+	case C_OTHER:
+		break;
+	}
+}
+
+/*
+ * Saying something.
+ */
+
+static void
+log_dialogue(const struct session *s, const char *who, const char *p, size_t n)
+{
+	while (n > 0 && (p[n - 1] == '\n' || p[n - 1] == '\r'))
+		n--;
+	if (log_wants(LOG_DEBUG))
+		slog(s, LOG_DEBUG, "%s %s", who, printable(p, n));
+}
+
+/* Whether a step may say a line, or pass on a reply. */
+static int
+client_ready(struct session *s)
+{
+	return buf_ready(&s->client.out, 2 * REPLYSZ);
+}
+
+/* What cannot be said ends the session: replies must not get out of step. */
+static void
+client_put(struct session *s, const char *p, size_t n)
+{
+	if (!buf_ready(&s->client.out, n)) {
+		s->client.err = 1;
+		return;
+	}
+	buf_put(&s->client.out, p, n);
+	log_dialogue(s, "CLIENT >", p, n);
+}
+
+/* A line of our own, made fit for a reply: what stands in it may be foreign. */
+static size_t
+format_line(char line[NOTESZ], const char *fmt, va_list ap)
+{
+	int n = vsnprintf(line, NOTESZ - 2, fmt, ap);
+	size_t i, len = n < 0 ? 0 : n < NOTESZ - 2 ? n : NOTESZ - 3;
+
+	for (i = 0; i < len; i++)
+		if (iscntrl((unsigned char)line[i]))
+			line[i] = ' ';
+	line[len++] = '\r';
+	line[len++] = '\n';
+	return len;
+}
+
+static void say(struct session *, const char *, ...)
+    __attribute__((format(printf, 2, 3)));
+
+static void
+say(struct session *s, const char *fmt, ...)
+{
+	char line[NOTESZ];
+	va_list ap;
+
+	va_start(ap, fmt);
+	client_put(s, line, format_line(line, fmt, ap));
+	va_end(ap);
+}
+
+static void hold(struct session *, const char *, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* To be said when what goes before it has been done. */
+static void
+hold(struct session *s, const char *fmt, ...)
+{
+	char line[NOTESZ];
+	va_list ap;
+
+	va_start(ap, fmt);
+	if (str_set(&s->held, line, format_line(line, fmt, ap)) == -1)
+		s->client.err = 1;
+	va_end(ap);
+}
+
+static void
+say_held(struct session *s)
+{
+	client_put(s, s->held.s, s->held.len);
+	str_free(&s->held);
+}
+
+/* 0: there is no memory for it now. */
+static int
+hop_put(struct session *s, const char *p, size_t n)
+{
+	if (!buf_ready(&s->server.out, n))
+		return 0;
+	buf_put(&s->server.out, p, n);
+	log_dialogue(s, "SERVER >", p, n);
+	return 1;
+}
+
+/*
+ * Beginnings and ends.
+ */
+
+static void
+mail_reset(struct session *s)
+{
+	s->mail = s->rcpts = 0;
+	str_free(&s->from);
+	str_free(&s->to);
+	str_free(&s->quarantined);
+	str_free(&s->insert);
+	str_free(&s->pending);
+	s->to_cut = 0;
+	if (s->spool != -1)
+		close(s->spool);
+	s->spool = -1;
+	s->bdat = s->raw = s->error = 0;
+	s->noop_at = 0;
+	s->verdict = UNKNOWN;
+}
+
+/* XFORWARD lasts for one mail (Postfix XFORWARD_README). */
+static void
+xforward_reset(struct session *s)
+{
+	str_free(&s->remote);
+	str_free(&s->remote_helo);
+}
+
+/* QUIT where the next hop waits for a command; in the middle of a message
+ * nothing, so that it never sees an end of it. */
+static void
+hop_close(struct session *s)
+{
+	if (s->server.fd != -1 && s->state > S_GREETING && !s->asked && !s->noop &&
+	    !s->server.eof && !s->server.err && hop_put(s, "QUIT\r\n", 6))
+		peer_drain(&s->server, 0);
+	peer_close(&s->server);
+	s->asked = s->noop = 0;
+}
+
+static void
+session_end(struct session *s)
+{
+	hop_close(s);
+	clamd_drop(s);
+	if (s->child != NULL)
+		child_forget(s->child);
+	s->child = NULL;
+	enter(s, S_DEAD);
+}
+
+static void
+finish(struct session *s)
+{
+	hop_close(s);
+	enter(s, S_LINGER);
+	s->deadline = now + s->conf->timeout;
+}
+
+static void
+mail_log(struct session *s, const char *status)
+{
+	char line[LOGSZ];
+	size_t room = sizeof line - sizeof "100000: , to=..., status=" -
+	    strlen(status);
+	const char *p, *end, *word;
+	size_t n;
+
+	n = snprintf(line, room / 2, "from=%s",
+	    printable_word(s->from.s, s->from.len));
+	if (n >= room / 2)
+		n = room / 2 - 1;
+	for (p = s->to.s; p != NULL && *p != '\0'; p = end + 1) {
+		end = strchr(p, '\n');
+		word = printable_word(p, end - p);
+		if (n + strlen(word) + 5 > room) {
+			n += sprintf(line + n, ", to=...");
+			break;
+		}
+		n += sprintf(line + n, ", to=%s", word);
+	}
+	slog(s, LOG_INFO, "%.*s, status=%s", (int)n, line, status);
+}
+
+/* The line that every message gets, with its verdict. */
+static void
+mail_done(struct session *s)
+{
+	char status[NAMESZ + 16];
+
+	count.messages++;
+	count.bytes += s->size;
+	if (s->error) {
+		int big = s->held.len > 3 && memcmp(s->held.s, "552", 3) == 0;
+
+		*(big ? &count.oversize : &count.errors) += 1;
+		mail_log(s, big ? "OVERSIZE" : "ERROR");
+	} else if (s->verdict == CLEAN) {
+		count.clean++;
+		mail_log(s, "CLEAN");
+	} else if (s->verdict == VIRUS) {
+		count.viruses++;
+		snprintf(status, sizeof status, "VIRUS:%s", s->virus);
+		mail_log(s, status);
+	} else if (s->conf->failopen) {
+		count.unscanned++;
+		mail_log(s, "UNSCANNED");
+	} else if (s->verdict == TOOBIG) {
+		count.oversize++;
+		mail_log(s, "OVERSIZE");
+	} else {
+		count.failed++;
+		mail_log(s, "CLAMAV-ERROR");
+	}
+}
+
+/*
+ * A message that came whole, but is not forwarded: `held' has the reply.
+ */
+static void
+turn_away(struct session *s)
+{
+	mail_done(s);
+	s->noop_at = 0;
+	enter(s, S_RESET);
+}
+
+static void remember(struct session *, const char *, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/*
+ * From 354 to the final dot nothing is answered: the first error is kept, the
+ * rest of the body is read for nothing, and the error is told at the dot.
+ */
+static void
+remember(struct session *s, const char *fmt, ...)
+{
+	char line[NOTESZ];
+	va_list ap;
+
+	if (s->error)
+		return;
+	s->error = 1;
+	va_start(ap, fmt);
+	if (str_set(&s->held, line, format_line(line, fmt, ap)) == -1)
+		s->client.err = 1;
+	va_end(ap);
+	line[strcspn(line, "\r")] = '\0';
+	slog(s, LOG_WARNING, "message will be refused: %s",
+	    line);
+}
+
+static void
+remember_errno(struct session *s, const char *what)
+{
+	int full = errno == ENOSPC || errno == EDQUOT || errno == EMFILE ||
+	    errno == ENFILE || errno == ENOMEM || errno == EFBIG;
+
+	remember(s, full ? r_full : r_local, what, strerror(errno));
+}
+
+/*
+ * The next hop is gone, or has said what no mail server says here.  Whatever
+ * it was that the client waits for, it hears of it.
+ */
+static int
+hop_lost(struct session *s, const char *why)
+{
+	slog(s, LOG_WARNING, "SERVER: %s%s", why, s->state == S_FINAL ?
+	    ": whether it has the message is unknown" : "");
+	peer_close(&s->server);
+	s->asked = s->noop = 0;
+	switch (s->state) {
+	case S_BODY:
+	case S_CHUNK:
+	case S_SCAN:
+	case S_QUARANTINE:
+		remember(s, r_hop_lost_mail, why);
+		return 1;
+	case S_RESET:
+		say_held(s);
+		break;
+	case S_DATA:
+	case S_REPLAY:
+	case S_FINAL:
+		hold(s, r_hop_lost_mail, why);
+		s->error = 1;
+		mail_done(s);
+		say_held(s);
+		break;
+	default:
+		say(s, r_hop_lost, why);
+		break;
+	}
+	finish(s);
+	return 1;
+}
+
+/* Gone: reset; or ended without a whole command behind the message.  One that
+ * ended behind a QUIT still reads. */
+static int
+client_gone(struct session *s)
+{
+	const struct buf *in = &s->client.in;
+
+	return s->client.err || (s->client.eof &&
+	    memchr(buf_head(in), '\n', buf_len(in)) == NULL);
+}
+
+/* Nobody is there to hear of it: the next hop must not get this message. */
+static int
+give_up(struct session *s)
+{
+	slog(s, LOG_NOTICE, "CLIENT: gone before its message was forwarded");
+	session_end(s);
+	return 1;
+}
+
+/*
+ * Replies of the next hop.
+ */
+
+struct reply {
+	int	 code;
+	const char *text;		/* in server.in: all lines, with line ends */
+	size_t	 len;
+};
+
+/* Three digits and a separator; 0: no reply line. */
+static int
+reply_code(const char *p, size_t n)
+{
+	if (n < 4 || p[0] < '2' || p[0] > '5' || !isdigit((unsigned char)p[1]) ||
+	    !isdigit((unsigned char)p[2]) || strchr(" -\r\n", p[3]) == NULL ||
+	    p[3] == '\0')
+		return 0;
+	return (p[0] - '0') * 100 + (p[1] - '0') * 10 + p[2] - '0';
+}
+
+/*
+ * The whole reply that the next hop owes us, all its lines.  1: it is there
+ * (reply_eat() takes it away); 0: wait; -1: none will come, the hop is lost.
+ */
+static int
+reply_get(struct session *s, struct reply *r)
+{
+	struct buf *in = &s->server.in;
+	const char *line, *nl;
+	int code;
+
+	r->text = buf_head(in);
+	while (s->reply_seen < buf_len(in)) {
+		line = r->text + s->reply_seen;
+		nl = memchr(line, '\n', buf_len(in) - s->reply_seen);
+		if (nl == NULL)
+			break;
+		code = reply_code(line, nl + 1 - line);
+		r->code = reply_code(r->text, buf_len(in));
+		if (code == 0 || code != r->code) {
+			hop_lost(s, "it does not speak SMTP");
+			return -1;
+		}
+		s->reply_seen = nl + 1 - r->text;
+		if (line[3] != '-') {
+			r->len = s->reply_seen;
+			return 1;
+		}
+	}
+	if (buf_len(in) > REPLYSZ) {
+		hop_lost(s, "its reply is too long");
+		return -1;
+	}
+	if (s->server.eof) {
+		hop_lost(s, "it closed the connection");
+		return -1;
+	}
+	return 0;
+}
+
+static void
+reply_eat(struct session *s, const struct reply *r)
+{
+	if (s->server.fd == -1)
+		return;			/* lost meanwhile, and the buffer with it */
+	log_dialogue(s, "SERVER <", r->text, r->code == 334 ? 3 : r->len);
+	s->reply_seen = 0;
+	buf_eat(&s->server.in, r->len);
+}
+
+/* Pass lines of a reply on: CRLF behind each, no control characters in it. */
+static int
+reply_copy(struct str *to, const char *p, size_t n)
+{
+	const char *nl;
+	size_t len, start;
+
+	for (; n > 0; n -= nl + 1 - p, p = nl + 1) {
+		nl = memchr(p, '\n', n);
+		len = nl - p;
+		if (len > 0 && p[len - 1] == '\r')
+			len--;
+		start = to->len;
+		if (str_add(to, p, len) == -1 || str_add(to, "\r\n", 2) == -1)
+			return -1;
+		for (; start < to->len - 2; start++)
+			if ((unsigned char)to->s[start] < ' ' ||
+			    to->s[start] == 127)
+				to->s[start] = ' ';
+	}
+	return 0;
+}
+
+static void
+hold_reply(struct session *s, const struct reply *r)
+{
+	s->held.len = 0;
+	if (reply_copy(&s->held, r->text, r->len) == -1)
+		s->client.err = 1;
+}
+
+static void
+relay(struct session *s, const struct reply *r)
+{
+	hold_reply(s, r);
+	if (!s->client.err)
+		say_held(s);
+}
+
+/*
+ * While the client or clamd takes its time: NOOPs, if KeepAlives are on, and
+ * whatever the next hop says unasked, which can only be the end.  1: it waits
+ * for a command; 0: it owes us a reply, or it is lost (server.fd is -1).
+ */
+static int
+hop_listen(struct session *s)
+{
+	struct reply r;
+
+	while (s->server.fd != -1 &&
+	    (buf_len(&s->server.in) > 0 || s->server.eof)) {
+		switch (reply_get(s, &r)) {
+		case -1:
+		case 0:
+			return 0;
+		}
+		if (s->noop && r.code / 100 == 2) {
+			s->noop = 0;
+			s->noop_at = now + s->conf->keepalives;
+			reply_eat(s, &r);
+			continue;
+		}
+		slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
+		    printable(r.text, strcspn(r.text, "\r\n")));
+		if (r.code / 100 == 4 && !s->error) {
+			s->error = 1;
+			hold_reply(s, &r);
+		}
+		remember(s, r_hop_lost_mail, "it refused a NOOP");
+		peer_close(&s->server);
+		s->noop = 0;
+	}
+	if (s->server.fd == -1)
+		return 0;
+	if (s->noop_at != 0 && now >= s->noop_at && !s->noop && !s->error) {
+		s->noop = hop_put(s, "NOOP\r\n", 6);
+		s->noop_at = now + s->conf->keepalives;
+	}
+	return !s->noop;
+}
+
+/*
+ * CONNECT.
+ */
+
+/* The original target of a redirected connection: by REDIRECT from conntrack,
+ * by TPROXY it is the address that was connected to. */
+static void
+original_target(int fd, const struct addr *local, struct addr *a)
+{
+	int v6 = local->u.sa.sa_family == AF_INET6;
+
+	memset(a, 0, sizeof *a);
+	a->len = sizeof a->u;
+	if (getsockopt(fd, v6 ? IPPROTO_IPV6 : IPPROTO_IP, ORIGINAL_DST, &a->u,
+	    &a->len) == -1)
+		*a = *local;
+	addr_unmap(a);
+}
+
+struct session *
+session_new(int fd, const struct addr *client, struct conf *conf, unsigned id)
+{
+	struct session *s = calloc(1, sizeof *s);
+	int one = 1;
+
+	if (s == NULL)
+		return NULL;
+	s->id = id;
+	s->conf = conf;
+	conf->refs++;
+	s->client.fd = fd;
+	s->server.fd = s->clamd.fd = s->spool = -1;
+	s->client_addr = *client;
+	s->local_addr.len = sizeof s->local_addr.u;
+	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
+		s->local_addr.len = 0;
+	if (conf->transparent)
+		original_target(fd, &s->local_addr, &s->server_addr);
+	addr_unmap(&s->local_addr);
+	if (client->u.sa.sa_family != AF_UNIX)
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	s->state = S_CONNECT;
+	s->deadline = now + conf->timeout;
+	slog(s, LOG_INFO, "accepted connection from: %s", addr_text(client));
+	if (is_own_connection(client)) {
+		slog(s, LOG_ERR, "mail loop: %s is our own connection to a next "
+		    "hop; check OutAddress or the firewall's redirection",
+		    addr_full(client));
+		say(s, "%s", r_loop);
+		finish(s);
+	}
+	return s;
+}
+
+/* Which address is next; 0: it is being looked up, -1: there is none. */
+static int
+hop_address(struct session *s)
+{
+	struct target *t = s->conf->out;
+
+	if (s->conf->transparent)	/* session_new() has found it */
+		return s->server_addr.u.sa.sa_family == AF_UNIX ? -1 : 1;
+	if (t->naddr == 0 && t->name == NULL) {
+		s->server_addr = s->client_addr;
+		if (s->client_addr.u.sa.sa_family == AF_UNIX)
+			addr_ip(&s->server_addr, "127.0.0.1", 0);
+		addr_set_port(&s->server_addr, t->port);
+		return 1;
+	}
+	target_look(t, 0);
+	if (t->naddr == 0)
+		return t->looking ? 0 : -1;
+	s->server_addr = t->addr[s->hop % t->naddr];
+	return 1;
+}
+
+static int
+no_hop(struct session *s, const char *why)
+{
+	slog(s, LOG_WARNING, "SERVER: couldn't connect to: %s: %s",
+	    s->server_addr.len > 0 ? addr_full(&s->server_addr) :
+	    s->conf->out->text, why);
+	if (s->conf->out != NULL && !s->conf->transparent)
+		target_look(s->conf->out, 1);
+	say(s, r_no_hop, why);
+	finish(s);
+	return 1;
+}
+
+/* How many addresses there are to try. */
+static int
+hop_count(const struct session *s)
+{
+	const struct target *t = s->conf->out;
+
+	return s->conf->transparent || t->naddr == 0 ? 1 : t->naddr;
+}
+
+static int
+st_connect(struct session *s)
+{
+	socklen_t len = sizeof(int);
+	int err = 0, done;
+
+	if (s->server.fd == -1) {
+		switch (hop_address(s)) {
+		case 0:
+			return now < s->deadline ? 0 :
+			    no_hop(s, "its name is still being looked up");
+		case -1:
+			return no_hop(s, "no address");
+		}
+		s->server.fd = addr_connect(&s->server_addr, &done);
+		s->server.connecting = s->server.fd != -1 && !done;
+		if (s->server.fd == -1)
+			err = errno;
+		s->deadline = now + s->conf->timeout / hop_count(s);
+		s->server_local.len = sizeof s->server_local.u;
+		if (getsockname(s->server.fd, &s->server_local.u.sa,
+		    &s->server_local.len) == -1)
+			s->server_local.len = 0;
+	} else if (!s->server.connecting)
+		getsockopt(s->server.fd, SOL_SOCKET, SO_ERROR, &err, &len);
+	else if (now >= s->deadline)
+		err = ETIMEDOUT;
+	if (err == 0) {
+		if (s->server.connecting)
+			return 0;
+		enter(s, S_GREETING);
+		return 1;
+	}
+	peer_close(&s->server);
+	if (++s->hop >= hop_count(s))
+		return no_hop(s, strerror(err));
+	return 1;
+}
+
+/*
+ * GREETING.
+ */
+
+static int
+st_greeting(struct session *s)
+{
+	struct reply r;
+
+	if (!client_ready(s))
+		return 0;
+	switch (reply_get(s, &r)) {
+	case 0:
+		return 0;
+	case -1:
+		return 1;
+	}
+	if (r.code / 100 == 3)
+		return hop_lost(s, "its greeting makes no sense");
+	if (r.code / 100 == 2)
+		say(s, "%d " OUR_NAME, r.code);
+	else
+		relay(s, &r);
+	reply_eat(s, &r);
+	if (r.code / 100 == 2)
+		enter(s, S_COMMAND);
+	else
+		finish(s);
+	return 1;
+}
+
+/*
+ * COMMAND: the verbs.
+ */
+
+/*
+ * take looks at a line (n bytes, NUL-terminated, without line end) and says
+ * whether it is passed on; 0: it has been answered.  told is given the reply;
+ * 0: relay it, 1: done.
+ */
+struct verb {
+	const char *name;
+	int	(*take)(struct session *, char *line, size_t n);
+	int	(*told)(struct session *, const struct reply *);
+	int	 in_chunks;		/* may stand between two BDATs */
+};
+
+static const struct verb verb_xclient;
+
+/* The address in "MAIL FROM:<...> ..." or RCPT, bare; behind it: parameters. */
+static const char *
+path_parse(const char *line, const char **addr, size_t *n)
+{
+	const char *p = strchr(line, ':');
+	int quoted = 0;
+
+	*addr = "";
+	*n = 0;
+	if (p == NULL)
+		return line + strlen(line);
+	p += 1 + strspn(p + 1, " \t");
+	if (*p != '<') {
+		*addr = p;
+		*n = strcspn(p, " \t");
+		return p + *n;
+	}
+	*addr = ++p;
+	for (; *p != '\0' && (quoted || *p != '>'); p++)
+		if (*p == '\\' && p[1] != '\0')
+			p++;
+		else if (*p == '"')
+			quoted = !quoted;
+	*n = p - *addr;
+	return *p == '>' ? p + 1 : p;
+}
+
+static int
+keep_address(struct session *s, const char *line, const char **params)
+{
+	const char *addr;
+	size_t n;
+
+	*params = path_parse(line, &addr, &n);
+	if (str_set(&s->pending, addr, n) == -1) {
+		say(s, r_full, "memory", strerror(ENOMEM));
+		return 0;
+	}
+	return 1;
+}
+
+/* The most that a message may have, in bytes; 0: no limit.  With ScanFailure:
+ * pass a large one is forwarded unscanned, so MaxScanSize is none. */
+static int64_t
+size_limit(const struct session *s)
+{
+	int64_t max = s->conf->failopen ? 0 : s->conf->maxscansize;
+
+	if (max == 0 || (s->hop_size > 0 && s->hop_size < max))
+		max = s->hop_size;
+	return max;
+}
+
+/* Decimal digits up to a blank or the end; -1: they are none.  INT64_MAX: more
+ * than can be meant. */
+static int64_t
+octets(const char *p)
+{
+	int64_t n = 0;
+	int digits = 0;
+
+	for (; isdigit((unsigned char)*p); p++) {
+		if (++digits > 18)
+			return INT64_MAX;
+		n = n * 10 + (*p - '0');
+	}
+	return digits > 0 && strchr(" \t", *p) != NULL ? n : -1;
+}
+
+static int
+take_mail(struct session *s, char *line, size_t n)
+{
+	int64_t limit = size_limit(s);
+	const char *p;
+
+	(void)n;
+	if (!keep_address(s, line, &p))
+		return 0;
+	for (p += strspn(p, " \t"); *p != '\0';
+	    p += strcspn(p, " \t"), p += strspn(p, " \t")) {
+		if (strncasecmp(p, "SIZE=", 5) == 0 && limit > 0 &&
+		    octets(p + 5) > limit) {
+			say(s, r_too_big, (long long)limit);
+			return 0;
+		}
+		if (strncasecmp(p, "BODY=BINARYMIME", 15) == 0) {
+			say(s, "%s", r_binary);
+			return 0;
+		}
+	}
+	return 1;
+}
+
+static int
+told_mail(struct session *s, const struct reply *r)
+{
+	struct str from = s->pending;
+
+	if (r->code / 100 != 2)
+		return 0;
+	memset(&s->pending, 0, sizeof s->pending);
+	mail_reset(s);
+	s->mail = 1;
+	s->from = from;
+	if (s->from.len == 0 && str_set(&s->from, "<>", 2) == -1)
+		s->client.err = 1;
+	return 0;
+}
+
+static int
+take_rcpt(struct session *s, char *line, size_t n)
+{
+	const char *params;
+
+	(void)n;
+	return keep_address(s, line, &params);
+}
+
+/* All count, though no more than RCPTSZ bytes of them are remembered. */
+static int
+told_rcpt(struct session *s, const struct reply *r)
+{
+	if (r->code / 100 != 2)
+		return 0;
+	s->rcpts++;
+	if (s->to_cut)
+		return 0;
+	if (s->to.len + s->pending.len + 1 > RCPTSZ) {
+		slog(s, LOG_NOTICE, "so many recipients that RECIPIENTS and "
+		    "the log have only the first of them");
+		s->to_cut = 1;
+		str_set(&s->pending, "...", 3);
+	}
+	if (str_add(&s->to, s->pending.s, s->pending.len) == -1 ||
+	    str_add(&s->to, "\n", 1) == -1)
+		s->client.err = 1;
+	return 0;
+}
+
+static int
+told_rset(struct session *s, const struct reply *r)
+{
+	if (r->code / 100 == 2) {
+		mail_reset(s);
+		xforward_reset(s);
+	}
+	return 0;
+}
+
+static int
+take_helo(struct session *s, char *line, size_t n)
+{
+	if (str_set(&s->helo, line, n) == 0 && str_add(&s->helo, "\r\n", 2) == 0)
+		return 1;
+	say(s, r_full, "memory", strerror(ENOMEM));
+	return 0;
+}
+
+static int
+take_starttls(struct session *s, char *line, size_t n)
+{
+	(void)line;
+	(void)n;
+	say(s, "%s", r_no_tls);
+	return 0;
+}
+
+static int
+take_xclient(struct session *s, char *line, size_t n)
+{
+	(void)line;
+	(void)n;
+	slog(s, LOG_WARNING, "client attempted use of privileged XCLIENT feature");
+	say(s, "%s", r_xclient);
+	return 0;
+}
+
+static int
+take_xforward(struct session *s, char *line, size_t n)
+{
+	if (s->mail)
+		say(s, "%s", r_sequence);
+	else if (str_set(&s->pending, line, n) == 0)
+		return 1;
+	else
+		say(s, r_full, "memory", strerror(ENOMEM));
+	return 0;
+}
+
+/* xtext (RFC 3461 4) to what it stands for. */
+static int
+xtext_decode(struct str *to, const char *p, size_t n)
+{
+	char hex[3] = "", c;
+	size_t i;
+
+	str_free(to);
+	if (n > 5 && strncasecmp(p, "IPV6:", 5) == 0) {
+		p += 5;
+		n -= 5;
+	}
+	if (n == 0 || *p == '[')		/* [UNAVAILABLE], [TEMPUNAVAIL] */
+		return 0;
+	for (i = 0; i < n && to->len < 255; i++) {
+		c = p[i];
+		if (c == '+' && i + 2 < n && isxdigit((unsigned char)p[i + 1]) &&
+		    isxdigit((unsigned char)p[i + 2])) {
+			hex[0] = p[++i];
+			hex[1] = p[++i];
+			c = strtol(hex, NULL, 16);
+		}
+		if (str_add(to, &c, 1) == -1)
+			return -1;
+	}
+	return 0;
+}
+
+static int
+told_xforward(struct session *s, const struct reply *r)
+{
+	const char *p = s->pending.s;
+	size_t n;
+	int bad = 0;
+
+	if (r->code / 100 != 2)
+		return 0;
+	for (; *p != '\0'; p += n, p += strspn(p, " \t")) {
+		n = strcspn(p, " \t");
+		if (strncasecmp(p, "ADDR=", 5) == 0)
+			bad |= xtext_decode(&s->remote, p + 5, n - 5);
+		else if (strncasecmp(p, "HELO=", 5) == 0)
+			bad |= xtext_decode(&s->remote_helo, p + 5, n - 5);
+	}
+	if (bad)
+		s->client.err = 1;
+	str_free(&s->pending);
+	return 0;
+}
+
+/*
+ * EHLO: of what the next hop offers, only what is known to leave the message
+ * where we can see it.  An unknown extension is an unknown way around clamd.
+ */
+static const char *const ehlo_keywords[] = {
+	"SIZE", "8BITMIME", "DSN", "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH",
+	"ETRN", "VRFY", "EXPN", "HELP", "XFORWARD", "DELIVERBY",
+};
+
+static int
+word_is(const char *p, size_t n, const char *word)
+{
+	return n == strlen(word) && strncasecmp(p, word, n) == 0;
+}
+
+static void
+learn_xclient(struct session *s, const char *p)
+{
+	size_t n;
+
+	for (; *p != '\0'; p += n, p += strspn(p, " \t\r")) {
+		n = strcspn(p, " \t\r");
+		if (word_is(p, n, "NAME"))
+			s->hop_xclient |= X_NAME;
+		else if (word_is(p, n, "ADDR"))
+			s->hop_xclient |= X_ADDR;
+		else if (word_is(p, n, "PORT"))
+			s->hop_xclient |= X_PORT;
+	}
+}
+
+/* One line of the list, NUL-terminated, behind its code; 1: the client sees
+ * it as it is. */
+static int
+ehlo_line(struct session *s, const char *p)
+{
+	size_t i, n = strcspn(p, " =");
+
+	if (word_is(p, n, "CHUNKING"))
+		s->hop_chunking = 1;
+	if (word_is(p, n, "XCLIENT"))
+		learn_xclient(s, p + n);
+	if (word_is(p, n, "SIZE") && p[n] == ' ' && octets(p + n + 1) > 0)
+		s->hop_size = octets(p + n + 1);
+	if (p[n] == '=')		/* an old form that some clients look for */
+		return word_is(p, n, "AUTH");
+	for (i = 0; i < sizeof ehlo_keywords / sizeof ehlo_keywords[0]; i++)
+		if (word_is(p, n, ehlo_keywords[i]))
+			return 1;
+	return 0;
+}
+
+static int
+hold_line(struct session *s, const char *text)
+{
+	if (str_add(&s->held, "250-", 4) == 0 &&
+	    str_add(&s->held, text, strlen(text)) == 0 &&
+	    str_add(&s->held, "\r\n", 2) == 0)
+		return 0;
+	s->client.err = 1;
+	return -1;
+}
+
+/* What the client shall see of an EHLO reply goes to `held'. */
+static void
+ehlo_filter(struct session *s, const struct reply *r, int esmtp)
+{
+	struct str list = { NULL, 0, 0 };
+	char *p, *next, size[48];
+
+	s->hop_size = s->hop_chunking = s->hop_xclient = 0;
+	s->held.len = 0;
+	if (hold_line(s, OUR_NAME) == -1 ||
+	    reply_copy(&list, r->text, r->len) == -1) {
+		s->client.err = 1;
+		return;
+	}
+	for (p = strchr(list.s, '\n') + 1; *p != '\0' && esmtp; p = next + 1) {
+		next = strchr(p, '\n');
+		next[-1] = '\0';
+		if (!ehlo_line(s, p + 4))
+			continue;
+		if (strncasecmp(p + 4, "SIZE", 4) == 0 && size_limit(s) > 0) {
+			snprintf(size, sizeof size, "SIZE %lld",
+			    (long long)size_limit(s));
+			hold_line(s, size);
+		} else
+			hold_line(s, p + 4);
+	}
+	str_free(&list);
+	if (esmtp) {
+		hold_line(s, "PIPELINING");
+		if (s->hop_chunking)
+			hold_line(s, "CHUNKING");
+	}
+	if (s->client.err)
+		return;
+	for (p = s->held.s + s->held.len - 2; p > s->held.s && p[-1] != '\n'; p--)
+		;
+	p[3] = ' ';		/* the last line says that it is the last */
+}
+
+/* Whose address the next hop shall see; the client's, since it is ours. */
+static int
+ask_xclient(struct session *s)
+{
+	char line[NOTESZ];
+	size_t n;
+	int x = s->hop_xclient, ip = s->client_addr.u.sa.sa_family != AF_UNIX;
+
+	n = snprintf(line, sizeof line, "XCLIENT");
+	if (x & X_NAME)
+		n += snprintf(line + n, sizeof line - n, " NAME=[UNAVAILABLE]");
+	if (x & X_ADDR)
+		n += snprintf(line + n, sizeof line - n, " ADDR=%s%s",
+		    s->client_addr.u.sa.sa_family == AF_INET6 ? "IPV6:" : "",
+		    ip ? addr_text(&s->client_addr) : "[UNAVAILABLE]");
+	if ((x & X_PORT) && ip)
+		n += snprintf(line + n, sizeof line - n, " PORT=%u",
+		    addr_port(&s->client_addr));
+	n += snprintf(line + n, sizeof line - n, "\r\n");
+	if (!hop_put(s, line, n))
+		return 0;
+	s->verb = &verb_xclient;
+	s->asked = 1;
+	s->xclient_done = 1;
+	enter(s, S_REPLY);
+	return 1;
+}
+
+/* XCLIENT later than at the first HELO or EHLO would undo an AUTH. */
+static int
+told_hello(struct session *s, const struct reply *r, int esmtp)
+{
+	if (r->code / 100 != 2)
+		return 0;
+	mail_reset(s);
+	xforward_reset(s);
+	ehlo_filter(s, r, esmtp);
+	if (!esmtp)
+		s->hop_xclient = X_ADDR;	/* as the original did */
+	if (s->conf->xclient && !s->xclient_done && s->hop_xclient != 0 &&
+	    ask_xclient(s))
+		return 1;
+	if (!s->client.err)
+		say_held(s);
+	enter(s, S_COMMAND);
+	return 1;
+}
+
+static int
+told_ehlo(struct session *s, const struct reply *r)
+{
+	return told_hello(s, r, 1);
+}
+
+static int
+told_helo(struct session *s, const struct reply *r)
+{
+	return told_hello(s, r, 0);
+}
+
+static int take_data(struct session *, char *, size_t);
+static int take_bdat(struct session *, char *, size_t);
+
+static const struct verb verbs[] = {
+	{ "EHLO", take_helo, told_ehlo, 1 },
+	{ "HELO", take_helo, told_helo, 1 },
+	{ "MAIL", take_mail, told_mail, 0 },
+	{ "RCPT", take_rcpt, told_rcpt, 0 },
+	{ "DATA", take_data, NULL, 0 },
+	{ "BDAT", take_bdat, NULL, 1 },
+	{ "RSET", NULL, told_rset, 1 },
+	{ "NOOP", NULL, NULL, 1 },
+	{ "QUIT", NULL, NULL, 1 },
+	{ "AUTH", NULL, NULL, 0 },
+	{ "VRFY", NULL, NULL, 1 },
+	{ "EXPN", NULL, NULL, 1 },
+	{ "HELP", NULL, NULL, 1 },
+	{ "ETRN", NULL, NULL, 0 },
+	{ "XFORWARD", take_xforward, told_xforward, 0 },
+	{ "XCLIENT", take_xclient, NULL, 1 },
+	{ "STARTTLS", take_starttls, NULL, 1 },
+};
+
+static const struct verb *
+verb_find(const char *line)
+{
+	size_t i, n = strcspn(line, " \t");
+
+	for (i = 0; i < sizeof verbs / sizeof verbs[0]; i++)
+		if (word_is(line, n, verbs[i].name))
+			return &verbs[i];
+	return NULL;
+}
+
+static int
+verb_is(const struct session *s, const char *name)
+{
+	return s->verb != NULL && strcmp(s->verb->name, name) == 0;
+}
+
+/* After XCLIENT the next hop is where it was before the first HELO: once more,
+ * for its list is another one now. */
+static int
+told_xclient(struct session *s, const struct reply *r)
+{
+	if (r->code == 421)
+		return 0;
+	if (r->code / 100 != 2) {
+		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
+		    printable(r->text, strcspn(r->text, "\r\n")));
+		say_held(s);
+		enter(s, S_COMMAND);
+		return 1;
+	}
+	s->verb = verb_find(s->helo.s);
+	if (!hop_put(s, s->helo.s, s->helo.len))
+		return hop_lost(s, "no memory for a command to it");
+	s->asked = 1;
+	enter(s, S_REPLY);
+	return 1;
+}
+
+static const struct verb verb_xclient = { "XCLIENT", NULL, told_xclient, 0 };
+
+/*
+ * Take a line from the client: 1, with *line NUL-terminated and without its
+ * end; 0: wait; -1: it was refused.  *line stands in client.in, good until
+ * that is read into again.
+ */
+static int
+client_line(struct session *s, char **line, size_t *n)
+{
+	struct buf *in = &s->client.in;
+	size_t len = buf_len(in);
+	char *p = buf_head(in), *nl = memchr(p, '\n', len);
+
+	if (nl == NULL) {
+		if (len > LINESZ || s->skipping) {
+			s->skipping = 1;
+			buf_eat(in, len);
+		}
+		return 0;
+	}
+	*line = p;
+	*n = nl - p;
+	if (s->skipping || *n > LINESZ) {
+		s->skipping = 0;
+		buf_eat(in, *n + 1);
+		say(s, "%s", r_long);
+		return -1;
+	}
+	if (*n > 0 && p[*n - 1] == '\r')
+		--*n;
+	p[*n] = '\0';
+	if (memchr(p, '\0', *n) != NULL || memchr(p, '\r', *n) != NULL) {
+		slog(s, LOG_DEBUG, "CLIENT < %s", printable(p, *n));
+		buf_eat(in, nl + 1 - p);
+		say(s, "%s", r_control);
+		return -1;
+	}
+	in->r += nl + 1 - p;	/* not buf_eat(): the line must stay */
+	return 1;
+}
+
+/* AUTH's initial response is a password. */
+static void
+log_command(struct session *s, const char *who, const struct verb *v,
+    const char *p, size_t n)
+{
+	size_t i = n > 5 ? 5 + strcspn(p + 5, " \t") : n;
+
+	if (v != NULL && strcmp(v->name, "AUTH") == 0 && i < n)
+		slog(s, LOG_DEBUG, "%s %.*s ***", who, (int)i, p);
+	else
+		log_dialogue(s, who, p, n);
+}
+
+static int
+command(struct session *s, char *line, size_t n)
+{
+	const struct verb *v = verb_find(line);
+
+	log_command(s, "CLIENT <", v, line, n);
+	if (v == NULL) {
+		say(s, "%s", r_unknown);
+		return 1;
+	}
+	if (s->bdat && !v->in_chunks) {
+		say(s, "%s", r_sequence);
+		return 1;
+	}
+	if (v->take != NULL && !v->take(s, line, n))
+		return 1;
+	buf_put(&s->server.out, line, n);
+	buf_put(&s->server.out, "\r\n", 2);
+	log_command(s, "SERVER >", v, line, n);
+	s->verb = v;
+	s->asked = 1;
+	enter(s, S_REPLY);
+	return 1;
+}
+
+/* The next hop speaks unasked: that is its farewell. */
+static int
+hop_farewell(struct session *s)
+{
+	struct reply r;
+
+	switch (reply_get(s, &r)) {
+	case 0:
+		return 0;
+	case -1:
+		return 1;
+	}
+	slog(s, LOG_NOTICE, "SERVER: said unasked: %s",
+	    printable(r.text, strcspn(r.text, "\r\n")));
+	relay(s, &r);
+	reply_eat(s, &r);
+	peer_close(&s->server);
+	finish(s);
+	return 1;
+}
+
+static int
+st_command(struct session *s)
+{
+	char *line;
+	size_t n;
+	int r;
+
+	if (!client_ready(s) || !buf_ready(&s->server.out, LINESZ + 2))
+		return 0;
+	if (buf_len(&s->server.in) > 0 || s->server.eof)
+		return hop_farewell(s);
+	r = client_line(s, &line, &n);
+	if (r == 1) {
+		r = command(s, line, n);
+		buf_eat(&s->client.in, 0);
+		return r;
+	}
+	if (r == 0 && (s->client.eof || s->client.err)) {
+		if (s->mail)
+			slog(s, LOG_NOTICE, "CLIENT: closed the connection "
+			    "in the middle of a transaction");
+		session_end(s);
+		return 1;
+	}
+	return r != 0;
+}
+
+/*
+ * REPLY.
+ */
+
+static int
+st_reply(struct session *s)
+{
+	struct reply r;
+	int auth = verb_is(s, "AUTH"), quit = verb_is(s, "QUIT"), done;
+
+	if (!client_ready(s))
+		return 0;
+	switch (reply_get(s, &r)) {
+	case 0:
+		return 0;
+	case -1:
+		return 1;
+	}
+	s->asked = 0;
+	if (r.code / 100 == 3 && !(auth && r.code == 334))
+		return hop_lost(s, "its reply makes no sense");
+	done = s->verb->told != NULL && s->verb->told(s, &r);
+	if (!done)
+		relay(s, &r);
+	reply_eat(s, &r);
+	if (done)
+		return 1;
+	if (quit || r.code == 421) {
+		peer_close(&s->server);
+		finish(s);
+	} else
+		enter(s, r.code == 334 ? S_AUTH : S_COMMAND);
+	return 1;
+}
+
+/*
+ * AUTH: whatever the line looks like, it is an answer to a 334.
+ */
+
+static int
+st_auth(struct session *s)
+{
+	char *line;
+	size_t n;
+	int r;
+
+	if (!client_ready(s) || !buf_ready(&s->server.out, LINESZ + 2))
+		return 0;
+	if (buf_len(&s->server.in) > 0 || s->server.eof)
+		return hop_farewell(s);
+	switch (r = client_line(s, &line, &n)) {
+	case 1:
+		slog(s, LOG_DEBUG, "CLIENT < ***");
+		slog(s, LOG_DEBUG, "SERVER > ***");
+		buf_put(&s->server.out, line, n);
+		buf_put(&s->server.out, "\r\n", 2);
+		buf_eat(&s->client.in, 0);
+		s->asked = 1;
+		enter(s, S_REPLY);
+		return 1;
+	case -1:		/* the next hop still waits for it */
+		s->asked = 1;
+		finish(s);
+		return 1;
+	}
+	if (s->client.eof || s->client.err) {
+		s->asked = 1;
+		session_end(s);
+		return 1;
+	}
+	return 0;
+}
+
+/*
+ * The spool.  What goes into it is gathered, pieces of the read buffer where
+ * they stand, and written by one call.
+ */
+
+static struct iovec gather[256];
+static int ngather;
+static size_t gathered;			/* bytes */
+
+static void
+spool_flush(struct session *s)
+{
+	struct iovec *v = gather;
+	ssize_t n;
+
+	while (gathered > 0 && !s->error) {
+		n = pwritev(s->spool, v, ngather,
+		    scan_line_len + s->size - gathered);
+		if (n == -1 && errno == EINTR)
+			continue;
+		if (n == -1) {
+			remember_errno(s, "TempDirectory");
+			break;
+		}
+		gathered -= n;
+		for (; ngather > 0 && (size_t)n >= v->iov_len; v++, ngather--)
+			n -= v->iov_len;
+		if (ngather > 0) {
+			v->iov_base = (char *)v->iov_base + n;
+			v->iov_len -= n;
+		}
+	}
+	ngather = gathered = 0;
+}
+
+static int
+is_name_char(char c)
+{
+	return c > ' ' && c < 127 && c != ':';
+}
+
+/* Find the end of the header section: the first line that is neither a header
+ * nor goes on with one. */
+static void
+header_eat(struct session *s, const char *p, size_t n)
+{
+	off_t at = s->size;
+
+	for (; n > 0 && s->header != H_DONE; p++, n--, at++)
+		switch (s->header) {
+		case H_LINE:
+			s->header_at = at;
+			if ((*p == ' ' || *p == '\t') && at > 0)
+				s->header = H_REST;
+			else
+				s->header = is_name_char(*p) ? H_NAME : H_DONE;
+			break;
+		case H_NAME:
+			if (is_name_char(*p))
+				break;
+			/* FALLTHROUGH */
+		case H_BLANK:
+			s->header = *p == ':' ? H_REST :
+			    *p == ' ' || *p == '\t' ? H_BLANK : H_DONE;
+			break;
+		case H_REST:
+			if (*p == '\n')
+				s->header = H_LINE;
+			break;
+		case H_DONE:
+			break;
+		}
+}
+
+static void
+emit(struct session *s, const char *p, size_t n)
+{
+	struct iovec *last = &gather[ngather > 0 ? ngather - 1 : 0];
+	int64_t limit = size_limit(s);
+
+	if (s->error || n == 0)
+		return;
+	if (limit > 0 && s->size + (int64_t)n > limit) {
+		remember(s, r_too_big, (long long)limit);
+		return;
+	}
+	if (s->header != H_DONE)
+		header_eat(s, p, n);
+	s->size += n;
+	gathered += n;
+	if (ngather > 0 && (char *)last->iov_base + last->iov_len == p) {
+		last->iov_len += n;
+		return;
+	}
+	gather[ngather].iov_base = (char *)(uintptr_t)p;
+	gather[ngather].iov_len = n;
+	if (++ngather == (int)(sizeof gather / sizeof gather[0]))
+		spool_flush(s);
+}
+
+#define BLOCKSZ		64
+static const char crlf[] = "\r\n", nuls[BLOCKSZ], spaces[] =
+    "                                                                ";
+
+/* The CRs or NULs that were held back turn out to be text. */
+static void
+emit_pending(struct session *s, const char *block)
+{
+	size_t n;
+
+	for (; s->pending_bytes > 0; s->pending_bytes -= n) {
+		n = s->pending_bytes < BLOCKSZ ? s->pending_bytes : BLOCKSZ;
+		emit(s, block, n);
+	}
+}
+
+/*
+ * The body automaton: what the client sends between 354 and CRLF.CRLF, to what
+ * stands in the spool, every line of which ends in CRLF and has no other CR or
+ * LF.  (A next hop that took another line end for one could read a second end
+ * of data into the body: CVE-2023-51764 and its like.)
+ *
+ *	CRLF.CRLF	the end, and nothing else is: *end is set to 1
+ *	CRLF.		the dot was stuffed: gone.  Not so behind a bare LF, which
+ *			the client did not take for a line end
+ *	CR...CRLF	one CRLF
+ *	LF		CRLF
+ *	CR		a space; a line end would let a sender make headers
+ *	NUL...dot	at the start of a line: the dot alone, since some next hops
+ *			drop NULs, and some end a line at one
+ *
+ * Takes up to n bytes from p, fewer only when *end; returns how many.  With
+ * s->bdat the dots mean nothing and there is no end.
+ */
+static size_t
+body_eat(struct session *s, const char *p, size_t n, int *end)
+{
+	const char *q = p, *stop = p + n, *run;
+
+	*end = 0;
+	while (q < stop)
+		switch (s->eol) {
+		case BOL:		/* at the start, or behind CRLF */
+			s->eol = LINE;
+			if (*q == '.' && !s->bdat) {
+				s->eol = BOL_DOT;
+				q++;
+			}
+			break;
+		case BOL_DOT:
+			s->eol = LINE;
+			if (*q == '\r') {
+				s->eol = BOL_DOT_CR;
+				q++;
+			}
+			break;
+		case BOL_DOT_CR:
+			if (*q == '\n') {
+				s->eol = BOL;
+				*end = 1;
+				return q + 1 - p;
+			}
+			s->pending_bytes = 1;
+			s->eol = CRS;
+			break;
+		case LINE:		/* before the first byte of a line; NULs held */
+			if (*q == '\0') {
+				s->pending_bytes++;
+				q++;
+				break;
+			}
+			if (*q == '.') {
+				s->pending_bytes = 0;
+				s->dots = 1;
+			}
+			emit_pending(s, nuls);
+			s->eol = TEXT;
+			break;
+		case TEXT:
+			run = memchr(q, '\n', stop - q);
+			if (run == NULL)
+				run = stop;
+			run = memchr(q, '\r', run - q) != NULL ?
+			    memchr(q, '\r', run - q) : run;
+			emit(s, q, run - q);
+			q = run;
+			if (q == stop)
+				break;
+			if (*q == '\n') {
+				emit(s, crlf, 2);
+				s->eol = LINE;
+				q++;
+			} else if (q + 1 < stop && q[1] == '\n') {
+				emit(s, q, 2);
+				s->eol = BOL;
+				q += 2;
+			} else {
+				s->pending_bytes = 1;
+				s->eol = CRS;
+				q++;
+			}
+			break;
+		case CRS:		/* behind CRs in a line; they are held */
+			if (*q == '\n') {
+				s->pending_bytes = 0;
+				emit(s, crlf, 2);
+				s->eol = BOL;
+				q++;
+			} else if (*q == '\r') {
+				s->pending_bytes++;
+				q++;
+			} else {
+				emit_pending(s, spaces);
+				s->eol = TEXT;
+			}
+			break;
+		}
+	return q - p;
+}
+
+/* No more will come (BDAT LAST); DATA ends with nothing held. */
+static void
+body_end(struct session *s)
+{
+	if (s->pending_bytes > 0) {
+		emit_pending(s, s->eol == CRS ? spaces : nuls);
+		s->eol = TEXT;
+	}
+	spool_flush(s);
+	if (s->header == H_LINE)
+		s->header_at = s->size;
+}
+
+/*
+ * BODY.
+ */
+
+static void
+message_begin(struct session *s)
+{
+	s->size = s->header_at = 0;
+	s->eol = BOL;
+	s->header = H_LINE;
+	s->pending_bytes = 0;
+	s->dots = s->error = 0;
+	if (s->conf->keepalives > 0)
+		s->noop_at = now + s->conf->keepalives;
+	s->spool = spool_open(s->conf->tempdir, s->conf->debug_files);
+	if (s->spool == -1)
+		remember_errno(s, "TempDirectory");
+}
+
+static void
+enter_body(struct session *s, enum state state)
+{
+	enter(s, state);
+	s->slow_at = now + s->conf->timeout;
+	s->slow_bytes = 0;
+}
+
+static int
+take_data(struct session *s, char *line, size_t n)
+{
+	(void)n;
+	if (line[4 + strspn(line + 4, " \t")] != '\0') {
+		say(s, "%s", r_no_args);
+		return 0;
+	}
+	if (!s->mail || s->rcpts == 0) {
+		say(s, "%s", r_no_rcpt);
+		return 0;
+	}
+	message_begin(s);
+	say(s, "%s", r_ready);
+	enter_body(s, S_BODY);
+	return 0;
+}
+
+/* The message is whole. */
+static void
+message_end(struct session *s)
+{
+	int64_t max = s->conf->maxscansize;
+
+	body_end(s);
+	s->dot_at = now;
+	if (s->error) {
+		turn_away(s);
+		return;
+	}
+	enter(s, S_SCAN);
+	s->deadline = s->dot_at + s->conf->scantimeout;
+	s->virus[0] = '\0';
+	if (max > 0 && s->size > max)
+		s->verdict = TOOBIG;
+	else
+		clamd_begin(s);
+}
+
+static int
+st_body(struct session *s)
+{
+	struct buf *in = &s->client.in;
+	size_t n;
+	int end = 0;
+
+	hop_listen(s);
+	if (!client_ready(s))
+		return 0;
+	if (buf_len(in) > 0) {
+		n = body_eat(s, buf_head(in), buf_len(in), &end);
+		spool_flush(s);
+		buf_eat(in, n);
+		if (end)
+			message_end(s);
+		return 1;
+	}
+	if (s->client.eof)
+		return give_up(s);
+	return 0;
+}
+
+/*
+ * CHUNK: the same for BDAT (RFC 3030), as it is when the next hop has it too.
+ */
+
+static int
+take_bdat(struct session *s, char *line, size_t n)
+{
+	char *p = line + 4 + strspn(line + 4, " \t");
+	int64_t size = octets(p), limit = size_limit(s);
+
+	(void)n;
+	p += strcspn(p, " \t");
+	p += strspn(p, " \t");
+	if (size == -1 || size == INT64_MAX || (*p != '\0' && strcasecmp(p, "LAST") != 0)) {
+		/* Where the next command begins nobody knows. */
+		say(s, "%s", r_bad_size);
+		finish(s);
+		return 0;
+	}
+	s->chunk_left = size;
+	s->chunk_last = *p != '\0';
+	if (s->conf->keepalives > 0)
+		s->noop_at = now + s->conf->keepalives;
+	if (!s->bdat) {
+		if (!s->mail || s->rcpts == 0) {
+			s->error = 1;
+			hold(s, "%s", r_no_rcpt);
+		} else
+			message_begin(s);
+		s->bdat = 1;
+		s->raw = s->hop_chunking;
+	}
+	if (limit > 0 && s->size + size > limit && !s->error)
+		remember(s, r_too_big, (long long)limit);
+	enter_body(s, S_CHUNK);
+	return 0;
+}
+
+/* A refused chunk ends the transaction: further ones find none, and get 503. */
+static void
+chunk_end(struct session *s)
+{
+	if (s->rcpts == 0 && s->server.fd != -1) {	/* there was none to end */
+		say_held(s);
+		s->bdat = s->error = 0;
+		enter(s, S_COMMAND);
+	} else if (s->error)
+		turn_away(s);
+	else if (s->chunk_last)
+		message_end(s);
+	else {
+		say(s, r_chunk, (unsigned long long)s->size);
+		enter(s, S_COMMAND);
+	}
+}
+
+static int
+st_chunk(struct session *s)
+{
+	struct buf *in = &s->client.in;
+	size_t n = buf_len(in);
+	int end;
+
+	hop_listen(s);
+	if (!client_ready(s))
+		return 0;
+	if (s->chunk_left == 0) {
+		if (s->noop)		/* commands go on when it is answered */
+			return 0;
+		s->noop_at = 0;
+		chunk_end(s);
+		return 1;
+	}
+	if (n == 0) {
+		if (s->client.eof)
+			return give_up(s);
+		return 0;
+	}
+	if (n > s->chunk_left)
+		n = s->chunk_left;
+	if (s->raw)
+		emit(s, buf_head(in), n);
+	else
+		body_eat(s, buf_head(in), n, &end);
+	spool_flush(s);
+	s->chunk_left -= n;
+	buf_eat(in, n);
+	return 1;
+}
+
+/*
+ * SCAN: and what follows from what clamd said.
+ */
+
+/* Header's % sequences. */
+static int
+expand(struct str *to, const struct session *s, const char *fmt)
+{
+	const char *v;
+	int bad = 0;
+
+	for (; *fmt != '\0' && !bad; fmt++) {
+		if (*fmt != '%' || fmt[1] == '\0' ||
+		    strchr("ild%", fmt[1]) == NULL) {
+			bad = str_add(to, fmt, 1);
+			continue;
+		}
+		switch (*++fmt) {
+		case 'i':
+			v = addr_text(&s->client_addr);
+			break;
+		case 'l':
+			v = addr_text(&s->local_addr);
+			break;
+		case 'd':
+			v = rfc5322_date();
+			break;
+		default:
+			v = "%";
+		}
+		bad = str_add(to, v, strlen(v));
+	}
+	return bad != 0 || str_add(to, crlf, 2) == -1 ? -1 : 0;
+}
+
+/* What goes into the header section; -1: no memory. */
+static int
+choose_header(struct session *s)
+{
+	const char *h = s->conf->header;
+	char own[NAMESZ + 64], *p;
+
+	if (s->verdict == CLEAN)
+		return h == NULL ? 0 : expand(&s->insert, s, h);
+	if (s->verdict == VIRUS)
+		snprintf(own, sizeof own, "X-Virus-Infected: %s", s->virus);
+	else
+		snprintf(own, sizeof own, "X-Virus-Unscanned: %s",
+		    s->verdict == TOOBIG ? "message too big" : s->virus);
+	for (p = own; *p != '\0'; p++)
+		if (*p < ' ' || *p > 126)
+			*p = '?';
+	return str_add(&s->insert, own, p - own) == -1 ||
+	    str_add(&s->insert, crlf, 2) == -1 ? -1 : 0;
+}
+
+static void
+forward(struct session *s)
+{
+	if (choose_header(s) == -1) {
+		errno = ENOMEM;
+		remember_errno(s, "header");
+		turn_away(s);
+		return;
+	}
+	s->insert_at = s->insert.len >= 9 &&
+	    strncasecmp(s->insert.s, "Received:", 9) == 0 ? 0 : s->header_at;
+	s->inserted = s->dotted = 0;
+	s->sent = 0;
+	s->at_bol = 1;
+	s->noop_at = 0;
+	enter(s, S_DATA);
+}
+
+/* A variable of the VirusAction: no control characters but the newlines that
+ * part the recipients.  An empty value: not known, so not set. */
+static int
+env_add(char **env, size_t *n, const char *name, const char *value)
+{
+	char *p, *v;
+
+	if (value == NULL || *value == '\0')
+		return 0;
+	if ((p = malloc(strlen(name) + strlen(value) + 2)) == NULL)
+		return -1;
+	sprintf(p, "%s=%s", name, value);
+	for (v = p; *v != '\0'; v++)
+		if (((unsigned char)*v < ' ' && *v != '\n') || *v == 127)
+			*v = '?';
+	v = p + strlen(p);
+	if (v[-1] == '\n')
+		v[-1] = '\0';
+	env[(*n)++] = p;
+	return 0;
+}
+
+extern char **environ;
+
+static const char *const env_names[] = {
+	"CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
+	"SERVER", "TMPDIR", "VIRUS",
+};
+#define NENV	(sizeof env_names / sizeof env_names[0])
+
+static int
+env_is_ours(const char *var)
+{
+	size_t i, n = strcspn(var, "=");
+
+	for (i = 0; i < NENV; i++)
+		if (strlen(env_names[i]) == n && memcmp(var, env_names[i], n) == 0)
+			return 1;
+	return 0;
+}
+
+/* The daemon's own environment and the nine; NULL: no memory. */
+static char **
+virus_env(struct session *s)
+{
+	const char *values[NENV];
+	size_t n = 0, i, size = NENV + 1;
+	char **env;
+	int bad = 0;
+
+	/* As in env_names. */
+	values[0] = addr_text(&s->client_addr);
+	values[1] = s->quarantined.s;
+	values[2] = s->to.s;
+	values[3] = s->remote.s;
+	values[4] = s->remote_helo.s;
+	values[5] = s->from.s;
+	values[6] = addr_text(&s->server_addr);
+	values[7] = s->conf->tempdir;
+	values[8] = s->virus;
+	for (i = 0; environ[i] != NULL; i++)
+		size++;
+	if ((env = calloc(size, sizeof *env)) == NULL)
+		return NULL;
+	for (i = 0; environ[i] != NULL && !bad; i++)
+		if (!env_is_ours(environ[i]))
+			bad = (env[n++] = strdup(environ[i])) == NULL;
+	for (i = 0; i < NENV && !bad; i++)
+		bad = env_add(env, &n, env_names[i], values[i]);
+	if (!bad)
+		return env;
+	env_free(env);
+	return NULL;
+}
+
+/* The copy, if one was wanted, is safe. */
+static void
+virus_found(struct session *s)
+{
+	char **env;
+
+	if (s->conf->virusaction != NULL) {
+		if ((env = virus_env(s)) == NULL)
+			slog(s, LOG_ERR, "VirusAction: not run:");
+		else
+			action_start(s->id, s->conf->virusaction, env,
+			    s->conf->timeout);
+	}
+	if (s->action == PASS) {
+		forward(s);
+		return;
+	}
+	if (s->action == BOUNCE)
+		hold(s, r_virus_bounce, s->virus);
+	else
+		hold(s, "%s", r_virus_drop);
+	turn_away(s);
+}
+
+static void
+on_quarantined(void *ctx, const char *path, size_t n)
+{
+	struct session *s = ctx;
+
+	s->child = NULL;
+	s->wake = 1;
+	if (str_set(&s->quarantined, path, n) == -1)
+		s->client.err = 1;
+}
+
+static int
+judge(struct session *s)
+{
+	switch (s->verdict) {
+	case CLEAN:
+		forward(s);
+		return 1;
+	case VIRUS:
+		s->action = conf_action(s->conf, s->virus);
+		if (!s->conf->quarantine) {
+			virus_found(s);
+			return 1;
+		}
+		s->child = spool_quarantine(s->spool, s->conf->tempdir,
+		    on_quarantined, s, s->conf->timeout);
+		if (s->child == NULL)
+			slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
+		enter(s, S_QUARANTINE);
+		return 1;
+	default:
+		break;
+	}
+	if (s->conf->failopen)
+		forward(s);
+	else {
+		if (s->verdict == TOOBIG)
+			hold(s, r_too_big, (long long)s->conf->maxscansize);
+		else
+			hold(s, r_no_scan, s->virus);
+		turn_away(s);
+	}
+	return 1;
+}
+
+static int
+st_scan(struct session *s)
+{
+	if (client_gone(s))
+		return give_up(s);
+	hop_listen(s);
+	if (s->error) {
+		clamd_drop(s);
+		turn_away(s);
+		return 1;
+	}
+	if (s->verdict == UNKNOWN && !clamd_scan(s))
+		return 0;
+	return judge(s);
+}
+
+/*
+ * QUARANTINE.
+ */
+
+static int
+st_quarantine(struct session *s)
+{
+	if (client_gone(s))
+		return give_up(s);
+	hop_listen(s);
+	if (s->child != NULL)
+		return 0;
+	if (s->quarantined.len == 0) {
+		/* Not kept, so not taken: it comes again. */
+		remember(s, r_local, "quarantine", "no copy could be made");
+		turn_away(s);
+		return 1;
+	}
+	slog(s, LOG_NOTICE, "quarantined virus file as: %s", s->quarantined.s);
+	virus_found(s);
+	return 1;
+}
+
+/*
+ * DATA: only now does the next hop hear of the message.
+ */
+
+static int
+st_data(struct session *s)
+{
+	struct reply r;
+	char line[64];
+	int n;
+
+	if (!s->asked) {
+		if (client_gone(s))
+			return give_up(s);
+		if (!hop_listen(s) && s->server.fd != -1)
+			return 0;
+		if (s->state != S_DATA)
+			return 1;
+		if (s->error) {
+			turn_away(s);
+			return 1;
+		}
+		n = snprintf(line, sizeof line, "BDAT %lld LAST\r\n",
+		    (long long)(s->size + s->insert.len));
+		s->asked = s->raw ? hop_put(s, line, n) :
+		    hop_put(s, "DATA\r\n", 6);
+		if (s->asked && s->raw)
+			enter(s, S_REPLAY);
+		return s->asked;
+	}
+	if (!client_ready(s))
+		return 0;
+	switch (reply_get(s, &r)) {
+	case 0:
+		return 0;
+	case -1:
+		return 1;
+	}
+	if (r.code == 354) {
+		reply_eat(s, &r);
+		enter(s, S_REPLAY);
+		return 1;
+	}
+	if (r.code < 400)
+		return hop_lost(s, "its reply makes no sense");
+	s->asked = 0;
+	hold_reply(s, &r);
+	reply_eat(s, &r);
+	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
+	    printable(s->held.s, s->held.len - 2));
+	turn_away(s);
+	return 1;
+}
+
+/*
+ * REPLAY.
+ */
+
+/* The next hop speaks before it has everything.  Its refusal is the verdict;
+ * a promise would be one for a message that it does not have. */
+static int
+early_reply(struct session *s)
+{
+	struct reply r;
+
+	switch (reply_get(s, &r)) {
+	case 0:
+		return 0;
+	case -1:
+		return 1;
+	}
+	if (r.code < 400)
+		return hop_lost(s, "it accepted a message that it did not have");
+	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
+	    printable(r.text, strcspn(r.text, "\r\n")));
+	mail_done(s);
+	relay(s, &r);
+	reply_eat(s, &r);
+	peer_close(&s->server);
+	finish(s);
+	return 1;
+}
+
+/* Lines that begin with a dot get another one. */
+static int
+replay_stuffed(struct session *s, off_t end)
+{
+	static char chunk[BUFSZ / 2];	/* every byte may be a dot */
+	struct buf *out = &s->server.out;
+	ssize_t n = end - s->sent < (off_t)sizeof chunk ?
+	    end - s->sent : (off_t)sizeof chunk;
+	const char *p, *stop, *nl;
+
+	if (!buf_ready(out, BUFSZ))
+		return 0;
+	n = pread(s->spool, chunk, n, scan_line_len + s->sent);
+	if (n <= 0)
+		return hop_lost(s, "no: the spool cannot be read");
+	for (p = chunk, stop = chunk + n; p < stop; p = nl) {
+		if (*p == '.' && s->at_bol)
+			buf_put(out, ".", 1);
+		nl = memchr(p, '\n', stop - p);
+		s->at_bol = nl != NULL;
+		nl = nl != NULL ? nl + 1 : stop;
+		buf_put(out, p, nl - p);
+	}
+	s->sent += n;
+	return --s->budget > 0;
+}
+
+static int
+replay_plain(struct session *s, off_t end)
+{
+	off_t at = scan_line_len + s->sent;
+	int r;
+
+	r = peer_sendfile(&s->server, s->spool, &at, end - s->sent);
+	s->sent = at - scan_line_len;
+	return r && --s->budget > 0;
+}
+
+/*
+ * Promise 1: whoever went away before the last bytes left has delivered
+ * nothing.  Nor may a reply that is here already be taken for one to them.
+ */
+static void
+last_look(struct session *s)
+{
+	if (!s->client.eof)
+		peer_fill(&s->client);
+	peer_reset(&s->client);
+	if (!s->server.eof)
+		peer_fill(&s->server);
+}
+
+static int
+replay_end(struct session *s)
+{
+	if (s->raw || s->dotted) {
+		enter(s, S_FINAL);
+		s->deadline = s->dot_at + FINAL_TIME;
+		return 1;
+	}
+	/* Only a BDAT whose last line had no end can be without. */
+	if (s->eol == TEXT ? !hop_put(s, "\r\n.\r\n", 5) :
+	    !hop_put(s, ".\r\n", 3))
+		return 0;
+	s->dotted = 1;
+	return 1;
+}
+
+static int
+st_replay(struct session *s)
+{
+	off_t end;
+
+	if (s->raw || s->sent == s->size)
+		last_look(s);
+	if (client_gone(s))
+		return give_up(s);
+	if (!client_ready(s))
+		return 0;
+	if (buf_len(&s->server.in) > 0 || s->server.eof || s->server.err)
+		return early_reply(s);
+	if (buf_len(&s->server.out) > 0)
+		return 0;
+	if (!s->inserted && s->sent == s->insert_at) {
+		if (!buf_ready(&s->server.out, s->insert.len))
+			return 0;
+		buf_put(&s->server.out, s->insert.s, s->insert.len);
+		s->inserted = 1;
+		return 1;
+	}
+	end = s->inserted ? s->size : s->insert_at;
+	if (s->sent == end)
+		return replay_end(s);
+	return s->dots && !s->raw ? replay_stuffed(s, end) :
+	    replay_plain(s, end);
+}
+
+/*
+ * FINAL: the message is the next hop's.  Its word is awaited even if the client
+ * has left, for the log.
+ */
+
+static int
+st_final(struct session *s)
+{
+	struct reply r;
+
+	if (!client_ready(s))
+		return 0;
+	switch (reply_get(s, &r)) {
+	case 0:
+		return 0;
+	case -1:
+		return 1;
+	}
+	if (r.code / 100 == 3)
+		return hop_lost(s, "its reply makes no sense");
+	s->asked = 0;
+	mail_done(s);
+	if (r.code / 100 != 2)
+		slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
+		    printable(r.text, strcspn(r.text, "\r\n")));
+	relay(s, &r);
+	reply_eat(s, &r);
+	mail_reset(s);
+	xforward_reset(s);
+	if (r.code == 421)
+		finish(s);
+	else
+		enter(s, S_COMMAND);
+	return 1;
+}
+
+/*
+ * RESET: the next hop forgets the transaction, then the client hears why.
+ */
+
+static int
+st_reset(struct session *s)
+{
+	struct reply r;
+	int ok;
+
+	if (!client_ready(s))
+		return 0;
+	if (!s->asked) {
+		if (!hop_listen(s) && s->server.fd != -1)
+			return 0;
+		if (s->state != S_RESET)
+			return 1;
+		if (s->server.fd == -1) {
+			say_held(s);
+			finish(s);
+			return 1;
+		}
+		return s->asked = hop_put(s, "RSET\r\n", 6);
+	}
+	switch (reply_get(s, &r)) {
+	case 0:
+		return 0;
+	case -1:
+		return 1;
+	}
+	ok = r.code / 100 == 2;
+	reply_eat(s, &r);
+	s->asked = 0;
+	say_held(s);
+	mail_reset(s);
+	xforward_reset(s);
+	if (ok)
+		enter(s, S_COMMAND);
+	else
+		finish(s);
+	return 1;
+}
+
+/*
+ * LINGER: a socket that is closed with something unread in it is reset, and a
+ * reset takes our last line with it.
+ */
+
+static int
+st_linger(struct session *s)
+{
+	if (s->client.err) {
+		session_end(s);
+		return 1;
+	}
+	buf_free(&s->client.in);
+	if (buf_len(&s->client.out) > 0)
+		return 0;
+	if (!s->shut) {
+		s->shut = 1;
+		shutdown(s->client.fd, SHUT_WR);
+		s->deadline = now + LINGER_TIME;
+	}
+	if (!s->client.eof)
+		return 0;
+	session_end(s);
+	return 1;
+}
+
+/*
+ * Time and turns.
+ */
+
+static void
+timed_out(struct session *s)
+{
+	slog(s, LOG_DEBUG, "%s: time is up", states[s->state].name);
+	switch (s->state) {
+	case S_CONNECT:			/* st_connect() looks for itself */
+	case S_DEAD:
+		break;
+	case S_COMMAND:
+	case S_AUTH:
+	case S_BODY:
+	case S_CHUNK:
+		slog(s, LOG_WARNING, "CLIENT: network read operation timed out");
+		say(s, "%s", r_idle);
+		finish(s);
+		break;
+	case S_SCAN:
+		clamd_late(s);
+		s->verdict = FAILED;
+		break;
+	case S_QUARANTINE:
+		if (s->child != NULL)
+			child_forget(s->child);
+		s->child = NULL;
+		break;
+	case S_LINGER:
+		session_end(s);
+		break;
+	default:
+		hop_lost(s, "no answer in time");
+	}
+}
+
+static int
+is_body(const struct session *s)
+{
+	return s->state == S_BODY || s->state == S_CHUNK;
+}
+
+/* A body may be slow, but not for ever. */
+static void
+look_at_rate(struct session *s)
+{
+	if (!is_body(s) || now < s->slow_at)
+		return;
+	if (s->slow_bytes < (uint64_t)(s->conf->timeout / SECOND) * SLOWEST_BODY)
+		timed_out(s);
+	s->slow_at = now + s->conf->timeout;
+	s->slow_bytes = 0;
+}
+
+/* Write what can be written; 1: there is room that was not there before. */
+static int
+flush(struct session *s)
+{
+	size_t c = buf_len(&s->client.out), h = buf_len(&s->server.out);
+	int more = s->state == S_REPLAY && !s->dotted;
+
+	if (c > 0)
+		peer_drain(&s->client, 0);
+	if (h > 0)
+		peer_drain(&s->server, more);
+	if (buf_len(&s->client.out) == c && buf_len(&s->server.out) == h)
+		return 0;
+	if (states[s->state].clock == C_IDLE && buf_len(&s->client.out) < c)
+		s->deadline = now + s->conf->timeout;
+	if (s->state == S_REPLAY) {
+		s->deadline = now + s->conf->timeout;
+		if (s->deadline > s->dot_at + FINAL_TIME)
+			s->deadline = s->dot_at + FINAL_TIME;
+	}
+	return 1;
+}
+
+void
+session_run(struct session *s)
+{
+	s->wake = 0;
+	s->budget = 4;
+	if (now >= s->deadline)
+		timed_out(s);
+	look_at_rate(s);
+	do {
+		while (s->state != S_DEAD && states[s->state].step(s))
+			;
+	} while (s->state != S_DEAD && flush(s));
+	if (peer_settle(&s->client) + peer_settle(&s->server) +
+	    peer_settle(&s->clamd) != 0 && s->state != S_DEAD) {
+		slog(s, LOG_ERR, "out of memory: session ends");
+		session_end(s);
+	}
+}
+
+static void
+on_client(void *arg, int revents)
+{
+	struct session *s = arg;
+	size_t had = buf_len(&s->client.in);
+
+	if (s->state == S_DEAD)
+		return;
+	if ((revents & POLLIN) && peer_fill(&s->client) &&
+	    buf_len(&s->client.in) > had) {
+		s->slow_bytes += buf_len(&s->client.in) - had;
+		if (states[s->state].clock == C_IDLE)
+			s->deadline = now + s->conf->timeout;
+	}
+	session_run(s);
+}
+
+static void
+on_server(void *arg, int revents)
+{
+	struct session *s = arg;
+
+	if (s->state == S_DEAD || s->server.fd == -1)
+		return;
+	if (s->server.connecting)
+		s->server.connecting = 0;
+	else if (revents & POLLIN)
+		peer_fill(&s->server);
+	session_run(s);
+}
+
+static void
+on_clamd(void *arg, int revents)
+{
+	struct session *s = arg;
+
+	if (s->state == S_DEAD || s->clamd.fd == -1)
+		return;
+	if (s->clamd.connecting)
+		s->clamd.connecting = 0;
+	else if (revents & POLLIN)
+		peer_fill(&s->clamd);
+	session_run(s);
+}
+
+static int
+wants(const struct session *s, const struct peer *p, int who)
+{
+	int events = 0;
+
+	if ((states[s->state].from & who) && !p->eof &&
+	    buf_len(&p->in) < BUFSZ)
+		events |= POLLIN;
+	if (buf_len(&p->out) > 0 || p->connecting)
+		events |= POLLOUT;
+	return events;
+}
+
+static void
+sooner(struct session *s, int64_t t)
+{
+	if (t != 0 && t < s->next_time)
+		s->next_time = t;
+}
+
+void
+session_watch(struct session *s)
+{
+	int client = wants(s, &s->client, CLIENT);
+	int server = s->server.fd == -1 ? 0 : wants(s, &s->server, SERVER);
+
+	if (s->state == S_REPLAY && s->server.fd != -1)
+		server |= POLLOUT;
+	if (client != 0)
+		watch(s->client.fd, client, on_client, s);
+	if (server != 0)
+		watch(s->server.fd, server, on_server, s);
+	if (s->clamd.fd != -1 && clamd_wants(s) != 0)
+		watch(s->clamd.fd, clamd_wants(s), on_clamd, s);
+	s->next_time = s->deadline;
+	sooner(s, clamd_time(s));
+	if (is_body(s))
+		sooner(s, s->slow_at);
+	if ((is_body(s) || s->state == S_SCAN || s->state == S_QUARANTINE) &&
+	    !s->noop && !s->error)
+		sooner(s, s->noop_at);
+	wait_until(s->next_time);
+}
+
+void
+session_shutdown(struct session *s, int at_once)
+{
+	switch (s->state) {
+	case S_COMMAND:
+		if (s->mail && !at_once)
+			return;
+		/* FALLTHROUGH */
+	case S_CONNECT:
+	case S_GREETING:
+	case S_AUTH:
+		s->asked |= s->state == S_AUTH;
+		say(s, "%s", r_stopping);
+		finish(s);
+		session_run(s);
+		return;
+	default:
+		if (at_once && s->state != S_DEAD) {
+			peer_drain(&s->client, 0);
+			session_end(s);
+		}
+	}
+}
+
+void
+session_refuse(int fd)
+{
+	char line[NOTESZ], early[1024];
+	int n = snprintf(line, sizeof line, "%s\r\n", r_busy);
+
+	send(fd, line, n, MSG_NOSIGNAL | MSG_DONTWAIT);
+	shutdown(fd, SHUT_WR);
+	/* Unread bytes would turn the close into a reset. */
+	recv(fd, early, sizeof early, MSG_DONTWAIT);
+	close(fd);
+}
+
+void
+session_free(struct session *s)
+{
+	mail_reset(s);
+	xforward_reset(s);
+	str_free(&s->pending);
+	str_free(&s->helo);
+	str_free(&s->held);
+	peer_close(&s->client);
+	peer_close(&s->server);
+	peer_close(&s->clamd);
+	conf_put(s->conf);
+	free(s);
+}

@@ -1,0 +1,277 @@
+#!/bin/sh
+# usage: ./test.sh [full] [pytest arguments, as -k EXPRESSION]
+#
+# Installs what is missing, builds, runs the tests; the last line says how many
+# passed and failed.  About three minutes on two cores.
+#
+#   ./test.sh           the whole suite; a core of it again with the sanitizers,
+#                       and with a program that reads and writes single bytes;
+#                       warnings, manual pages, scripts, size
+#   ./test.sh full      the whole suite in all three builds, and the long cases
+#   ./test.sh -k quarantine     only these, in the normal build
+#
+# Leaves nothing behind but ./clamsmtpd and, when a case failed, its files.
+
+# Functions are called by check, which shellcheck does not see:
+# shellcheck disable=SC2317,SC2329
+
+set -u
+cd "$(dirname "$0")" || exit 1
+# shellcheck source=tests/install.sh
+. tests/install.sh
+
+full=
+if [ "${1-}" = full ]; then
+	full=yes
+	shift
+fi
+# With arguments of its own somebody looks at a few cases, not at everything.
+few=
+[ $# = 0 ] || few=yes
+
+sudo=
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/clamsmtpd-test.XXXXXX") || exit 1
+chmod 755 "$tmp"	# clamd and Postfix run as other users
+trap '$sudo rm -rf "$tmp"; exit 1' HUP INT TERM
+
+passed=0 failed=0 skipped=0
+
+# The end, whatever came before: says where the files are, counts.
+finish()
+{
+	if [ "$failed" = 0 ]; then
+		$sudo rm -rf "$tmp"
+	else
+		echo "files of what failed: $tmp"
+	fi
+	if [ "$skipped" = 0 ]; then
+		echo "$passed passed, $failed failed"
+	else
+		echo "$passed passed, $failed failed, $skipped skipped"
+	fi
+	[ "$failed" = 0 ]
+	exit
+}
+
+# check NAME COMMAND...: a case of its own
+check()
+{
+	name=$1 log=$tmp/$1.log
+	shift
+	if "$@" >"$log" 2>&1; then
+		passed=$((passed + 1))
+	else
+		failed=$((failed + 1))
+		echo "FAILED: $name: $*"
+		tail -n 20 "$log"
+	fi
+}
+
+skip()
+{
+	skipped=$((skipped + 1))
+	echo "SKIPPED: $1: $2"
+}
+
+# build NAME MAKE-ARGUMENT...: another program, from a copy of the sources
+build()
+{
+	dir=$tmp/build-$1
+	shift
+	mkdir -p "$dir" && cp ./*.c ./*.h Makefile "$dir" &&
+	    make -s -C "$dir" BIN="$dir/clamsmtpd" "$@" &&
+	    [ -x "$dir/clamsmtpd" ]
+}
+
+# silent COMMAND...: it has nothing to say
+silent()
+{
+	said=$("$@" 2>&1) || said="$said (exit status $?)"
+	echo "$said"
+	[ -z "$said" ]
+}
+
+size_below()
+{
+	strip -o "$tmp/stripped" "$2" && size=$(wc -c <"$tmp/stripped") &&
+	    echo "$size bytes stripped" && [ "$size" -le "$1" ]
+}
+
+# static PROGRAM: it needs no loader
+static()
+{
+	! readelf -l "$1" | grep INTERP
+}
+
+# suite NAME PROGRAM PYTEST-ARGUMENT...: a run of pytest, its cases added up
+suite()
+{
+	name=$1 program=$2
+	shift 2
+	echo
+	echo "== $name"
+	run_pytest "$@"
+	status=$?
+	if [ "$status" = 77 ]; then
+		skip "$name" "the reason stands above"
+		return
+	fi
+	counts=$(count "$tmp/$name.xml") || counts='0 0 0'
+	# shellcheck disable=SC2086
+	set -- $counts
+	passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3))
+	# pytest: 0 all well, 1 some failed, 5 none was selected; else it broke
+	case $status in
+	0 | 5)	return ;;
+	1)	[ "$2" = 0 ] || return ;;
+	esac
+	failed=$((failed + 1))
+	echo "FAILED: $name: pytest itself, exit status $status"
+}
+
+# shellcheck disable=SC2086
+run_pytest()
+{
+	$sudo env CLAMSMTPD="$program" PYTHONDONTWRITEBYTECODE=1 \
+	    ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	    $prefix "$PYTHON" -m pytest -q -rs --tb=short -p no:cacheprovider \
+	    -n "$cpus" --basetemp="$tmp/$name" --junitxml="$tmp/$name.xml" "$@"
+}
+
+# count FILE: passed, failed, skipped, as the report of pytest has them
+count()
+{
+	"$PYTHON" - "$1" <<-'EOF'
+		import sys, xml.etree.ElementTree as tree
+		every = bad = skipped = 0
+		for suite in tree.parse(sys.argv[1]).getroot().iter("testsuite"):
+		    every += int(suite.get("tests"))
+		    bad += int(suite.get("failures")) + int(suite.get("errors"))
+		    skipped += int(suite.get("skipped"))
+		print(every - bad - skipped, bad, skipped)
+	EOF
+}
+
+# ---------------------------------------------------------------- the run
+
+if [ "$(id -u)" = 0 ]; then
+	:
+elif sudo -n true 2>/dev/null; then
+	sudo='sudo -n'
+	echo "the tests run with sudo: some need root"
+else
+	echo "not root: the cases that need it are skipped"
+fi
+prefix=
+cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc)
+
+install_missing "$tmp/install.log" cc /usr/include/stdio.h make musl-gcc clang \
+    /usr/bin/python3 py:pytest py:xdist clamd /usr/share/clamav-testfiles \
+    ip nft mandoc shellcheck busybox
+for what in cc make py:pytest py:xdist; do
+	case " $MISSING " in
+	*" $what "*)
+		tail -n 5 "$tmp/install.log"
+		echo "FAILED: cannot do without $what"
+		failed=1
+		finish ;;
+	esac
+done
+[ -z "$MISSING" ] || echo "not to be had:$MISSING"
+
+check make make -s
+[ "$failed" = 0 ] || finish
+program=$PWD/clamsmtpd
+
+if [ "$few" ] && [ ! "$full" ]; then
+	where=tests
+	for arg do
+		[ ! -e "${arg%%::*}" ] || where=
+	done
+	suite tests "$program" "$@" $where
+	finish
+fi
+
+# -- what needs no daemon
+
+warn="-std=c99 -Wall -Wextra -Werror -Wshadow -Wpointer-arith -Wcast-qual \
+-Wwrite-strings -Wstrict-prototypes -Wmissing-prototypes -Wformat=2 -Wundef \
+-Wvla"
+check gcc build gcc CC=gcc LDFLAGS= \
+    CFLAGS="-O2 $warn -Wlogical-op -Wduplicated-cond"
+if have clang; then
+	check clang build clang CC=clang CFLAGS="-O2 $warn" LDFLAGS=
+else
+	skip clang "not installed"
+fi
+check static static clamsmtpd
+if [ "$(uname -m)" = x86_64 ]; then
+	check size size_below 131072 clamsmtpd
+else
+	skip size "the limit is for x86_64"
+fi
+scripts=
+for f in test.sh demo.sh .ci/run tests/*.sh bench/*; do
+	if [ -f "$f" ] && head -n 1 "$f" | grep -q '^#!.*sh$'; then
+		scripts="$scripts $f"
+	fi
+done
+# shellcheck disable=SC2086
+if have shellcheck; then
+	check shellcheck shellcheck -x $scripts
+else
+	skip shellcheck "not installed"
+fi
+for f in $scripts; do
+	if have busybox; then
+		check "busybox-$(basename "$f")" busybox sh -n "$f"
+	else
+		skip "busybox-$(basename "$f")" "no busybox here"
+	fi
+done
+for f in *.[1-9]; do
+	if have mandoc; then
+		check "$f" silent mandoc -T lint "$f"
+	else
+		skip "$f" "mandoc not installed"
+	fi
+done
+
+# -- the suite, in the normal build
+
+postfix=tests/test_real_postfix.py
+if have postfix || [ ! -f "$postfix" ]; then
+	suite normal "$program" -m 'not long' "$@" tests
+else
+	suite normal "$program" -m 'not long' --ignore="$postfix" "$@" tests
+	prefix='tests/overlay.sh postfix --'
+	suite postfix "$program" "$@" "$postfix"
+	prefix=
+fi
+
+# -- and in special ones
+
+if [ "$full" ]; then part='not long'; else part=core; fi
+for cc in gcc clang; do
+	# where gcc has no sanitizer library, as on Alpine, clang may
+	echo 'int main(void) { return 0; }' >"$tmp/try.c"
+	"$cc" -fsanitize=address,undefined -o "$tmp/try" "$tmp/try.c" \
+	    2>/dev/null && "$tmp/try" && break
+	cc=
+done
+if [ "$cc" ]; then
+	sanitize='-fsanitize=address,undefined -fno-sanitize-recover=all'
+	check sanitize build sanitize CC="$cc" LDFLAGS="$sanitize" \
+	    CFLAGS="-O1 -g -fno-omit-frame-pointer $sanitize"
+	suite sanitizers "$tmp/build-sanitize/clamsmtpd" -m "$part" "$@" tests
+else
+	skip sanitizers "no compiler has them here"
+fi
+check bytes build bytes CFLAGS='-O2 -DIO_MAX=1'
+suite one-byte "$tmp/build-bytes/clamsmtpd" -m "$part" "$@" tests
+
+if [ "$full" ]; then
+	suite long "$program" -m long "$@" tests
+fi
+finish

@@ -1,0 +1,58 @@
+"""Fixtures: `site` is a daemon with scripted peers around it (harness.py)."""
+
+import os
+import subprocess
+
+import pytest
+
+import harness
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "core: the small part that every special build is run with")
+
+
+def pytest_report_header(config):
+    return "clamsmtpd: %s" % harness.CLAMSMTPD
+
+
+def pytest_sessionstart(session):
+    if not os.access(harness.CLAMSMTPD, os.X_OK):
+        pytest.exit("no binary %s (make, or set CLAMSMTPD)" % harness.CLAMSMTPD,
+                    returncode=2)
+
+
+@pytest.fixture
+def site(tmp_path):
+    site = harness.Site(tmp_path)
+    yield site
+    site.finish()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run clamsmtpd to its end: run("-v") gives status, out, err."""
+    def run(*args, **kw):
+        kw.setdefault("timeout", harness.WAIT)
+        return subprocess.run([harness.CLAMSMTPD, *args], capture_output=True,
+                              text=True, errors="backslashreplace",
+                              stdin=subprocess.DEVNULL, **kw)
+    return run
+
+
+@pytest.fixture
+def as_root():
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows the daemon's log and what its peers saw."""
+    outcome = yield
+    report = outcome.get_result()
+    site = getattr(item, "funcargs", {}).get("site")
+    if report.failed and site is not None:
+        for title, text in site.report():
+            report.sections.append((title, text))

@@ -1,0 +1,1274 @@
+"""Scripted peers for the tests of clamsmtpd: a daemon, a next hop, a clamd and
+a client.  Python's standard library only.
+
+Everything blocks, in threads of its own, and every wait has the limit WAIT.
+No test sleeps for a fixed time: it waits until something is the case.
+"""
+
+import array
+import os
+import re
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import threading
+import time
+
+WAIT = float(os.environ.get("TEST_WAIT", "30"))  # seconds; never a measure
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CLAMSMTPD = os.path.abspath(
+    os.environ.get("CLAMSMTPD", os.path.join(TOP, "clamsmtpd")))
+
+EICAR = b"EICAR"            # what the scripted clamd calls a virus
+VIRUS = "Eicar-Test-Signature"
+HEADER = b"X-Virus-Scanned: ClamAV using ClamSMTP\r\n"
+INFECTED = b"X-Virus-Infected: "
+REPORT = re.compile(r"(Address|Leak|UndefinedBehavior|Memory)Sanitizer"
+                    r"|runtime error:|Assertion .* failed|\bbug\b:")
+
+
+class Failed(AssertionError):
+    """A peer did not do what the test waits for."""
+
+
+def until(condition, what, limit=None):
+    """Wait until condition() is true and return what it gave."""
+    limit = WAIT if limit is None else limit
+    end = time.monotonic() + limit
+    pause = 0.001
+    while True:
+        got = condition()
+        if got:
+            return got
+        if time.monotonic() > end:
+            raise Failed("waited %g s in vain: %s" % (limit, what))
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+def never(condition, what, turns=20):
+    """The opposite of until() can only be sampled: look some times."""
+    for _ in range(turns):
+        assert not condition(), "this must not happen: " + what
+        time.sleep(0.01)
+
+
+def as_bytes(text):
+    return text if isinstance(text, bytes) else text.encode("utf-8",
+                                                            "surrogateescape")
+
+
+def shown(data, most=400):
+    """Bytes for a failure message, cut in the middle."""
+    if len(data) <= most:
+        return repr(bytes(data))
+    return "%r ... %r (%d bytes)" % (bytes(data[:most // 2]),
+                                     bytes(data[-most // 2:]), len(data))
+
+
+def same(got, want, what="bytes"):
+    """Compare long byte strings; say where they part."""
+    if got == want:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b),
+              min(len(got), len(want)))
+    raise Failed("%s differ at %d of %d (expected %d): got %r, expected %r"
+                 % (what, at, len(got), len(want), bytes(got[max(0, at - 30):at + 30]),
+                    bytes(want[max(0, at - 30):at + 30])))
+
+
+def stuff(body):
+    """Dots at line starts doubled (lines end in CRLF)."""
+    if body.startswith(b"."):
+        body = b"." + body
+    return body.replace(b"\r\n.", b"\r\n..")
+
+
+def unstuff(wire):
+    if wire.startswith(b"."):
+        wire = wire[1:]
+    return wire.replace(b"\r\n.", b"\r\n")
+
+
+def connect(address, source=None):
+    """A socket connected to an address as clamsmtpd writes them."""
+    if address.startswith("/"):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(WAIT)
+        sock.connect(address)
+        return sock
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.settimeout(WAIT)
+    if source:
+        sock.bind((source, 0))
+    sock.connect((host, int(port)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+def free_port(host="127.0.0.1"):
+    """A port that was free a moment ago; where port 0 is of no use."""
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return sock.getsockname()[1]
+
+
+def reset(sock):
+    """Close with an RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+class Gone(Exception):
+    """The other end has closed ("eof") or broken ("reset") the connection."""
+
+
+class Stream:
+    """A socket with a buffer for what has been read ahead."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.ahead = bytearray()
+        self.all = bytearray()       # everything that was ever read
+
+    def fill(self):
+        try:
+            got = self.sock.recv(65536)
+        except socket.timeout:
+            raise Failed("nothing came for %g s; unread so far: %s"
+                         % (WAIT, shown(self.ahead))) from None
+        except (ConnectionError, OSError):
+            raise Gone("reset") from None
+        if not got:
+            raise Gone("eof")
+        self.ahead += got
+        self.all += got
+
+    def take(self, count):
+        data = bytes(self.ahead[:count])
+        del self.ahead[:count]
+        return data
+
+    def line(self):
+        """The next line, its LF included."""
+        seen = 0
+        while True:
+            at = self.ahead.find(b"\n", seen)
+            if at >= 0:
+                return self.take(at + 1)
+            seen = len(self.ahead)
+            self.fill()
+
+    def exactly(self, count):
+        while len(self.ahead) < count:
+            self.fill()
+        return self.take(count)
+
+    def more(self):
+        """Whether something stands unread already."""
+        if self.ahead:
+            return True
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+
+# ---------------------------------------------------------------- actions
+# What a scripted server may do in place of a reply.
+
+class Action:
+    pass
+
+
+class _Close(Action):
+    """Close the connection in good order."""
+
+
+class _Reset(Action):
+    """Break the connection with an RST."""
+
+
+CLOSE, RESET = _Close(), _Reset()
+
+
+class Then(Action):
+    """Send the reply, then do the action (CLOSE or RESET)."""
+
+    def __init__(self, reply, action):
+        self.reply, self.action = reply, action
+
+
+class Drip(Action):
+    """Send the reply one byte at a time."""
+
+    def __init__(self, reply):
+        self.reply = reply
+
+
+class Early(Action):
+    """For "body": send the reply when so many bytes of the body have come."""
+
+    def __init__(self, reply, after=1):
+        self.reply, self.after = reply, after
+
+
+class Hold(Action):
+    """Stall until go() is called (or the test ends), then send the reply;
+    without one the usual reply is sent.  reached() waits for the stall."""
+
+    def __init__(self, reply=None):
+        self.reply = reply
+        self._here = threading.Event()
+        self._go = threading.Event()
+        self.waiting = 0
+
+    def reached(self, count=1):
+        until(lambda: self._here.is_set() and self.waiting >= count,
+              "a scripted peer reaches its stall")
+
+    def go(self):
+        self._go.set()
+
+    def wait(self, server):
+        self.waiting += 1
+        self._here.set()
+        while not self._go.wait(0.02) and not server.closing:
+            pass
+
+
+class Server:
+    """A listening socket whose connections run serve() in threads."""
+
+    family = "server"
+
+    def __init__(self, path=None, host="127.0.0.1", port=0, backlog=1024):
+        self.path, self.host, self.port, self.backlog = path, host, port, backlog
+        self.closing = False
+        self.errors = []             # what went wrong in the threads
+        self.accepted = 0
+        self.lock = threading.RLock()
+        self.socks = set()
+        self.threads = []
+        self.listener = None
+        self.up()
+
+    def up(self):
+        """Listen (again, on the same address)."""
+        if self.path:
+            if os.path.exists(self.path):
+                os.unlink(self.path)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(self.path)
+            os.chmod(self.path, 0o666)
+            self.address = self.path
+        else:
+            v6 = ":" in self.host
+            sock = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((self.host, self.port))
+            self.port = sock.getsockname()[1]
+            self.address = "%s:%d" % ("[%s]" % self.host if v6 else self.host,
+                                      self.port)
+        sock.listen(self.backlog)
+        self.listener = sock
+        thread = threading.Thread(target=self._accept, args=(sock,), daemon=True)
+        thread.start()
+        self.threads.append(thread)
+
+    def down(self):
+        """Stop listening; connections that are there stay."""
+        if self.listener:
+            try:
+                self.listener.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            self.listener.close()
+            self.listener = None
+        if self.path and os.path.exists(self.path):
+            os.unlink(self.path)
+
+    def close(self):
+        self.closing = True
+        self.down()
+        with self.lock:
+            for sock in list(self.socks):
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+        for thread in list(self.threads):
+            thread.join(WAIT)
+
+    def _accept(self, listener):
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            sock.settimeout(None)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self.lock:
+                self.accepted += 1
+                self.socks.add(sock)
+            thread = threading.Thread(target=self._run, args=(sock,), daemon=True)
+            self.threads.append(thread)
+            thread.start()
+
+    def _run(self, sock):
+        try:
+            self.serve(sock)
+        except Exception as error:           # a test looks at self.errors
+            if not self.closing:
+                self.errors.append("%s: %s: %s" % (
+                    self.family, type(error).__name__, error))
+        finally:
+            with self.lock:
+                self.socks.discard(sock)
+            sock.close()
+
+    def serve(self, sock):
+        raise NotImplementedError
+
+    def send(self, sock, data):
+        try:
+            sock.sendall(data)
+        except OSError:
+            raise Gone("reset") from None
+
+    def error(self, text):
+        self.errors.append("%s: %s" % (self.family, text))
+
+    def act(self, sock, spec):
+        """Do an action; return the text that was sent."""
+        if isinstance(spec, _Close):
+            raise Gone("closed")
+        if isinstance(spec, _Reset):
+            reset(sock)
+            raise Gone("closed")
+        if isinstance(spec, Then):
+            self.send(sock, self.encode(spec.reply))
+            return self.act(sock, spec.action)
+        if isinstance(spec, Drip):
+            data = self.encode(spec.reply)
+            for i in range(len(data)):
+                self.send(sock, data[i:i + 1])
+                time.sleep(0)
+            return data
+        raise TypeError("not an action: %r" % (spec,))
+
+    def encode(self, spec):
+        return as_bytes(spec)
+
+
+# ---------------------------------------------------------------- next hop
+
+class Message:
+    """A message the next hop has taken (or refused at its dot)."""
+
+    def __init__(self, mail, rcpts, how, wire):
+        self.mail = mail             # the MAIL command
+        self.rcpts = list(rcpts)     # the RCPT commands it has accepted
+        self.how = how               # "DATA" or "BDAT"
+        self.wire = wire             # after 354, without the dot line
+        self.body = unstuff(wire) if how == "DATA" else wire
+        self.reply = b""             # what the next hop said at the end
+        self.xforward = {}
+
+    def __repr__(self):
+        return "<%s %s %r: %s>" % (self.how, self.mail, self.rcpts,
+                                   shown(self.wire))
+
+
+class HopSession:
+    """One connection to the next hop, as it saw it."""
+
+    def __init__(self, sock, hop):
+        self.sock, self.hop = sock, hop
+        self.stream = Stream(sock)
+        self.commands = []           # lines, without CRLF, in order
+        self.replies = []            # bytes, in order
+        self.messages = []
+        self.partial = None          # a body that never saw its dot
+        self.ended = None            # "eof", "reset", or "closed" by itself
+        self.over = threading.Event()
+        self.mail, self.rcpts = None, []
+        self.chunks = bytearray()
+
+    def verbs(self):
+        return [c.split(" ")[0].upper() for c in self.commands]
+
+    def wait_end(self):
+        if not self.over.wait(WAIT):
+            raise Failed("the daemon keeps its session with the next hop; "
+                         "commands so far: %r" % self.commands)
+        return self.ended
+
+    @property
+    def raw(self):
+        return bytes(self.stream.all)
+
+
+class NextHop(Server):
+    """A strict SMTP server that does what it is told.
+
+    on(verb, reply): verb is EHLO, MAIL ... or
+        "greeting"  the first line
+        "."         the reply to a message's end
+        "body"      an Early() while the body comes
+        "334"       the reply to a continuation line of AUTH
+    A reply is text ("250-a\\n250 b"), bytes as they are, an action, a
+    function (session, line) giving one of these, or a list of them for
+    successive uses (then, as with None, the usual reply).
+    """
+
+    family = "next hop"
+    USUAL = {
+        "greeting": "220 next.hop ESMTP ready",
+        "HELO": "250 next.hop",
+        "MAIL": "250 2.1.0 sender ok",
+        "RCPT": "250 2.1.5 recipient ok",
+        "DATA": "354 go ahead",
+        ".": "250 2.0.0 queued as 4711",
+        "BDAT": "250 2.0.0 chunk ok",
+        "RSET": "250 2.0.0 reset",
+        "NOOP": "250 2.0.0 noop",
+        "QUIT": "221 2.0.0 bye",
+        "VRFY": "252 2.0.0 perhaps",
+        "EXPN": "250 list@example.com",
+        "HELP": "214 no help",
+        "ETRN": "250 queuing started",
+        "AUTH": "235 2.7.0 authenticated",
+        "334": "235 2.7.0 authenticated",
+        "XFORWARD": "250 2.0.0 forwarded",
+        "XCLIENT": "220 next.hop ESMTP again",
+    }
+
+    def __init__(self, ehlo=("PIPELINING", "SIZE 104857600", "ETRN",
+                             "8BITMIME", "DSN"), chunking=False, **kw):
+        self.replies = {}
+        self.ehlo = list(ehlo) + (["CHUNKING"] if chunking else [])
+        self.sessions = []
+        super().__init__(**kw)
+
+    def on(self, verb, reply):
+        """Set a reply."""
+        self.replies[verb] = list(reply) if isinstance(reply, list) else reply
+        return self
+
+    # -- what tests look at
+
+    @property
+    def messages(self):
+        """Messages taken (2xx at their end), over all sessions in order."""
+        return [m for s in list(self.sessions) for m in s.messages
+                if m.reply[:1] == b"2"]
+
+    @property
+    def commands(self):
+        return [c for s in list(self.sessions) for c in s.commands]
+
+    @property
+    def session(self):
+        """The newest session."""
+        until(lambda: self.sessions, "a connection to the next hop")
+        return self.sessions[-1]
+
+    def wait_messages(self, count):
+        until(lambda: len(self.messages) >= count,
+              "%d messages at the next hop" % count)
+        return self.messages
+
+    # -- one connection
+
+    def encode(self, spec):
+        if isinstance(spec, bytes):
+            return spec
+        return b"".join(as_bytes(line) + b"\r\n" for line in spec.split("\n"))
+
+    def usual(self, verb):
+        if verb == "EHLO":
+            lines = ["next.hop greets you"] + self.ehlo
+            return "\n".join("250%s%s" % (" " if i == len(lines) - 1 else "-", l)
+                             for i, l in enumerate(lines))
+        return self.USUAL.get(verb, "502 5.5.2 the next hop knows no such command")
+
+    def reply(self, s, verb, line="", message=None):
+        """Send what the script says; return the bytes sent.
+
+        The message has its reply before the client can know it.
+        """
+        spec = self.replies.get(verb)
+        if isinstance(spec, list):
+            with self.lock:
+                spec = spec.pop(0) if spec else None
+        if callable(spec):
+            spec = spec(s, line)
+        if s.stream.more():
+            self.error("bytes came before the reply to %r: %s"
+                       % (line or verb, shown(s.stream.ahead)))
+        if isinstance(spec, Hold):
+            spec.wait(self)
+            spec = spec.reply
+        if spec is None:
+            spec = self.usual(verb)
+        if isinstance(spec, Action):
+            data = self.act(s.sock, spec)
+        else:
+            data = self.encode(spec)
+            if message:
+                message.reply = data
+            self.send(s.sock, data)
+        s.replies.append(data)
+        return data
+
+    def serve(self, sock):
+        s = HopSession(sock, self)
+        with self.lock:
+            self.sessions.append(s)
+        try:
+            self.talk(s)
+        except Gone as gone:
+            s.ended = str(gone)
+        finally:
+            s.over.set()
+
+    def talk(self, s):
+        said = self.reply(s, "greeting")
+        while True:
+            raw = s.stream.line()
+            if not raw.endswith(b"\r\n"):
+                self.error("a command without CR: %r" % raw)
+            if said.startswith(b"334"):
+                s.commands.append(raw.rstrip(b"\r\n").decode("latin-1"))
+                said = self.reply(s, "334", s.commands[-1])
+                continue
+            if b"\r" in raw[:-2] or b"\0" in raw:
+                self.error("control characters in a command: %r" % raw)
+            line = raw.rstrip(b"\r\n").decode("latin-1")
+            verb = line.split(" ")[0].upper()
+            s.commands.append(line)
+            if verb == "BDAT" and "CHUNKING" in self.ehlo:
+                said = self.bdat(s, line)
+                continue
+            said = self.reply(s, verb, line)
+            good = said.startswith(b"2")
+            if verb == "MAIL" and good:
+                s.mail, s.rcpts = line, []
+            elif verb == "RCPT" and good:
+                s.rcpts.append(line)
+            elif verb in ("RSET", "EHLO", "HELO", "XCLIENT") and good:
+                s.mail, s.rcpts, s.chunks = None, [], bytearray()
+            elif verb == "DATA" and said.startswith(b"354"):
+                said = self.data(s)
+            elif verb == "QUIT":
+                raise Gone("quit")
+
+    def data(self, s):
+        """The body of DATA: ends at CRLF.CRLF, at nothing else."""
+        early = self.replies.get("body")
+        if isinstance(early, list):
+            early = early.pop(0) if early else None
+        seen = 0
+        ahead = s.stream.ahead
+        while True:
+            if ahead.startswith(b".\r\n"):
+                end, skip = 0, 3
+                break
+            end, skip = ahead.find(b"\r\n.\r\n", max(0, seen - 4)) + 2, 3
+            if end >= 2:
+                break
+            seen = len(ahead)
+            s.partial = bytes(ahead)
+            if early and len(ahead) >= early.after:
+                if early.reply is not None:
+                    if isinstance(early.reply, Action):
+                        self.act(s.sock, early.reply)
+                    else:
+                        self.send(s.sock, self.encode(early.reply))
+                early = None
+            s.stream.fill()
+        wire = s.stream.take(end)
+        s.stream.take(skip)
+        s.partial = None
+        message = Message(s.mail, s.rcpts, "DATA", wire)
+        s.messages.append(message)
+        s.mail, s.rcpts = None, []
+        return self.reply(s, ".", ".", message)
+
+    def bdat(self, s, line):
+        words = line.split(" ")
+        s.chunks += s.stream.exactly(int(words[1]))
+        if [w.upper() for w in words[2:]] != ["LAST"]:
+            return self.reply(s, "BDAT", line)
+        message = Message(s.mail, s.rcpts, "BDAT", bytes(s.chunks))
+        s.messages.append(message)
+        s.mail, s.rcpts, s.chunks = None, [], bytearray()
+        return self.reply(s, ".", line, message)
+
+
+# ---------------------------------------------------------------- clamd
+
+class Scan:
+    """One scan, as clamd saw it."""
+
+    def __init__(self, command, data, flags=None, inode=None):
+        self.command = command       # "FILDES", "INSTREAM" or "SCAN"
+        self.data = data             # everything, the extra first line too
+        self.flags = flags           # open flags of the descriptor passed
+        self.inode = inode           # its os.stat_result
+
+    @property
+    def first(self):
+        """The line that is scanned but never forwarded."""
+        return self.data.partition(b"\n")[0] + b"\n"
+
+    @property
+    def mail(self):
+        return self.data.partition(b"\n")[2]
+
+    def __repr__(self):
+        return "<%s %s>" % (self.command, shown(self.data))
+
+
+class Clamd(Server):
+    """clamd over a unix socket (FILDES, INSTREAM) or TCP (INSTREAM).
+
+    verdict: a function of the data giving "OK", "NAME FOUND", "WHY ERROR"
+    (framed as clamd does), bytes (sent as they are), or an action.  It may
+    be set to such a value itself, or to a list for successive scans (then
+    the usual verdict).
+    """
+
+    family = "clamd"
+
+    def __init__(self, verdict=None, limit=None, refuse=None, **kw):
+        self.verdict = verdict
+        self.limit = limit           # StreamMaxLength
+        self.refuse = refuse         # raw answer to FILDES, None: take it
+        self.deny_all = None         # raw answer to any command
+        self.scans = []
+        self.commands = []           # as they came, framing included
+        self.pings = 0
+        self.now = self.most = 0     # scans at once
+        super().__init__(**kw)
+
+    def wait_scans(self, count):
+        until(lambda: len(self.scans) >= count, "%d scans" % count)
+        return self.scans
+
+    @staticmethod
+    def usual(data):
+        return VIRUS + " FOUND" if EICAR in data else "OK"
+
+    def serve(self, sock):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        fds = []
+        try:
+            self.talk(sock, fds)
+        except Gone:
+            pass
+        finally:
+            for fd in fds:
+                os.close(fd)
+            with self.lock:
+                self.now -= 1
+
+    def get(self, sock, fds, count=1):
+        """Read, and keep descriptors that come along."""
+        data = b""
+        while len(data) < count:
+            try:
+                if sock.family == socket.AF_UNIX:
+                    got, extra, _, _ = sock.recvmsg(
+                        min(count - len(data), 65536), socket.CMSG_SPACE(16))
+                    for level, kind, cdata in extra:
+                        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                            numbers = array.array("i")
+                            numbers.frombytes(cdata[:len(cdata) // 4 * 4])
+                            fds.extend(numbers)
+                else:
+                    got = sock.recv(min(count - len(data), 65536))
+            except OSError:
+                raise Gone("reset") from None
+            if not got:
+                raise Gone("eof")
+            data += got
+        return data
+
+    def talk(self, sock, fds):
+        command = b""
+        end = None
+        while end is None or not command.endswith(end):
+            command += self.get(sock, fds)
+            end = {b"z": b"\0", b"n": b"\n"}.get(command[:1], b"\n")
+            if len(command) > 4096:
+                self.error("an endless command: %s" % shown(command))
+                return
+        self.commands.append(command)
+        if self.deny_all is not None:
+            self.send(sock, self.deny_all)
+            return
+        word = command[:-1] if end == b"\n" and command[:1] != b"n" \
+            else command[1:-1]
+        if word == b"PING":
+            self.pings += 1
+            self.send(sock, b"PONG" + end)
+        elif word == b"FILDES" and command[:1] in b"zn":
+            self.fildes(sock, fds, end)
+        elif word == b"INSTREAM" and command[:1] in b"zn":
+            self.instream(sock, fds, end)
+        elif word.startswith(b"SCAN "):
+            with open(word[5:].rstrip(b"\r"), "rb") as file:
+                self.judge(sock, Scan("SCAN", file.read()),
+                           word[5:].decode().rstrip("\r"), end)
+        else:
+            self.error("unknown command %r" % command)
+            self.send(sock, b"UNKNOWN COMMAND" + end)
+
+    def fildes(self, sock, fds, end):
+        if self.refuse is not None:
+            self.send(sock, self.refuse)
+            return
+        if sock.family != socket.AF_UNIX:
+            self.error("FILDES over TCP")
+            self.send(sock, b"No file descriptor received. ERROR" + end)
+            return
+        self.get(sock, fds)
+        if len(fds) != 1:
+            self.error("FILDES came with %d descriptors" % len(fds))
+            self.send(sock, b"No file descriptor received. ERROR" + end)
+            return
+        fd = fds[0]
+        import fcntl
+        inode = os.fstat(fd)
+        if not stat.S_ISREG(inode.st_mode):
+            self.error("not a regular file")
+            self.send(sock, b"fd[%d]: Not a regular file ERROR" % fd + end)
+            return
+        data = bytearray()
+        while True:
+            got = os.pread(fd, 1 << 20, len(data))
+            if not got:
+                break
+            data += got
+        self.judge(sock, Scan("FILDES", bytes(data),
+                              fcntl.fcntl(fd, fcntl.F_GETFL), inode),
+                   "fd[%d]" % fd, end)
+
+    def instream(self, sock, fds, end):
+        data = bytearray()
+        while True:
+            size = struct.unpack("!I", self.get(sock, fds, 4))[0]
+            if size == 0:
+                break
+            if self.limit is not None and len(data) + size > self.limit:
+                self.send(sock, b"INSTREAM size limit exceeded. ERROR" + end)
+                return
+            data += self.get(sock, fds, size)
+        self.judge(sock, Scan("INSTREAM", bytes(data)), "stream", end)
+
+    def judge(self, sock, scan, name, end):
+        with self.lock:
+            self.scans.append(scan)
+            verdict = self.verdict
+            if isinstance(verdict, list):
+                verdict = verdict.pop(0) if verdict else None
+        if callable(verdict):
+            verdict = verdict(scan.data)
+        if isinstance(verdict, Hold):
+            verdict.wait(self)
+            verdict = verdict.reply
+        if verdict is None:
+            verdict = self.usual(scan.data)
+        if isinstance(verdict, Action):
+            self.act(sock, verdict)
+        elif isinstance(verdict, bytes):
+            self.send(sock, verdict)
+        else:
+            self.send(sock, as_bytes("%s: %s" % (name, verdict)) + end)
+
+
+# ---------------------------------------------------------------- client
+
+class Reply:
+    """A whole reply of the daemon."""
+
+    def __init__(self, raw):
+        self.raw = raw
+        self.lines = [l.decode("utf-8", "surrogateescape")
+                      for l in raw.split(b"\r\n")[:-1]]
+        self.code = self.lines[-1][:3]
+        self.text = "\n".join(self.lines)
+
+    def keywords(self):
+        """The keywords of an EHLO reply."""
+        return [l[4:] for l in self.lines[1:]]
+
+    def __repr__(self):
+        return repr(self.text)
+
+
+class Client:
+    """An SMTP client that says just what the test tells it to."""
+
+    def __init__(self, address, source=None):
+        self.sock = connect(address, source)
+        self.stream = Stream(self.sock)
+
+    # -- sending
+
+    def send(self, data):
+        """Bytes as they are."""
+        self.sock.sendall(as_bytes(data))
+
+    def line(self, text):
+        self.send(as_bytes(text) + b"\r\n")
+
+    def drip(self, data):
+        """One byte a packet (as far as TCP goes)."""
+        data = as_bytes(data)
+        for i in range(len(data)):
+            self.sock.sendall(data[i:i + 1])
+
+    def chunk(self, data, last=False):
+        """A BDAT command and its octets, in one go."""
+        self.send(b"BDAT %d%s\r\n" % (len(data), b" LAST" if last else b"")
+                  + data)
+
+    # -- receiving
+
+    def reply(self):
+        """The next reply, all its lines, checked for its form."""
+        raw = b""
+        while True:
+            try:
+                line = self.stream.line()
+            except Gone as gone:
+                raise Failed("expected a reply, got %s after %s" % (
+                    gone, shown(raw + bytes(self.stream.ahead)))) from None
+            raw += line
+            if not re.match(rb"[2-5][0-9][0-9]([ -][^\r\n]*)?\r\n\Z", line):
+                raise Failed("not a line of a reply: %r" % line)
+            if raw[:3] != line[:3]:
+                raise Failed("the code changes within a reply: %r" % raw)
+            if line[3:4] != b"-":
+                return Reply(raw)
+
+    def expect(self, *want):
+        """The next reply; one line of it must begin with each of the texts."""
+        got = self.reply()
+        for text in want:
+            text = str(text)
+            assert any(l.startswith(text) for l in got.lines), \
+                "expected %r, got %r" % (text, got.text)
+        return got
+
+    def cmd(self, text, *want):
+        self.line(text)
+        return self.expect(*want)
+
+    def eof(self, allow_reset=False):
+        """The daemon must close, having said nothing more."""
+        try:
+            self.stream.fill()
+        except Gone as gone:
+            if not allow_reset:
+                assert str(gone) == "eof", "expected EOF, got an RST"
+            return
+        raise Failed("expected EOF, got %s" % shown(self.stream.ahead))
+
+    def rest(self):
+        """Everything until the daemon closes."""
+        while True:
+            try:
+                self.stream.fill()
+            except Gone:
+                return self.stream.take(len(self.stream.ahead))
+
+    # -- whole steps
+
+    def hello(self, name="client.example"):
+        self.expect("220 smtp.passthru")
+        return self.cmd("EHLO " + name, "250")
+
+    def envelope(self, sender="a@example.com", to=("b@example.com",)):
+        to = [to] if isinstance(to, str) else to
+        self.cmd("MAIL FROM:<%s>" % sender, "250")
+        for rcpt in to:
+            self.cmd("RCPT TO:<%s>" % rcpt, "250")
+
+    def data(self, body, *want):
+        """DATA, the body (stuffed here), the dot; the final reply."""
+        self.cmd("DATA", "354")
+        self.send(stuff(as_bytes(body)) + b".\r\n")
+        return self.expect(*(want or ("250",)))
+
+    def mail(self, sender="a@example.com", to=("b@example.com",),
+             body=b"Subject: hello\r\n\r\nworld\r\n", want="250"):
+        self.envelope(sender, to)
+        return self.data(body, want)
+
+    def quit(self):
+        self.cmd("QUIT", "221")
+        self.eof()
+
+    # -- endings
+
+    def half_close(self):
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def reset(self):
+        reset(self.sock)
+
+    def close(self):
+        self.sock.close()
+
+
+# ---------------------------------------------------------------- daemon
+
+def processes(mark):
+    """Pids whose environment has TESTMARK=mark (zombies have none)."""
+    want = b"TESTMARK=" + mark.encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/%s/environ" % name, "rb") as file:
+                    if want in file.read().split(b"\0"):
+                        found.append(int(name))
+            except OSError:
+                pass
+    return found
+
+
+class Daemon:
+    """A clamsmtpd in the foreground, with a configuration of its own.
+
+    Settings are keywords (Listen="127.0.0.1:0"); a list is a line each,
+    None leaves the setting out.
+    """
+
+    def __init__(self, directory, args=(), level=4, config=None, env=None,
+                 binary=None, wait=True, preexec=None, **settings):
+        self.directory = str(directory)
+        self.file = os.path.join(self.directory, "clamsmtpd.conf")
+        self.stderr = os.path.join(self.directory, "stderr")
+        self.spool = settings.get("TempDirectory")
+        self.mark = "%d.%d.%d" % (os.getpid(), id(self), time.monotonic_ns())
+        self.allowed = set()         # file names that may stay in the spool
+        self.status = None
+        self.stopped = False
+        self.write(settings, config)
+        command = [binary or CLAMSMTPD]
+        if level is not None:
+            command += ["-d", str(level)]
+        self.command = command + ["-f", self.file] + list(args)
+        self.env = dict(os.environ, TESTMARK=self.mark)
+        self.env.update(env or {})
+        with open(self.stderr, "ab") as err:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+                env=self.env, start_new_session=True, preexec_fn=preexec)
+        self.pid = self.process.pid
+        listen = settings.get("Listen")
+        self.wanted = len(listen) if isinstance(listen, list) else 1
+        if wait:
+            self.wait_listening()
+
+    def write(self, settings, config=None):
+        """Write the configuration file anew."""
+        if config is None:
+            config = b""
+            for name, value in settings.items():
+                for one in value if isinstance(value, (list, tuple)) else [value]:
+                    if one is not None:
+                        config += b"%s: %s\n" % (name.encode(),
+                                                 as_bytes(str(one)))
+        with open(self.file, "wb") as file:
+            file.write(as_bytes(config))
+
+    def wait_listening(self):
+        until(lambda: len(self.listening()) >= self.wanted or
+              self.process.poll() is not None,
+              "the daemon listens; it says:\n" + self.text())
+        if self.process.poll() is not None:
+            raise Failed("the daemon ended with %s:\n%s"
+                         % (self.process.poll(), self.text()))
+        self.addresses = self.listening()
+        self.address = self.addresses[0]
+        self.idle = self.fds()       # descriptors without a client
+
+    # -- the log
+
+    def text(self):
+        with open(self.stderr, "rb") as file:
+            return file.read().decode("utf-8", "backslashreplace")
+
+    def log(self, pattern=None):
+        """Lines of the log (without the prefix) that match."""
+        lines = [l[len("clamsmtpd: "):] if l.startswith("clamsmtpd: ") else l
+                 for l in self.text().split("\n")[:-1]]
+        return [l for l in lines if pattern is None or re.search(pattern, l)]
+
+    def wait_log(self, pattern, count=1):
+        try:
+            return until(lambda: (lambda found: found if len(found) >= count
+                                  else None)(self.log(pattern)),
+                         "%d log lines like %r" % (count, pattern))
+        except Failed as failed:
+            raise Failed("%s; the log ends:\n%s" % (
+                failed, "\n".join(self.log()[-30:]))) from None
+
+    def listening(self):
+        return [l.split("listening on ")[1].strip()
+                for l in self.log(r"^listening on ")]
+
+    # -- the process
+
+    def alive(self):
+        return self.process.poll() is None
+
+    def fds(self):
+        return len(os.listdir("/proc/%d/fd" % self.pid))
+
+    def rss(self):
+        """Resident size in KiB."""
+        return int(self.proc("VmRSS").split()[0])
+
+    def proc(self, name):
+        """A field of /proc/PID/status."""
+        with open("/proc/%d/status" % self.pid) as file:
+            for line in file:
+                if line.startswith(name + ":"):
+                    return line.split(":", 1)[1].strip()
+        raise Failed("no %s in /proc/PID/status" % name)
+
+    def ticks(self):
+        """CPU time used, in clock ticks."""
+        with open("/proc/%d/stat" % self.pid) as file:
+            fields = file.read().rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])
+
+    def children(self):
+        """Children, zombies included."""
+        try:
+            with open("/proc/%d/task/%d/children" % (self.pid, self.pid)) as file:
+                return [int(pid) for pid in file.read().split()]
+        except OSError:
+            return []
+
+    def send_signal(self, number):
+        self.process.send_signal(number)
+
+    def wait_exit(self, limit=None):
+        try:
+            self.status = self.process.wait(max(WAIT, 15) if limit is None
+                                            else limit)
+        except subprocess.TimeoutExpired:
+            raise Failed("the daemon does not end") from None
+        return self.status
+
+    # -- the end
+
+    def settle(self):
+        """With its clients gone the daemon is as it was before them."""
+        if not self.alive() or not hasattr(self, "idle"):
+            return
+        until(lambda: self.fds() <= self.idle, "descriptors are closed: %d at "
+              "the start, now %s" % (self.idle, self.open_files()))
+        until(lambda: not self.children(), "children are gone and reaped")
+
+    def open_files(self):
+        names = []
+        for fd in os.listdir("/proc/%d/fd" % self.pid):
+            try:
+                names.append(os.readlink("/proc/%d/fd/%s" % (self.pid, fd)))
+            except OSError:
+                pass
+        return names
+
+    def spooled(self):
+        """Files in TempDirectory that the test does not expect."""
+        if not self.spool or not os.path.isdir(self.spool):
+            return []
+        return sorted(set(os.listdir(self.spool)) - set(self.allowed))
+
+    def stop(self, want=0, number=signal.SIGTERM):
+        """End it and see that nothing is left behind."""
+        if self.stopped:
+            return
+        self.stopped = True
+        try:
+            if self.alive():
+                self.send_signal(number)
+            status = self.wait_exit()
+            assert status == want, "exit status %s, expected %s:\n%s" % (
+                status, want, "\n".join(self.log()[-30:]))
+            until(lambda: not processes(self.mark), "no process is left")
+            assert not self.spooled(), \
+                "left in TempDirectory: %s" % self.spooled()
+        finally:
+            self.kill()
+        found = REPORT.search(self.text())
+        assert not found, "a report in the log: %s" % self.text()[
+            found.start():found.start() + 4000]
+
+    def kill(self):
+        """Whatever is still there."""
+        self.stopped = True
+        for pid in processes(self.mark):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+class Site:
+    """A daemon between a client, a next hop and a clamd, for one test."""
+
+    def __init__(self, directory):
+        self.dir = str(directory)
+        self.spool = os.path.join(self.dir, "spool")
+        os.mkdir(self.spool)
+        self._hop = self._clamd = None
+        self.daemon = None
+        self.daemons, self.servers, self.clients = [], [], []
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    # -- peers
+
+    def new_hop(self, **kw):
+        hop = NextHop(**kw)
+        self.servers.append(hop)
+        return hop
+
+    def new_clamd(self, tcp=False, **kw):
+        if not tcp and "path" not in kw:
+            kw["path"] = self.path("clamd%d.sock" % len(self.servers))
+        clamd = Clamd(**kw)
+        self.servers.append(clamd)
+        return clamd
+
+    @property
+    def hop(self):
+        if self._hop is None:
+            self._hop = self.new_hop()
+        return self._hop
+
+    @hop.setter
+    def hop(self, hop):
+        self._hop = hop
+
+    @property
+    def clamd(self):
+        if self._clamd is None:
+            self._clamd = self.new_clamd()
+        return self._clamd
+
+    @clamd.setter
+    def clamd(self, clamd):
+        self._clamd = clamd
+
+    # -- the daemon
+
+    def settings(self, **settings):
+        """The usual settings, and these."""
+        usual = dict(Listen="127.0.0.1:0", TempDirectory=self.spool)
+        if "OutAddress" not in settings:
+            usual["OutAddress"] = self.hop.address
+        if "ClamAddress" not in settings:
+            usual["ClamAddress"] = self.clamd.address
+        usual.update(settings)
+        return usual
+
+    def start(self, args=(), level=4, env=None, wait=True, preexec=None,
+              **settings):
+        directory = self.path("daemon%d" % len(self.daemons))
+        os.mkdir(directory)
+        daemon = Daemon(directory, args=args, level=level, env=env, wait=False,
+                        preexec=preexec, **self.settings(**settings))
+        self.daemons.append(daemon)
+        self.daemon = daemon
+        if wait:
+            daemon.wait_listening()
+        return daemon
+
+    def client(self, source=None, address=None):
+        """A connected client; starts the daemon if need be."""
+        if address is None:
+            if self.daemon is None:
+                self.start()
+            address = self.daemon.address
+        client = Client(address, source)
+        self.clients.append(client)
+        return client
+
+    def session(self, **kw):
+        """A client that has been greeted and has said EHLO."""
+        client = self.client(**kw)
+        client.hello()
+        return client
+
+    # -- the end
+
+    def finish(self):
+        """Close the clients, look whether all is as it was, stop, check."""
+        for client in self.clients:
+            client.close()
+        try:
+            for daemon in self.daemons:
+                if not daemon.stopped:
+                    daemon.settle()
+            for daemon in self.daemons:
+                if not daemon.stopped:
+                    daemon.stop()
+        finally:
+            for server in self.servers:
+                server.close()
+            for daemon in self.daemons:
+                daemon.kill()
+        errors = [e for server in self.servers for e in server.errors]
+        assert not errors, "the scripted peers complain: " + "; ".join(errors)
+
+    def report(self):
+        """What a failure should show."""
+        for i, daemon in enumerate(self.daemons):
+            yield ("daemon %d: log (last lines)" % i,
+                   "\n".join(daemon.log()[-60:]))
+        for server in self.servers:
+            if isinstance(server, NextHop):
+                yield ("next hop %s" % server.address, "\n".join(
+                    "%r ended=%s messages=%d partial=%s" % (
+                        s.commands[-20:], s.ended, len(s.messages),
+                        s.partial and shown(s.partial))
+                    for s in server.sessions[-10:]))
+            else:
+                yield ("clamd %s" % server.address, "\n".join(
+                    [repr(c) for c in server.commands[-10:]] +
+                    [repr(s) for s in server.scans[-10:]]))
+            if server.errors:
+                yield ("complaints", "\n".join(server.errors))
+        yield ("files", self.dir)

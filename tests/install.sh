@@ -1,0 +1,153 @@
+# Installs what is missing; sourced by test.sh and demo.sh.
+# The machine may be a live mail relay: nothing is removed, nothing is
+# configured, no service is started, now or at the next boot.
+# shellcheck shell=sh
+
+PATH=$PATH:/usr/sbin:/sbin
+
+# Debian's own Python, which sees Debian's pytest; another one in PATH may not.
+PYTHON=/usr/bin/python3
+
+# have WHAT: a command, an absolute path, or py:MODULE
+have()
+{
+	case $1 in
+	/*)	[ -e "$1" ] ;;
+	py:*)	"$PYTHON" -c "import ${1#py:}" 2>/dev/null ;;
+	*)	command -v "$1" >/dev/null 2>&1 ;;
+	esac
+}
+
+# What tells that the thing is there, its Debian package, its Alpine package.
+# A dash: there is no such package.
+package_of()
+{
+	case $1 in
+	cc)		echo gcc build-base ;;
+	# gcc alone does not bring the headers of a libc
+	/usr/include/stdio.h)	echo libc6-dev musl-dev ;;
+	make)		echo make make ;;
+	musl-gcc)	echo musl-tools - ;;
+	clang)		echo clang clang ;;
+	/usr/bin/python3)	echo python3 python3 ;;
+	py:pytest)	echo python3-pytest py3-pytest ;;
+	py:xdist)	echo python3-pytest-xdist py3-pytest-xdist ;;
+	clamd)		echo clamav-daemon clamav-daemon ;;
+	/usr/share/clamav-testfiles)	echo clamav-testfiles - ;;
+	mandoc)		echo mandoc mandoc ;;
+	shellcheck)	echo shellcheck shellcheck ;;
+	busybox)	echo busybox - ;;
+	ip)		echo iproute2 iproute2 ;;
+	nft)		echo nftables nftables ;;
+	esac
+}
+
+as_root()
+{
+	if [ "$(id -u)" = 0 ]; then "$@"
+	elif have sudo; then sudo "$@"
+	else doas "$@"
+	fi
+}
+
+# policy on|off: while it is on, and as long as this process lives, Debian's
+# packages start no service.  Somebody else's policy is left alone.
+policy()
+{
+	as_root sh -s "$1" $$ <<-'EOF'
+		f=/usr/sbin/policy-rc.d
+		mark='# from the clamsmtpd tests, for the moment only'
+		if [ -e "$f" ] && grep -qF "$mark" "$f"; then rm -f "$f"; fi
+		if [ "$1" = off ] || [ -e "$f" ]; then exit; fi
+		printf '#!/bin/sh\n%s\n[ ! -d /proc/%s ] || exit 101\n' "$mark" "$2" >"$f"
+		chmod 755 "$f"
+	EOF
+}
+
+apt()
+{
+	# needrestart (Ubuntu) would restart services of others
+	as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 \
+	    apt-get -q -y -o DPkg::Lock::Timeout=300 "$@" </dev/null
+}
+
+apt_install()
+{
+	apt install --no-remove --no-install-recommends \
+	    -o Dpkg::Options::=--force-confold "$@"
+}
+
+# In a subshell: its trap must not replace one of the caller's.
+apt_politely()
+(
+	new=
+	for p in clamav-daemon clamav-freshclam; do
+		[ -e "/lib/systemd/system/$p.service" ] || new="$new $p.service"
+	done
+	trap 'policy off' EXIT
+	trap 'exit 1' HUP INT TERM
+	policy on
+	lists=
+	for f in /var/lib/apt/lists/*_Packages*; do
+		[ ! -e "$f" ] || lists=yes
+	done
+	if [ -z "$lists" ]; then
+		apt update || :
+	fi
+	if ! apt_install "$@"; then
+		[ -z "$lists" ] || apt update || :
+		# one by one, so that one that is not to be had costs only itself
+		apt_install "$@" || for p do apt_install "$p" || :; done
+	fi
+	# What we brought is for the tests and does not start at boot either.
+	if [ "$new" ] && have systemctl; then
+		# shellcheck disable=SC2086
+		as_root systemctl disable $new || :
+	fi
+)
+
+apk_add()
+{
+	as_root apk add --no-cache "$@" ||
+	    for p do as_root apk add --no-cache "$p" || :; done
+}
+
+# install_missing LOGFILE WHAT...: says what it installs; what could not be
+# had is left in $MISSING.
+install_missing()
+{
+	log=$1
+	shift
+	apk=
+	have apt-get || ! have apk || apk=yes
+	list=
+	for what do
+		have "$what" && continue
+		# shellcheck disable=SC2046
+		set_pair $(package_of "$what")
+		[ "$package" = - ] || list="$list $package"
+	done
+	if [ "$list" ]; then
+		echo "installing:$list"
+		# shellcheck disable=SC2086
+		if [ "$(id -u)" != 0 ] && ! have sudo && ! have doas; then
+			echo "  neither root nor sudo here: have root install them"
+		elif [ "$apk" ]; then
+			apk_add $list >>"$log" 2>&1
+		elif have apt-get; then
+			apt_politely $list >>"$log" 2>&1 || :
+		else
+			echo "  neither apt-get nor apk here: install their like"
+		fi
+	fi
+	MISSING=
+	for what do
+		have "$what" || MISSING="$MISSING $what"
+	done
+}
+
+set_pair()
+{
+	package=$1
+	[ -z "$apk" ] || package=$2
+}

@@ -1,0 +1,199 @@
+"""Real programs around the daemon: a clamd with a database of its own, and
+mail to show it.  Python's standard library only."""
+
+import base64
+import ctypes
+import glob
+import hashlib
+import io
+import os
+import pwd
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import zipfile
+
+from harness import Failed, WAIT, connect, free_port, until
+
+# In two parts, or a scanner would find this file.
+EICAR = (rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-STANDARD-"
+         rb"ANTIVIRUS-TEST-FILE!$H+H*")
+EICAR_NAME = "Test.Eicar.UNOFFICIAL"
+FILES = "/usr/share/clamav-testfiles"
+FILES_NAME = "Test.Clam.UNOFFICIAL"
+
+os.environ["PATH"] += ":/usr/sbin:/sbin"
+
+
+def die_with_us():
+    """For preexec_fn: a killed test leaves no server behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+
+
+def user(name):
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        return None
+
+
+def find(program):
+    return shutil.which(program)
+
+
+def public_directory(prefix):
+    """A directory other users can enter (pytest's own cannot be)."""
+    path = tempfile.mkdtemp(prefix="clamsmtpd-" + prefix + ".")
+    os.chmod(path, 0o755)
+    return path
+
+
+class RealClamd:
+    """clamd on a unix socket and a TCP port of its own, as user clamav where
+    there is one; it knows EICAR and the files of clamav-testfiles."""
+
+    def __init__(self, **settings):
+        self.dir = public_directory("clamd")
+        self.path = os.path.join(self.dir, "clamd.sock")
+        self.log = os.path.join(self.dir, "log")
+        self.user = user("clamav") if os.geteuid() == 0 else None
+        self.process = None
+        database = os.path.join(self.dir, "db")
+        os.mkdir(database)
+        with open(os.path.join(database, "test.ndb"), "w") as file:
+            file.write("Test.Eicar:0:*:%s\n" % EICAR.hex())
+        try:
+            with open(os.path.join(FILES, "clam.exe"), "rb") as file:
+                exe = file.read()
+            with open(os.path.join(database, "test.hdb"), "w") as file:
+                file.write("%s:%d:Test.Clam\n"
+                           % (hashlib.md5(exe).hexdigest(), len(exe)))
+        except FileNotFoundError:
+            pass
+        self.settings = dict(
+            DatabaseDirectory=database, LocalSocket=self.path,
+            LocalSocketMode="666", FixStaleSocket="yes", Foreground="yes",
+            TCPAddr="127.0.0.1", TemporaryDirectory=self.dir,
+            # one of clamav-testfiles is as deep as the default allows, and a
+            # mail around it is deeper
+            MaxRecursion="60", MaxThreads="20", SelfCheck="0")
+        self.settings.update(settings)
+        # The AppArmor profile some systems have would not let it in here; it
+        # goes by the program's path.
+        self.program = os.path.join(self.dir, "clamd")
+        shutil.copy(find("clamd"), self.program)
+        if self.user:
+            for path in (self.dir, database):
+                os.chown(path, self.user.pw_uid, self.user.pw_gid)
+        self.start()
+
+    def start(self):
+        for _ in range(5):
+            # Some other program may have taken the port meanwhile.
+            if "TCPSocket" not in self.settings:
+                self.settings["TCPSocket"] = str(free_port())
+            self.tcp = "127.0.0.1:" + self.settings["TCPSocket"]
+            if self.try_start():
+                return
+            del self.settings["TCPSocket"]
+        with open(self.log, errors="replace") as log:
+            raise Failed("clamd does not start:\n" + log.read()[-2000:])
+
+    def try_start(self):
+        config = os.path.join(self.dir, "clamd.conf")
+        with open(config, "w") as file:
+            for name, value in self.settings.items():
+                file.write("%s %s\n" % (name, value))
+        who = {}
+        if self.user:
+            who = dict(user=self.user.pw_uid, group=self.user.pw_gid,
+                       extra_groups=[])
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [self.program, "-c", config], stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, preexec_fn=die_with_us, **who)
+        until(lambda: self.answers() or self.process.poll() is not None,
+              "clamd answers")
+        return self.process.poll() is None
+
+    def answers(self):
+        try:
+            return (self.ask(self.path, b"zPING\0") == b"PONG\0" and
+                    self.ask(self.tcp, b"zPING\0") == b"PONG\0")
+        except OSError:
+            return False
+
+    def ask(self, address, command):
+        with connect(address) as sock:
+            sock.sendall(command)
+            answer = b""
+            while True:
+                got = sock.recv(4096)
+                if not got:
+                    return answer
+                answer += got
+
+    def scan(self, data):
+        """What it says of these bytes, asked directly."""
+        answer = self.ask(self.path, b"zINSTREAM\0" + struct.pack(
+            "!I", len(data)) + data + bytes(4))
+        return answer.rstrip(b"\0").decode()
+
+    def scan_path(self, path):
+        return self.ask(self.path, b"zSCAN %s\0" % path.encode()).decode()
+
+    def kill(self):
+        """Gone at once, its socket left behind."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(WAIT)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- mail
+
+HEADERS = (b"Received: from somewhere by here; Thu, 1 Jan 1970 00:00:00 +0000\r\n"
+           b"From: a@example.com\r\nTo: b@example.com\r\n"
+           b"Subject: a mail\r\nMessage-ID: <1@example.com>\r\n")
+CLEAN = HEADERS + (b"\r\nNothing to see here.\r\n"
+                   b".\r\n..\r\n.a line with a dot\r\n\xe4\xf6\xfc\r\n\r\nbye\r\n")
+
+
+def encoded(data):
+    """base64 in lines of 76."""
+    return base64.encodebytes(data).replace(b"\n", b"\r\n")
+
+
+def attached(data, name="file.bin", headers=HEADERS):
+    """A mail with this as a base64 attachment."""
+    return headers + (
+        b"MIME-Version: 1.0\r\n"
+        b'Content-Type: multipart/mixed; boundary="=-parts"\r\n\r\n'
+        b"--=-parts\r\nContent-Type: text/plain\r\n\r\nSee the file.\r\n"
+        b"--=-parts\r\nContent-Type: application/octet-stream\r\n"
+        b'Content-Disposition: attachment; filename="%s"\r\n'
+        b"Content-Transfer-Encoding: base64\r\n\r\n%s--=-parts--\r\n"
+        % (name.encode(), encoded(data)))
+
+
+def zipped(data, name="eicar.com"):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    return file.getvalue()
+
+
+def test_files():
+    return sorted(os.path.basename(p) for p in glob.glob(FILES + "/*"))
+
+
+test_files.__test__ = False

@@ -1,0 +1,475 @@
+"""What happens to a virus: Action, Quarantine, VirusAction; and to a spool
+that cannot be written."""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+
+import pytest
+
+from harness import (CLOSE, EICAR, HEADER, Hold, VIRUS, never, processes, same,
+                     until)
+
+BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
+GOOD = b"Subject: x\r\n\r\nnothing\r\n"
+
+
+# ---------------------------------------------------------------- Action
+
+@pytest.mark.core
+def test_drop_is_250_and_nothing_is_sent(site):
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected; Discarded Email")
+    assert site.hop.session.verbs() == ["EHLO", "MAIL", "RCPT", "RSET"]
+    site.daemon.wait_log("^100000: from=a@example.com, to=b@example.com, "
+                         "status=VIRUS:%s$" % VIRUS)
+    client.mail(body=GOOD)
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("word", ["bounce", "reject", "Bounce"])
+def test_bounce_is_550_with_the_name_and_nothing_is_sent(site, word):
+    site.start(Action=word)
+    client = site.session()
+    client.envelope()
+    got = client.data(BAD, "550 5.7.1 Virus Detected; Content Rejected")
+    assert got.text == "550 5.7.1 Virus Detected; Content Rejected (%s)" % VIRUS
+    assert site.hop.session.verbs() == ["EHLO", "MAIL", "RCPT", "RSET"]
+    client.mail(body=GOOD)
+    client.quit()
+
+
+@pytest.mark.core
+def test_pass_forwards_with_a_header_of_its_own(site):
+    site.start(Action="pass")
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 queued")
+    same(site.hop.messages[0].body,
+         BAD.replace(b"\r\n\r\n", b"\r\nX-Virus-Infected: " + VIRUS.encode() +
+                     b"\r\n\r\n", 1))
+    assert HEADER not in site.hop.messages[0].body
+    site.daemon.wait_log("status=VIRUS:%s$" % VIRUS)
+    client.mail(body=GOOD)
+    assert b"X-Virus-Infected" not in site.hop.messages[1].body
+    client.quit()
+
+
+def test_old_bounce_setting(site):
+    site.start(Bounce="on")
+    client = site.session()
+    client.mail(body=BAD, want="550 5.7.1")
+    client.quit()
+
+
+@pytest.mark.parametrize("name, want", [
+    ("PUA.Win.Packer", "250 2.0.0 queued"),
+    ("Heuristics.Phishing.Email", "250 2.0.0 queued"),
+    ("Eicar-Test-Signature", "550 5.7.1"),
+    ("Eicar-Other", "550 5.7.1"),
+    ("pua.lower.case", "250 2.0.0 Virus Detected; Discarded Email"),
+    ("Win.Trojan", "250 2.0.0 Virus Detected; Discarded Email"),
+    ("PUA.Andr", "250 2.0.0 queued"),
+    ("XPUA.Andr", "250 2.0.0 Virus"),
+    ("Bracket1", "550 5.7.1"), ("Bracket9", "250 2.0.0 Virus"),
+])
+def test_patterns_the_first_match_wins(site, name, want):
+    site.start(Action=["drop", "pass PUA.* Heuristics.Phishing.*",
+                       "bounce Eicar* PUA.Andr Bracket[1-5]"])
+    site.clamd.verdict = name + " FOUND"
+    client = site.session()
+    client.mail(want=want)
+    assert len(site.hop.messages) == ("queued" in want)
+    client.quit()
+
+
+def test_patterns_without_a_default_line_leave_drop(site):
+    site.start(Action="bounce Other*")
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    client.quit()
+
+
+@pytest.mark.core
+def test_the_next_hop_gone_while_a_virus_is_refused(site):
+    """RSET fails; the client's answer is still the verdict's."""
+    site.hop.on("RSET", CLOSE)
+    site.start(Action="bounce")
+    client = site.session()
+    client.mail(body=BAD, want="550 5.7.1 Virus Detected")
+    client.rest()
+
+
+# ---------------------------------------------------------------- Quarantine
+
+@pytest.mark.core
+@pytest.mark.parametrize("action, want", [
+    ("drop", "250 2.0.0 Virus Detected"), ("bounce", "550 5.7.1 Virus"),
+    ("pass", "250 2.0.0 queued")])
+def test_quarantine_keeps_a_copy_whatever_the_action(site, action, want):
+    site.start(Action=action, Quarantine="on")
+    client = site.session()
+    client.mail(body=BAD, want=want)
+    name, = os.listdir(site.spool)
+    assert re.fullmatch(r"virus\.\w{6}", name)
+    path = os.path.join(site.spool, name)
+    with open(path, "rb") as file:
+        same(file.read(), BAD, "the quarantined message")
+    info = os.stat(path)
+    assert info.st_mode & 0o7777 == 0o600 and info.st_nlink == 1
+    site.daemon.wait_log("^100000: quarantined virus file as: %s$"
+                         % re.escape(path))
+    site.daemon.allowed.add(name)
+    client.quit()
+
+
+def test_clean_messages_are_not_quarantined(site):
+    site.start(Quarantine="on")
+    client = site.session()
+    client.mail(body=GOOD)
+    assert os.listdir(site.spool) == []
+    client.quit()
+
+
+def test_quarantine_of_many(site):
+    site.start(Quarantine="on")
+    client = site.session()
+    for i in range(20):
+        client.mail(body=BAD + b"%d\r\n" % i, want="250 2.0.0 Virus")
+    client.quit()
+    names = os.listdir(site.spool)
+    site.daemon.allowed.update(names)
+    found = sorted(open(os.path.join(site.spool, n), "rb").read() for n in names)
+    assert found == sorted(BAD + b"%d\r\n" % i for i in range(20))
+
+
+def test_quarantine_of_a_large_message(site):
+    site.start(Quarantine="on")
+    body = b"A: b\r\n\r\nEICAR" + b"x" * 3_000_000 + b"\r\n"
+    client = site.session()
+    client.mail(body=body, want="250 2.0.0 Virus")
+    name, = os.listdir(site.spool)
+    site.daemon.allowed.add(name)
+    with open(os.path.join(site.spool, name), "rb") as file:
+        same(file.read(), body)
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("action", ["drop", "bounce", "pass"])
+def test_a_quarantine_that_fails_is_451(site, action):
+    """PROMISE 1: a virus that could not be kept as configured is not gone."""
+    hold = Hold(VIRUS + " FOUND")
+    site.clamd.verdict = [hold]
+    site.start(Action=action, Quarantine="on")
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(b"A: b\r\n\r\nx\r\n.\r\n")
+    hold.reached()
+    os.rename(site.spool, site.spool + ".away")
+    hold.go()
+    client.expect("451 4.3.0 Local Error")
+    os.rename(site.spool + ".away", site.spool)
+    assert site.hop.messages == [] and "DATA" not in site.hop.commands
+    site.daemon.wait_log(r"status=ERROR$")
+    client.mail(body=GOOD)
+    client.quit()
+
+
+# ---------------------------------------------------------------- spool
+
+@pytest.mark.core
+def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
+    """The body is never taken for commands."""
+    site.start()
+    client = site.session()
+    client.envelope()
+    os.rename(site.spool, site.spool + ".away")
+    client.cmd("DATA", "354")
+    client.send(b"Subject: x\r\n\r\nNOOP\r\nRSET\r\nQUIT\r\n")
+    other = site.session()
+    other.quit()
+    os.rename(site.spool + ".away", site.spool)
+    client.send(b"NOOP\r\n.\r\n")
+    client.expect("451 4.3.0 Local Error")
+    verbs = site.hop.sessions[0].verbs()
+    assert verbs[:3] == ["EHLO", "MAIL", "RCPT"] and "NOOP" not in verbs
+    client.mail(body=GOOD)
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def private_tmpfs(path, size):
+    """For preexec: a file system of this size, seen by the daemon alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def preexec():
+        if libc.unshare(0x20000) or \
+                libc.mount(b"none", b"/", None, 0x44000, None) or \
+                libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0,
+                           b"mode=0777,size=%d" % size):
+            os._exit(99)
+    return preexec
+
+
+def inside(site):
+    """The daemon's own view of its TempDirectory."""
+    return "/proc/%d/root%s" % (site.daemon.pid, site.spool)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("how", ["DATA", "BDAT"])
+def test_a_full_disk_is_452_and_the_session_goes_on(site, as_root, how):
+    try:
+        site.start(preexec=private_tmpfs(site.spool, 256 << 10))
+    except AssertionError:
+        pytest.skip("no private mount namespace here")
+    client = site.session()
+    client.envelope()
+    if how == "DATA":
+        client.data(b"A: b\r\n\r\n" + (b"NOOP" * 100 + b"\r\n") * 2000,
+                    "452 4.3.1 Local Error")
+    else:
+        client.chunk(b"A: b\r\n\r\n" + b"x" * 800000, last=True)
+        client.expect("452 4.3.1 Local Error")
+        client.cmd("RSET", "250")
+    assert "NOOP" not in site.hop.commands and site.hop.messages == []
+    client.mail(body=GOOD)
+    assert len(site.hop.messages) == 1
+    assert os.listdir(inside(site)) == []
+    client.quit()
+
+
+def test_a_quarantine_on_a_full_disk_is_451_and_leaves_nothing(site, as_root):
+    try:
+        site.start(Quarantine="on", preexec=private_tmpfs(site.spool, 256 << 10))
+    except AssertionError:
+        pytest.skip("no private mount namespace here")
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\nEICAR" + b"x" * 180000 + b"\r\n", want="45")
+    assert site.hop.messages == []
+    until(lambda: os.listdir(inside(site)) == [], "no half of a quarantine file")
+    client.mail(body=GOOD)
+    client.quit()
+
+
+# ---------------------------------------------------------------- VirusAction
+
+NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
+        "SERVER", "TMPDIR", "VIRUS"]
+
+
+def wait_file(path):
+    """What an action has written; it renames when it is complete."""
+    until(lambda: os.path.exists(path), "the action writes " + path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def environment(site, **settings):
+    """Run one virus through; the environment of its action."""
+    out = site.path("env")
+    settings.setdefault("VirusAction", "cat /proc/self/environ > %s.new; "
+                        "mv %s.new %s" % (out, out, out))
+    env = settings.pop("env", None)
+    site.start(env=env, **settings)
+
+    def result():
+        return dict(item.split("=", 1) for item in
+                    wait_file(out).decode("utf-8", "surrogateescape").split("\0")
+                    if item)
+    return result
+
+
+@pytest.mark.core
+def test_action_variables(site):
+    result = environment(site, Quarantine="on")
+    client = site.session(source="127.0.0.7")
+    client.cmd("XFORWARD NAME=mail.example ADDR=192.0.2.5 HELO=their.name", "250")
+    client.mail(sender="a@example.com", to=["b@example.com", "c@example.com"],
+                body=BAD, want="250 2.0.0 Virus")
+    client.quit()
+    env = result()
+    name, = os.listdir(site.spool)
+    site.daemon.allowed.add(name)
+    assert {k: env[k].rstrip("\n") for k in NINE} == {
+        "CLIENT": "127.0.0.7", "SERVER": "127.0.0.1",
+        "SENDER": "a@example.com",
+        "RECIPIENTS": "b@example.com\nc@example.com",
+        "REMOTE": "192.0.2.5", "REMOTE_HELO": "their.name",
+        "TMPDIR": site.spool, "VIRUS": VIRUS,
+        "EMAIL": os.path.join(site.spool, name)}
+
+
+@pytest.mark.core
+def test_action_variables_that_are_unknown_are_unset(site):
+    stale = {"EMAIL": "stale", "REMOTE": "stale", "REMOTE_HELO": "stale",
+             "SENDER": "stale", "KEPT": "yes"}
+    result = environment(site, env=stale)
+    client = site.session()
+    client.mail(sender="", body=BAD, want="250 2.0.0 Virus")
+    client.quit()
+    env = result()
+    assert not {"EMAIL", "REMOTE", "REMOTE_HELO"} & set(env)
+    assert env["SENDER"] == "" and env["KEPT"] == "yes"
+    assert "PATH" in env
+
+
+@pytest.mark.parametrize("command, name, want", [
+    ("MAIL FROM:<$(touch x)`y`;'\"@b>", "SENDER", "$(touch x)`y`;'\"@b"),
+    ("MAIL FROM:<a=b;c@d> SIZE=5", "SENDER", "a=b;c@d"),
+    ("MAIL FROM:a@b", "SENDER", "a@b"),
+    ("mail from: <a@b>  BODY=8BITMIME", "SENDER", "a@b"),
+])
+def test_action_sender_is_bare_text(site, command, name, want):
+    result = environment(site)
+    client = site.session()
+    client.cmd(command, "250")
+    client.cmd("RCPT TO:<c@d>", "250")
+    client.data(BAD, "250 2.0.0 Virus")
+    client.quit()
+    assert result()[name] == want
+
+
+def test_action_variables_have_no_control_characters(site):
+    """PROMISE 8."""
+    result = environment(site)
+    site.clamd.verdict = b"fd[1]: Evil\nX=y\x1b FOUND\0"
+    client = site.session()
+    client.cmd(b"XFORWARD ADDR=192.0.2.5+0AREMOTE_HELO=x HELO=a+1B+0Ab", "250")
+    client.cmd(b"MAIL FROM:<a\x1b\x07b@c>", "250")
+    client.cmd(b"RCPT TO:<x\x0by@c>", "250")
+    client.data(BAD, "250 2.0.0 Virus")
+    client.quit()
+    env = result()
+    for key in NINE:
+        if key in env:
+            assert not re.search(r"[\x00-\x1f\x7f]", env[key].rstrip("\n")), key
+
+
+def test_action_runs_for_each_virus_and_for_no_clean_mail(site):
+    out = site.path("count")
+    site.start(VirusAction="echo x >> %s" % out)
+    client = site.session()
+    client.mail(body=GOOD)
+    for _ in range(3):
+        client.mail(body=BAD, want="250 2.0.0 Virus")
+        client.mail(body=GOOD)
+    until(lambda: os.path.exists(out) and
+          open(out).read() == "x\n" * 3, "three actions have run")
+    client.quit()
+
+
+@pytest.mark.parametrize("action", ["bounce", "pass", "drop"])
+def test_action_runs_whatever_the_action_setting(site, action):
+    out = site.path("ran")
+    site.start(Action=action, VirusAction=": > %s" % out)
+    client = site.session()
+    client.envelope()
+    client.data(BAD, "2" if action != "bounce" else "550")
+    wait_file(out)
+    client.quit()
+
+
+@pytest.mark.core
+def test_action_descriptors_signals_and_group(site):
+    """A child of ours starts like one of init's."""
+    out = site.path("out")
+    site.start(VirusAction="(ls -l /proc/self/fd; cat /proc/self/status "
+               "/proc/self/stat; pwd; umask) > %s.new 2>&1; mv %s.new %s"
+               % (out, out, out))
+    clients = [site.session() for _ in range(3)]
+    clients[0].mail(body=BAD, want="250 2.0.0 Virus")
+    text = wait_file(out).decode()
+    links = dict(re.findall(r" (\d+) -> (.*)", text))
+    assert links.pop("0") == "/dev/null"
+    assert links.pop("1").startswith(out) and links.pop("2").startswith(out)
+    rest = [l for l in links.values() if not re.match(r"/proc/\d+/fd", l)]
+    assert rest == []
+    assert re.search(r"SigBlk:\s0+\n", text) and re.search(r"SigIgn:\s0+\n", text)
+    fields = re.search(r"\n\d+ \(cat\) (.*)", text).group(1).split()
+    group = int(fields[2])
+    assert group not in (site.daemon.pid, os.getpgid(0), os.getpgid(site.daemon.pid))
+    for client in clients:
+        client.quit()
+
+
+@pytest.mark.core
+def test_the_session_does_not_wait_for_the_action(site):
+    go = site.path("go")
+    out = site.path("done")
+    site.start(VirusAction="while [ ! -e %s ]; do sleep 0.05; done; : > %s"
+               % (go, out))
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    client.mail(body=GOOD)
+    client.quit()
+    assert not os.path.exists(out)
+    open(go, "w").close()
+    wait_file(out)
+
+
+def test_at_most_eight_actions_at_once(site):
+    go, out = site.path("go"), site.path("out")
+    site.start(VirusAction="echo s >> %s; while [ ! -e %s ]; do sleep 0.05; done;"
+               "echo e >> %s" % (out, go, out))
+    client = site.session()
+    for _ in range(12):
+        client.mail(body=BAD, want="250 2.0.0 Virus")
+
+    def text():
+        try:
+            return open(out).read()
+        except OSError:
+            return ""
+    until(lambda: text().count("s") >= 8, "eight actions")
+    never(lambda: text().count("s") > 8, "a ninth action")
+    open(go, "w").close()
+    until(lambda: text().count("e") == 12, "the others too")
+    client.quit()
+
+
+def test_the_process_group_is_killed_after_time_out(site):
+    started = site.path("started")
+    site.start(TimeOut="1", VirusAction="sleep 1000 & : > %s; sleep 1000" % started)
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    wait_file(started)
+    client.close()
+    until(lambda: processes(site.daemon.mark) == [site.daemon.pid],
+          "the action and its own child are killed")
+
+
+def test_an_action_that_cannot_run_harms_nobody(site):
+    site.start(VirusAction="/no/such/program; exit 77")
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    client.mail(body=GOOD)
+    client.quit()
+
+
+def test_an_action_still_running_at_the_end_is_not_left_behind(site):
+    started = site.path("started")
+    site.start(VirusAction=": > %s; sleep 1000" % started)
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    wait_file(started)
+    client.quit()
+    site.daemon.stop()
+
+
+def test_remote_is_cleared_after_each_message(site):
+    out = site.path("out")
+    site.start(VirusAction="echo \"${REMOTE-unset} ${REMOTE_HELO-unset}\" >> %s" % out)
+    client = site.session()
+    client.cmd("XFORWARD ADDR=192.0.2.5 HELO=their.name", "250")
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    until(lambda: os.path.exists(out) and open(out).read(), "the first action")
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    until(lambda: open(out).read().count("\n") == 2, "the second action")
+    assert open(out).read() == "192.0.2.5 their.name\nunset unset\n"
+    client.quit()

@@ -1,0 +1,327 @@
+"""CHUNKING: BDAT in, one BDAT (or DATA) out."""
+
+import re
+
+import pytest
+
+from harness import HEADER, VIRUS, Hold, same, unstuff
+
+BODY = b"Subject: x\r\n\r\nLine one\r\n.line two\r\n.\r\nlast\r\n"
+
+
+def with_header(body):
+    """Where the usual header goes in these bodies."""
+    head, sep, rest = body.partition(b"\r\n\r\n")
+    return head + b"\r\n" + HEADER + b"\r\n" + rest
+
+
+@pytest.fixture
+def chunky(site):
+    site.hop = site.new_hop(chunking=True)
+    return site.session()
+
+
+def sizes(body, *cuts):
+    cuts = [0, *cuts, len(body)]
+    return [body[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+def send_chunks(client, chunks, want="250"):
+    client.envelope()
+    for i, chunk in enumerate(chunks):
+        client.chunk(chunk, last=i == len(chunks) - 1)
+        client.expect(want if i == len(chunks) - 1 else "250")
+
+
+def bdats(site):
+    return [c for c in site.hop.commands if c.upper().startswith("BDAT")]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("chunks", [
+    [BODY], sizes(BODY, 1), sizes(BODY, 10, 20), [BODY, b""],
+    [b"", BODY], [b"", b"", BODY, b""],
+    [BODY[i:i + 1] for i in range(len(BODY))],
+    sizes(BODY, 11, 12, 13, 14), sizes(BODY, len(BODY) - 1),
+], ids=lambda c: "%d chunks of %s" % (len(c), [len(x) for x in c][:5]))
+def test_any_split_arrives_as_one_bdat_last(site, chunky, chunks):
+    send_chunks(chunky, chunks, "250 2.0.0 queued as 4711")
+    message, = site.hop.messages
+    assert message.how == "BDAT"
+    same(message.body, with_header(BODY))
+    assert bdats(site) == ["BDAT %d LAST" % len(with_header(BODY))]
+    same(site.clamd.scans[0].mail, BODY, "what clamd saw")
+    chunky.quit()
+
+
+@pytest.mark.core
+def test_chunks_pipelined_in_one_packet(site, chunky):
+    chunky.send(b"MAIL FROM:<a@b> BODY=8BITMIME\r\nRCPT TO:<c@d>\r\n"
+                b"BDAT 11\r\n" + BODY[:11] + b"BDAT 3\r\n" + BODY[11:14] +
+                b"BDAT %d LAST\r\n" % len(BODY[14:]) + BODY[14:] + b"NOOP\r\n")
+    for want in ("250", "250", "250", "250", "250 2.0.0 queued", "250 2.0.0 noop"):
+        chunky.expect(want)
+    same(site.hop.messages[0].body, with_header(BODY))
+    chunky.quit()
+
+
+def test_chunks_one_byte_at_a_time(site, chunky):
+    chunky.envelope()
+    chunky.drip(b"BDAT 20\r\n" + BODY[:20] +
+                b"bdat %d last\r\n" % len(BODY[20:]) + BODY[20:])
+    chunky.expect("250")
+    chunky.expect("250")
+    same(site.hop.messages[0].body, with_header(BODY))
+    chunky.quit()
+
+
+def test_each_chunk_is_answered_before_the_message_is_complete(site, chunky):
+    chunky.envelope()
+    for i in range(3):
+        chunky.chunk(b"A: %d\r\n" % i)
+        chunky.expect("250")
+    assert bdats(site) == [] and site.clamd.scans == []
+    chunky.chunk(b"\r\nx", last=True)
+    chunky.expect("250")
+    same(site.hop.messages[0].body, b"A: 0\r\nA: 1\r\nA: 2\r\n" + HEADER + b"\r\nx")
+    chunky.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("body", [
+    b"A: b\r\n\r\nbare\nline\rends\r\r\nand \0 NULs\r\n\0.\r\n",
+    b"A: b\r\n\r\n\r\n.\r\nMAIL FROM:<x@y>\r\n.\r\n",
+    b"A: b\r\n\r\nno newline at the end",
+    b"A: b\r\n\r\nends in CR\r",
+    b"A: b\r\n\r\n" + bytes(range(256)) * 300,
+    b"A: b\r\n\r\n" + b"x" * 100000,
+    b"A: b\r\n\r\n.",
+], ids=["newlines", "dots", "no newline", "CR", "binary", "long", "dot"])
+def test_octets_stay_as_they_are(site, chunky, body):
+    send_chunks(chunky, [body])
+    same(site.hop.messages[0].body, with_header(body))
+    same(site.clamd.scans[0].mail, body)
+    chunky.quit()
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 8191, 8192, 8193, 16384,
+                                  65535, 65536, 65537])
+def test_chunk_sizes_around_buffers(site, chunky, size):
+    body = b"A: b\r\n\r\n" + b"0123456789" * 14000
+    send_chunks(chunky, [body[:size], body[size:]])
+    same(site.hop.messages[0].body, with_header(body))
+    chunky.quit()
+
+
+@pytest.mark.core
+def test_data_stays_data_where_chunking_is_offered(site, chunky):
+    chunky.mail(body=BODY)
+    message, = site.hop.messages
+    assert message.how == "DATA"
+    same(message.body, with_header(BODY))
+    chunky.quit()
+
+
+def test_an_empty_message(site, chunky):
+    send_chunks(chunky, [b""])
+    same(site.hop.messages[0].body, HEADER)
+    chunky.quit()
+
+
+# ------------------------------------------------ next hop without CHUNKING
+
+@pytest.mark.core
+@pytest.mark.parametrize("body, want", [
+    (BODY, BODY),
+    (b"A: b\r\n\r\nno newline", b"A: b\r\n\r\nno newline\r\n"),
+    (b"A: b\r\n\r\nbare\nlf\rcr\r\r\nx\r\n", b"A: b\r\n\r\nbare\r\nlf cr\r\nx\r\n"),
+    (b"A: b\r\n\r\n\n.\n\r\n.\r\n", b"A: b\r\n\r\n\r\n.\r\n\r\n.\r\n"),
+    (b"A: b\r\n\r\n\0.\r\n", b"A: b\r\n\r\n.\r\n"),
+    (b"A: b\r\n\r\n..two\r\n", b"A: b\r\n\r\n..two\r\n"),
+    (b"A: b\r\n\r\nends in CR\r", None),
+])
+def test_bdat_is_replayed_as_data_where_the_next_hop_has_no_chunking(
+        site, body, want):
+    """BDAT is understood even if it was not offered."""
+    client = site.session()
+    send_chunks(client, [body[:9], body[9:]])
+    message, = site.hop.messages
+    assert message.how == "DATA"
+    if want is None:
+        assert message.body.endswith(b"\r\n")
+        assert b"\r" not in message.body.replace(b"\r\n", b"")
+    else:
+        same(message.body, with_header(want))
+    same(site.clamd.scans[0].mail,
+         message.body.replace(HEADER, b""), "what clamd saw")
+    client.quit()
+
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.mark.core
+@pytest.mark.parametrize("before", [[], ["MAIL FROM:<a@b>"],
+                                    ["MAIL FROM:<a@b>", "RCPT TO:<no@d>"]])
+def test_bdat_out_of_order_is_503_behind_its_octets(site, chunky, before):
+    site.hop.on("RCPT", lambda s, line: "550 no" if "no@" in line else None)
+    for command in before:
+        chunky.line(command)
+        chunky.reply()
+    chunky.send(b"BDAT 6\r\nNOOP\r\nNOOP\r\n")
+    chunky.expect("503 5.5.1")
+    chunky.expect("250 2.0.0 noop")
+    chunky.cmd("RSET", "250")
+    send_chunks(chunky, [BODY])
+    assert len(site.hop.messages) == 1 and site.hop.commands.count("NOOP") == 1
+    chunky.quit()
+
+
+@pytest.mark.parametrize("size", ["", "x", "-1", "1x", "+1", " 1", "0x5", "1 FIRST",
+                                  "1 LAST x", "99999999999999999999", "1.5"])
+def test_unreadable_size_is_501_and_the_end(site, chunky, size):
+    chunky.envelope()
+    chunky.send("BDAT %s\r\nNOOP\r\n" % size)
+    chunky.expect("501 5.5.4")
+    chunky.eof()
+    site.hop.session.wait_end()
+    assert "NOOP" not in site.hop.commands and site.hop.messages == []
+
+
+def test_bdat_without_a_size_is_501_and_the_end(site, chunky):
+    chunky.envelope()
+    chunky.cmd("BDAT", "501 5.5.4")
+    chunky.eof()
+
+
+@pytest.mark.parametrize("command", ["MAIL FROM:<a@b> BODY=BINARYMIME",
+                                     "mail from:<a@b> SIZE=5 body=binarymime"])
+def test_binarymime_is_501_and_not_forwarded(site, chunky, command):
+    chunky.cmd(command, "501 5.5.4")
+    assert len(site.hop.commands) == 1
+    chunky.mail()
+    chunky.quit()
+
+
+@pytest.mark.core
+def test_rset_between_chunks_forgets_them(site, chunky):
+    chunky.envelope()
+    chunky.chunk(b"Subject: forgotten\r\n")
+    chunky.expect("250")
+    chunky.cmd("RSET", "250")
+    assert site.hop.messages == [] and bdats(site) == []
+    send_chunks(chunky, [BODY])
+    same(site.hop.messages[0].body, with_header(BODY))
+    chunky.quit()
+
+
+@pytest.mark.parametrize("command", ["DATA", "MAIL FROM:<x@y>"])
+def test_other_commands_between_chunks_are_503(site, chunky, command):
+    site.hop.on("MAIL", lambda s, line: "503 nested" if s.mail else None)
+    chunky.envelope()
+    chunky.chunk(b"Subject: x\r\n")
+    chunky.expect("250")
+    chunky.cmd(command, "503")
+    chunky.cmd("RSET", "250")
+    send_chunks(chunky, [BODY])
+    assert len(site.hop.messages) == 1
+    chunky.quit()
+
+
+def test_noop_between_chunks_changes_nothing(site, chunky):
+    chunky.envelope()
+    chunky.chunk(BODY[:20])
+    chunky.expect("250")
+    chunky.cmd("NOOP", "250")
+    chunky.chunk(BODY[20:], last=True)
+    chunky.expect("250")
+    same(site.hop.messages[0].body, with_header(BODY))
+    chunky.quit()
+
+
+def test_bdat_after_data_and_the_reverse(site, chunky):
+    chunky.mail(body=BODY)
+    send_chunks(chunky, [BODY])
+    chunky.mail(body=BODY)
+    assert [m.how for m in site.hop.messages] == ["DATA", "BDAT", "DATA"]
+    for message in site.hop.messages:
+        same(message.body, with_header(BODY))
+    chunky.quit()
+
+
+@pytest.mark.core
+def test_a_chunk_above_the_limit_is_skipped_with_552(site):
+    site.hop = site.new_hop(chunking=True)
+    site.start(MaxScanSize="10K")
+    client = site.session()
+    before = site.daemon.rss()
+    client.envelope()
+    client.send(b"BDAT 3000000\r\n")
+    client.send(b"z" * 3000000)
+    client.expect("552 5.3.4")
+    assert site.daemon.rss() - before < 2048
+    client.send(b"BDAT 6 LAST\r\nNOOP\r\n")
+    client.expect("503")
+    client.cmd("RSET", "250")
+    send_chunks(client, [BODY])
+    assert len(site.hop.messages) == 1 and bdats(site) != []
+    client.quit()
+
+
+def test_chunks_that_outgrow_the_limit_together(site):
+    site.hop = site.new_hop(chunking=True)
+    site.start(MaxScanSize="10K")
+    client = site.session()
+    client.envelope()
+    client.chunk(b"A: b\r\n\r\n" + b"x" * 9000)
+    client.expect("250")
+    client.chunk(b"x" * 9000, last=True)
+    client.expect("552 5.3.4")
+    client.cmd("RSET", "250")
+    client.mail()
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+# ---------------------------------------------------------------- verdicts
+
+@pytest.mark.core
+@pytest.mark.parametrize("action, want", [("drop", "250 2.0.0 Virus Detected"),
+                                          ("bounce", "550 5.7.1 Virus Detected")])
+def test_a_virus_across_chunks(site, action, want):
+    site.hop = site.new_hop(chunking=True)
+    site.start(Action=action)
+    client = site.session()
+    send_chunks(client, [b"A: b\r\n\r\nEI", b"CA", b"R"], want)
+    assert site.hop.messages == [] and bdats(site) == []
+    site.daemon.wait_log("status=VIRUS:" + VIRUS)
+    send_chunks(client, [BODY])
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def test_the_next_hop_refuses_the_bdat(site, chunky):
+    site.hop.on(".", ["554-5.6.0 no\n554 5.6.0 never"])
+    send_chunks(chunky, [BODY], "554 5.6.0 never")
+    chunky.cmd("RSET", "250")
+    send_chunks(chunky, [BODY])
+    chunky.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("how", ["half_close", "reset"])
+def test_client_gone_between_chunks_delivers_nothing(site, chunky, how):
+    chunky.envelope()
+    chunky.chunk(BODY[:20])
+    chunky.expect("250")
+    getattr(chunky, how)()
+    site.hop.session.wait_end()
+    assert site.hop.messages == [] and bdats(site) == []
+
+
+@pytest.mark.parametrize("how", ["half_close", "reset"])
+def test_client_gone_within_a_chunk_delivers_nothing(site, chunky, how):
+    chunky.envelope()
+    chunky.send(b"BDAT 1000 LAST\r\n" + BODY)
+    getattr(chunky, how)()
+    site.hop.session.wait_end()
+    assert site.hop.messages == [] and bdats(site) == []

@@ -1,0 +1,395 @@
+"""What happens to a message on its way (DATA).
+
+PROMISE 2: what clamd judged is what the recipient gets, plus our one header.
+PROMISE 3: one message in, at most one out.
+"""
+
+import email.utils
+import random
+import re
+import time
+
+import pytest
+
+from harness import HEADER, Failed, Hold, same, stuff, unstuff, until
+
+NEAR = range(-3, 4)
+
+
+def model(wire):
+    """What must arrive for the bytes a client sent behind 354 (up to the dot).
+
+    First what a strict server would store: lines end in CRLF, a dot at the
+    start of one is taken away.  Then the newline rules of the manual page.
+    """
+    body = re.sub(rb"(\A|\r\n)\.", rb"\1", wire)
+    body = re.sub(rb"\r*\n", b"\r\n", body)
+    body = re.sub(rb"\r(?!\n)", b" ", body)
+    return re.sub(rb"(\A|\r\n)\0+(?=\.)", rb"\1", body)
+
+
+def relay(site, client, wire, drip=False):
+    """Send a message as these bytes and the dot; return what arrived."""
+    before = len(site.hop.messages)
+    client.send("MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n")
+    client.expect("250")
+    client.expect("250")
+    client.expect("354")
+    if drip:
+        client.drip(wire + b".\r\n")
+    else:
+        client.send(wire + b".\r\n")
+    client.expect("250")
+    assert len(site.hop.messages) == before + 1
+    message = site.hop.messages[-1]
+    same(site.clamd.scans[-1].mail, message.body, "what clamd saw and what arrived")
+    return message
+
+
+@pytest.fixture
+def plain(site):
+    """A session through a daemon that adds no header."""
+    site.start(Header="")
+    return site.session()
+
+
+def text(size, seed=0):
+    """So many bytes of ordinary lines; CRLF at the end."""
+    line = b"%06d the quick brown fox jumps over the lazy dog %d\r\n"
+    out = b"".join(line % (i, seed) for i in range(size // 50 + 1))[:size]
+    out = re.sub(rb"\r(?!\n)", b"x", out)
+    return out[:-2] + b"\r\n" if size >= 2 else out
+
+
+# ---------------------------------------------------------------- fidelity
+
+@pytest.mark.core
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+def test_sizes_around_buffers_at_once(site, plain, size):
+    for delta in NEAR:
+        body = text(size + delta, delta)
+        same(relay(site, plain, body).body, body)
+    plain.quit()
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+def test_sizes_around_buffers_one_byte_at_a_time(site, plain, size):
+    for delta in NEAR if size < 65536 else (-1, 0, 1):
+        body = text(size + delta, delta)
+        same(relay(site, plain, body, drip=True).body, body)
+    plain.quit()
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+def test_dot_lines_at_each_position_around_buffers(site, plain, size):
+    """The body, stuffed: a line that begins with a dot at each offset."""
+    for delta in range(-6, 7):
+        for dots in (b"\r\n.\r\n", b"\r\n..\r\n", b"\r\n.x\r\n"):
+            head = text(size + delta, delta)[:-2]
+            body = head + dots + b"after\r\n"
+            same(relay(site, plain, stuff(body)).body, body)
+    plain.quit()
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+def test_every_line_a_dot_line(site, plain, size):
+    for delta in NEAR:
+        body = (b".\r\n" * (size // 3 + 2))[:size + delta]
+        body = body[:body.rfind(b"\r\n") + 2]
+        same(relay(site, plain, stuff(body)).body, body)
+    plain.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("drip", [False, True], ids=["at once", "byte by byte"])
+@pytest.mark.parametrize("body", [
+    b"", b"\r\n", b"\r\n\r\n", b".\r\n", b"..\r\n", b"...\r\n", b".x\r\n",
+    b"a\r\n.\r\n", b"a\r\n..\r\n.\r\n", b".\r\n.\r\n.\r\n",
+    b"a\r\n\r\n.\r\n\r\n.a\r\n", b"a .\r\n", b"a.\r\nb.\r\n", b". \r\n",
+])
+def test_small_bodies_with_dots(site, plain, body, drip):
+    message = relay(site, plain, stuff(body), drip)
+    same(message.body, body)
+    same(message.wire, stuff(body), "the wire")
+    plain.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("body", [
+    b"s: x\r\n\r\n" + b"x" * 1000 + b"\r\n",
+    b"s: x\r\n\r\n" + b"y" * 100000 + b"\r\n",
+    b"z" * 70000 + b"\r\n",
+    b"s: x\r\n\r\n" + bytes(range(14, 256)) * 20 + b"\r\n",
+    b"s: x\r\n\r\nnul \0 in the \0\0 middle\r\n\0 first\r\nlast \0\r\n",
+    b"s: x\r\n\r\n" + b"\0" * 10000 + b"\r\n",
+    "s: ä\r\n\r\nöäü €\r\n".encode(),
+    b"s: x\r\n\r\n\xff\xfe\xfd\r\n",
+    b"s: x\r\n\r\n\tx\x0b\x0c\x1b\x7f\x1a\x04\r\n",
+], ids=["long line", "100000 bytes a line", "no header", "8 bit", "NUL",
+        "only NULs", "UTF-8", "invalid UTF-8", "control characters"])
+def test_bytes_stay_intact(site, plain, body):
+    same(relay(site, plain, stuff(body)).body, body)
+    plain.quit()
+
+
+def test_random_bodies_arrive_as_the_model_says(site, plain):
+    random.seed(4711)
+    atoms = [b"\r\n", b"\r\n.", b".", b"..", b"\n", b"\r", b"\0", b"a", b"b" * 40,
+             b"\r\n\r\n", b"\r\r\n", b"\n\r", b":", b" ", b"\xe4"]
+    for _ in range(300):
+        wire = b"".join(random.choice(atoms)
+                        for _ in range(random.randrange(60)))
+        wire += b"\r\n" if wire else b""
+        while wire.startswith(b".\r\n") or b"\r\n.\r\n" in wire:
+            wire = wire.replace(b"\r\n.\r\n", b"\r\n..\r\n")
+            wire = b"." + wire if wire.startswith(b".\r\n") else wire
+        same(relay(site, plain, wire).body, model(wire), "for %r: bytes" % wire)
+    plain.quit()
+
+
+def test_a_large_message_takes_no_memory(site, plain):
+    relay(site, plain, text(10000))
+    before = site.daemon.rss()
+    body = text(8 << 20)
+    same(relay(site, plain, body).body, body)
+    assert site.daemon.rss() - before < 2048
+    plain.quit()
+
+
+# ---------------------------------------------------------------- newlines
+
+@pytest.mark.core
+@pytest.mark.parametrize("wire, want", [
+    (b"a: b\n\nx\ny\r\n", b"a: b\r\n\r\nx\r\ny\r\n"),
+    (b"a\r\r\nb\r\n", b"a\r\nb\r\n"),
+    (b"a\r\r\r\r\nb\r\n", b"a\r\nb\r\n"),
+    (b"a\rb\r\n", b"a b\r\n"),
+    (b"a\r\rb\r\n", b"a  b\r\n"),
+    (b"\ra\r\n", b" a\r\n"),
+    (b"a\n\rb\r\n", b"a\r\n b\r\n"),
+    (b"a\n.\nb\r\n", b"a\r\n.\r\nb\r\n"),
+    (b"a\n.\r\nb\r\n", b"a\r\n.\r\nb\r\n"),
+    (b"a\r\n.\nb\r\n", b"a\r\n\r\nb\r\n"),
+    (b"a\r.\rb\r\n", b"a . b\r\n"),
+    (b"a\r\n.\rb\r\n", b"a\r\n b\r\n"),
+    (b"a\r.\r\nb\r\n", b"a .\r\nb\r\n"),
+    (b"a\n..\r\nb\r\n", b"a\r\n..\r\nb\r\n"),
+    (b"a\n\0.\nb\r\n", b"a\r\n.\r\nb\r\n"),
+    (b"\0.\r\nb\r\n", b".\r\nb\r\n"),
+    (b"\0\0\0.x\r\n", b".x\r\n"),
+    (b"a\r\n\0\0.\r\nb\r\n", b"a\r\n.\r\nb\r\n"),
+    (b"a\r\n.\0.\r\nb\r\n", b"a\r\n.\r\nb\r\n"),
+    (b"a\r\n\0x.\r\n", b"a\r\n\0x.\r\n"),
+    (b"a\0.\r\n", b"a\0.\r\n"),
+    (b"a\r\n\0\r\n", b"a\r\n\0\r\n"),
+    (b"a\r\n\0\0\n.b\r\n", b"a\r\n\0\0\r\n.b\r\n"),
+    (b"a\r\0\n.\r\n", b"a \0\r\n.\r\n"),
+    (b"\n\n\n\r\n", b"\r\n\r\n\r\n\r\n"),
+])
+def test_newline_rules(site, plain, wire, want):
+    assert model(wire) == want          # the model and this table agree
+    same(relay(site, plain, wire).body, want)
+    same(relay(site, plain, wire, drip=True).body, want, "byte by byte: bytes")
+    plain.quit()
+
+
+# ---------------------------------------------------------------- smuggling
+
+ENDS = [b"\r\n", b"\n", b"\r", b"\r\r\n", b"\n\r", b"\r\0\n", b"\0\r\n", b"\r\n\0"]
+SECOND = (b"MAIL FROM:<evil@example.com>\r\nRCPT TO:<victim@example.com>\r\n"
+          b"DATA\r\nSubject: smuggled\r\n\r\nsmuggled\r\n")
+
+
+LAX = [b"\r\n.\r\n", b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r",
+       b"\n.\r", b"\r.\n", b"\r.\r\n"]
+
+
+def ends(data, *enders):
+    """How many dots of these bytes end the data for who looks for these."""
+    return len({match.start() + ender.index(b".") for ender in enders
+                for match in re.finditer(b"(?=%s)" % re.escape(ender), data)})
+
+
+def views(wire):
+    """How many messages strict and lax servers see in what stands behind DATA."""
+    data = b"\r\n" + wire
+    yield "strict", ends(data, b"\r\n.\r\n")
+    yield "lax about line ends", ends(data, *LAX)
+    yield "CR is a newline", ends(
+        data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), b"\n.\n")
+    yield "drops CR", ends(data.replace(b"\r", b""), b"\n.\n")
+    yield "drops NUL", ends(data.replace(b"\0", b""), *LAX)
+    yield "C strings", sum(line.split(b"\0")[0] == b"." for line in
+                           data.replace(b"\r\n", b"\n").split(b"\n"))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("before", ENDS, ids=repr)
+@pytest.mark.parametrize("after", ENDS, ids=repr)
+def test_no_second_end_of_data_whatever_stands_around_the_dot(
+        site, before, after):
+    """PROMISE 3, as strict and as lax servers would see it."""
+    site.start(Header="")
+    client = site.session()
+    tried = 0
+    for dots in (b".", b"\0.", b".\0", b".\0.", b"..", b"\0..\0"):
+        wire = b"Subject: first\r\n\r\nfirst" + before + dots + after + SECOND
+        if b"\r\n.\r\n" in wire:
+            continue                     # the end of data, and no trick
+        tried += 1
+        message = relay(site, client, wire)
+        same(message.body, model(wire), "for %r: bytes" % (before + dots + after))
+        for view, seen in views(message.wire + b".\r\n"):
+            assert seen == 1, (view, seen, message.wire)
+    assert len(site.hop.messages) == tried > 0
+    assert not any("evil" in command for command in site.hop.commands)
+    client.quit()
+
+
+def test_a_real_end_of_data_ends_it(site, plain):
+    """The second envelope is then a second message, and answered as one."""
+    plain.envelope()
+    plain.cmd("DATA", "354")
+    plain.send(b"Subject: first\r\n\r\nfirst\r\n.\r\n" + SECOND + b".\r\n")
+    for want in ("250 2.0.0", "250 2.1.0", "250 2.1.5", "354", "250 2.0.0"):
+        plain.expect(want)
+    assert [m.mail for m in site.hop.messages] == [
+        "MAIL FROM:<a@example.com>", "MAIL FROM:<evil@example.com>"]
+    assert len(site.clamd.scans) == 2
+    plain.quit()
+
+
+def test_every_split_of_the_end_of_data(site, plain):
+    """The end in two packets, cut at each place."""
+    end = b"x\r\n..\r\n.y\r\n.\r\n"
+    for cut in range(len(end) + 1):
+        plain.envelope()
+        plain.cmd("DATA", "354")
+        plain.send(b"Subject: x\r\n\r\n" + end[:cut])
+        other = site.session()             # some turns of the loop
+        other.quit()
+        plain.send(end[cut:])
+        plain.expect("250")
+        same(site.hop.messages[-1].body, b"Subject: x\r\n\r\nx\r\n.\r\ny\r\n")
+    plain.quit()
+
+
+# ---------------------------------------------------------------- header
+
+LINE = b"X-Test: yes\r\n"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("head, rest", [
+    (b"Subject: x\r\n", b"\r\nbody\r\n"),
+    (b"Subject: x\r\nFrom: a\r\n\tfolded\r\n folded\r\n", b"\r\nbody\r\n"),
+    (b"Subject: x\r\n", b"\r\n"),
+    (b"Subject: x\r\n", b""),
+    (b"Subject: x\r\nTo: y\r\n", b""),
+    (b"Subject: x\r\n folded\r\n", b""),
+    (b"Subject: x\r\n", b"this is no header line\r\nnor this\r\n"),
+    (b"Subject: x\r\n", b"no header\r\nBut: this\r\n\r\nis\r\n"),
+    (b"", b"\r\nbody\r\n"),
+    (b"", b"body only\r\n"),
+    (b"", b"body only\r\n\r\nmore: body\r\n"),
+    (b"", b""),
+    (b"", b"\r\n"),
+    (b"Subject: x\r\n", b"\r\n\r\nX-A: b\r\n\r\n"),
+    (b"Subject:\r\n", b"\r\nb\r\n"),
+    (b"Subject: " + b"x" * 70000 + b"\r\n", b"\r\nbody\r\n"),
+    (b"A: b\r\n" * 5000, b"\r\nbody\r\n"),
+], ids=lambda v: repr(v[:30]))
+@pytest.mark.parametrize("drip", [False, True], ids=["at once", "byte by byte"])
+def test_header_stands_at_the_end_of_the_header_section(site, head, rest, drip):
+    if drip and len(head) > 1000:
+        head = head[:300] + head[-300:] if b":" in head[-300:] else \
+            head[:600] + b"\r\n"
+    site.start(Header="X-Test: yes")
+    client = site.session()
+    message = relay_with_header(site, client, stuff(head + rest), drip)
+    same(message.body, head + LINE + rest)
+    client.quit()
+
+
+def relay_with_header(site, client, wire, drip=False):
+    client.envelope()
+    client.cmd("DATA", "354")
+    (client.drip if drip else client.send)(wire + b".\r\n")
+    client.expect("250")
+    return site.hop.messages[-1]
+
+
+@pytest.mark.parametrize("body", [
+    b"Subject: x\r\n\r\nbody\r\n", b"", b"body only\r\n", b".dot\r\n", b"\r\n",
+])
+def test_a_received_header_stands_on_top(site, body):
+    site.start(Header="Received: from %i by %l")
+    client = site.session()
+    message = relay_with_header(site, client, stuff(body))
+    same(message.body, b"Received: from 127.0.0.1 by 127.0.0.1\r\n" + body)
+    client.quit()
+
+
+def test_header_with_bare_line_feeds_around_it(site):
+    site.start(Header="X-Test: yes")
+    client = site.session()
+    message = relay_with_header(site, client, b"Subject: x\n\nbody\n.\n\r\n")
+    same(message.body, b"Subject: x\r\nX-Test: yes\r\n\r\nbody\r\n.\r\n\r\n")
+    client.quit()
+
+
+def test_the_usual_header(site):
+    client = site.session()
+    client.mail(body=b"Subject: x\r\n\r\nbody\r\n")
+    same(site.hop.messages[0].body,
+         b"Subject: x\r\n" + HEADER + b"\r\nbody\r\n")
+    same(site.clamd.scans[0].mail, b"Subject: x\r\n\r\nbody\r\n")
+    client.quit()
+
+
+def test_empty_header_adds_none(site, plain):
+    plain.mail(body=b"Subject: x\r\n\r\nbody\r\n")
+    same(site.hop.messages[0].body, b"Subject: x\r\n\r\nbody\r\n")
+    plain.quit()
+
+
+def test_header_escapes(site):
+    site.start(Header=r"X-Seen: from %i at %l 100%%;\r\n\tsecond line")
+    client = site.session(source="127.0.0.5")
+    client.mail(body=b"A: b\r\n\r\nx\r\n")
+    same(site.hop.messages[0].body,
+         b"A: b\r\nX-Seen: from 127.0.0.5 at 127.0.0.1 100%;\r\n"
+         b"\tsecond line\r\n\r\nx\r\n")
+    client.quit()
+
+
+def test_header_date_is_an_rfc_5322_date(site):
+    site.start(Header="X-Date: %d")
+    client = site.session()
+    before = int(time.time())
+    client.mail(body=b"A: b\r\n\r\nx\r\n")
+    after = int(time.time())
+    line = site.hop.messages[0].body.split(b"\r\n")[1].decode()
+    assert re.fullmatch(r"X-Date: (Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d{1,2} "
+                        r"(Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) "
+                        r"\d{4} \d\d:\d\d:\d\d [+-]\d{4}", line)
+    when = email.utils.parsedate_to_datetime(line[8:]).timestamp()
+    assert before <= when <= after
+    client.quit()
+
+
+def test_header_date_follows_tz(site):
+    site.start(Header="X-Date: %d", env={"TZ": "XXX-5:30"})
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\nx\r\n")
+    assert b" +0530\r\n" in site.hop.messages[0].body
+    client.quit()
+
+
+def test_two_messages_of_a_session_have_one_header_each(site):
+    client = site.session()
+    for _ in range(3):
+        client.mail(body=b"A: b\r\n\r\nx\r\n")
+    for message in site.hop.messages:
+        assert message.body.count(HEADER) == 1
+    client.quit()

@@ -1,0 +1,543 @@
+"""The configuration file, the command line, addresses."""
+
+import os
+import re
+
+import pytest
+
+from harness import Client, Failed, has_ipv6, until
+
+MINIMAL = "OutAddress: 10026\n"
+
+
+@pytest.fixture
+def check(tmp_path, run):
+    """check(text, *flags): clamsmtpd -n on a file of this text."""
+    def check(text, *flags):
+        check.file = str(tmp_path / "test.conf")
+        with open(check.file, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+        return run("-n", "-f", check.file, *flags)
+    return check
+
+
+def effective(result):
+    """What -n has printed: {lower-case name: [values]}."""
+    assert result.returncode == 0, result.stderr
+    settings = {}
+    for line in result.stdout.splitlines():
+        if line.startswith("#"):            # not set
+            continue
+        name, value = re.match(r"(\w+):?\s*(.*)$", line).groups()
+        settings.setdefault(name.lower(), []).append(value)
+    return settings
+
+
+DEFAULTS = [
+    ("Action", "drop"),
+    ("Header", "X-Virus-Scanned: ClamAV using ClamSMTP"),
+    ("KeepAlives", "0"),
+    ("MaxConnections", "64"),
+    ("MaxScans", "10"),
+    ("MaxScanSize", "0"),
+    ("Quarantine", "off"),
+    ("ScanFailure", "tempfail"),
+    ("ScanTimeOut", "180"),
+    ("TempDirectory", "/tmp"),
+    ("TimeOut", "180"),
+    ("TransparentProxy", "off"),
+    ("XClient", "off"),
+]
+
+
+@pytest.mark.parametrize("name, value", DEFAULTS)
+def test_default(check, name, value):
+    assert effective(check(MINIMAL))[name.lower()] == [value]
+
+
+def test_default_listen_is_port_10025(check):
+    assert effective(check(MINIMAL))["listen"] == ["10025"]
+
+
+@pytest.mark.parametrize("name", ["PidFile", "User", "VirusAction"])
+def test_no_default(check, name):
+    assert name.lower() not in effective(check(MINIMAL))
+
+
+def test_scan_time_out_defaults_to_time_out(check):
+    assert effective(check(MINIMAL + "TimeOut: 77\n"))["scantimeout"] == ["77"]
+
+
+VALUES = [
+    ("Action", "bounce", "bounce"),
+    ("Action", "reject", "bounce|reject"),
+    ("Action", "drop", "drop"),
+    ("Action", "pass", "pass"),
+    ("Action", "BOUNCE", "bounce"),
+    ("Action", "pass PUA.* Heuristics.*", r"pass PUA\.\*"),
+    ("Action", "pass PUA.* Heuristics.*", r"pass Heuristics\.\*"),
+    ("Header", "X-Filter: yes", "X-Filter: yes"),
+    ("Header", "", ""),
+    ("KeepAlives", "0", "0"),
+    ("KeepAlives", "86400", "86400"),
+    ("MaxConnections", "2", "2"),
+    ("MaxConnections", "1023", "1023"),
+    ("MaxScans", "1", "1"),
+    ("MaxScans", "1000", "1000"),
+    ("MaxScanSize", "1000", "1000"),
+    ("MaxScanSize", "64K", "64K|65536"),
+    ("MaxScanSize", "25M", "25M|26214400"),
+    ("MaxScanSize", "2G", "2G|2147483648"),
+    ("MaxScanSize", "9223372036854775807", "9223372036854775807"),
+    ("PidFile", "/run/x.pid", "/run/x.pid"),
+    ("Quarantine", "on", "on"),
+    ("Quarantine", "yes", "on"),
+    ("Quarantine", "true", "on"),
+    ("Quarantine", "1", "on"),
+    ("Quarantine", "ON", "on"),
+    ("Quarantine", "off", "off"),
+    ("Quarantine", "no", "off"),
+    ("Quarantine", "false", "off"),
+    ("Quarantine", "0", "off"),
+    ("ScanFailure", "pass", "pass"),
+    ("ScanFailure", "tempfail", "tempfail"),
+    ("ScanTimeOut", "1", "1"),
+    ("ScanTimeOut", "86400", "86400"),
+    ("TempDirectory", "/var/tmp", "/var/tmp"),
+    ("TimeOut", "1", "1"),
+    ("TimeOut", "86400", "86400"),
+    ("TransparentProxy", "on", "on"),
+    ("User", "nobody", "nobody"),
+    ("User", "0", "0|root"),
+    ("VirusAction", "/bin/true --x \"y z\" # all of it",
+     r'/bin/true --x "y z" # all of it'),
+    ("XClient", "on", "on"),
+]
+
+
+@pytest.mark.parametrize("name, value, want", VALUES)
+def test_setting_takes(check, name, value, want):
+    got = effective(check(MINIMAL + "%s: %s\n" % (name, value)))
+    shown = got.get(name.lower(), [""])
+    assert any(re.fullmatch(want, one) for one in shown), shown
+
+
+@pytest.mark.parametrize("line", [
+    "maxconnections: 17", "MAXCONNECTIONS: 17", "MaxConnections:17",
+    "  MaxConnections  :  17  ", "\tMaxConnections\t:\t17\t",
+])
+def test_names_in_any_case_and_blanks_ignored(check, line):
+    got = effective(check(MINIMAL + line + "\n"))
+    assert got["maxconnections"] == ["17"]
+
+
+def test_comments_and_empty_lines(check):
+    got = effective(check("# one\n\n   \n  # two: three\n" + MINIMAL +
+                          "#MaxConnections: 5\n"))
+    assert got["maxconnections"] == ["64"]
+
+
+def test_last_line_needs_no_newline(check):
+    assert effective(check(MINIMAL + "TimeOut: 9"))["timeout"] == ["9"]
+
+
+def test_output_of_n_is_a_configuration_file(check):
+    """What -n prints can be read back and gives the same."""
+    first = check(MINIMAL + "TimeOut: 9\nListen: 127.0.0.1:1\nAction: pass P*\n"
+                  "ClamAddress: /x/y\nMaxScanSize: 3K\nXClient: on\n")
+    assert first.returncode == 0
+    second = check(first.stdout)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout
+
+
+BAD = [
+    ("Action", "explode"), ("Action", ""),
+    ("ClamAddress", "127.0.0.1:99999"), ("ClamAddress", "relative/path"),
+    ("KeepAlives", "-1"), ("KeepAlives", "86401"), ("KeepAlives", "ten"),
+    ("Listen", "127.0.0.1:65536"), ("Listen", "[::1"), ("Listen", "::1:x"),
+    ("Listen", "127.0.0.1:"), ("Listen", "127.0.0.1:25x"), ("Listen", ""),
+    ("Listen", "two words:25"), ("Listen", "/" + "p" * 108),
+    ("MaxConnections", "1"), ("MaxConnections", "65536"),
+    ("MaxConnections", "12x"), ("MaxConnections", "0x10"),
+    ("MaxConnections", "1 2"), ("MaxConnections", "99999999999999999999"),
+    ("MaxConnections", "+"), ("MaxConnections", ""),
+    ("MaxScans", "0"), ("MaxScans", "1001"),
+    ("MaxScanSize", "-1"), ("MaxScanSize", "5X"), ("MaxScanSize", "5MB"),
+    ("MaxScanSize", "K"), ("MaxScanSize", "9223372036854775808"),
+    ("MaxScanSize", "9007199254740992K"),
+    ("OutAddress", "host:port"), ("OutAddress", "[1.2.3.4"),
+    ("OutAddress", ""), ("OutAddress", "0"), ("OutAddress", "10.0.0.1:0"),
+    ("Quarantine", "perhaps"), ("Quarantine", "2"), ("Quarantine", ""),
+    ("ScanFailure", "drop"), ("ScanFailure", ""),
+    ("ScanTimeOut", "0"), ("ScanTimeOut", "86401"),
+    ("Header", "no name"), ("Header", r"X-A: b\nno name"),
+    ("TimeOut", "0"), ("TimeOut", "86401"), ("TimeOut", "5s"),
+    ("TransparentProxy", "maybe"),
+    ("Listen", "10.0.0.256:25"), ("Listen", "999.1"), ("Listen", "a_b,c:25"),
+    ("XClient", "onn"),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_bad_value_names_file_line_setting_and_value(check, name, value):
+    result = check("# one\n" + MINIMAL * (name != "OutAddress") +
+                   "%s: %s\n" % (name, value))
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    line = 2 if name == "OutAddress" else 3
+    want = '%s:%d: %s: "%s"' % (check.file, line, name, value)
+    assert want in result.stderr or (
+        not value and "%s:%d: %s" % (check.file, line, name) in result.stderr)
+
+
+def test_unknown_setting_is_an_error(check):
+    result = check(MINIMAL + "NoSuchThing: 5\n")
+    assert result.returncode == 2
+    assert "%s:2: " % check.file in result.stderr
+    assert "NoSuchThing" in result.stderr
+
+
+@pytest.mark.parametrize("later", ["StatusListen: 1", "nonsense", ":", ": x"])
+def test_line_that_is_no_setting(check, later):
+    result = check(MINIMAL + later + "\n")
+    assert result.returncode == 2
+    assert "%s:2: " % check.file in result.stderr
+
+
+def test_all_errors_are_told_in_one_go(check):
+    result = check("TimeOut: x\n" + MINIMAL + "Foo: 1\nXClient: 7\nMaxScans: 0\n")
+    assert result.returncode == 2
+    for line in (1, 3, 4, 5):
+        assert "%s:%d: " % (check.file, line) in result.stderr
+    assert "%s:2: " % check.file not in result.stderr
+
+
+def test_errors_quote_control_characters_harmlessly(check):
+    result = check(MINIMAL + "Action: a\x1b[2Jb\n")
+    assert result.returncode == 2
+    assert "\x1b" not in result.stderr
+
+
+def test_nul_in_the_file(check):
+    result = check(MINIMAL.encode() + b"Header: X-A: \0b\n")
+    assert result.returncode == 2
+    assert "%s:2: " % check.file in result.stderr
+
+
+def test_overlong_line(check):
+    result = check(MINIMAL + "Header: X: " + "y" * 100000 + "\nTimeOut: q\n")
+    assert result.returncode == 2
+    assert "%s:2: " % check.file in result.stderr
+    assert "%s:3: " % check.file in result.stderr
+    assert len(result.stderr) < 5000
+
+
+def test_repeated_name_is_a_warning_and_the_last_counts(check):
+    result = check(MINIMAL + "TimeOut: 5\ntimeout: 6\n")
+    assert effective(result)["timeout"] == ["6"]
+    assert "%s:3: " % check.file in result.stderr
+    assert "TimeOut" in result.stderr
+
+
+@pytest.mark.parametrize("name, values", [
+    ("Listen", ["127.0.0.1:1", "127.0.0.1:2"]),
+    ("ClamAddress", ["/a/b", "127.0.0.1:3310"]),
+    ("Action", ["pass PUA.*", "bounce Eicar*", "drop"]),
+])
+def test_settings_that_may_stand_several_times(check, name, values):
+    result = check(MINIMAL + "".join("%s: %s\n" % (name, v) for v in values))
+    assert result.stderr == ""
+    got = effective(result)[name.lower()]
+    assert len(got) == len(values)
+
+
+def test_outaddress_is_required(check):
+    result = check("TimeOut: 5\n")
+    assert result.returncode == 2
+    assert "OutAddress" in result.stderr
+
+
+def test_outaddress_is_not_required_when_transparent(check):
+    assert check("TransparentProxy: on\n").returncode == 0
+
+
+def test_missing_file_is_a_warning_and_then_outaddress_is_missing(run, tmp_path):
+    missing = str(tmp_path / "nothing.conf")
+    result = run("-n", "-f", missing)
+    assert result.returncode == 2
+    assert missing in result.stderr and "OutAddress" in result.stderr
+
+
+def test_missing_file_is_only_a_warning(run, tmp_path):
+    missing = str(tmp_path / "nothing.conf")
+    result = run("-n", "-f", missing, "127.0.0.1:25")
+    assert effective(result)["outaddress"] == ["127.0.0.1:25"]
+    assert missing in result.stderr
+
+
+def test_a_directory_is_no_configuration_file(run, tmp_path):
+    result = run("-n", "-f", str(tmp_path))
+    assert result.returncode == 2
+    assert str(tmp_path) in result.stderr
+
+
+@pytest.mark.parametrize("old, name, value", [
+    ("ScanHeader: X-Old: 1", "header", "X-Old: 1"),
+    ("Bounce: on", "action", "bounce|reject"),
+    ("Bounce: off", "action", "drop"),
+    ("DebugFiles: on", "debugfiles", "on"),
+])
+def test_old_names_still_work(check, old, name, value):
+    got = effective(check(MINIMAL + old + "\n"))
+    assert re.fullmatch(value, got[name][0])
+
+
+# ------------------------------------------------------------ command line
+
+def test_v_prints_version_and_default_file(run):
+    result = run("-v")
+    assert result.returncode == 0
+    assert re.search(r"\d+\.\d+", result.stdout)
+    assert "clamsmtpd.conf" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("args", [
+    ["-Z"], ["-d"], ["-f"], ["-p"], ["-d", "x"], ["-d", "5"], ["-d", "-1"],
+    ["-d", ""], ["127.0.0.1:1", "127.0.0.1:2"], ["--help"],
+])
+def test_usage_error(run, args):
+    result = run(*args)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr != ""
+
+
+def test_usage_text_names_the_flags(run):
+    result = run("-Z")
+    assert "usage" in result.stderr.lower()
+    for flag in ("-d", "-f", "-p"):
+        assert flag in result.stderr
+
+
+@pytest.mark.parametrize("args, name, value", [
+    (["-b"], "action", "bounce|reject"),
+    (["-c", "/x/clamd"], "clamaddress", "/x/clamd"),
+    (["-D", "/var/tmp"], "tempdirectory", "/var/tmp"),
+    (["-h", "X-Old: yes"], "header", "X-Old: yes"),
+    (["-l", "127.0.0.1:77"], "listen", r"127\.0\.0\.1:77"),
+    (["-m", "99"], "maxconnections", "99"),
+    (["-q"], "quarantine", "on"),
+    (["-t", "33"], "timeout", "33"),
+    (["-X"], "debugfiles", "on"),
+    (["127.0.0.1:99"], "outaddress", r"127\.0\.0\.1:99"),
+])
+def test_older_flag_works_with_a_warning(check, args, name, value):
+    result = check("" if name == "outaddress" else MINIMAL, *args)
+    assert re.fullmatch(value, effective(result)[name][0])
+    assert check.file in result.stderr
+
+
+def test_old_flag_with_a_bad_value(check):
+    result = check(MINIMAL, "-m", "many")
+    assert result.returncode == 2
+    assert '"many"' in result.stderr
+
+
+@pytest.mark.parametrize("args, line, name, value", [
+    (["-m", "99"], "MaxConnections: 11", "maxconnections", "11"),
+    (["-l", "127.0.0.1:77"], "Listen: 127.0.0.1:78", "listen", r"127\.0\.0\.1:78"),
+    (["-c", "/x/y"], "ClamAddress: /z", "clamaddress", "/z"),
+    (["-b"], "Action: pass", "action", "pass"),
+])
+def test_the_file_wins_over_old_flags(check, args, line, name, value):
+    got = effective(check(MINIMAL + line + "\n", *args))[name]
+    assert len(got) == 1 and re.fullmatch(value, got[0])
+
+
+def test_p_wins_over_pidfile(check):
+    got = effective(check(MINIMAL + "PidFile: /run/a\n", "-p", "/run/b"))
+    assert got["pidfile"] == ["/run/b"]
+
+
+def test_n_starts_nothing(check, tmp_path):
+    pid = tmp_path / "pid"
+    result = check(MINIMAL + "PidFile: %s\n" % pid)
+    assert result.returncode == 0
+    assert not pid.exists()
+
+
+@pytest.mark.parametrize("level, there, missing", [
+    (0, [], ["accepted connection", "CLIENT <", "listening on"]),
+    (3, ["accepted connection", "listening on", "status=CLEAN"], ["CLIENT <"]),
+    (4, ["accepted connection", "listening on", "CLIENT < EHLO", "SERVER > EHLO",
+         "SERVER < 250", "CLIENT > 250", "CLAMAV <", "CLAMAV >"], []),
+])
+def test_d_chooses_what_is_logged(site, level, there, missing):
+    site.start(level=level, wait=False, Listen=site.path("in.sock"))
+    daemon = site.daemon
+    until(lambda: os.path.exists(site.path("in.sock")) or not daemon.alive(),
+          "the listener")
+    client = connected(site, site.path("in.sock"))
+    client.hello()
+    client.mail()
+    client.quit()
+    for text in there:
+        daemon.wait_log(re.escape(text))
+    for text in missing:
+        assert not daemon.log(re.escape(text))
+
+
+def connected(site, path):
+    """bind() comes before listen(): try until somebody listens."""
+    def attempt():
+        try:
+            return site.client(address=path)
+        except OSError:
+            return None
+    return until(attempt, "somebody listens on " + path)
+
+
+def test_log_lines_begin_with_the_name(site):
+    site.session().quit()
+    lines = site.daemon.text().splitlines()
+    assert lines and all(l.startswith("clamsmtpd: ") for l in lines)
+
+
+# ---------------------------------------------------------------- addresses
+
+@pytest.mark.parametrize("listen, want", [
+    ("127.0.0.1:0", r"127\.0\.0\.1:[1-9]\d*"),
+    ("0", r"0\.0\.0\.0:[1-9]\d*"),
+    ("localhost:0", r"(127\.0\.0\.1|\[::1\]):[1-9]\d*"),
+    ("[::1]:0", r"\[::1\]:[1-9]\d*"),
+    ("[::ffff:127.0.0.1]:0", r"127\.0\.0\.1:[1-9]\d*"),
+])
+def test_listen_on(site, listen, want):
+    if "::1" in listen and not has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    site.start(Listen=listen)
+    assert re.fullmatch(want, site.daemon.address)
+    client = site.session()
+    client.mail()
+    client.quit()
+
+
+def test_listen_on_a_unix_socket(site):
+    site.start(Listen=site.path("in.sock"))
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert os.stat(site.path("in.sock")).st_mode & 0o777 == 0o666
+    site.daemon.wait_log("accepted connection from: local")
+    site.daemon.settle()
+    site.daemon.stop()
+    assert not os.path.exists(site.path("in.sock"))
+
+
+@pytest.mark.core
+def test_several_listeners(site):
+    site.start(Listen=["127.0.0.1:0", site.path("in.sock"), "127.0.0.1:0"])
+    assert len(set(site.daemon.addresses)) == 3
+    for address in site.daemon.addresses:
+        client = site.session(address=address)
+        client.mail()
+        client.quit()
+    assert len(site.hop.messages) == 3
+
+
+@pytest.mark.parametrize("kind", ["unix", "ipv4", "ipv6", "name"])
+def test_outaddress_forms(site, kind):
+    if kind == "ipv6" and not has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    if kind == "unix":
+        site.hop = site.new_hop(path=site.path("hop.sock"))
+    elif kind == "ipv6":
+        site.hop = site.new_hop(host="::1")
+    out = site.hop.address
+    if kind == "name":
+        out = "localhost:%d" % site.hop.port
+    site.start(OutAddress=out)
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert len(site.hop.messages) == 1
+
+
+@pytest.mark.parametrize("kind", ["unix", "ipv4", "ipv6", "name"])
+def test_clamaddress_forms(site, kind):
+    if kind == "ipv6" and not has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    site.clamd = {
+        "unix": lambda: site.new_clamd(),
+        "ipv4": lambda: site.new_clamd(tcp=True),
+        "ipv6": lambda: site.new_clamd(tcp=True, host="::1"),
+        "name": lambda: site.new_clamd(tcp=True),
+    }[kind]()
+    address = site.clamd.address
+    if kind == "name":
+        address = "localhost:%d" % site.clamd.port
+    site.start(ClamAddress=address)
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert len(site.clamd.scans) == 1
+
+
+@pytest.mark.parametrize("value", [
+    "10026", "192.0.2.1", "192.0.2.1:26", "mail.example.com", "[2001:db8::1]",
+    "mail.example.com:2525", "/run/out.sock", "[2001:db8::1]:26", "2001:db8::1",
+    "[::ffff:192.0.2.1]:26", "localhost", "65535",
+])
+@pytest.mark.parametrize("name", ["OutAddress", "ClamAddress", "Listen"])
+def test_every_form_of_an_address_is_taken(check, name, value):
+    text = ("" if name == "OutAddress" else MINIMAL) + "%s: %s\n" % (name, value)
+    assert effective(check(text))[name.lower()] == [value]
+
+
+@pytest.mark.parametrize("name, port", [
+    ("OutAddress", 25), ("ClamAddress", 3310), ("Listen", 10025)])
+def test_default_port_of_an_address_alone(site, name, port):
+    """On a loopback address that nobody else will use."""
+    host = "127.%d.%d.%d" % (os.getpid() % 250 + 1, os.getpid() // 250 % 250, 77)
+    try:
+        if name == "OutAddress":
+            site.hop = site.new_hop(host=host, port=port)
+        elif name == "ClamAddress":
+            site.clamd = site.new_clamd(tcp=True, host=host, port=port)
+        else:
+            site.start(Listen=host)
+            assert site.daemon.address == "%s:%d" % (host, port)
+    except OSError as error:
+        pytest.skip("cannot bind port %d: %s" % (port, error))
+    if name != "Listen":
+        site.start(**{name: host})
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert len(site.hop.messages) == len(site.clamd.scans) == 1
+
+
+def test_clamaddress_port_alone_is_on_this_machine(site):
+    site.clamd = site.new_clamd(tcp=True)
+    site.start(ClamAddress=str(site.clamd.port))
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert len(site.clamd.scans) == 1
+
+
+def test_a_name_that_cannot_be_looked_up_does_not_stop_the_start(site):
+    site.start(OutAddress="no-such-host.invalid:25",
+               ClamAddress="no-such-clamd.invalid:3310")
+    client = site.client()
+    client.expect("421 4.4.1")
+    client.eof()
+
+
+def test_bind_failure_is_told_and_fatal(site):
+    site.start()
+    other = site.start(Listen=site.daemon.address, wait=False)
+    assert other.wait_exit() not in (0, None)
+    assert other.log(re.escape(site.daemons[0].address))
+    other.stopped = True

@@ -1,0 +1,802 @@
+"""Commands and replies, in both directions."""
+
+import base64
+import re
+
+import pytest
+
+from harness import (CLOSE, Drip, Failed, Hold, RESET, Then, never, stuff,
+                     until)
+
+BODY = b"Subject: hello\r\n\r\nworld\r\n"
+
+
+# ---------------------------------------------------------------- greeting
+
+@pytest.mark.core
+def test_greeting_text_is_replaced(site):
+    site.hop.on("greeting", "220 secret.example ESMTP Postfix")
+    got = site.client().expect("220 smtp.passthru")
+    assert "secret" not in got.text and "Postfix" not in got.text
+
+
+@pytest.mark.parametrize("greeting", [
+    "220-secret.example one\n220-two\n220 three",
+    Drip("220-one\n220 two"),
+    "220",
+    b"220 only a line feed\n",
+])
+def test_greeting_shapes(site, greeting):
+    site.hop.on("greeting", greeting)
+    client = site.client()
+    got = client.expect("220")
+    assert "secret" not in got.text
+    client.cmd("EHLO me", "250")
+    client.quit()
+
+
+@pytest.mark.parametrize("greeting", [
+    "554 5.3.2 go away", "421 4.3.2 come later", "554-no\n554-no\n554 never",
+])
+def test_greeting_that_refuses_is_relayed_whole(site, greeting):
+    site.hop.on("greeting", Then(greeting, CLOSE))
+    client = site.client()
+    assert client.reply().text == greeting
+    client.eof()
+
+
+@pytest.mark.parametrize("greeting", [
+    CLOSE, RESET, "354 what", "hello there", b"220 half a li", "999 high",
+    "220-a\n250 b",
+])
+def test_greeting_that_is_none_gives_421(site, greeting):
+    site.hop.on("greeting",
+                Then(greeting, CLOSE) if isinstance(greeting, bytes) else greeting)
+    client = site.client()
+    client.expect("421")
+    client.eof()
+    client.close()
+    site.hop.session.wait_end()
+
+
+def test_next_hop_unreachable_gives_421(site):
+    site.start()
+    site.hop.down()
+    client = site.client()
+    client.expect("421 4.4.1")
+    client.eof()
+
+
+def test_next_hop_back_again(site):
+    site.start()
+    site.hop.down()
+    site.client().expect("421 4.4.1")
+    site.hop.up()
+    client = site.session()
+    client.mail()
+    client.quit()
+
+
+# ---------------------------------------------------------------- EHLO
+
+@pytest.mark.core
+def test_ehlo_name_is_replaced_and_the_clients_is_passed(site):
+    client = site.client()
+    client.expect("220")
+    got = client.cmd("EHLO my.own.name", "250")
+    assert re.fullmatch(r"250[- ]smtp\.passthru( .*)?", got.lines[0])
+    assert "next.hop" not in got.text
+    assert site.hop.commands == ["EHLO my.own.name"]
+
+
+def test_helo_name_is_replaced(site):
+    client = site.client()
+    client.expect("220")
+    got = client.cmd("HELO me", "250 smtp.passthru")
+    assert len(got.lines) == 1 and "next.hop" not in got.text
+
+
+def fresh_ehlo(site):
+    client = site.client()
+    client.expect("220")
+    return client.cmd("EHLO me", "250")
+
+
+@pytest.mark.parametrize("keyword", [
+    "SIZE 10240000", "SIZE", "8BITMIME", "DSN", "SMTPUTF8",
+    "ENHANCEDSTATUSCODES", "AUTH PLAIN LOGIN", "AUTH=PLAIN LOGIN", "ETRN",
+    "VRFY", "EXPN", "HELP", "XFORWARD NAME ADDR PROTO HELO SOURCE PORT IDENT",
+    "DELIVERBY 120", "8bitmime", "auth plain",
+])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_ehlo_keyword_passes(site, keyword, place):
+    site.hop.ehlo = [keyword, "STARTTLS"] if place == "first" else \
+        ["STARTTLS", keyword]
+    assert keyword in fresh_ehlo(site).keywords()
+
+
+@pytest.mark.parametrize("keyword", [
+    "STARTTLS", "BINARYMIME", "BURL imap", "CHECKPOINT", "XCLIENT NAME ADDR",
+    "XEXCH50", "X-EXPS GSSAPI", "X-ANONYMOUSTLS", "XVERP", "VERP", "TURN",
+    "ATRN", "MT-PRIORITY", "FUTURERELEASE 1 2", "LIMITS RCPTMAX=1", "REQUIRETLS",
+    "SIZEX 5", "AUTHX", "8BITMIMEX", "starttls", "NOSUCH=1",
+])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_ehlo_keyword_is_removed_and_the_last_line_keeps_its_space(
+        site, keyword, place):
+    site.hop.ehlo = [keyword, "DSN"] if place == "first" else ["DSN", keyword]
+    got = fresh_ehlo(site)
+    assert sorted(got.keywords()) == ["DSN", "PIPELINING"]
+    assert [l[3] for l in got.lines] == ["-"] * (len(got.lines) - 1) + [" "]
+
+
+@pytest.mark.parametrize("keywords", [
+    [], ["STARTTLS"], ["PIPELINING"], ["SIZE 5", "PIPELINING"], ["pipelining"],
+])
+def test_pipelining_is_offered_always_and_once(site, keywords):
+    site.hop.ehlo = keywords
+    got = fresh_ehlo(site).keywords()
+    assert [k.upper() for k in got].count("PIPELINING") == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_chunking_is_offered_when_the_next_hop_has_it(site, there):
+    site.hop.ehlo = ["8BITMIME"] + ["CHUNKING"] * there
+    assert ("CHUNKING" in fresh_ehlo(site).keywords()) == there
+
+
+def test_ehlo_reply_one_byte_at_a_time(site):
+    site.hop.on("EHLO", Drip("250-next.hop\n250-DSN\n250-STARTTLS\n250 SIZE 77"))
+    assert sorted(fresh_ehlo(site).keywords()) == ["DSN", "PIPELINING", "SIZE 77"]
+
+
+def test_a_second_ehlo_is_followed(site):
+    site.hop.on("EHLO", ["250-a\n250-DSN\n250 SIZE 5",
+                         "250-a\n250-AUTH PLAIN\n250 SIZE 6"])
+    client = site.client()
+    client.expect("220")
+    client.cmd("EHLO me", "250")
+    got = client.cmd("EHLO me", "250").keywords()
+    assert sorted(got) == ["AUTH PLAIN", "PIPELINING", "SIZE 6"]
+
+
+def test_ehlo_refused_then_helo(site):
+    site.hop.on("EHLO", "502-5.5.1 old\n502 5.5.1 server")
+    client = site.client()
+    client.expect("220")
+    assert client.cmd("EHLO me").text == "502-5.5.1 old\n502 5.5.1 server"
+    client.cmd("HELO me", "250")
+    client.mail()
+    client.quit()
+
+
+# ---------------------------------------------------------------- verbs
+
+@pytest.mark.core
+@pytest.mark.parametrize("command", [
+    "HELO x", "EHLO y.z", "RSET", "NOOP", "NOOP with words", "VRFY <a@b>",
+    "EXPN staff", "HELP", "HELP mail", "ETRN example.org", "AUTH PLAIN AGEAYg==",
+    "XFORWARD NAME=a ADDR=1.2.3.4", "MAIL FROM:<>",
+    "MAIL FROM:<a@b>  SIZE=7   BODY=8BITMIME RET=HDRS ENVID=x+2By",
+    "mail from: <A@B>", "MaIl FrOm:<a@b> AUTH=<> SMTPUTF8",
+    "noop", "rset", "vrfy A", "Help",
+])
+def test_command_is_passed_as_it_came(site, command):
+    client = site.session()
+    client.line(command)
+    client.reply()
+    assert site.hop.commands[1:] == [command]
+    client.quit()
+
+
+def test_rcpt_is_passed_as_it_came(site):
+    command = "rCpT tO:<\"b \\\" c\"@example.com>  NOTIFY=NEVER ORCPT=rfc822;x+3Dy"
+    client = site.session()
+    client.cmd("MAIL FROM:<a@b>", "250")
+    client.cmd(command, "250")
+    assert site.hop.commands[-1] == command
+    client.quit()
+
+
+@pytest.mark.parametrize("command", [
+    "FOO", "XEXCH50 10 2", "TURN", "SEND FROM:<a@b>", "DATAX", "BDATX 3",
+    "MAILX FROM:<a>", "", " ", "250 ok", "HELOO x", "QUITT", "EHLO\tx",
+    "MAIL\x0b", "\xff\xfe", "ATRN", "BURL imap://x LAST", "STARTTLSX",
+])
+def test_unknown_command_is_500_and_not_forwarded(site, command):
+    client = site.session()
+    got = client.cmd(command.encode("latin-1"))
+    if command != "EHLO\tx" and not command.startswith("MAIL\x0b"):
+        assert got.text.startswith("500 5.5.1")
+    else:
+        assert got.code in ("500", "501")
+    client.cmd("NOOP", "250")
+    assert site.hop.commands == ["EHLO client.example", "NOOP"]
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("command, want", [
+    ("STARTTLS", "502 5.5.1"), ("starttls", "502 5.5.1"),
+    ("XCLIENT ADDR=1.2.3.4", "554 5.7.0 Insufficient authorization"),
+    ("xclient NAME=x", "554 5.7.0"),
+])
+def test_command_that_is_refused(site, command, want):
+    client = site.session()
+    client.cmd(command, want)
+    client.cmd("NOOP", "250")
+    assert site.hop.commands == ["EHLO client.example", "NOOP"]
+    client.quit()
+
+
+def test_bytes_behind_starttls_are_ordinary_commands(site):
+    client = site.session()
+    client.send("STARTTLS\r\nNOOP\r\n")
+    client.expect("502")
+    client.expect("250 2.0.0 noop")
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("command", [
+    b"NOOP\rDATA", b"NOOP\0DATA", b"MAIL FROM:<a@b>\rRCPT TO:<c@d>",
+    b"\0NOOP", b"NOOP\0", b"NOOP \r x", b"\rNOOP",
+    b"RCPT TO:<a\0b@c>",
+])
+def test_nul_or_bare_cr_in_a_command_is_501(site, command):
+    client = site.session()
+    client.cmd(command, "501 5.5.2")
+    client.cmd("NOOP", "250")
+    assert site.hop.commands == ["EHLO client.example", "NOOP"]
+    client.quit()
+
+
+def test_commands_may_end_in_lf(site):
+    client = site.client()
+    client.expect("220")
+    client.send("EHLO me\nMAIL FROM:<a@b>\nRCPT TO:<c@d>\nQUIT\n")
+    for want in ("250", "250 2.1.0", "250 2.1.5", "221"):
+        client.expect(want)
+    client.eof()
+    assert site.hop.session.raw.count(b"\r\n") == 4
+
+
+def test_a_line_of_12_kib_passes(site):
+    client = site.session()
+    command = "NOOP " + "x" * (12 * 1024 - 5 - 2)
+    client.cmd(command, "250")
+    assert site.hop.commands[-1] == command
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("size", [12 * 1024 + 10, 20000, 300000])
+def test_a_longer_line_is_500_and_not_forwarded(site, size):
+    client = site.session()
+    client.cmd("NOOP " + "x" * size, "500 5.5.2 Line too long")
+    client.cmd("NOOP", "250")
+    assert site.hop.commands == ["EHLO client.example", "NOOP"]
+    client.quit()
+
+
+def test_an_endless_line_takes_no_memory(site):
+    client = site.session()
+    client.cmd("NOOP", "250")
+    before = site.daemon.rss()
+    for _ in range(50):
+        client.send(b"y" * 65536)
+    client.cmd("", "500 5.5.2")
+    assert site.daemon.rss() - before < 2048
+    client.cmd("NOOP", "250")
+    client.quit()
+
+
+# ---------------------------------------------------------------- DATA
+
+@pytest.mark.core
+@pytest.mark.parametrize("before", [
+    [], ["MAIL FROM:<a@b>"], ["MAIL FROM:<a@b>", "RCPT TO:<no@b>"],
+    ["MAIL FROM:<a@b>", "RCPT TO:<c@b>", "RSET"],
+    ["MAIL FROM:<a@b>", "RCPT TO:<c@b>", "EHLO again"],
+    ["MAIL FROM:<a@b>", "RCPT TO:<c@b>", "HELO again"],
+    ["MAIL FROM:<refused@b>", "RCPT TO:<c@b>"],
+    ["RCPT TO:<c@b>"],
+])
+def test_data_without_a_recipient_is_503_and_nothing_is_sent(site, before):
+    """Also when the next hop would have said 354."""
+    site.hop.on("RCPT", lambda s, line: "550 5.1.1 no" if "no@" in line else
+                "250 ok" if s.mail else "503 5.5.1 MAIL first")
+    site.hop.on("MAIL", lambda s, line: "550 no" if "refused" in line else None)
+    client = site.session()
+    for command in before:
+        client.line(command)
+        client.reply()
+    client.cmd("DATA", "503 5.5.1")
+    assert "DATA" not in site.hop.session.verbs()
+    client.cmd("RSET", "250")
+    client.mail()
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def test_after_a_message_the_recipients_are_gone(site):
+    client = site.session()
+    client.mail()
+    client.cmd("DATA", "503 5.5.1")
+    client.quit()
+
+
+@pytest.mark.core
+def test_354_is_ours_and_data_is_sent_only_after_the_scan(site):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354 Start mail input; end with <CRLF>.<CRLF>")
+    client.send(BODY + b".\r\n")
+    hold.reached()
+    assert "DATA" not in site.hop.session.verbs()
+    hold.go()
+    client.expect("250 2.0.0 queued as 4711")
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("reply", [
+    "250 2.0.0 taken", "250-2.0.0 taken\n250 2.0.0 as 42", "550 5.7.1 no",
+    "451-4.3.0 a\n451-4.3.0 b\n451 4.3.0 c", "552 5.3.4 too big",
+])
+def test_final_reply_is_relayed_whole(site, reply):
+    site.hop.on(".", [reply])
+    client = site.session()
+    client.envelope()
+    assert client.data(BODY, reply[:3]).text == reply
+    client.cmd("NOOP", "250 2.0.0 noop")
+    client.mail()
+    client.quit()
+    assert len(site.hop.messages) == (2 if reply[0] == "2" else 1)
+
+
+@pytest.mark.parametrize("reply", ["554 5.5.1 no valid recipients",
+                                   "451-4.3.0 a\n451 4.3.0 b"])
+def test_refusal_of_data_is_relayed_whole(site, reply):
+    site.hop.on("DATA", [reply])
+    client = site.session()
+    client.envelope()
+    assert client.data(BODY, reply[:3]).text == reply
+    assert site.hop.messages == []
+    client.cmd("RSET", "250")
+    client.mail()
+    client.quit()
+
+
+@pytest.mark.parametrize("reply", ["250 taken already", "334 go", "220 hello"])
+def test_other_replies_to_data_are_a_protocol_error(site, reply):
+    site.hop.on("DATA", reply)
+    client = site.session()
+    client.envelope()
+    client.data(BODY, "451")
+    client.eof()
+    assert site.hop.session.wait_end() != "quit"
+    assert site.hop.messages == []
+
+
+def test_multi_line_354(site):
+    site.hop.on("DATA", "354-go\n354-on\n354 now")
+    client = site.session()
+    client.mail()
+    client.cmd("NOOP", "250 2.0.0 noop")
+    client.quit()
+
+
+@pytest.mark.parametrize("reply", ["354 more", "334 more"])
+def test_3xx_as_final_reply_is_a_protocol_error(site, reply):
+    site.hop.on(".", reply)
+    client = site.session()
+    client.envelope()
+    client.data(BODY, "4")
+    client.eof()
+
+
+# ---------------------------------------------------------------- replies
+
+COMMANDS = ["MAIL FROM:<a@b>", "RCPT TO:<c@d>", "RSET", "NOOP", "VRFY x",
+            "EXPN x", "HELP", "ETRN x", "HELO me", "AUTH PLAIN eA==",
+            "XFORWARD ADDR=1.2.3.4", "QUIT"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("command", COMMANDS)
+def test_multi_line_reply_is_relayed_whole(site, command):
+    verb = command.split(" ")[0]
+    code = "221" if verb == "QUIT" else "250"
+    reply = "%s-one\n%s-two: three\n%s four" % (code, code, code)
+    site.hop.on(verb, reply)
+    client = site.session()
+    got = client.cmd(command, code)
+    if verb == "HELO":
+        assert len(got.lines) >= 1
+    else:
+        assert got.text == reply
+    if verb != "QUIT":
+        client.cmd("NOOP")
+        client.cmd("QUIT", "221")
+    client.eof()
+
+
+@pytest.mark.parametrize("command", COMMANDS[:-1])
+@pytest.mark.parametrize("reply", ["450 4.7.1 later", "550-5.7.1 no\n550 5.7.1 never",
+                                   "252 2.0.0 perhaps", "500 what"])
+def test_reply_is_relayed_as_it_is(site, command, reply):
+    verb = command.split(" ")[0]
+    if verb == "HELO" and reply[0] == "2":
+        reply = "550 no"
+    site.hop.on(verb, [reply])
+    client = site.session()
+    assert client.cmd(command).text == reply
+    client.cmd("RSET", "250")
+    client.quit()
+
+
+@pytest.mark.parametrize("command", COMMANDS[:-1])
+def test_421_is_relayed_whole_and_ends_the_session(site, command):
+    reply = "421-4.3.2 going\n421 4.3.2 down"
+    site.hop.on(command.split(" ")[0], reply)
+    client = site.session()
+    assert client.cmd(command).text == reply
+    client.eof()
+    site.hop.session.wait_end()
+
+
+@pytest.mark.parametrize("command", COMMANDS[:-1])
+@pytest.mark.parametrize("reply", ["354 go on", "334 go on"])
+def test_3xx_where_none_belongs_ends_the_session(site, command, reply):
+    if command.startswith("AUTH") and reply.startswith("334"):
+        reply = "354 go on"
+    site.hop.on(command.split(" ")[0], reply)
+    client = site.session()
+    got = client.cmd(command)
+    assert got.code[0] == "4", got
+    client.eof()
+    site.hop.session.wait_end()
+
+
+@pytest.mark.parametrize("command", COMMANDS[:-1])
+@pytest.mark.parametrize("ending", [CLOSE, RESET, Then(b"250-half\r\n25", CLOSE),
+                                    Then("250-a\n251 b", CLOSE), "not SMTP"],
+                         ids=["close", "reset", "half", "mixed", "garbage"])
+def test_next_hop_gone_at_a_command_gives_421(site, command, ending):
+    site.hop.on(command.split(" ")[0], ending)
+    client = site.session()
+    client.line(command)
+    got = client.reply()
+    assert got.code == "421", got
+    client.eof()
+
+
+def test_next_hop_gone_at_quit(site):
+    site.hop.on("QUIT", CLOSE)
+    client = site.session()
+    client.line("QUIT")
+    assert client.reply().code in ("221", "421")
+    client.eof()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ending", ["421 4.3.2 shutting down now",
+                                    "421-4.3.2 a\n421 4.3.2 b"])
+def test_a_421_out_of_the_blue_is_passed_on_and_ends_the_session(site, ending):
+    client = site.session()
+    site.hop.session.sock.sendall(site.hop.encode(ending))
+    assert client.reply().text == ending
+    client.eof()
+    site.hop.session.wait_end()
+
+
+def test_next_hop_closing_while_idle_gives_421(site):
+    client = site.session()
+    site.hop.session.sock.shutdown(1)
+    client.expect("421")
+    client.eof()
+
+
+def test_a_second_reply_is_never_taken_for_the_next_answer(site):
+    site.hop.on("MAIL", "250 ok\n250 one too many")
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
+    client.expect("250 ok")
+    client.rest()
+    site.hop.session.wait_end()
+    assert "RCPT" not in site.hop.session.verbs()
+
+
+@pytest.mark.parametrize("reply, want", [
+    (b"250 ok\n", "250 ok"), (b"250\r\n", "250"), (b"250 \r\n", "250"),
+    (b"250-\r\n250 \r\n", "250"), (b"250-a\n250 b\n", "250"),
+])
+def test_odd_but_understandable_replies(site, reply, want):
+    site.hop.on("NOOP", [reply])
+    client = site.session()
+    client.cmd("NOOP", want)
+    client.cmd("NOOP", "250 2.0.0 noop")
+    client.quit()
+
+
+def test_a_reply_is_text(site):
+    """Bytes of every kind in a reply do no harm."""
+    site.hop.on("NOOP", [b"250 \x1b[2J %s%n \xff\xfe \t end\r\n"])
+    client = site.session()
+    client.line("NOOP")
+    raw = client.stream.line()
+    assert raw.startswith(b"250 ") and raw.endswith(b"end\r\n")
+    client.cmd("NOOP", "250 2.0.0 noop")
+    assert "\x1b" not in site.daemon.text()
+    client.quit()
+
+
+def test_an_endless_reply_takes_no_memory(site):
+    def flood(s, line):
+        for _ in range(40):
+            s.sock.sendall((b"250-" + b"y" * 1000 + b"\r\n") * 60)
+        return "250 end"
+    site.hop.on("NOOP", [flood])
+    client = site.session()
+    client.cmd("RSET", "250")
+    before = site.daemon.rss()
+    client.line("NOOP")
+    line = b"250-"
+    while line.startswith(b"250-"):
+        line = client.stream.line()
+    assert site.daemon.rss() - before < 2048
+    assert line[:3] in (b"250", b"421", b"451")
+
+
+def test_an_overlong_reply_line_takes_no_memory(site):
+    def flood(s, line):
+        try:
+            s.sock.sendall(b"250 ")
+            for _ in range(40):
+                s.sock.sendall(b"z" * 65536)
+        except OSError:
+            pass
+        return "\n"
+    site.hop.on("NOOP", [flood])
+    client = site.session()
+    before = site.daemon.rss()
+    client.line("NOOP")
+    until(lambda: site.hop.session.over.is_set() or client.stream.more(),
+          "an end of it")
+    assert site.daemon.rss() - before < 2048
+    client.close()
+
+
+# ---------------------------------------------------------------- AUTH
+
+@pytest.mark.core
+@pytest.mark.parametrize("answer", [
+    "DATA", "QUIT", "STARTTLS", "RSET", "BDAT 5 LAST", "*", "",
+    "MAIL FROM:<x@y>", "XCLIENT ADDR=1", "=", base64.b64encode(b"x" * 6000).decode(),
+])
+def test_a_continuation_of_auth_is_opaque(site, answer):
+    site.hop.on("AUTH", "334 VXNlcm5hbWU6")
+    site.hop.on("334", ["334 UGFzc3dvcmQ6", "235 2.7.0 welcome"])
+    client = site.session()
+    client.cmd("AUTH LOGIN", "334 VXNlcm5hbWU6")
+    client.cmd(answer, "334 UGFzc3dvcmQ6")
+    client.cmd(answer, "235 2.7.0 welcome")
+    assert site.hop.commands[1:] == ["AUTH LOGIN", answer, answer]
+    client.mail()
+    client.quit()
+
+
+def test_auth_refused_in_the_middle_leaves_no_state(site):
+    site.hop.on("AUTH", "334 go")
+    site.hop.on("334", "535-5.7.8 no\n535 5.7.8 never")
+    client = site.session()
+    client.cmd("AUTH LOGIN", "334")
+    assert client.cmd("*").text == "535-5.7.8 no\n535 5.7.8 never"
+    client.cmd("FOO", "500")
+    client.mail()
+    client.quit()
+
+
+def test_auth_pipelined_in_one_packet(site):
+    site.hop.on("AUTH", "334 a")
+    site.hop.on("334", ["334 b"])
+    client = site.session()
+    client.send("AUTH LOGIN\r\nDATA\r\nQUIT\r\nNOOP\r\n")
+    for want in ("334 a", "334 b", "235", "250 2.0.0 noop"):
+        client.expect(want)
+    client.quit()
+
+
+@pytest.mark.core
+def test_auth_secrets_are_never_logged(site):
+    site.hop.on("AUTH", [None, "334 VXNlcm5hbWU6"])
+    site.hop.on("334", ["334 UGFzc3dvcmQ6", "235 ok"])
+    client = site.session()
+    client.cmd("AUTH PLAIN c2VjcmV0T05F", "235")
+    client.cmd("auth login c2VjcmV0VFdP", "334")
+    client.cmd("c2VjcmV0VEhSRUU", "334")
+    client.cmd("c2VjcmV0Rk9VUg", "235")
+    client.quit()
+    site.daemon.wait_log("SERVER > QUIT")
+    text = site.daemon.text()
+    assert "AUTH PLAIN" in text.upper()
+    for secret in ("c2VjcmV0T05F", "c2VjcmV0VFdP", "c2VjcmV0VEhSRUU",
+                   "c2VjcmV0Rk9VUg"):
+        assert secret not in text
+
+
+# ---------------------------------------------------------------- pipelining
+
+def transcript(count, body=BODY):
+    one = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nDATA\r\n" + \
+        stuff(body) + b".\r\n"
+    return b"EHLO me\r\n" + one * count + b"QUIT\r\n"
+
+
+def expect_all(client, count):
+    client.expect("220")
+    client.expect("250")
+    for _ in range(count):
+        client.expect("250 2.1.0")
+        client.expect("250 2.1.5")
+        client.expect("250 2.1.5")
+        client.expect("354")
+        client.expect("250 2.0.0 queued")
+    client.expect("221")
+    client.eof()
+
+
+@pytest.mark.core
+def test_two_transactions_and_quit_in_one_packet(site):
+    client = site.client()
+    client.send(transcript(2))
+    expect_all(client, 2)
+    assert len(site.hop.messages) == 2
+    assert len(site.hop.messages[1].rcpts) == 2
+
+
+@pytest.mark.core
+def test_a_session_one_byte_at_a_time(site):
+    client = site.client()
+    client.drip(transcript(2, b"Subject: x\r\n\r\n.dot\r\n..\r\n.\r\n"))
+    expect_all(client, 2)
+    for message in site.hop.messages:
+        assert message.body.endswith(b"\r\n\r\n.dot\r\n..\r\n.\r\n")
+
+
+def test_twenty_transactions_in_one_packet(site):
+    client = site.client()
+    client.send(transcript(20))
+    expect_all(client, 20)
+    assert len(site.hop.messages) == 20
+
+
+@pytest.mark.core
+def test_a_thousand_recipients_pipelined(site):
+    client = site.session()
+    rcpts = ["RCPT TO:<user%d@example.com>" % i for i in range(1000)]
+    client.send("MAIL FROM:<a@b>\r\n" + "\r\n".join(rcpts) + "\r\nDATA\r\n")
+    client.expect("250 2.1.0")
+    for _ in rcpts:
+        client.expect("250 2.1.5")
+    client.expect("354")
+    client.send(BODY + b".\r\n")
+    client.expect("250 2.0.0")
+    assert site.hop.messages[0].rcpts == rcpts
+    client.quit()
+    line, = site.daemon.wait_log("status=CLEAN")
+    assert len(line) <= 1000
+    assert line.startswith("100000: from=a@b, to=user0@example.com, to=user1@")
+    assert re.search(r"to=user\d+@example\.com(, to=\.\.\.)?, status=CLEAN$",
+                     line), line[-80:]
+
+
+@pytest.mark.core
+def test_lock_step_only_one_command_is_outstanding(site):
+    hold = Hold()
+    site.hop.on("MAIL", hold)
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nNOOP\r\n")
+    hold.reached()
+    other = site.session()         # two turns of the loop at least
+    other.cmd("NOOP", "250")
+    other.cmd("NOOP", "250")
+    first = site.hop.sessions[0]
+    assert first.raw.endswith(b"MAIL FROM:<a@b>\r\n")
+    hold.go()
+    for want in ("250 2.1.0", "250 2.1.5", "250 2.0.0 noop"):
+        client.expect(want)
+    client.quit()
+
+
+def test_everything_sent_before_the_greeting(site):
+    hold = Hold()
+    site.hop.on("greeting", hold)
+    client = site.client()
+    client.send(transcript(1))
+    hold.go()
+    expect_all(client, 1)
+
+
+def test_refused_recipients_among_pipelined_ones(site):
+    site.hop.on("RCPT", lambda s, line: "550 5.1.1 no" if "no" in line else None)
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<no1@d>\r\nRCPT TO:<c@d>\r\n"
+                "RCPT TO:<no2@d>\r\nDATA\r\n")
+    for want in ("250", "550", "250", "550", "354"):
+        client.expect(want)
+    client.send(BODY + b".\r\n")
+    client.expect("250")
+    assert site.hop.messages[0].rcpts == ["RCPT TO:<c@d>"]
+    site.daemon.wait_log(r"from=a@b, to=c@d, status=CLEAN$")
+    client.quit()
+
+
+def test_a_client_that_does_not_read_is_waited_for(site):
+    client = site.session()
+    client.sock.settimeout(0.5)
+    sent = 0
+    try:
+        while sent < 4_000_000:
+            sent += client.sock.send(b"NOOP abcdefgh\r\n" * 500)
+    except OSError:
+        pass
+    client.sock.settimeout(None)
+    other = site.session()
+    other.cmd("NOOP", "250")
+    other.quit()
+    client.sock.settimeout(60)
+    client.close()
+    assert sent > 0
+
+
+# ---------------------------------------------------------------- endings
+
+@pytest.mark.core
+def test_quit_is_passed_and_both_sides_close(site):
+    client = site.session()
+    site.hop.on("QUIT", "221-2.0.0 so\n221 2.0.0 long")
+    assert client.cmd("QUIT").text == "221-2.0.0 so\n221 2.0.0 long"
+    client.eof()
+    assert site.hop.session.wait_end() == "quit"
+
+
+@pytest.mark.core
+def test_eof_behind_quit_is_a_half_close_and_served(site):
+    client = site.client()
+    client.send(transcript(2))
+    client.half_close()
+    expect_all(client, 2)
+    assert len(site.hop.messages) == 2
+
+
+def test_eof_behind_a_command_while_idle_ends_the_session(site):
+    client = site.session()
+    client.half_close()
+    client.rest()
+    site.hop.session.wait_end()
+    assert site.hop.messages == []
+
+
+def test_hung_up_client_closes_the_next_hops_session(site):
+    client = site.session()
+    client.reset()
+    site.hop.session.wait_end()
+    assert site.hop.messages == []
+
+
+def test_the_last_reply_is_not_lost_to_a_reset(site):
+    """Bytes unread at close would make the kernel send RST."""
+    site.hop.on("greeting", Then("554 5.7.1 go away for good", CLOSE))
+    for _ in range(20):
+        client = site.client()
+        try:
+            client.send(b"EHLO me\r\n" * 1000)
+        except OSError:
+            pass
+        client.expect("554 5.7.1 go away for good")
+        client.close()

@@ -1,0 +1,519 @@
+"""With a real Postfix, before and behind us, in the set-ups people use.
+
+Its configuration, queue, data and log are in a private directory; it listens
+on free ports of the loopback.  What the machine's own Postfix has is left alone.
+"""
+
+import glob
+import os
+import random
+import re
+import signal
+import shutil
+import socket
+import subprocess
+import threading
+
+import pytest
+
+import harness
+import real
+from harness import Client, EICAR, HEADER, VIRUS, until
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="Postfix needs root"),
+    pytest.mark.skipif(not real.find("postconf") or not real.user("postfix"),
+                       reason="no Postfix installed"),
+]
+
+BODY = (b"Subject: through Postfix\r\nX-Own: yes\r\n\r\nfirst line\r\n"
+        b".one dot\r\n..\r\n.\r\n\r\n\ttab and 8 bit: \xc3\xa4\xc3\xb6\r\nlast\r\n")
+SICK = b"Subject: sick\r\n\r\n" + EICAR + b"\r\n"
+
+
+def quiet_port():
+    """Free, and outside the range the kernel takes ports from by itself."""
+    for _ in range(1000):
+        port = random.randrange(12000, 32000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                pass
+    raise harness.Failed("no free port")
+
+
+MAIN = """
+compatibility_level = 3.6
+queue_directory = {dir}/queue
+data_directory = {dir}/data
+maillog_file = {dir}/maillog
+maillog_file_prefixes = {dir}
+myhostname = mail.example.net
+mydestination =
+mynetworks = 127.0.0.0/8 [::1]/128
+inet_protocols = all
+alias_maps =
+alias_database =
+smtpd_peername_lookup = no
+local_header_rewrite_clients =
+smtpd_relay_restrictions = permit_mynetworks, reject
+smtpd_recipient_restrictions =
+smtpd_client_connection_count_limit = 0
+notify_classes =
+in_flow_delay = 0s
+disable_dns_lookups = yes
+virtual_mailbox_domains = example.com
+virtual_mailbox_maps = static:box/
+virtual_mailbox_base = {dir}/mail
+virtual_minimum_uid = 1
+virtual_uid_maps = static:{uid}
+virtual_gid_maps = static:{gid}
+message_size_limit = 20480000
+"""
+
+# What master runs of itself, then ports for the tests: "after" filters with
+# content_filter, "before" with smtpd_proxy_filter, "back" is where filtered
+# mail comes in again, "next" takes XCLIENT.
+MASTER = """
+pickup unix n - n 60 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+verify unix - - n - 1 verify
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+proxywrite unix - - n - 1 proxymap
+smtp unix - - n - - smtp
+relay unix - - n - - smtp
+error unix - - n - - error
+retry unix - - n - - error
+discard unix - - n - - discard
+virtual unix - n n - - virtual
+anvil unix - - n - 1 anvil
+scache unix - - n - 1 scache
+tlsmgr unix - - n 1000? 1 tlsmgr
+postlog unix-dgram n - n - 1 postlogd
+scan unix - - n - 16 smtp
+    -o smtp_send_xforward_command=yes
+    -o disable_mime_output_conversion=yes
+127.0.0.1:{after} inet n - n - - smtpd
+    -o content_filter=scan:127.0.0.1:{filter_after}
+    -o receive_override_options=no_address_mappings
+127.0.0.1:{before} inet n - n - - smtpd
+    -o smtpd_proxy_filter=127.0.0.1:{filter_before}
+127.0.0.1:{adjust} inet n - n - - smtpd
+    -o smtpd_proxy_filter=127.0.0.1:{filter_before}
+    -o smtpd_proxy_options=speed_adjust
+127.0.0.1:{back} inet n - n - - smtpd
+    -o smtpd_authorized_xforward_hosts=127.0.0.0/8
+    -o receive_override_options=no_unknown_recipient_checks,no_header_body_checks
+127.0.0.1:{next} inet n - n - - smtpd
+    -o smtpd_helo_required=yes
+    -o smtpd_authorized_xclient_hosts=127.0.0.0/8,[::1]/128
+"""
+
+PORTS = "after before adjust back next filter_after filter_before".split()
+
+
+class Postfix:
+    def __init__(self):
+        self.dir = real.public_directory("postfix")
+        owner, nobody = real.user("postfix"), real.user("nobody")
+        self.config = os.path.join(self.dir, "etc")
+        self.log = os.path.join(self.dir, "maillog")
+        self.mail = os.path.join(self.dir, "mail")
+        for name, uid, mode in [
+                ("etc", 0, 0o755), ("queue", 0, 0o755), ("queue/pid", 0, 0o755),
+                ("data", owner.pw_uid, 0o700), ("mail", nobody.pw_uid, 0o700)]:
+            path = os.path.join(self.dir, name)
+            os.mkdir(path, mode)
+            os.chown(path, uid, -1)
+        group = os.stat(real.find("postdrop")).st_gid
+        for name in ("active bounce corrupt defer deferred flush hold incoming "
+                     "private saved trace maildrop public").split():
+            path = os.path.join(self.dir, "queue", name)
+            os.mkdir(path, 0o700)
+            os.chown(path, owner.pw_uid, -1)
+            if name in ("maildrop", "public"):
+                os.chown(path, owner.pw_uid, group)
+                os.chmod(path, 0o1730 if name == "maildrop" else 0o2710)
+        with open(os.path.join(self.config, "main.cf"), "w") as file:
+            file.write(MAIN.format(dir=self.dir, uid=nobody.pw_uid,
+                                   gid=nobody.pw_gid))
+        self.start()
+
+    def start(self):
+        directory = subprocess.run(
+            ["postconf", "-c", self.config, "-h", "daemon_directory"],
+            capture_output=True, text=True, check=True).stdout.strip()
+        for _ in range(5):
+            # Some other program may have taken a port meanwhile.
+            self.port = {name: quiet_port() for name in PORTS}
+            with open(os.path.join(self.config, "master.cf"), "w") as file:
+                file.write(MASTER.format(**self.port))
+            with open(os.path.join(self.dir, "stderr"), "ab") as err:
+                self.master = subprocess.Popen(
+                    [os.path.join(directory, "master"), "-d", "-c", self.config],
+                    stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+                    env=dict(os.environ, MAIL_CONFIG=self.config),
+                    start_new_session=True, preexec_fn=real.die_with_us)
+            until(lambda: self.answers() or self.master.poll() is not None,
+                  "Postfix answers")
+            if self.master.poll() is None:
+                return
+        raise harness.Failed("Postfix does not start:\n" + self.text())
+
+    def answers(self):
+        try:
+            with harness.connect(self.address("next")) as sock:
+                return sock.recv(100).startswith(b"220")
+        except OSError:
+            return False
+
+    def address(self, name):
+        return "127.0.0.1:%d" % self.port[name]
+
+    def text(self):
+        text = ""
+        for path in (os.path.join(self.dir, "stderr"), self.log):
+            if os.path.exists(path):
+                with open(path, errors="replace") as file:
+                    text += file.read()
+        return text
+
+    def wait_log(self, pattern):
+        try:
+            return until(lambda: re.search(pattern, self.text(), re.M),
+                         "the mail log has " + pattern)
+        except harness.Failed as failed:
+            raise harness.Failed("%s; it ends:\n%s" % (
+                failed, self.text()[-3000:])) from None
+
+    def delivered(self):
+        """Files of mail that have reached the mailbox, as (headers, body)."""
+        found = []
+        for path in sorted(glob.glob(self.mail + "/box/new/*")):
+            with open(path, "rb") as file:
+                head, _, body = file.read().partition(b"\n\n")
+            found.append((head + b"\n", body))
+        return found
+
+    def wait_delivered(self, subject, count=1):
+        want = b"Subject: %s\n" % subject
+        try:
+            return until(
+                lambda: (lambda got: got if len(got) >= count else None)(
+                    [m for m in self.delivered() if want in m[0]]),
+                "mail of subject %r is delivered" % subject)
+        except harness.Failed as failed:
+            raise harness.Failed("%s; the mail log ends:\n%s" % (
+                failed, self.text()[-3000:])) from None
+
+    def close(self):
+        for number in signal.SIGTERM, signal.SIGKILL:
+            try:
+                os.killpg(self.master.pid, number)
+                self.master.wait(5)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postfix():
+    postfix = Postfix()
+    yield postfix
+    postfix.close()
+
+
+def to_postfix(site, postfix, name, source=None):
+    """A client that talks to Postfix itself."""
+    client = Client(postfix.address(name), source)
+    site.clients.append(client)
+    client.expect("220")
+    client.cmd("EHLO client.example", "250")
+    return client
+
+
+def unix(data):
+    """As Postfix stores it."""
+    return data.replace(b"\r\n", b"\n")
+
+
+def check(message, body, header=HEADER):
+    """The mail is what was sent, with our header."""
+    head, text = message
+    wanted, _, wanted_text = unix(body).partition(b"\n\n")
+    assert unix(header) in head, head
+    own = head[head.index(b"\nSubject: ") + 1:]
+    harness.same(own, wanted + b"\n" + unix(header), "the headers")
+    harness.same(text, wanted_text, "the body")
+
+
+# ---------------------------------------------------------------- next hop
+
+def test_next_hop(site, postfix):
+    """Its EHLO list, its replies, several mails in a session."""
+    site.start(OutAddress=postfix.address("next"))
+    client = site.client()
+    assert client.expect("220").text == "220 smtp.passthru"
+    words = [k.split()[0] for k in
+             client.cmd("EHLO client.example", "250").keywords()]
+    for word in ("PIPELINING", "SIZE", "ETRN", "8BITMIME", "DSN", "SMTPUTF8",
+                 "ENHANCEDSTATUSCODES", "CHUNKING"):
+        assert word in words
+    assert "XCLIENT" not in words and "STARTTLS" not in words
+    for number in range(3):
+        reply = client.mail(body=BODY.replace(b"through", b"nexthop%d" % number))
+        assert re.match("250 2.0.0 Ok: queued as ", reply.text), reply.text
+    client.cmd("MAIL FROM:<a@example.com>", "250")
+    client.cmd("RCPT TO:<b@elsewhere.example>", "250")
+    client.cmd("RCPT TO:<not an address>", "501 5.1.3")
+    client.cmd("RSET", "250")
+    client.cmd("MAIL FROM:<a@example.com> SIZE=99999999", "552")
+    client.quit()
+    for number in range(3):
+        body = BODY.replace(b"through", b"nexthop%d" % number)
+        message, = postfix.wait_delivered(b"nexthop%d Postfix" % number)
+        check(message, body)
+
+
+def test_next_hop_chunks(site, postfix):
+    """BDAT on both sides."""
+    site.start(OutAddress=postfix.address("next"))
+    client = site.session()
+    body = BODY.replace(b"through", b"chunked")
+    client.envelope()
+    for start in range(0, len(body), 50):
+        client.chunk(body[start:start + 50])
+        client.expect("250")
+    client.chunk(b"", last=True)
+    client.expect("250 2.0.0 Ok: ")
+    client.quit()
+    check(postfix.wait_delivered(b"chunked Postfix")[0], body)
+
+
+def test_long_mail(site, postfix):
+    site.start(OutAddress=postfix.address("next"))
+    client = site.session()
+    body = b"Subject: long\r\n\r\n" + b"".join(
+        b"%d %s\r\n.%d\r\n" % (n, b"x" * (n % 900), n) for n in range(8000))
+    client.mail(body=body)
+    client.quit()
+    check(postfix.wait_delivered(b"long")[0], body)
+
+
+ENDS = [b"\n.\n", b"\r.\r", b"\r.\n", b"\n.\r", b"\n.\r\n", b"\r\n.\n",
+        b"\r.\r\n", b"\r\n.\r", b"\r\n\0.\r\n", b"\r\n.\0\r\n", b"\r\n.\r\r\n",
+        b"\r\r\n.\r\r\n", b"\n\n.\n\n"]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+def test_no_second_mail(site, postfix, end):
+    """What some servers take for the end of data smuggles no mail into
+    Postfix, which on this port, for local clients, would take several."""
+    site.start(OutAddress=postfix.address("back"))
+    client = site.session()
+    name = b"%d" % ENDS.index(end)
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(b"Subject: outer%s\r\n\r\ntext%sMAIL FROM:<evil%s@example.com>\r\n"
+                b"RCPT TO:<b@example.com>\r\nDATA\r\nSubject: smuggled%s\r\n\r\n"
+                b"evil\r\n.\r\n" % (name, end, name, name))
+    client.expect("250 2.0.0 Ok: queued")
+    client.cmd("NOOP", "250")
+    client.quit()
+    assert len(postfix.wait_delivered(b"outer" + name)) == 1
+    assert b"from=<evil%s@" % name not in postfix.text().encode()
+
+
+# ---------------------------------------------------------------- after queue
+
+def start_after(site, postfix, **settings):
+    """The usual recipe: a port alone as OutAddress leads back to Postfix."""
+    site.start(Listen="127.0.0.1:%d" % postfix.port["filter_after"],
+               OutAddress=str(postfix.port["back"]), **settings)
+
+
+def test_after_queue(site, postfix):
+    start_after(site, postfix)
+    client = to_postfix(site, postfix, "after", "127.0.0.5")
+    body = BODY.replace(b"through", b"after")
+    client.mail(body=body)
+    client.quit()
+    check(postfix.wait_delivered(b"after Postfix")[0], body)
+    # Postfix knows the client behind us from XFORWARD.
+    postfix.wait_log(r"client=\S*\[127.0.0.1\], .*orig_client=\S*\[127.0.0.5\]")
+    site.daemon.wait_log("status=CLEAN$")
+
+
+def test_after_queue_utf8(site, postfix):
+    """An address that needs SMTPUTF8 is not bounced."""
+    start_after(site, postfix)
+    client = to_postfix(site, postfix, "after")
+    body = BODY.replace(b"through", b"utf8")
+    client.cmd("MAIL FROM:<m\xfcller@example.com> SMTPUTF8 BODY=8BITMIME"
+               .encode("utf-8"), "250")
+    client.cmd("RCPT TO:<b@example.com> NOTIFY=NEVER", "250")
+    client.data(body)
+    client.quit()
+    check(postfix.wait_delivered(b"utf8 Postfix")[0], body)
+
+
+def test_after_queue_virus(site, postfix, tmp_path):
+    """The VirusAction hears of the client before Postfix."""
+    out = tmp_path / "environment"
+    start_after(site, postfix, Action="drop",
+                VirusAction="env >%s.new; mv %s.new %s" % (out, out, out))
+    client = to_postfix(site, postfix, "after", "127.0.0.5")
+    client.mail("sick@example.com", ["b@example.com", "c@example.com"], SICK)
+    client.quit()
+    postfix.wait_log(r"relay=127.0.0.1.*status=sent "
+                     r"\(250 2.0.0 Virus Detected; Discarded Email\)")
+    until(out.exists, "the VirusAction runs")
+    lines = out.read_text().splitlines()
+    for line in ("REMOTE=127.0.0.5", "REMOTE_HELO=client.example",
+                 "CLIENT=127.0.0.1", "SERVER=127.0.0.1", "VIRUS=" + VIRUS,
+                 "SENDER=sick@example.com", "TMPDIR=" + site.spool):
+        assert line in lines, "\n".join(lines)
+    at = lines.index("RECIPIENTS=b@example.com")
+    assert lines[at + 1] == "c@example.com"
+    site.daemon.wait_log("from=sick@example.com, to=b@example.com, "
+                         "to=c@example.com, status=VIRUS:")
+    assert not [m for m in postfix.delivered() if b"Subject: sick\n" in m[0]]
+
+
+def test_after_queue_no_clamd(site, postfix):
+    """Postfix keeps the mail and tries again."""
+    site.clamd.down()
+    start_after(site, postfix)
+    client = to_postfix(site, postfix, "after")
+    body = BODY.replace(b"through", b"deferred")
+    queued = client.mail("deferred@example.com", body=body).text.split()[-1]
+    client.quit()
+    postfix.wait_log(queued + r": .*status=deferred \(.*451 4.3.0 Local Error")
+    site.clamd.up()
+    subprocess.run(["postqueue", "-c", postfix.config, "-i", queued], check=True)
+    check(postfix.wait_delivered(b"deferred Postfix")[0], body)
+
+
+def test_after_queue_many(site, postfix):
+    start_after(site, postfix)
+    body = BODY.replace(b"through", b"many")
+
+    def one(number):
+        client = to_postfix(site, postfix, "after")
+        for turn in range(3):
+            client.mail("%d.%d@example.com" % (number, turn), body=body)
+        client.quit()
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for message in postfix.wait_delivered(b"many Postfix", 24):
+        check(message, body)
+
+
+# ---------------------------------------------------------------- before queue
+
+def start_before(site, postfix, **settings):
+    site.start(Listen="127.0.0.1:%d" % postfix.port["filter_before"],
+               OutAddress=postfix.address("back"), **settings)
+
+
+@pytest.mark.parametrize("port", ["before", "adjust"])
+def test_before_queue(site, postfix, port):
+    start_before(site, postfix, Action="bounce")
+    client = to_postfix(site, postfix, port, "127.0.0.6")
+    body = BODY.replace(b"through", port.encode())
+    client.mail(body=body)
+    # The sender itself hears of the virus.
+    client.mail(body=SICK.replace(b"sick", b"sick" + port.encode()),
+                want="550 5.7.1 Virus Detected; Content Rejected (%s)" % VIRUS)
+    client.mail(body=body)
+    client.quit()
+    for message in postfix.wait_delivered(port.encode() + b" Postfix", 2):
+        check(message, body)
+    postfix.wait_log(r"client=\S*\[127.0.0.1\], .*orig_client=\S*\[127.0.0.6\]")
+
+
+def test_before_queue_no_clamd(site, postfix):
+    site.clamd.down()
+    start_before(site, postfix)
+    client = to_postfix(site, postfix, "before")
+    client.mail(body=BODY, want="451 4.3.0 ")
+    client.quit()
+
+
+# ---------------------------------------------------------------- XCLIENT
+
+def test_xclient(site, postfix):
+    """Postfix takes the mail as from our client; HELO is needed again."""
+    site.start(OutAddress=postfix.address("next"), XClient="on")
+    client = site.session(source="127.0.0.7")
+    body = BODY.replace(b"through", b"xclient")
+    queued = client.mail(body=body).text.split()[-1]
+    client.mail(body=body)
+    client.quit()
+    postfix.wait_log(r"%s: client=\S*\[127.0.0.7\]" % queued)
+    for message in postfix.wait_delivered(b"xclient Postfix", 2):
+        check(message, body)
+        assert b"from client.example (unknown [127.0.0.7])" in message[0]
+
+
+def test_xclient_helo(site, postfix):
+    site.start(OutAddress=postfix.address("next"), XClient="on")
+    client = site.client(source="127.0.0.8")
+    client.expect("220 smtp.passthru")
+    client.cmd("HELO old.example", "250 smtp.passthru")
+    queued = client.mail(body=BODY).text.split()[-1]
+    client.quit()
+    postfix.wait_log(r"%s: client=\S*\[127.0.0.8\]" % queued)
+
+
+def test_xclient_ipv6(site, postfix):
+    if not harness.has_ipv6():
+        pytest.skip("no IPv6 here")
+    site.start(Listen="[::1]:0", OutAddress=postfix.address("next"), XClient="on")
+    client = site.session()
+    queued = client.mail(body=BODY).text.split()[-1]
+    client.quit()
+    postfix.wait_log(r"%s: client=\S*\[::1\]" % queued)
+
+
+def test_xclient_not_allowed(site, postfix):
+    """Where Postfix does not offer it the mail goes through all the same."""
+    site.start(OutAddress=postfix.address("back"), XClient="on")
+    client = site.session(source="127.0.0.9")
+    queued = client.mail(body=BODY).text.split()[-1]
+    client.quit()
+    postfix.wait_log(r"%s: client=\S*\[127.0.0.1\]" % queued)
+
+
+# ---------------------------------------------------------------- all real
+
+@pytest.mark.skipif(not real.find("clamd"), reason="no clamd installed")
+def test_everything_real(site, postfix):
+    clamd = real.RealClamd()
+    try:
+        start_after(site, postfix, ClamAddress=clamd.path, Quarantine="on")
+        client = to_postfix(site, postfix, "after")
+        client.mail(body=real.attached(real.EICAR, headers=b"Subject: eicar\r\n"))
+        clean = real.attached(b"harmless", headers=b"Subject: harmless\r\n")
+        client.mail(body=clean)
+        client.quit()
+        postfix.wait_delivered(b"harmless")
+        line, = site.daemon.wait_log("quarantined virus file as: ")
+        site.daemon.allowed.add(os.path.basename(line.split(": ")[-1]))
+        site.daemon.wait_log("status=VIRUS:" + real.EICAR_NAME)
+        assert not [m for m in postfix.delivered()
+                    if b"Subject: eicar\n" in m[0]]
+    finally:
+        clamd.close()

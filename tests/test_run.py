@@ -1,0 +1,745 @@
+"""Starting, running and ending: daemon, pid file, signals, user, syslog."""
+
+import ctypes
+import fcntl
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+
+import pytest
+
+from harness import (CLAMSMTPD, Failed, HEADER, Hold, VIRUS, never, processes,
+                     until)
+
+BODY = b"Subject: x\r\n\r\nhello\r\n"
+
+
+def start_body(client, body=b"Subject: x\r\n\r\nsome\r\n"):
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(body)
+
+
+# ---------------------------------------------------------------- daemonising
+
+class Background:
+    """A clamsmtpd that has made itself a daemon, listening on a unix socket."""
+
+    def __init__(self, site, log=None, **settings):
+        self.site = site
+        self.socket = site.path("in.sock")
+        self.pidfile = site.path("pid")
+        settings.setdefault("Listen", self.socket)
+        settings.setdefault("PidFile", self.pidfile)
+        self.daemon = site.start(level=None, wait=False, **settings)
+        self.daemon.stopped = True          # finish() is not for this one
+        self.status = self.daemon.wait_exit()
+
+    def pid(self):
+        with open(self.pidfile) as file:
+            return int(file.read())
+
+    def end(self, number=signal.SIGTERM):
+        os.kill(self.pid(), number)
+        until(lambda: not processes(self.daemon.mark), "the daemon ends")
+
+
+@pytest.fixture
+def background(site):
+    made = []
+
+    def background(**settings):
+        made.append(Background(site, **settings))
+        return made[-1]
+    yield background
+    for one in made:
+        for client in site.clients:
+            client.close()
+        if processes(one.daemon.mark):
+            one.end()
+        assert not one.daemon.spooled()
+
+
+@pytest.mark.core
+def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
+    one = background()
+    assert one.status == 0 and one.daemon.text() == ""
+    pid = one.pid()
+    assert processes(one.daemon.mark) == [pid]
+    client = site.session(address=one.socket)     # listens already
+    client.mail()
+    client.quit()
+    with open("/proc/%d/stat" % pid) as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    assert int(fields[3]) != os.getsid(0) and fields[4] == "0"   # no terminal
+    for fd in "012":
+        assert os.readlink("/proc/%d/fd/%s" % (pid, fd)) == "/dev/null"
+    assert os.readlink("/proc/%d/cwd" % pid) == "/"
+    one.end()
+    assert not os.path.exists(one.pidfile) and not os.path.exists(one.socket)
+
+
+@pytest.mark.parametrize("settings", [
+    {"Listen": "127.0.0.1:PORT"}, {"PidFile": "/no/such/directory/pid"},
+    {"Listen": "/no/such/directory/sock"}, {"Listen": "192.0.2.1:0"},
+], ids=str)
+def test_the_parents_exit_status_tells_of_failure(site, background, settings):
+    site.hop
+    settings = {k: v.replace("PORT", str(site.hop.port))
+                for k, v in settings.items()}
+    one = background(**settings)
+    assert one.status == 1
+    assert list(settings.values())[0] in one.daemon.text()
+    until(lambda: not processes(one.daemon.mark), "no process is left")
+
+
+def test_a_bad_configuration_is_told_before_the_fork(site, background):
+    one = background(TimeOut="x")
+    assert one.status == 2 and '"x"' in one.daemon.text()
+    assert processes(one.daemon.mark) == []
+
+
+def test_a_limit_of_descriptors_that_is_too_small_is_refused(site):
+    """As a user who may not raise it."""
+    import resource
+
+    def preexec():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+    home = tempfile.mkdtemp()
+    try:
+        os.chmod(home, 0o755)
+        file = os.path.join(home, "conf")
+        with open(file, "w") as conf:
+            conf.write("Listen: 127.0.0.1:0\nOutAddress: 127.0.0.1:9\n"
+                       "MaxConnections: 1000\n")
+        done = subprocess.run([exposed(home), "-d", "4", "-f", file],
+                              preexec_fn=preexec, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=60)
+        assert done.returncode == 1
+        assert "100" in done.stderr and "3074" in done.stderr, done.stderr
+    finally:
+        shutil.rmtree(home)
+
+
+def exposed(home):
+    """A copy of the binary that any user can run."""
+    path = os.path.join(home, "clamsmtpd")
+    shutil.copy(CLAMSMTPD, path)
+    os.chmod(path, 0o755)
+    return path
+
+
+# ---------------------------------------------------------------- pid file
+
+@pytest.mark.core
+def test_pid_file_has_the_pid_and_goes_away(site):
+    path = site.path("pid")
+    site.start(PidFile=path)
+    with open(path) as file:
+        assert file.read() == "%d\n" % site.daemon.pid
+    assert stat.S_IMODE(os.stat(path).st_mode) & 0o022 == 0
+    site.daemon.stop()
+    assert not os.path.exists(path)
+
+
+def test_p_is_used_in_place_of_pidfile(site):
+    site.start(PidFile=site.path("a"), args=["-p", site.path("b")])
+    assert not os.path.exists(site.path("a"))
+    assert os.path.exists(site.path("b"))
+
+
+@pytest.mark.core
+def test_a_second_instance_is_refused(site):
+    path = site.path("pid")
+    site.start(PidFile=path)
+    second = site.start(PidFile=path, wait=False)
+    assert second.wait_exit() == 1
+    second.stopped = True
+    assert path in second.text()
+    with open(path) as file:
+        assert int(file.read()) == site.daemons[0].pid
+    site.daemon = site.daemons[0]
+    client = site.session()
+    client.quit()
+
+
+def test_a_stale_pid_file_is_overwritten(site):
+    path = site.path("pid")
+    with open(path, "w") as file:
+        file.write("99999999 and more than the new text\n")
+    site.start(PidFile=path)
+    with open(path) as file:
+        assert file.read() == "%d\n" % site.daemon.pid
+
+
+def test_a_pid_file_that_is_a_link_is_refused(site):
+    os.symlink(site.path("target"), site.path("pid"))
+    daemon = site.start(PidFile=site.path("pid"), wait=False)
+    assert daemon.wait_exit() == 1
+    daemon.stopped = True
+    assert not os.path.exists(site.path("target"))
+
+
+# ---------------------------------------------------------------- listeners
+
+@pytest.mark.core
+def test_a_stale_unix_listener_is_replaced(site):
+    path = site.path("in.sock")
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(path)
+    stale.listen(1)
+    stale.close()                       # the file stays, nobody listens
+    site.start(Listen=path)
+    client = site.session()
+    client.mail()
+    client.quit()
+
+
+@pytest.mark.core
+def test_a_live_unix_listener_is_not_replaced(site):
+    path = site.path("in.sock")
+    first = site.start(Listen=path)
+    second = site.start(Listen=path, wait=False)
+    assert second.wait_exit() == 1
+    second.stopped = True
+    assert path in second.text()
+    client = site.session(address=first.address)
+    client.mail()
+    client.quit()
+
+
+def test_a_file_in_the_way_of_a_unix_listener_is_not_removed(site):
+    path = site.path("in.sock")
+    with open(path, "w") as file:
+        file.write("precious")
+    daemon = site.start(Listen=path, wait=False)
+    assert daemon.wait_exit() == 1
+    daemon.stopped = True
+    with open(path) as file:
+        assert file.read() == "precious"
+
+
+def test_two_hundred_connections_in_one_instant(site):
+    """The original hung all beyond some fifty."""
+    site.start(MaxConnections="300")
+    clients = [site.client() for _ in range(200)]
+    for client in clients:
+        client.expect("220")
+    for client in clients:
+        client.cmd("QUIT", "221")
+
+
+# ---------------------------------------------------------------- the end
+
+@pytest.mark.core
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0(site, number):
+    site.session().quit()
+    site.daemon.settle()
+    site.daemon.stop(number=number)
+
+
+@pytest.mark.core
+def test_idle_sessions_get_421_at_the_end(site):
+    clients = [site.session() for _ in range(3)]
+    clients[0].envelope()
+    site.daemon.send_signal(signal.SIGTERM)
+    for client in clients:
+        client.expect("421 4.3.2")
+        client.eof()
+        client.close()
+    site.daemon.stop()
+
+
+@pytest.mark.core
+def test_a_message_under_way_may_finish(site):
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    hold.reached()
+    site.daemon.send_signal(signal.SIGTERM)
+    idle = site.daemon.address
+
+    def refused():
+        try:
+            site.client(address=idle).close()
+        except OSError:
+            return True
+        return False
+    until(refused, "no new connections")
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    client.expect("421 4.3.2")
+    client.eof()
+    client.close()
+    site.daemon.stop()
+    assert len(site.hop.messages) == 1
+
+
+@pytest.mark.core
+def test_a_second_signal_ends_at_once(site):
+    site.clamd.verdict = Hold("OK")
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    site.clamd.verdict.reached()
+    site.daemon.send_signal(signal.SIGTERM)
+    site.daemon.send_signal(signal.SIGTERM)
+
+    def ended():
+        if site.daemon.alive():
+            site.daemon.send_signal(signal.SIGTERM)
+        return not site.daemon.alive()
+    until(ended, "the end", limit=5)
+    site.daemon.stop()
+    assert site.hop.messages == []
+
+
+def test_the_end_does_not_wait_for_ever(site):
+    """A client in the middle of a body has 8 seconds."""
+    client = site.session()
+    start_body(client)
+    site.daemon.send_signal(signal.SIGTERM)
+    site.daemon.wait_exit()
+    site.daemon.stop()
+    assert site.hop.messages == []
+    client.close()
+
+
+def test_spool_files_of_sessions_cut_short_are_gone(site):
+    clients = [site.session() for _ in range(3)]
+    for client in clients:
+        start_body(client)
+    site.daemon.send_signal(signal.SIGTERM)
+    site.daemon.send_signal(signal.SIGINT)
+    site.daemon.wait_exit()
+    site.daemon.stop()
+    assert os.listdir(site.spool) == []
+
+
+def test_peers_closing_standard_error_harm_nobody(site):
+    """The log never blocks nor kills: -d into a pipe nobody reads."""
+    read, write = os.pipe()
+    os.set_blocking(write, True)
+    file = site.path("conf")
+    sock = site.path("in.sock")
+    with open(file, "w") as conf:
+        for name, value in site.settings(Listen=sock).items():
+            conf.write("%s: %s\n" % (name, value))
+    process = subprocess.Popen([CLAMSMTPD, "-d", "4", "-f", file],
+                               stdin=subprocess.DEVNULL, stderr=write,
+                               stdout=subprocess.DEVNULL)
+    os.close(write)
+    try:
+        until(lambda: os.path.exists(sock), "the listener")
+
+        def attempt():
+            try:
+                return site.client(address=sock)
+            except OSError:
+                return None
+        client = until(attempt, "a connection")
+        client.hello()
+        for _ in range(20):               # some 64 KiB of log: the pipe is full
+            client.mail(to=["%s%d@example.com" % ("x" * 60, i) for i in range(20)])
+        os.close(read)
+        read = None
+        client.mail()
+        client.quit()
+        assert len(site.hop.messages) == 21
+    finally:
+        if read is not None:
+            os.close(read)
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+# ---------------------------------------------------------------- SIGHUP
+
+def reload(site, **settings):
+    """Write new settings, SIGHUP, wait for the log to say so."""
+    before = len(site.daemon.log(r"(?i)configuration|settings|re-?read|reload"))
+    usual = site.settings(**settings)
+    site.daemon.write(usual)
+    site.daemon.send_signal(signal.SIGHUP)
+    until(lambda: len(site.daemon.log(
+        r"(?i)configuration|settings|re-?read|reload")) > before,
+        "the log tells of the reload")
+
+
+@pytest.mark.core
+def test_sighup_gives_new_sessions_the_new_settings(site):
+    site.start(Listen=site.path("in.sock"))
+    old = site.session()
+    reload(site, Listen=site.path("in.sock"), Header="X-New: yes")
+    new = site.session()
+    old.mail(body=BODY)
+    new.mail(body=BODY)
+    assert HEADER in site.hop.messages[0].body
+    assert b"X-New: yes\r\n" in site.hop.messages[1].body
+    old.quit()
+    new.quit()
+    assert site.daemon.alive()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("change", [{"TimeOut": "x"}, {"Nonsense": "1"},
+                                    {"User": "nobody"}, {"PidFile": "/run/xyz"},
+                                    {"VirusAction": "/bin/true"}], ids=str)
+def test_sighup_with_a_bad_file_changes_nothing_and_says_why(site, change):
+    site.start(Listen=site.path("in.sock"))
+    usual = site.settings(Listen=site.path("in.sock"), Header="X-New: yes", **change)
+    site.daemon.write(usual)
+    before = len(site.daemon.log())
+    site.daemon.send_signal(signal.SIGHUP)
+    name = list(change)[0]
+    until(lambda: [l for l in site.daemon.log()[before:] if name in l],
+          "the log names %s" % name)
+    client = site.session()
+    client.mail(body=BODY)
+    assert HEADER in site.hop.messages[0].body
+    client.quit()
+
+
+def test_sighup_opens_new_listeners_and_keeps_the_old(site):
+    a, b, c = (site.path(n) for n in "abc")
+    site.start(Listen=[a, b])
+    inode = os.stat(a).st_ino
+    reload(site, Listen=[a, c])
+    until(lambda: os.path.exists(c), "the new listener")
+    for path in (a, c):
+        client = site.session(address=path)
+        client.quit()
+    assert os.stat(a).st_ino == inode
+    assert not os.path.exists(b)
+    site.daemon.idle = site.daemon.fds()
+
+
+def test_sighup_with_a_new_next_hop(site):
+    other = site.new_hop()
+    site.start(Listen=site.path("in.sock"))
+    site.session().quit()
+    reload(site, Listen=site.path("in.sock"), OutAddress=other.address)
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert (len(site.hop.messages), len(other.messages)) == (0, 1)
+
+
+# ---------------------------------------------------------------- SIGUSR1
+
+@pytest.mark.core
+def test_sigusr1_writes_the_counters(site):
+    client = site.session()
+    client.mail()
+    client.mail()
+    client.mail(body=b"A: b\r\n\r\nEICAR\r\n", want="250 2.0.0 Virus")
+    client.quit()
+    before = len(site.daemon.log())
+    site.daemon.send_signal(signal.SIGUSR1)
+    lines = until(lambda: site.daemon.log()[before:], "the counters")
+    until(lambda: re.search(r"\b3\b", "\n".join(site.daemon.log()[before:])),
+          "three messages are counted in %s" % lines)
+    text = "\n".join(site.daemon.log()[before:])
+    assert re.search(r"\b2\b", text) and re.search(r"\b1\b", text)
+
+
+# ---------------------------------------------------------------- the user
+
+@pytest.fixture
+def open_site(site, as_root):
+    """A site whose directories any user may enter."""
+    home = tempfile.mkdtemp(prefix="clamsmtpd-test.")
+    os.chmod(home, 0o755)
+    spool = os.path.join(home, "spool")
+    os.mkdir(spool)
+    os.chmod(spool, 0o777)
+    site.spool = spool
+    site.home = home
+    site.hop, site.clamd = site.new_hop(), site.new_clamd(
+        path=os.path.join(home, "clamd.sock"))
+    yield site
+    for daemon in site.daemons:
+        if not daemon.stopped:
+            for client in site.clients:
+                client.close()
+            daemon.settle()
+            daemon.stop()
+    shutil.rmtree(home)
+
+
+def ids(site, name):
+    return [int(x) for x in site.daemon.proc(name).split()]
+
+
+@pytest.mark.core
+def test_user_is_dropped_to_with_its_groups_and_no_way_back(open_site):
+    site = open_site
+    user = pwd.getpwnam("nobody")
+    site.start(User="nobody",
+               preexec=lambda: os.setgroups([0, 4, 12345]))
+    assert ids(site, "Uid") == [user.pw_uid] * 4
+    assert ids(site, "Gid") == [user.pw_gid] * 4
+    assert sorted(ids(site, "Groups")) == sorted(
+        set(os.getgrouplist("nobody", user.pw_gid)))
+    for caps in ("CapPrm", "CapEff", "CapInh"):
+        assert int(site.daemon.proc(caps), 16) == 0
+    client = site.session()
+    client.mail()
+    client.mail(body=b"A: b\r\n\r\nEICAR\r\n", want="250 2.0.0 Virus")
+    client.quit()
+    assert not site.daemon.log("running as root")
+
+
+def test_a_numeric_user_without_an_entry_is_its_own_group(open_site):
+    site = open_site
+    site.start(User="54321", preexec=lambda: os.setgroups([0, 4]))
+    assert ids(site, "Uid") == [54321] * 4
+    assert ids(site, "Gid") == [54321] * 4
+    assert set(ids(site, "Groups")) <= {54321}
+    client = site.session()
+    client.mail()
+    client.quit()
+
+
+def test_a_numeric_user_with_an_entry(open_site):
+    site = open_site
+    user = pwd.getpwnam("nobody")
+    site.start(User=str(user.pw_uid))
+    assert ids(site, "Gid") == [user.pw_gid] * 4
+
+
+def test_already_that_user_is_no_error(open_site):
+    site = open_site
+    user = pwd.getpwnam("nobody")
+
+    def preexec():
+        os.setgroups([])
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+    home = site.home
+    file = os.path.join(home, "conf")
+    with open(file, "w") as conf:
+        conf.write("Listen: 127.0.0.1:0\nOutAddress: 127.0.0.1:9\nUser: nobody\n"
+                   "MaxConnections: 10\n")
+    with open(site.path("err"), "w+") as err:
+        process = subprocess.Popen([exposed(home), "-d", "4", "-f", file],
+                                   preexec_fn=preexec, stderr=err,
+                                   stdin=subprocess.DEVNULL)
+        try:
+            until(lambda: "listening on" in open(site.path("err")).read() or
+                  process.poll() is not None, "it starts")
+            assert process.poll() is None, open(site.path("err")).read()
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("user", ["no-such-user-here", "-1", "4294967295",
+                                  "4294967296", "1x", "99999999999999999999"])
+def test_a_user_that_does_not_exist_is_refused(site, as_root, user):
+    daemon = site.start(User=user, wait=False)
+    assert daemon.wait_exit() in (1, 2)
+    daemon.stopped = True
+    assert user in daemon.text()
+
+
+def test_a_temp_directory_that_is_none_is_told_at_the_start(site):
+    """Not only when the first mail comes."""
+    daemon = site.start(TempDirectory="/no/such/directory", wait=False)
+    until(lambda: daemon.log("/no/such/directory") or not daemon.alive(),
+          "a word about it")
+    assert daemon.log("/no/such/directory")
+    daemon.kill()
+
+
+def test_another_user_needs_root(open_site):
+    site = open_site
+    file = os.path.join(site.home, "conf")
+    with open(file, "w") as conf:
+        conf.write("Listen: 127.0.0.1:0\nOutAddress: 127.0.0.1:9\nUser: root\n"
+                   "MaxConnections: 10\n")
+
+    def preexec():
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    done = subprocess.run([exposed(site.home), "-d", "4", "-f", file],
+                          preexec_fn=preexec, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 1 and "root" in done.stderr
+
+
+@pytest.mark.core
+def test_a_warning_when_it_stays_root(site, as_root):
+    site.start(level=1, wait=False, Listen=site.path("in.sock"))
+    site.daemon.wait_log("^running as root is NOT recommended$")
+
+
+def test_the_pid_file_is_emptied_where_it_cannot_be_removed(open_site):
+    site = open_site
+    path = os.path.join(site.home, "pid")
+    site.start(User="nobody", PidFile=path)
+    with open(path) as file:
+        assert int(file.read()) == site.daemon.pid
+    site.daemon.stop()
+    assert not os.path.exists(path) or os.stat(path).st_size == 0
+
+
+def test_quarantine_and_action_as_the_user(open_site):
+    site = open_site
+    out = os.path.join(site.spool, "id")
+    site.start(User="nobody", Quarantine="on",
+               VirusAction="id -u > %s.new; mv %s.new %s" % (out, out, out))
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\nEICAR\r\n", want="250 2.0.0 Virus")
+    until(lambda: os.path.exists(out), "the action")
+    with open(out) as file:
+        assert int(file.read()) == pwd.getpwnam("nobody").pw_uid
+    names = os.listdir(site.spool)
+    assert len(names) == 2
+    for name in names:
+        assert os.stat(os.path.join(site.spool, name)).st_uid == \
+            pwd.getpwnam("nobody").pw_uid
+    site.daemon.allowed.update(names)
+    client.quit()
+
+
+# ---------------------------------------------------------------- sandbox
+
+def test_no_new_privs_without_a_virus_action(site):
+    site.start()
+    assert site.daemon.proc("NoNewPrivs") == "1"
+
+
+def test_privileges_of_setgid_programs_with_a_virus_action(site):
+    site.start(VirusAction="/bin/true")
+    assert site.daemon.proc("NoNewPrivs") == "0"
+
+
+def test_warning_of_an_open_door(site):
+    """Beyond loopback with a port-only OutAddress: anybody's relay."""
+    site.start(Listen="0.0.0.0:0", OutAddress=str(site.hop.port))
+    assert [l for l in site.daemon.log("(?i)warn|OutAddress|anybody|beyond|loopback")]
+
+
+# ---------------------------------------------------------------- syslog
+
+def private_dev(directory):
+    """For preexec: this directory is /dev, for the daemon alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def preexec():
+        if libc.unshare(0x20000) or \
+                libc.mount(b"none", b"/", None, 0x44000, None) or \
+                libc.mount(directory.encode(), b"/dev", None, 4096, None):
+            os._exit(99)
+    return preexec
+
+
+@pytest.fixture
+def syslog(site, as_root):
+    """A /dev/log of our own, in a private mount namespace."""
+    dev = site.path("dev")
+    os.mkdir(dev)
+    try:
+        os.mknod(os.path.join(dev, "null"), 0o666 | stat.S_IFCHR,
+                 os.makedev(1, 3))
+        open(os.path.join(dev, "null"), "w").close()
+    except OSError:
+        pytest.skip("no device files here")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(os.path.join(dev, "log"))
+    sock.settimeout(60)
+    yield dev, sock
+    sock.close()
+
+
+@pytest.mark.core
+def test_syslog_lines(site, background, syslog):
+    dev, log = syslog
+    one = background(preexec=private_dev(dev), Quarantine="on")
+    if one.status == 99:
+        pytest.skip("no private mount namespace here")
+    client = site.session(address=one.socket)
+    client.mail()
+    client.mail(body=b"A: b\r\n\r\nEICAR\r\n", want="250 2.0.0 Virus")
+    client.quit()
+    one.daemon.allowed.update(os.listdir(site.spool))
+    one.end()
+    log.setblocking(False)
+    lines = []
+    while True:
+        try:
+            lines.append(log.recv(65536).rstrip(b"\n\0").decode())
+        except BlockingIOError:
+            break
+    found = []
+    for line in lines:
+        match = re.fullmatch(
+            r"<(\d+)>(?:[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d )?clamsmtpd: (.*)", line)
+        assert match, line
+        assert int(match.group(1)) >> 3 == 2, "facility mail: " + line
+        assert int(match.group(1)) & 7 <= 6, "nothing above info: " + line
+        found.append((int(match.group(1)) & 7, match.group(2)))
+    text = [t for _, t in found]
+    assert "100000: accepted connection from: local" in text
+    assert "100000: from=a@example.com, to=b@example.com, status=CLEAN" in text
+    assert (6, "100000: from=a@example.com, to=b@example.com, status=VIRUS:%s"
+            % VIRUS) in found
+    assert [p for p, t in found if t.startswith("100000: quarantined virus file as: ")
+            ] == [5]
+    assert (4, "running as root is NOT recommended") in found
+    assert not [t for t in text if "CLIENT <" in t]
+
+
+def test_a_syslog_that_is_full_blocks_nobody(site, background, syslog):
+    dev, log = syslog
+    one = background(preexec=private_dev(dev))
+    if one.status == 99:
+        pytest.skip("no private mount namespace here")
+    client = site.session(address=one.socket)
+    for _ in range(60):                 # nobody reads the other end
+        client.mail()
+    client.quit()
+    assert len(site.hop.messages) == 60
+    one.end()
+
+
+# ---------------------------------------------------------------- what it takes
+
+def test_idle_it_uses_no_cpu(site):
+    clients = [site.session() for _ in range(20)]
+    clients[0].cmd("NOOP", "250")
+    before = site.daemon.ticks()
+    time.sleep(1)                       # the thing measured: a second of nothing
+    assert site.daemon.ticks() - before <= 20
+    for client in clients:
+        client.quit()
+
+
+def test_buffers_of_idle_sessions_are_given_back(site):
+    """A busy time leaves little behind."""
+    site.start(MaxConnections="100")
+    client = site.session()
+    client.mail()
+    before = site.daemon.rss()
+    clients = [site.session() for _ in range(80)]
+    for one in clients:
+        one.mail(body=b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n")
+    held = site.daemon.rss() - before
+    assert held < 80 * 64, held
+    for one in clients:
+        one.quit()
+    client.quit()

@@ -1,0 +1,756 @@
+"""Talking to clamd: descriptors, streams, answers, failures, limits."""
+
+import os
+import re
+
+import pytest
+
+from harness import (CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, VIRUS, never,
+                     same, stuff, until)
+
+BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"
+BAD = b"Subject: x\r\n\r\nEICAR\r\n"
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def clamd(request, site):
+    """A clamd of either kind, the site's."""
+    site.clamd = site.new_clamd(tcp=request.param == "tcp")
+    return site.clamd
+
+
+# ---------------------------------------------------------------- what it gets
+
+@pytest.mark.core
+def test_a_unix_socket_gets_a_descriptor(site):
+    client = site.session()
+    client.mail(body=BODY)
+    scan, = site.clamd.scans
+    assert scan.command == "FILDES"
+    assert site.clamd.commands == [b"zFILDES\0"]
+    same(scan.mail, BODY)
+    client.quit()
+
+
+@pytest.mark.core
+def test_tcp_gets_a_stream(site):
+    site.clamd = site.new_clamd(tcp=True)
+    client = site.session()
+    client.mail(body=BODY)
+    scan, = site.clamd.scans
+    assert scan.command == "INSTREAM"
+    assert site.clamd.commands == [b"zINSTREAM\0"]
+    same(scan.mail, BODY)
+    client.quit()
+
+
+def test_the_descriptor_cannot_write_and_has_no_name(site):
+    client = site.session()
+    client.mail(body=BODY)
+    scan, = site.clamd.scans
+    assert scan.flags & os.O_ACCMODE == os.O_RDONLY
+    assert scan.inode.st_nlink == 0
+    assert scan.inode.st_mode & 0o777 == 0o600
+    client.quit()
+
+
+def test_no_file_is_in_temp_directory_while_clamd_scans(site):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(BODY + b".\r\n")
+    hold.reached()
+    assert os.listdir(site.spool) == []
+    hold.go()
+    client.expect("250")
+    client.quit()
+
+
+def test_debugfiles_keeps_the_message(site):
+    site.start(DebugFiles="on")
+    client = site.session()
+    client.mail(body=BODY)
+    client.quit()
+    name, = os.listdir(site.spool)
+    assert re.fullmatch(r"clamsmtpd\.\w{6}", name)
+    with open(os.path.join(site.spool, name), "rb") as file:
+        assert file.read().endswith(BODY)
+    assert os.stat(os.path.join(site.spool, name)).st_mode & 0o777 == 0o600
+    site.daemon.allowed.add(name)
+
+
+@pytest.mark.core
+def test_the_first_line_scanned_is_constant_and_never_forwarded(site, clamd):
+    """Without it some header orders hide an attachment from libclamav."""
+    client = site.session()
+    client.mail(body=BODY)
+    client.mail(body=b"A: b\r\n\r\nother\r\n")
+    first = {scan.first for scan in clamd.scans}
+    assert len(first) == 1
+    assert re.fullmatch(rb"Received: [ -~]+\r\n", first.pop())
+    for message in site.hop.messages:
+        assert b"Received:" not in message.body
+    client.quit()
+
+
+@pytest.mark.core
+def test_what_is_judged_is_what_is_forwarded(site, clamd):
+    """PROMISE 2, with everything that is changed on the way."""
+    site.start(Header="")
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(b"A: b\n\n..x\r\n.\r.y\r\n\0.\n\r\0z\xff\r\n.\r\n")
+    client.expect("250")
+    same(clamd.scans[0].mail, site.hop.messages[0].body)
+    client.quit()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 65535, 65536, 65537, 1 << 20])
+def test_sizes(site, clamd, size):
+    client = site.session()
+    body = b"A: b\r\n\r\n" + b"0123456789abcde\n" * (size // 16)
+    body = (body + b"x" * 20)[:max(size, 8)] + b"\r\n"
+    client.envelope()
+    client.data(body.replace(b"\n", b"\r\n").replace(b"\r\r", b"\r"))
+    same(clamd.scans[0].mail, site.hop.messages[0].body.replace(HEADER, b""))
+    client.quit()
+
+
+def test_a_connection_is_made_when_the_message_is_complete(site, clamd):
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(BODY)
+    other = site.session()
+    other.quit()
+    assert clamd.accepted == 0
+    client.send(b".\r\n")
+    client.expect("250")
+    assert clamd.accepted == 1
+    client.quit()
+
+
+# ---------------------------------------------------------------- answers
+
+CLEAN = [
+    b"fd[12]: OK\0", b"fd[0]: OK\0", b"stream: OK\0", b"fd[123456]: OK\0",
+    Drip(b"fd[12]: OK\0"),
+]
+FOUND = [
+    (b"fd[12]: Eicar-Test FOUND\0", "Eicar-Test"),
+    (b"fd[12]: {HEX}EICAR.TEST.3.UNOFFICIAL FOUND\0",
+     "{HEX}EICAR.TEST.3.UNOFFICIAL"),
+    (b"fd[12]: Eicar(44d88612fea8a8f36de82e1278abb02f:68) FOUND\0",
+     "Eicar(44d88612fea8a8f36de82e1278abb02f:68)"),
+    (b"fd[12]: OK FOUND\0", "OK"),
+    (b"fd[12]: FOUND FOUND\0", "FOUND"),
+    (Drip(b"stream: A.B FOUND\0"), "A.B"),
+]
+ERRORS = [
+    b"fd[12]: NOTOK\0", b"NOTOK\0", b"fd[12]: OK", b"fd[12]: OK\n", b"OK\0",
+    b"fd[12]: ok\0", b"fd[12]: \0", b"fd[12]:\0", b"\0", b"", b"fd[12]: FOUND\0",
+    b"fd[12]:  FOUND\0", b"fd[12]: OK \0", b"fd[12]: OK extra\0",
+    b"fd[12]: Eicar: OK\0", b"fd[12]: x FOUND: OK\0", b"fd[12]: Eicar found\0",
+    b"fd[12]: Eicar FOUND", b"fd[12]: Eicar FOUN", b"fd[12]: Some reason ERROR\0",
+    b"fd[12]: Can't create temporary directory ERROR\0",
+    b"COMMAND READ TIMED OUT\n", b"COMMAND UNAVAILABLE\0", b"PONG\0",
+    b"x" * 200000, b"fd[12]: " + b"x" * 100000 + b" OK\0", b"fd[12]:OK\0",
+    b"fd[12] OK\0", b"250 ok\r\n", b"fd[12]: OK\r\n\0",
+]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("answer", CLEAN, ids=lambda a: repr(
+    a.reply if isinstance(a, Drip) else a))
+def test_answer_that_says_clean(site, answer):
+    site.clamd.verdict = answer
+    client = site.session()
+    client.mail(body=BODY)
+    site.daemon.wait_log(r"from=a@example.com, to=b@example.com, status=CLEAN$")
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("answer, name", FOUND, ids=lambda a: str(a)[:40]
+                         if isinstance(a, str) else "")
+def test_answer_that_names_a_virus(site, answer, name):
+    site.clamd.verdict = answer
+    client = site.session()
+    client.mail(want="250 2.0.0 Virus Detected; Discarded Email")
+    assert site.hop.messages == []
+    line, = site.daemon.wait_log("status=VIRUS")
+    assert line.endswith("status=VIRUS:" + name)
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("answer", ERRORS, ids=lambda a: repr(a[:40]))
+def test_any_other_answer_is_an_error(site, clamd, answer):
+    """PROMISE 4: exactly OK or FOUND, nothing else."""
+    if clamd.path is None:
+        answer = answer.replace(b"fd[12]", b"stream")
+    clamd.verdict = answer
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error")
+    assert site.hop.messages == []
+    assert "DATA" not in site.hop.commands
+    site.daemon.wait_log(r"status=CLAMAV-ERROR$")
+    clamd.verdict = None
+    client.mail()
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("what", [CLOSE, RESET, Then(b"fd[12]: OK", RESET)],
+                         ids=["closes", "resets", "half an answer"])
+def test_clamd_that_goes_away_is_an_error(site, clamd, what):
+    clamd.verdict = what
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error")
+    assert site.hop.messages == []
+    client.quit()
+
+
+def test_clamd_that_closes_before_it_has_read_all(site):
+    class Hasty(Clamd):
+        def serve(self, sock):
+            sock.recv(10)
+    site.clamd = Hasty()
+    site.servers.append(site.clamd)
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 1000000 + b"\r\n",
+                want="451 4.3.0 Local Error")
+    assert site.hop.messages == []
+    client.quit()
+
+
+def test_a_virus_name_is_text(site):
+    """PROMISE 8: control characters reach neither log nor reply."""
+    site.clamd.verdict = b"fd[12]: Evil\r\n221 x\x1b[2J%s%n FOUND\0"
+    site.start(Action="bounce")
+    client = site.session()
+    client.envelope()
+    got = client.data(BODY, "550 5.7.1 Virus Detected; Content Rejected")
+    assert len(got.lines) == 1 and "\x1b" not in got.text
+    assert not re.search(rb"[^\x20-\x7e\r\n]", got.raw)
+    client.cmd("NOOP", "250")
+    site.daemon.wait_log(r"status=VIRUS:Evil")
+    assert "\x1b" not in site.daemon.text()
+    client.quit()
+
+
+def test_an_overlong_virus_name_is_cut(site):
+    site.clamd.verdict = b"fd[12]: " + b"V" * 900 + b" FOUND\0"
+    site.start(Action="bounce")
+    client = site.session()
+    client.envelope()
+    got = client.cmd("DATA", "354")
+    client.send(BODY.replace(b"\n.", b"\n..") + b".\r\n")
+    got = client.reply()
+    assert got.code in ("451", "550")
+    assert len(got.raw) <= 512
+    assert site.hop.messages == []
+    client.quit()
+
+
+# ---------------------------------------------------------------- failures
+
+@pytest.mark.core
+def test_clamd_that_is_not_there_is_an_error(site, clamd):
+    site.start()
+    clamd.down()
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error")
+    assert site.hop.messages == []
+    assert "RSET" in site.hop.commands
+    site.daemon.wait_log(r"status=CLAMAV-ERROR$")
+    client.quit()
+
+
+def test_clamd_that_comes_back_is_used_again(site, clamd):
+    site.start()
+    clamd.down()
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error")
+    clamd.up()
+
+    def try_again():
+        client.envelope()
+        client.cmd("DATA", "354")
+        client.send(b"A: b\r\n\r\nx\r\n.\r\n")
+        got = client.reply()
+        if got.code != "250":
+            assert got.code == "451"
+            client.cmd("RSET", "250")
+        return got.code == "250"
+    until(try_again, "clamd is used again", limit=90)
+    client.quit()
+
+
+def test_a_dead_clamd_is_logged_once_and_so_is_its_return(site):
+    site.start(level=3)
+    name = re.escape(site.clamd.address)
+    site.clamd.down()
+    client = site.session()
+    for _ in range(4):
+        client.mail(want="451")
+    lines = [l for l in site.daemon.log(name) if "listening" not in l]
+    assert len(lines) == 1, lines
+    site.clamd.up()
+
+    def try_again():
+        client.envelope()
+        client.cmd("DATA", "354")
+        client.send(b"A: b\r\n\r\nx\r\n.\r\n")
+        return client.reply().code == "250"
+    until(try_again, "clamd is used again", limit=90)
+    client.mail()
+    lines = [l for l in site.daemon.log(name) if "listening" not in l]
+    assert len(lines) == 2, lines
+    client.quit()
+
+
+def test_clamd_away_never_stops_the_start(site):
+    site.clamd.down()
+    site.start()
+    client = site.session()
+    client.cmd("NOOP", "250")
+    client.quit()
+
+
+@pytest.mark.core
+def test_scan_time_out_gives_451(site, clamd):
+    clamd.verdict = [Hold("OK")]
+    site.start(ScanTimeOut="1")
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error")
+    assert site.hop.messages == []
+    site.daemon.wait_log(r"status=CLAMAV-ERROR$")
+    client.mail()
+    client.quit()
+
+
+def test_time_out_is_the_scan_time_out_where_none_is_set(site):
+    site.clamd.verdict = [Hold("OK")]
+    site.start(TimeOut="1")
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+    client.send(b"A: b\r\n\r\nx\r\n.\r\n")
+    for want in ("250", "250", "354", "451 4.3.0"):
+        client.expect(want)
+
+
+def test_a_verdict_after_the_time_out_is_not_used(site):
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(ScanTimeOut="1")
+    client = site.session()
+    client.mail(want="451")
+    hold.go()
+    client.cmd("NOOP", "250")
+    assert site.hop.messages == []
+    client.quit()
+
+
+def test_an_error_resets_the_next_hop_and_the_session_goes_on(site):
+    site.clamd.verdict = [CLOSE]
+    client = site.session()
+    client.mail(want="451")
+    assert site.hop.session.verbs()[-1] == "RSET"
+    client.mail()
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+# ---------------------------------------------------------------- fallback
+
+REFUSALS = [b"No file descriptor received. ERROR\0", b"UNKNOWN COMMAND\0",
+            b"fd[10]: Access denied. ERROR\0", b"UNKNOWN COMMAND\n"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refused_descriptor_is_sent_as_a_stream_and_remembered(site, refusal):
+    site.clamd.refuse = refusal
+    client = site.session()
+    for _ in range(3):
+        client.mail(body=BODY)
+    assert [s.command for s in site.clamd.scans] == ["INSTREAM"] * 3
+    assert site.clamd.commands == [b"zFILDES\0"] + [b"zINSTREAM\0"] * 3
+    for scan in site.clamd.scans:
+        same(scan.mail, BODY)
+    client.quit()
+
+
+def test_access_denied_behind_the_descriptor(site):
+    """AppArmor says so when clamd reads, not when it takes the descriptor."""
+    site.clamd.verdict = [b"fd[10]: Access denied. ERROR\0"]
+    client = site.session()
+    client.mail(body=BODY)
+    assert [s.command for s in site.clamd.scans] == ["FILDES", "INSTREAM"]
+    client.quit()
+
+
+def test_a_refusal_of_both_is_an_error(site):
+    site.clamd.deny_all = b"UNKNOWN COMMAND\0"
+    client = site.session()
+    client.mail(want="451 4.3.0")
+    assert site.hop.messages == []
+    client.quit()
+
+
+# ---------------------------------------------------------------- failover
+
+@pytest.mark.core
+def test_several_clamds_the_first_alive_is_used(site):
+    first, second = site.new_clamd(), site.new_clamd(tcp=True)
+    site.start(ClamAddress=[first.address, second.address])
+    client = site.session()
+    client.mail()
+    assert (len(first.scans), len(second.scans)) == (1, 0)
+    first.down()
+    client.mail()
+    client.mail()
+    assert (len(first.scans), len(second.scans)) == (1, 2)
+    assert len(site.hop.messages) == 3
+    assert not site.daemon.log("CLAMAV-ERROR")
+    client.quit()
+
+
+@pytest.mark.parametrize("what", [CLOSE, RESET, b"fd[1]: Out of memory ERROR\0"])
+def test_a_clamd_that_fails_in_a_scan_is_replaced_by_the_next(site, what):
+    first, second = site.new_clamd(), site.new_clamd()
+    first.verdict = what
+    site.start(ClamAddress=[first.address, second.address])
+    client = site.session()
+    client.mail(body=BODY)
+    assert len(second.scans) == 1
+    same(second.scans[0].mail, BODY)
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def test_a_virus_is_found_by_the_second_clamd_too(site):
+    first, second = site.new_clamd(), site.new_clamd(tcp=True)
+    first.down()
+    site.start(ClamAddress=[first.address, second.address])
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    assert site.hop.messages == []
+    client.quit()
+
+
+def test_all_clamds_dead_is_an_error(site):
+    first, second = site.new_clamd(), site.new_clamd(tcp=True)
+    site.start(ClamAddress=[first.address, second.address])
+    first.down()
+    second.down()
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error")
+    client.quit()
+
+
+def test_a_full_clamd_leaves_the_scan_to_the_next(site):
+    first, second = site.new_clamd(), site.new_clamd()
+    hold = Hold("OK")
+    first.verdict = hold
+    site.start(ClamAddress=[first.address, second.address], MaxScans="1")
+    one, two = site.session(), site.session()
+    send(one, BODY)
+    hold.reached()
+    two.mail()
+    assert len(second.scans) == 1
+    hold.go()
+    one.expect("250")
+    one.quit()
+    two.quit()
+
+
+# ---------------------------------------------------------------- MaxScans
+
+def send(client, body):
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(stuff(body) + b".\r\n")
+
+
+def turns(site):
+    """What was sent before this has been read by the daemon after it."""
+    other = site.session()
+    other.cmd("NOOP", "250")
+    other.quit()
+
+
+@pytest.mark.core
+def test_maxscans_at_once_and_the_rest_in_order(site):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    site.start(MaxScans="2")
+    clients = []
+    for i in range(6):
+        client = site.session()
+        send(client, b"Subject: %d\r\n\r\nx\r\n" % i)
+        turns(site)
+        clients.append(client)
+    hold.reached(2)
+    turns(site)
+    assert site.clamd.accepted == 2 and site.clamd.most == 2
+    hold.go()
+    for client in clients:
+        client.expect("250")
+    order = [int(s.mail[9:10]) for s in site.clamd.scans]
+    assert sorted(order[:2]) == [0, 1]
+    assert site.clamd.most == 2
+    assert sorted(order) == list(range(6))
+    for client in clients:
+        client.quit()
+
+
+def test_waiting_scans_begin_in_the_order_of_their_dots(site):
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(MaxScans="1")
+    clients = []
+    for i in range(5):
+        client = site.session()
+        send(client, b"Subject: %d\r\n\r\nx\r\n" % i)
+        turns(site)
+        clients.append(client)
+    hold.reached()
+    hold.go()
+    for client in clients:
+        client.expect("250")
+        client.quit()
+    assert [int(s.mail[9:10]) for s in site.clamd.scans] == [0, 1, 2, 3, 4]
+
+
+def test_waiting_counts_for_the_scan_time_out(site):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    site.start(MaxScans="1", ScanTimeOut="1")
+    one, two = site.session(), site.session()
+    send(one, BODY)
+    send(two, BODY)
+    one.expect("451 4.3.0")
+    two.expect("451 4.3.0")
+    hold.go()
+    one.quit()
+    two.quit()
+
+
+def test_an_abandoned_scan_counts_until_clamd_answers(site):
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(MaxScans="1", ScanTimeOut="1")
+    one, two = site.session(), site.session()
+    send(one, BODY)
+    one.expect("451 4.3.0")
+    send(two, BODY)
+    two.expect("451 4.3.0")
+    assert site.clamd.accepted == 1
+    hold.go()
+
+    def free():
+        send(two, BODY)
+        return two.reply().code == "250"
+    until(free, "the slot is free again")
+    one.quit()
+    two.quit()
+
+
+@pytest.mark.parametrize("ending", ["reset", "half_close"])
+def test_a_waiting_scan_whose_client_goes_is_dropped(site, ending):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    site.start(MaxScans="1")
+    one, two, three = site.session(), site.session(), site.session()
+    send(one, BODY)
+    hold.reached()
+    send(two, BODY)
+    turns(site)
+    getattr(two, ending)()
+    site.hop.sessions[1].wait_end()
+    send(three, BODY)
+    turns(site)
+    hold.go()
+    one.expect("250")
+    three.expect("250")
+    assert len(site.hop.messages) == 2 and len(site.clamd.scans) == 2
+    one.quit()
+    three.quit()
+
+
+def test_a_slow_scan_slows_nobody(site):
+    """PROMISE 5."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    slow = site.session()
+    send(slow, BODY)
+    hold.reached()
+    for _ in range(5):
+        client = site.session()
+        client.mail()
+        client.quit()
+    hold.go()
+    slow.expect("250")
+    slow.quit()
+
+
+# ---------------------------------------------------------------- ScanFailure
+
+@pytest.mark.core
+@pytest.mark.parametrize("failure", ["down", "error", "time-out"])
+def test_scanfailure_pass_forwards_unscanned_and_says_so(site, failure):
+    if failure == "down":
+        site.clamd.down()
+    else:
+        site.clamd.verdict = {"error": CLOSE, "time-out": Hold("OK")}[failure]
+    site.start(ScanFailure="pass", ScanTimeOut="1" if failure == "time-out"
+               else "60")
+    client = site.session()
+    client.mail(body=b"Subject: x\r\n\r\nhi\r\n")
+    message, = site.hop.messages
+    assert HEADER not in message.body
+    head = message.body.split(b"\r\n\r\n")[0]
+    assert re.fullmatch(
+        rb"Subject: x\r\nX-Virus-(Unscanned: [ -~]+|Scanned: not scanned[ -~]*)", head)
+    assert message.body.endswith(b"\r\n\r\nhi\r\n")
+    site.daemon.wait_log(r"status=UNSCANNED$")
+    client.quit()
+
+
+@pytest.mark.core
+def test_scanfailure_pass_still_stops_a_virus(site):
+    site.start(ScanFailure="pass")
+    client = site.session()
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    assert site.hop.messages == []
+    client.quit()
+
+
+# ---------------------------------------------------------------- sizes
+
+def ehlo_size(got):
+    for word in got.keywords():
+        if word.upper().startswith("SIZE"):
+            return word
+    return None
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("offered, limit, want", [
+    ("SIZE 50000", "10000", "SIZE 10000"), ("SIZE 5000", "10000", "SIZE 5000"),
+    ("SIZE 0", "10000", "SIZE 10000"), ("SIZE", "10000", "SIZE 10000"),
+    ("SIZE 50000", "0", "SIZE 50000"), ("SIZE 50000", "10K", "SIZE 10240"),
+])
+def test_maxscansize_lowers_the_size_that_is_offered(site, offered, limit, want):
+    site.hop.ehlo = ["DSN", offered]
+    site.start(MaxScanSize=limit)
+    client = site.client()
+    client.expect("220")
+    assert ehlo_size(client.cmd("EHLO me", "250")) == want
+    client.quit()
+
+
+@pytest.mark.core
+def test_mail_with_a_size_above_the_limit_is_552_and_not_forwarded(site):
+    site.start(MaxScanSize="1000")
+    client = site.session()
+    client.cmd("MAIL FROM:<a@b> SIZE=1001", "552 5.3.4")
+    client.cmd("mail from:<a@b> BODY=8BITMIME size=99999999999999999999", "552 5.3.4")
+    assert site.hop.session.verbs() == ["EHLO"]
+    client.cmd("MAIL FROM:<a@b> SIZE=1000", "250")
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("source", ["MaxScanSize", "SIZE of the next hop"])
+def test_a_body_that_outgrows_the_limit_is_552(site, source):
+    if source == "MaxScanSize":
+        site.start(MaxScanSize="10K")
+    else:
+        site.hop.ehlo = ["SIZE 10240"]
+        site.start()
+    client = site.session()
+    body = b"A: b\r\n\r\n" + b"0123456789abcdef0123456789abcd\r\n" * 20000
+    client.mail(body=body, want="552 5.3.4 Message too big")
+    assert "DATA" not in site.hop.commands and site.hop.messages == []
+    site.daemon.wait_log(r"status=OVERSIZE$")
+    client.mail()
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def test_a_message_of_just_the_limit_passes(site):
+    site.start(MaxScanSize="10000")
+    client = site.session()
+    body = b"A: b\r\n\r\n" + b"x" * 9990 + b"\r\n"
+    assert len(body) == 10000
+    client.mail(body=body)
+    client.mail(body=body.replace(b"xx\r\n", b"xxx\r\n"), want="552")
+    client.quit()
+
+
+def test_size_zero_or_without_a_number_is_no_limit(site):
+    for offered in ("SIZE", "SIZE 0"):
+        site.hop.ehlo = [offered]
+        client = site.session()
+        client.cmd("MAIL FROM:<a@b> SIZE=999999999", "250")
+        client.cmd("RSET", "250")
+        client.mail(body=b"A: b\r\n\r\n" + b"x" * 100000 + b"\r\n")
+        client.quit()
+
+
+def test_no_more_than_the_limit_is_stored(site):
+    site.start(MaxScanSize="10K", DebugFiles="on")
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 3000000 + b"\r\n", want="552")
+    client.quit()
+    for name in os.listdir(site.spool):
+        assert os.stat(os.path.join(site.spool, name)).st_size < 200000
+        site.daemon.allowed.add(name)
+
+
+def test_above_maxscansize_with_scanfailure_pass_is_forwarded_unscanned(site):
+    site.start(MaxScanSize="10K", ScanFailure="pass")
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n")
+    message, = site.hop.messages
+    assert message.body.endswith(b"\r\n\r\n" + b"x" * 50000 + b"\r\n")
+    assert HEADER not in message.body and site.clamd.scans == []
+    site.daemon.wait_log(r"status=UNSCANNED$")
+    client.quit()
+
+
+def test_the_next_hops_size_is_a_limit_with_scanfailure_pass_too(site):
+    site.hop.ehlo = ["SIZE 20000"]
+    site.start(MaxScanSize="10K", ScanFailure="pass")
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n", want="552")
+    assert site.hop.messages == []
+    client.quit()
+
+
+@pytest.mark.core
+def test_clamds_own_stream_limit_is_like_maxscansize(site):
+    site.clamd = site.new_clamd(tcp=True, limit=10000)
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 3000000 + b"\r\n",
+                want="552 5.3.4 Message too big")
+    assert site.hop.messages == []
+    site.daemon.wait_log(r"status=OVERSIZE$")
+    client.mail()
+    client.quit()
+
+
+def test_clamds_own_stream_limit_with_scanfailure_pass(site):
+    site.clamd = site.new_clamd(tcp=True, limit=10000)
+    site.start(ScanFailure="pass")
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 300000 + b"\r\n")
+    site.daemon.wait_log(r"status=UNSCANNED$")
+    client.quit()

@@ -1,0 +1,648 @@
+"""Whole sessions: limits, times, several messages, peers that go away."""
+
+import re
+import threading
+
+import pytest
+
+from harness import (CLOSE, EICAR, Early, Failed, HEADER, Hold, NextHop, RESET,
+                     Then, VIRUS, has_ipv6, never, same, stuff, until)
+
+BODY = b"Subject: x\r\n\r\nhello\r\n"
+LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 40000      # 4 MB
+
+
+def start_body(client, body=b"Subject: x\r\n\r\nsome\r\n"):
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(body)
+
+
+def turns(site):
+    """What was sent before this, the daemon has read after it."""
+    other = site.session()
+    other.cmd("NOOP", "250")
+    other.quit()
+
+
+# ---------------------------------------------------------------- the log
+
+@pytest.mark.core
+def test_log_lines_of_a_message_are_the_originals(site):
+    site.start(level=3)
+    client = site.session()
+    client.mail(to=["b@example.com", "c@example.com"])
+    client.mail(sender="", to="d@example.com")
+    client.quit()
+    site.daemon.wait_log("from=<>")
+    lines = site.daemon.log("^1000")
+    assert lines[:3] == [
+        "100000: accepted connection from: 127.0.0.1",
+        "100000: from=a@example.com, to=b@example.com, to=c@example.com, "
+        "status=CLEAN",
+        "100000: from=<>, to=d@example.com, status=CLEAN"]
+
+
+def test_connections_are_numbered_in_hexadecimal(site):
+    for _ in range(11):
+        site.session().quit()
+    site.daemon.wait_log("^10000A: accepted connection from: 127.0.0.1$")
+
+
+@pytest.mark.parametrize("command, want", [
+    ("MAIL FROM:<a@b> SIZE=5", "from=a@b, "),
+    ("MAIL FROM: <a@b>", "from=a@b, "),
+    ("MAIL FROM:a@b", "from=a@b, "),
+    ("mail from:<\"a b\"@c>", "from=\"a b\"@c, "),
+    ("MAIL FROM:<>", "from=<>, "),
+    ("MAIL FROM:<@x,@y:a@b>", "from="),
+])
+def test_log_has_bare_addresses(site, command, want):
+    client = site.session()
+    client.cmd(command, "250")
+    client.cmd("RCPT TO:<c@d> NOTIFY=NEVER", "250")
+    client.data(BODY)
+    line, = site.daemon.wait_log("status=")
+    assert line.startswith("100000: " + want)
+    assert line.endswith("to=c@d, status=CLEAN")
+    client.quit()
+
+
+def test_log_is_one_harmless_line_whatever_is_in_the_addresses(site):
+    """PROMISE 8."""
+    client = site.session()
+    client.cmd(b"MAIL FROM:<a\x1b[2J\x07%s%n\xff@b>", "250")
+    client.cmd(b"RCPT TO:<" + b"r" * 5000 + b"@d>", "250")
+    client.data(BODY)
+    line, = site.daemon.wait_log("status=CLEAN$")
+    assert "\x1b" not in site.daemon.text() and "\x07" not in site.daemon.text()
+    assert len(line) <= 1000
+    client.quit()
+
+
+def test_refused_recipients_are_not_in_the_log_line(site):
+    site.hop.on("RCPT", lambda s, line: "550 no" if "no@" in line else None)
+    client = site.session()
+    client.cmd("MAIL FROM:<a@b>", "250")
+    client.cmd("RCPT TO:<no@d>", "550")
+    client.cmd("RCPT TO:<c@d>", "250")
+    client.data(BODY)
+    line, = site.daemon.wait_log("status=")
+    assert line == "100000: from=a@b, to=c@d, status=CLEAN"
+    client.quit()
+
+
+# ---------------------------------------------------------------- several mails
+
+@pytest.mark.core
+def test_nothing_of_the_first_message_is_left_in_the_second(site):
+    site.start(Action="pass")
+    client = site.session()
+    client.mail(sender="one@x", to=["two@x", "three@x"],
+                body=b"First: 1\r\n\r\nEICAR" + b"z" * 5000 + b"\r\n")
+    client.mail(sender="four@x", to="five@x", body=b"A: b\r\n\r\nshort\r\n")
+    client.mail(sender="six@x", to="seven@x", body=b"")
+    first, second, third = site.hop.messages
+    assert second.mail == "MAIL FROM:<four@x>"
+    assert second.rcpts == ["RCPT TO:<five@x>"]
+    same(second.body, b"A: b\r\n" + HEADER + b"\r\nshort\r\n")
+    same(third.body, HEADER)
+    same(site.clamd.scans[1].mail, b"A: b\r\n\r\nshort\r\n")
+    same(site.clamd.scans[2].mail, b"")
+    site.daemon.wait_log("from=four@x, to=five@x, status=CLEAN$")
+    client.quit()
+
+
+@pytest.mark.core
+def test_verdicts_of_every_kind_in_one_session(site):
+    site.clamd.verdict = [None, VIRUS + " FOUND", b"NOTOK\0", None, CLOSE, None]
+    client = site.session()
+    for want in ("250 2.0.0 queued", "250 2.0.0 Virus", "451", "250 2.0.0 queued",
+                 "451", "250 2.0.0 queued"):
+        client.mail(want=want)
+    assert len(site.hop.messages) == 3
+    client.quit()
+
+
+def test_rset_forgets_the_envelope(site):
+    client = site.session()
+    client.envelope(sender="old@x", to="old@y")
+    client.cmd("RSET", "250")
+    client.mail(sender="new@x", to="new@y")
+    message, = site.hop.messages
+    assert message.mail == "MAIL FROM:<new@x>"
+    site.daemon.wait_log("from=new@x, to=new@y, status=CLEAN$")
+    client.quit()
+
+
+@pytest.mark.core
+def test_many_sessions_at_once(site):
+    """60 sessions with 5 messages each, all intact."""
+    errors = []
+    site.start()
+
+    def work(n):
+        try:
+            client = site.session()
+            for m in range(5):
+                client.mail(body=b"Subject: %d.%d\r\n\r\n" % (n, m) +
+                            b"%d " % n * 2000 + b"\r\n")
+            client.quit()
+        except Exception as error:
+            errors.append(error)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    bodies = sorted(m.body for m in site.hop.messages)
+    want = sorted(b"Subject: %d.%d\r\n" % (n, m) + HEADER + b"\r\n" +
+                  b"%d " % n * 2000 + b"\r\n" for n in range(60) for m in range(5))
+    assert bodies == want
+
+
+# ---------------------------------------------------------------- limits
+
+@pytest.mark.core
+def test_maxconnections_is_421_and_a_place_is_given_back(site):
+    site.start(MaxConnections="3")
+    clients = [site.session() for _ in range(3)]
+    extra = site.client()
+    extra.expect("421 4.3.2 Server busy, too many connections")
+    extra.eof(allow_reset=True)
+    assert len(site.hop.sessions) == 3
+    clients.pop().quit()
+
+    def again():
+        client = site.client()
+        return client.reply().code == "220"
+    until(again, "a place is free")
+    for client in clients:
+        client.cmd("NOOP", "250")
+        client.quit()
+
+
+@pytest.mark.core
+def test_idle_client_gets_421_after_time_out(site):
+    site.start(TimeOut="1")
+    client = site.session()
+    client.expect("421 4.4.2")
+    client.eof()
+    site.hop.session.wait_end()
+
+
+def test_client_silent_in_the_body_gets_421(site):
+    site.start(TimeOut="1")
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n")
+    for want in ("250", "250", "354", "421 4.4.2"):
+        client.expect(want)
+    client.eof()
+    site.hop.session.wait_end()
+    assert site.hop.messages == []
+
+
+def test_client_slower_than_100_bytes_a_second_gets_421(site):
+    """One byte at a time keeps no session open."""
+    site.start(TimeOut="2")
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+    for want in ("250", "250", "354"):
+        client.expect(want)
+
+    def drip():
+        try:
+            client.send(b"x")
+        except OSError:
+            return True
+        return client.stream.more()
+    until(drip, "the daemon loses patience")
+    client.expect("421 4.4.2")
+    assert site.hop.messages == []
+
+
+@pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT"])
+def test_next_hop_silent_at_a_command_gives_421_after_time_out(site, verb):
+    site.hop.on(verb, Hold())
+    site.start(TimeOut="1")
+    client = site.client()
+    client.send("EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
+    for want in {"greeting": [], "EHLO": ["220"], "MAIL": ["220", "250"],
+                 "RCPT": ["220", "250", "250"]}[verb]:
+        client.expect(want)
+    client.expect("421 4.4.2")
+    client.eof()
+
+
+def test_the_reply_to_a_message_is_awaited_longer_than_time_out(site):
+    """Giving up earlier makes duplicates (RFC 5321 4.5.3.2.6)."""
+    hold = Hold()
+    site.hop.on(".", [hold])
+    site.start(TimeOut="1")
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+    for want in ("250", "250", "354"):
+        client.expect(want)
+    client.send(BODY + b".\r\n")
+    hold.reached()
+    idle = site.client()          # runs into the same TimeOut, three times
+    for _ in range(3):
+        idle.expect("220")
+        idle.expect("421 4.4.2")
+        idle = site.client()
+    hold.go()
+    client.expect("250 2.0.0 queued")
+
+
+# ---------------------------------------------------------------- KeepAlives
+
+@pytest.mark.core
+def test_keepalives_while_the_client_is_slow(site):
+    site.start(KeepAlives="1")
+    client = site.session()
+    start_body(client)
+    until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
+    client.send(b"end\r\n.\r\n")
+    client.expect("250 2.0.0 queued")
+    client.cmd("NOOP", "250 2.0.0 noop")
+    client.quit()
+
+
+@pytest.mark.core
+def test_keepalives_while_clamd_is_slow(site):
+    hold = Hold()
+    site.clamd.verdict = [hold]
+    site.start(KeepAlives="1")
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    client.quit()
+
+
+def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
+    verdict, noop = Hold("OK"), Hold()
+    site.clamd.verdict = [verdict]
+    site.hop.on("NOOP", [noop])
+    site.start(KeepAlives="1")
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    noop.reached()
+    verdict.go()
+    turns_noop_free(site)
+    assert "DATA" not in site.hop.sessions[0].verbs()
+    noop.go()
+    client.expect("250 2.0.0 queued")
+    client.quit()
+
+
+def turns_noop_free(site):
+    for _ in range(2):
+        client = site.client()
+        client.hello()
+        client.quit()
+
+
+def test_no_keepalives_by_default(site):
+    site.start(TimeOut="3")
+    client = site.session()
+    start_body(client)
+    client.expect("421 4.4.2")
+    assert "NOOP" not in site.hop.commands
+
+
+@pytest.mark.parametrize("reply", ["421 4.4.2 timed out", "500 what", CLOSE])
+def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
+    site.hop.on("NOOP", reply)
+    site.start(KeepAlives="1")
+    client = site.session()
+    start_body(client)
+    until(lambda: "NOOP" in site.hop.commands, "a NOOP")
+    if reply != "500 what":
+        site.hop.session.wait_end() if reply is CLOSE else None
+    turns_noop_free(site)
+    assert not client.stream.more()
+    client.send(b"NOOP\r\nend\r\n.\r\n")
+    got = client.reply()
+    assert got.code[0] == "4"
+    assert site.hop.messages == []
+
+
+# ---------------------------------------------------------------- draining
+
+@pytest.mark.core
+@pytest.mark.parametrize("what", ["421 4.3.2 shutting down", "close", "reset"])
+def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
+    """PROMISE 1, and the body is never taken for commands."""
+    client = site.session()
+    start_body(client)
+    sock = site.hop.session.sock
+    if what == "close":
+        sock.shutdown(2)
+    elif what == "reset":
+        site.hop.replies["RSET"] = None
+        import struct
+        import socket
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                        struct.pack("ii", 1, 0))
+        sock.shutdown(2)
+    else:
+        sock.sendall(what.encode() + b"\r\n")
+    turns(site)
+    assert not client.stream.more()
+    client.send(b"QUIT\r\nNOOP\r\nMAIL FROM:<x@y>\r\n" + b"z" * 100000 + b"\r\n")
+    turns(site)
+    assert not client.stream.more()
+    client.send(b".\r\n")
+    got = client.reply()
+    assert got.code in ("421", "451")
+    assert site.hop.messages == []
+    site.daemon.wait_log(r"status=ERROR$")
+
+
+def test_the_error_at_the_dot_is_answered_once_and_in_order(site):
+    site.start(MaxScanSize="10K")
+    client = site.session()
+    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n" +
+                b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n.\r\nNOOP\r\n")
+    for want in ("250", "250", "354", "552", "250 2.0.0 noop"):
+        client.expect(want)
+    client.quit()
+
+
+# ---------------------------------------------------------------- the replay
+
+@pytest.mark.core
+@pytest.mark.parametrize("reply, want", [
+    ("552-5.3.4 too\n552 5.3.4 big", "552-5.3.4 too\n552 5.3.4 big"),
+    ("451 4.3.0 disk full", "451 4.3.0 disk full"),
+    ("250 2.0.0 thanks already", None), ("354 more", None),
+    ("hello", None),
+])
+def test_a_reply_in_the_middle_of_the_replay(site, reply, want):
+    """4xx and 5xx are the verdict; nothing else is, and no dot is sent."""
+    site.hop.on("body", [Early(reply, after=1000)])
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(LONG + b".\r\n")
+    got = client.reply()
+    if want:
+        assert got.text == want
+    else:
+        assert got.code == "451"
+    client.rest()
+    session = site.hop.session
+    session.wait_end()
+    assert session.messages == [] and session.partial is not None
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ending", [CLOSE, RESET], ids=["close", "reset"])
+@pytest.mark.parametrize("after", [1, 100000])
+def test_next_hop_gone_in_the_replay_is_451(site, ending, after):
+    site.hop.on("body", [Early(ending, after=after)])
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(LONG + b".\r\n")
+    got = client.reply()
+    assert got.code in ("451", "421")
+    assert site.hop.messages == []
+    site.daemon.wait_log(r"status=ERROR$")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("verb, ending", [
+    ("DATA", CLOSE), ("DATA", RESET), (".", CLOSE), (".", RESET),
+    (".", Then(b"250 2.0", CLOSE)), (".", Then(b"250-2.0.0 a\r\n", CLOSE)),
+    (".", "not SMTP at all"), ("DATA", "not SMTP at all"),
+])
+def test_next_hop_gone_at_data_or_the_dot_is_451(site, verb, ending):
+    """PROMISE 1: only a whole 2xx is one."""
+    site.hop.on(verb, [ending])
+    client = site.session()
+    client.envelope()
+    got = client.data(BODY, "4")
+    assert got.code in ("451", "421")
+    client.rest()
+    site.daemon.wait_log(r"status=ERROR$")
+
+
+def test_421_at_data_or_the_dot_is_relayed_and_ends_it(site):
+    for verb in ("DATA", "."):
+        site.hop.on(verb, ["421-4.3.2 a\n421 4.3.2 b"])
+        client = site.session()
+        client.envelope()
+        assert client.data(BODY, "421").text == "421-4.3.2 a\n421 4.3.2 b"
+        client.eof()
+
+
+def test_a_slow_next_hop_gets_it_all(site):
+    """It reads nothing for a while: the buffers in between are small."""
+    gate = Hold()
+
+    def slow(s, line):
+        gate.wait(site.hop)
+        return "354 now"
+    site.hop.on("DATA", slow)
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(LONG + b".\r\n")
+    gate.reached()
+    turns(site)
+    gate.go()
+    client.expect("250")
+    same(site.hop.messages[0].body,
+         LONG.replace(b"\r\n\r\n", b"\r\n" + HEADER + b"\r\n", 1))
+    client.quit()
+
+
+# ---------------------------------------------------------------- client gone
+
+ENDINGS = ["reset", "close", "half_close"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("sent", [b"", b"Subject: x\r\n\r\nhalf a bo",
+                                  b"Subject: x\r\n\r\nbody\r\n",
+                                  b"Subject: x\r\n\r\nbody\r\n.",
+                                  b"Subject: x\r\n\r\nbody\r\n.\r"])
+def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
+    """PROMISE 1: no final dot for who went away before it."""
+    client = site.session()
+    start_body(client, sent)
+    getattr(client, ending)()
+    site.hop.session.wait_end()
+    assert site.hop.messages == [] and site.clamd.scans == []
+    assert "DATA" not in site.hop.commands
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_client_gone_during_the_scan_delivers_nothing(site, ending):
+    """EOF with no complete command behind the dot is gone as well."""
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    hold.reached()
+    getattr(client, ending)()
+    turns_plain(site)
+    hold.go()
+    site.hop.sessions[0].wait_end()
+    assert site.hop.messages == []
+    assert "DATA" not in site.hop.sessions[0].verbs()
+
+
+def turns_plain(site):
+    for _ in range(2):
+        client = site.client()
+        client.hello()
+        client.quit()
+
+
+@pytest.mark.core
+def test_eof_behind_the_dot_with_half_a_command_is_gone(site):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    client = site.session()
+    start_body(client, BODY + b".\r\nQUI")
+    hold.reached()
+    client.half_close()
+    turns_plain(site)
+    hold.go()
+    site.hop.sessions[0].wait_end()
+    assert site.hop.messages == []
+
+
+@pytest.mark.core
+def test_eof_behind_quit_behind_the_dot_is_served(site):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    client = site.session()
+    start_body(client, BODY + b".\r\nQUIT\r\n")
+    client.half_close()
+    hold.reached()
+    turns_plain(site)
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    client.expect("221")
+    client.eof()
+    assert len(site.hop.messages) == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_client_gone_in_the_replay_delivers_nothing(site, ending):
+    """The next hop has stopped reading: the dot has not left."""
+    gate = Hold()
+    site.hop.on("DATA", lambda s, line: "354 go")
+    real = site.hop.data
+
+    def stalled(s):
+        gate.wait(site.hop)
+        return real(s)
+    site.hop.data = stalled
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    body = LONG + LONG + LONG + LONG
+    client.send(body + b".\r\n")
+    gate.reached()
+    turns_plain(site)
+    getattr(client, ending)()
+    turns_plain(site)
+    gate.go()
+    site.hop.sessions[0].wait_end()
+    assert site.hop.messages == []
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
+    """The last bytes have left: the reply is awaited and logged."""
+    hold = Hold()
+    site.hop.on(".", [hold])
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    hold.reached()
+    getattr(client, ending)()
+    turns_plain(site)
+    hold.go()
+    site.daemon.wait_log(r"from=a@example.com, to=b@example.com, status=CLEAN$")
+    site.hop.sessions[0].wait_end()
+    assert len(site.hop.messages) == 1
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT"])
+def test_client_gone_while_a_command_is_out(site, verb, ending):
+    hold = Hold()
+    site.hop.on(verb, [hold])
+    client = site.client()
+    client.send("EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
+    hold.reached()
+    getattr(client, ending)()
+    hold.go()
+    site.hop.session.wait_end()
+    assert site.hop.messages == []
+
+
+# ---------------------------------------------------------------- loopback
+
+def test_outaddress_port_alone_goes_back_to_the_clients_address(site):
+    here = site.new_hop(host="127.0.0.1")
+    there = NextHop(host="127.0.0.77", port=here.port)
+    site.servers.append(there)
+    site.start(Listen="0", OutAddress=str(here.port))
+    client = site.session(source="127.0.0.77")
+    client.mail()
+    client.quit()
+    assert (len(here.messages), len(there.messages)) == (0, 1)
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert (len(here.messages), len(there.messages)) == (1, 1)
+
+
+def test_loopback_over_ipv6(site):
+    if not has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    site.hop = site.new_hop(host="::1")
+    site.start(Listen="[::1]:0", OutAddress=str(site.hop.port))
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert len(site.hop.messages) == 1
+
+
+def test_a_loop_is_refused(site):
+    """An OutAddress that is ourselves."""
+    from harness import free_port
+    port = free_port()
+    site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port)
+    client = site.client()
+    client.expect("421")
+    client.eof()
+    site.daemon.wait_log("loop")
+
+
+def test_a_unix_client_is_led_back_to_this_machine(site):
+    site.start(Listen=site.path("in.sock"), OutAddress=str(site.hop.port))
+    client = site.session()
+    client.mail()
+    client.quit()
+    assert len(site.hop.messages) == 1
+
+
+def test_header_names_the_client_of_a_unix_socket(site):
+    site.start(Listen=site.path("in.sock"), Header="X-From: %i %l")
+    client = site.session()
+    client.mail(body=BODY)
+    assert re.search(rb"\r\nX-From: \S* ?\S*\r\n", site.hop.messages[0].body)
+    client.quit()

@@ -1,0 +1,1015 @@
+/*
+ * What all the others use: the log, the clock, buffers, sockets, addresses,
+ * the spool.  The only file that reads from and writes to sockets.
+ */
+
+#include <sys/sendfile.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+
+#include <arpa/inet.h>
+#include <netinet/tcp.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netdb.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "clamsmtpd.h"
+
+/* Linux; the numbers are the kernel's own and good for both families. */
+#define IPV4_TRANSPARENT	19
+#define IPV6_IS_TRANSPARENT	75
+
+#define SPARE_BUFS	8
+
+/*
+ * The log.
+ */
+
+static int log_fd = 2;
+static int log_level = LOG_WARNING;
+static int log_syslog;			/* lines go to /dev/log */
+static unsigned long log_lost;		/* lines that could not be written */
+
+/* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
+#define LEVEL_BASE	LOG_ERR
+
+/*
+ * Neither syslog nor a full pipe at stderr may stop the loop.  stderr is
+ * opened anew where that can be done, since O_NONBLOCK would otherwise be set
+ * for everybody who shares it.
+ */
+void
+log_open(int level, int console)
+{
+	log_level = level + LEVEL_BASE;
+	log_syslog = !console;
+	if (console) {
+		log_fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND |
+		    O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+		if (log_fd == -1)
+			log_fd = 2;
+	} else
+		log_fd = -1;
+}
+
+int
+log_wants(int level)
+{
+	return level <= log_level;
+}
+
+/* One datagram to syslogd, which may come and go. */
+static int
+log_datagram(const char *line, size_t n)
+{
+	static struct sockaddr_un un = { AF_UNIX, "/dev/log" };
+	int try;
+
+	for (try = 0; try < 2; try++) {
+		if (log_fd == -1) {
+			log_fd = socket(AF_UNIX,
+			    SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+			if (log_fd == -1)
+				return -1;
+			if (connect(log_fd, (struct sockaddr *)&un,
+			    sizeof un) == -1) {
+				close(log_fd);
+				log_fd = -1;
+				return -1;
+			}
+		}
+		if (send(log_fd, line, n, MSG_NOSIGNAL) != -1)
+			return 0;
+		if (errno == EAGAIN || errno == ENOBUFS)
+			return -1;
+		close(log_fd);
+		log_fd = -1;
+	}
+	return -1;
+}
+
+static int
+log_write(int level, const char *text, size_t n)
+{
+	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	char line[LOGSZ + 64];
+	struct tm *tm;
+	time_t t;
+	int len;
+
+	if (log_syslog) {
+		t = time(NULL);
+		tm = localtime(&t);
+		len = snprintf(line, sizeof line,
+		    "<%d>%.3s %2d %02d:%02d:%02d clamsmtpd: %.*s",
+		    LOG_MAIL | level, month + tm->tm_mon * 3, tm->tm_mday,
+		    tm->tm_hour, tm->tm_min, tm->tm_sec, (int)n, text);
+		return log_datagram(line, len);
+	}
+	len = snprintf(line, sizeof line, "clamsmtpd: %.*s\n", (int)n, text);
+	/* A socket at stderr (a supervisor's) cannot be opened anew. */
+	if (log_fd == 2 &&
+	    send(log_fd, line, len, MSG_DONTWAIT | MSG_NOSIGNAL) == len)
+		return 0;
+	if (log_fd == 2 && errno != ENOTSOCK)
+		return -1;
+	return write(log_fd, line, len) == len ? 0 : -1;
+}
+
+static void
+log_line(int level, const char *text, size_t n)
+{
+	char lost[64];
+	int len;
+
+	if (log_lost > 0) {
+		len = snprintf(lost, sizeof lost,
+		    "%lu lines of the log were lost", log_lost);
+		if (log_write(LOG_WARNING, lost, len) == 0)
+			log_lost = 0;
+	}
+	if (log_write(level, text, n) == -1)
+		log_lost++;
+}
+
+static void
+vlog(const struct session *s, int level, const char *fmt, va_list ap)
+{
+	char line[LOGSZ];
+	int err = errno;
+	size_t n = 0;
+	int len;
+
+	if (level > log_level)
+		return;
+	if (s != NULL)
+		n = snprintf(line, sizeof line, "%06X: ", s->id);
+	len = vsnprintf(line + n, sizeof line - n, fmt, ap);
+	n = len < 0 ? n : n + len;
+	if (n >= sizeof line)
+		n = sizeof line - 1;
+	if (fmt[0] != '\0' && fmt[strlen(fmt) - 1] == ':' &&
+	    n < sizeof line - 1) {
+		n += snprintf(line + n, sizeof line - n, " %s", strerror(err));
+		if (n >= sizeof line)
+			n = sizeof line - 1;
+	}
+	log_line(level, line, n);
+	errno = err;
+}
+
+void
+logmsg(int level, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vlog(NULL, level, fmt, ap);
+	va_end(ap);
+}
+
+void
+slog(const struct session *s, int level, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vlog(s, level, fmt, ap);
+	va_end(ap);
+}
+
+void
+die(int status, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vlog(NULL, LOG_ERR, fmt, ap);
+	va_end(ap);
+	exit(status);
+}
+
+/*
+ * Text and time.
+ */
+
+int64_t
+monotonic(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * SECOND + t.tv_nsec / 1000000;
+}
+
+static const char *
+escape(const char *p, size_t n, int lowest)
+{
+	static const char hex[] = "0123456789ABCDEF";
+	static char ring[4][LOGSZ];
+	static int turn;
+	char *b = ring[turn++ & 3], *w = b;
+	unsigned char c;
+
+	for (; n > 0; n--) {
+		if (w - b > LOGSZ - 8) {
+			memcpy(w, "...", 3);
+			w += 3;
+			break;
+		}
+		c = *p++;
+		if (c < lowest || c == 127 || c == '\\') {
+			*w++ = '\\';
+			*w++ = 'x';
+			*w++ = hex[c >> 4];
+			*w++ = hex[c & 15];
+		} else
+			*w++ = c;
+	}
+	*w = '\0';
+	return b;
+}
+
+const char *
+printable(const char *p, size_t n)
+{
+	return escape(p, n, ' ');
+}
+
+const char *
+printable_word(const char *p, size_t n)
+{
+	return escape(p, n, ' ' + 1);
+}
+
+const char *
+rfc5322_date(void)
+{
+	static const char day[] = "SunMonTueWedThuFriSat";
+	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	static char text[64];
+	time_t t = time(NULL);
+	struct tm *tm = localtime(&t);
+	long off = tm->tm_gmtoff / 60;
+	char sign = '+';
+
+	if (off < 0) {
+		sign = '-';
+		off = -off;
+	}
+	snprintf(text, sizeof text,
+	    "%.3s, %d %.3s %d %02d:%02d:%02d %c%02ld%02ld",
+	    day + tm->tm_wday * 3, tm->tm_mday, month + tm->tm_mon * 3,
+	    tm->tm_year + 1900, tm->tm_hour, tm->tm_min, tm->tm_sec, sign,
+	    off / 60, off % 60);
+	return text;
+}
+
+/*
+ * Buffers.  All have one size, so that the memory of one that has become
+ * empty serves the next; only the pages that were used cost anything.
+ */
+
+static char *spare[SPARE_BUFS];
+static int nspare;
+int starved;
+
+static char *
+mem_get(void)
+{
+	char *b;
+
+	if (nspare > 0)
+		return spare[--nspare];
+	if ((b = malloc(BUFSZ)) == NULL)
+		starved = 1;
+	return b;
+}
+
+static void
+mem_put(char *b)
+{
+	if (nspare < SPARE_BUFS)
+		spare[nspare++] = b;
+	else
+		free(b);
+}
+
+int
+buf_spares(void)
+{
+	return nspare;
+}
+
+void
+buf_trim(void)
+{
+	while (nspare > 0)
+		free(spare[--nspare]);
+}
+
+/* What peer_fill() reads into; the body of a mail goes no further. */
+static char shared[BUFSZ];
+static int shared_taken;
+
+size_t
+buf_len(const struct buf *p)
+{
+	return p->w - p->r;
+}
+
+char *
+buf_head(const struct buf *p)
+{
+	static char none[1];
+
+	return p->b == NULL ? none : p->b + p->r;
+}
+
+int
+buf_ready(struct buf *p, size_t n)
+{
+	if (p->b == NULL)
+		return (p->b = mem_get()) != NULL;
+	if (BUFSZ - p->w < n && p->r > 0) {
+		memmove(p->b, p->b + p->r, p->w - p->r);
+		p->w -= p->r;
+		p->r = 0;
+	}
+	return BUFSZ - p->w >= n;
+}
+
+void
+buf_put(struct buf *p, const void *data, size_t n)
+{
+	if (n > BUFSZ - p->w)
+		abort();	/* buf_ready() was not asked */
+	memcpy(p->b + p->w, data, n);
+	p->w += n;
+}
+
+void
+buf_eat(struct buf *p, size_t n)
+{
+	p->r += n;
+	if (p->r == p->w)
+		buf_free(p);
+}
+
+void
+buf_free(struct buf *p)
+{
+	if (p->b == shared)
+		shared_taken = 0;
+	else if (p->b != NULL)
+		mem_put(p->b);
+	p->b = NULL;
+	p->r = p->w = 0;
+}
+
+int
+str_add(struct str *p, const char *data, size_t n)
+{
+	size_t size;
+	char *s;
+
+	if (p->size - p->len <= n) {
+		size = (p->len + n + 1) * 3 / 2;
+		if ((s = realloc(p->s, size)) == NULL)
+			return -1;
+		p->s = s;
+		p->size = size;
+	}
+	memcpy(p->s + p->len, data, n);
+	p->len += n;
+	p->s[p->len] = '\0';
+	return 0;
+}
+
+int
+str_set(struct str *p, const char *data, size_t n)
+{
+	p->len = 0;
+	return str_add(p, data, n);
+}
+
+void
+str_free(struct str *p)
+{
+	free(p->s);
+	memset(p, 0, sizeof *p);
+}
+
+/*
+ * Peers.
+ */
+
+/*
+ * An empty `in' reads into the shared buffer: what a step takes at once, as it
+ * takes nearly everything, was never copied.  peer_settle() keeps the rest.
+ */
+int
+peer_fill(struct peer *p)
+{
+	struct buf *in = &p->in;
+	size_t room;
+	ssize_t n;
+
+	if (in->b == NULL && !shared_taken) {
+		in->b = shared;
+		shared_taken = 1;
+	} else if (!buf_ready(in, 1))
+		return 0;
+	room = BUFSZ - in->w;
+	n = recv(p->fd, in->b + in->w, room < IO_MAX ? room : IO_MAX, 0);
+	if (n > 0) {
+		in->w += n;
+		return 1;
+	}
+	if (buf_len(in) == 0)
+		buf_free(in);
+	if (n == -1 && (errno == EAGAIN || errno == EINTR))
+		return 0;
+	p->eof = 1;
+	if (n == -1)
+		p->err = 1;
+	return 1;
+}
+
+int
+peer_settle(struct peer *p)
+{
+	struct buf *in = &p->in, keep = { NULL, 0, 0 };
+
+	if (buf_len(&p->out) == 0)
+		buf_free(&p->out);
+	if (buf_len(in) == 0)
+		buf_free(in);
+	if (in->b == NULL || in->b != shared)
+		return 0;
+	if (!buf_ready(&keep, buf_len(in))) {
+		buf_free(in);
+		return -1;
+	}
+	buf_put(&keep, in->b + in->r, buf_len(in));
+	buf_free(in);
+	*in = keep;
+	return 0;
+}
+
+/* A peer that cannot be written to has its say all the same: clamd gives the
+ * reason why it reads no further. */
+static int
+send_failed(struct peer *p)
+{
+	if (errno == EAGAIN || errno == EINTR)
+		return 0;
+	p->err = 1;
+	buf_free(&p->out);
+	return 1;
+}
+
+int
+peer_drain(struct peer *p, int more)
+{
+	struct buf *out = &p->out;
+	size_t n;
+	ssize_t w;
+
+	while ((n = buf_len(out)) > 0) {
+		if (p->err) {
+			buf_free(out);
+			break;
+		}
+		if (n > IO_MAX)
+			n = IO_MAX;
+		w = send(p->fd, out->b + out->r, n,
+		    MSG_NOSIGNAL | (more ? MSG_MORE : 0));
+		if (w == -1)
+			return send_failed(p);
+		buf_eat(out, w);
+	}
+	return 1;
+}
+
+/* Where the file system has no sendfile(2): by way of `out'. */
+static int
+send_copy(struct peer *p, int fd, off_t *at, off_t n)
+{
+	ssize_t r;
+
+	if (!buf_ready(&p->out, BUFSZ / 2))
+		return 0;
+	r = pread(fd, p->out.b + p->out.w, n < BUFSZ / 2 ? n : BUFSZ / 2, *at);
+	if (r <= 0) {
+		p->err = 1;
+		buf_free(&p->out);
+		return 1;
+	}
+	p->out.w += r;
+	*at += r;
+	return peer_drain(p, 1);
+}
+
+int
+peer_sendfile(struct peer *p, int fd, off_t *at, off_t n)
+{
+	if (p->err)
+		return 1;
+	if (n > IO_MAX)
+		n = IO_MAX;
+	switch (sendfile(p->fd, fd, at, n)) {
+	case -1:
+		if (errno == EINVAL || errno == ENOSYS)
+			return send_copy(p, fd, at, n);
+		return send_failed(p);
+	case 0:			/* the file is shorter than we wrote it */
+		p->err = 1;
+	}
+	return 1;
+}
+
+int
+peer_sendfd(struct peer *p, int fd)
+{
+	union {			/* aligned for the header */
+		struct cmsghdr	hdr;
+		char	space[CMSG_SPACE(sizeof(int))];
+	} control;
+	char byte = 0;
+	struct iovec iov = { &byte, 1 };
+	struct msghdr msg;
+	struct cmsghdr *c;
+
+	memset(&msg, 0, sizeof msg);
+	memset(&control, 0, sizeof control);
+	msg.msg_iov = &iov;
+	msg.msg_iovlen = 1;
+	msg.msg_control = control.space;
+	msg.msg_controllen = sizeof control.space;
+	c = CMSG_FIRSTHDR(&msg);
+	c->cmsg_level = SOL_SOCKET;
+	c->cmsg_type = SCM_RIGHTS;
+	c->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(c), &fd, sizeof fd);
+	if (p->err || sendmsg(p->fd, &msg, MSG_NOSIGNAL) == 1)
+		return 1;
+	return send_failed(p);
+}
+
+/* shutdown(), for a child may hold a copy that close() would leave open. */
+void
+peer_close(struct peer *p)
+{
+	if (p->fd != -1) {
+		shutdown(p->fd, SHUT_RDWR);
+		close(p->fd);
+	}
+	p->fd = -1;
+	p->eof = p->err = p->connecting = 0;
+	buf_free(&p->in);
+	buf_free(&p->out);
+}
+
+int
+peer_reset(struct peer *p)
+{
+	socklen_t len = sizeof(int);
+	int err = 0;
+
+	if (!p->err && getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &err,
+	    &len) == 0 && err != 0)
+		p->err = p->eof = 1;
+	return p->err;
+}
+
+/*
+ * Addresses.
+ */
+
+static const char *
+addr_format(const struct addr *a, int with_port)
+{
+	static char ring[4][ADDRTEXT];
+	static int turn;
+	char *b = ring[turn++ & 3], ip[INET6_ADDRSTRLEN];
+	int v6 = a->u.sa.sa_family == AF_INET6;
+
+	if (a->len == 0)
+		return "none";
+	if (a->u.sa.sa_family == AF_UNIX) {
+		if (a->len <= offsetof(struct sockaddr_un, sun_path))
+			return "local";
+		snprintf(b, ADDRTEXT, "%s", a->u.un.sun_path);
+		return b;
+	}
+	if (v6)
+		inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
+	else
+		inet_ntop(AF_INET, &a->u.in.sin_addr, ip, sizeof ip);
+	if (with_port)
+		snprintf(b, ADDRTEXT, v6 ? "[%s]:%u" : "%s:%u", ip, addr_port(a));
+	else
+		snprintf(b, ADDRTEXT, "%s", ip);
+	return b;
+}
+
+const char *
+addr_text(const struct addr *a)
+{
+	return addr_format(a, 0);
+}
+
+const char *
+addr_full(const struct addr *a)
+{
+	return addr_format(a, 1);
+}
+
+int
+addr_equal(const struct addr *a, const struct addr *b)
+{
+	if (a->u.sa.sa_family != b->u.sa.sa_family)
+		return 0;
+	switch (a->u.sa.sa_family) {
+	case AF_INET:
+		return a->u.in.sin_port == b->u.in.sin_port &&
+		    a->u.in.sin_addr.s_addr == b->u.in.sin_addr.s_addr;
+	case AF_INET6:
+		return a->u.in6.sin6_port == b->u.in6.sin6_port &&
+		    memcmp(&a->u.in6.sin6_addr, &b->u.in6.sin6_addr, 16) == 0;
+	default:
+		return a->len == b->len && memcmp(&a->u, &b->u, a->len) == 0;
+	}
+}
+
+void
+addr_unmap(struct addr *a)
+{
+	struct sockaddr_in6 six = a->u.in6;
+
+	if (a->u.sa.sa_family != AF_INET6 ||
+	    !IN6_IS_ADDR_V4MAPPED(&six.sin6_addr))
+		return;
+	memset(a, 0, sizeof *a);
+	a->len = sizeof a->u.in;
+	a->u.in.sin_family = AF_INET;
+	a->u.in.sin_port = six.sin6_port;
+	memcpy(&a->u.in.sin_addr, six.sin6_addr.s6_addr + 12, 4);
+}
+
+unsigned
+addr_port(const struct addr *a)
+{
+	switch (a->u.sa.sa_family) {
+	case AF_INET:
+		return ntohs(a->u.in.sin_port);
+	case AF_INET6:
+		return ntohs(a->u.in6.sin6_port);
+	default:
+		return 0;
+	}
+}
+
+void
+addr_set_port(struct addr *a, unsigned port)
+{
+	if (a->u.sa.sa_family == AF_INET6)
+		a->u.in6.sin6_port = htons(port);
+	else
+		a->u.in.sin_port = htons(port);
+}
+
+int
+addr_ip(struct addr *a, const char *text, unsigned port)
+{
+	memset(a, 0, sizeof *a);
+	if (inet_pton(AF_INET, text, &a->u.in.sin_addr) == 1) {
+		a->u.in.sin_family = AF_INET;
+		a->len = sizeof a->u.in;
+	} else if (inet_pton(AF_INET6, text, &a->u.in6.sin6_addr) == 1) {
+		a->u.in6.sin6_family = AF_INET6;
+		a->len = sizeof a->u.in6;
+	} else
+		return -1;
+	addr_set_port(a, port);
+	addr_unmap(a);
+	return 0;
+}
+
+int
+addr_path(struct addr *a, const char *path)
+{
+	size_t n = strlen(path);
+
+	memset(a, 0, sizeof *a);
+	if (n >= sizeof a->u.un.sun_path)
+		return -1;
+	a->u.un.sun_family = AF_UNIX;
+	memcpy(a->u.un.sun_path, path, n + 1);
+	a->len = offsetof(struct sockaddr_un, sun_path) + n + 1;
+	return 0;
+}
+
+int
+addr_lookup(const char *name, unsigned port, struct addr *addr)
+{
+	struct addrinfo hints, *list, *ai;
+	int n = 0;
+
+	memset(&hints, 0, sizeof hints);
+	hints.ai_socktype = SOCK_STREAM;
+	if (getaddrinfo(name, NULL, &hints, &list) != 0)
+		return 0;
+	for (ai = list; ai != NULL && n < MAXADDRS; ai = ai->ai_next) {
+		if (ai->ai_family != AF_INET && ai->ai_family != AF_INET6)
+			continue;
+		memset(&addr[n], 0, sizeof addr[n]);
+		memcpy(&addr[n].u, ai->ai_addr, ai->ai_addrlen);
+		addr[n].len = ai->ai_addrlen;
+		addr_set_port(&addr[n], port);
+		addr_unmap(&addr[n++]);
+	}
+	freeaddrinfo(list);
+	return n;
+}
+
+int
+addr_connect(const struct addr *a, int *done)
+{
+	int one = 1, fd, err;
+
+	*done = 1;
+	fd = socket(a->u.sa.sa_family,
+	    SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (fd == -1)
+		return -1;
+	if (a->u.sa.sa_family != AF_UNIX)
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	if (connect(fd, &a->u.sa, a->len) == 0)
+		return fd;
+	*done = 0;
+	if (errno == EINPROGRESS || errno == EINTR)
+		return fd;
+	err = errno;
+	close(fd);
+	errno = err;
+	return -1;
+}
+
+/* Whether somebody accepts connections on this path; if nobody does, the
+ * socket there is a leftover. */
+static int
+path_is_live(const struct addr *a)
+{
+	int fd, done;
+
+	fd = addr_connect(a, &done);
+	if (fd == -1)
+		return errno != ECONNREFUSED;
+	close(fd);
+	return 1;
+}
+
+static int
+path_listen(int fd, const struct addr *a)
+{
+	const char *path = a->u.un.sun_path;
+	struct stat st;
+	mode_t mask;
+	int r;
+
+	if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
+		if (path_is_live(a)) {
+			errno = EADDRINUSE;
+			return -1;
+		}
+		unlink(path);
+	}
+	mask = umask(0);	/* 0666: its directory guards it */
+	r = bind(fd, &a->u.sa, a->len);
+	umask(mask);
+	return r;
+}
+
+int
+addr_listen(const struct addr *a, int transparent, int v6only)
+{
+	int fd, err, one = 1, r;
+	int v6 = a->u.sa.sa_family == AF_INET6;
+
+	fd = socket(a->u.sa.sa_family,
+	    SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (fd == -1)
+		return -1;
+	if (a->u.sa.sa_family == AF_UNIX)
+		r = path_listen(fd, a);
+	else {
+		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+		if (v6)
+			setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &v6only,
+			    sizeof v6only);
+		/* For TPROXY; refused without CAP_NET_ADMIN, and then of no
+		 * use anyway. */
+		if (transparent) {
+			setsockopt(fd, IPPROTO_IP, IPV4_TRANSPARENT, &one,
+			    sizeof one);
+			if (v6)
+				setsockopt(fd, IPPROTO_IPV6,
+				    IPV6_IS_TRANSPARENT, &one, sizeof one);
+		}
+		r = bind(fd, &a->u.sa, a->len);
+	}
+	if (r == 0 && listen(fd, SOMAXCONN) == 0)
+		return fd;
+	err = errno;
+	close(fd);
+	errno = err;
+	return -1;
+}
+
+/*
+ * The spool.
+ */
+
+/*
+ * libclamav takes data for mail by its first headers, and some orders of
+ * headers that users and attackers send hide an attachment from it.  Behind
+ * this line none does.  It is never forwarded nor quarantined.
+ */
+const char scan_line[] = "Received: by smtp.passthru\r\n";
+const size_t scan_line_len = sizeof scan_line - 1;
+
+static int
+spool_named(const char *dir, const char *kind, char *path, size_t n)
+{
+	if ((size_t)snprintf(path, n, "%s/%s.XXXXXX", dir, kind) >= n) {
+		errno = ENAMETOOLONG;
+		return -1;
+	}
+	return mkostemp(path, O_CLOEXEC);
+}
+
+int
+spool_open(const char *dir, int keep)
+{
+	char path[PATH_MAX];
+	int fd = -1, err;
+
+#ifdef O_TMPFILE
+	if (!keep)
+		fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+#endif
+	if (fd == -1) {
+		if ((fd = spool_named(dir, "clamsmtpd", path, sizeof path)) == -1)
+			return -1;
+		if (!keep)
+			unlink(path);
+	}
+	if (pwrite(fd, scan_line, scan_line_len, 0) == (ssize_t)scan_line_len)
+		return fd;
+	err = errno;
+	close(fd);
+	errno = err;
+	return -1;
+}
+
+int
+spool_reopen(int fd)
+{
+	char path[32];
+
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+struct quarantine {
+	int	 from, to;
+	char	 path[PATH_MAX];	/* of the copy, as long as it is one */
+	char	 final[PATH_MAX];
+	const char *dir;
+};
+
+static int
+copy_file(int from, int to)
+{
+	off_t at = scan_line_len;
+	ssize_t n;
+
+	while ((n = pread(from, shared, sizeof shared, at)) > 0) {
+		if (write(to, shared, n) != n)
+			return -1;	/* the disk is full */
+		at += n;
+	}
+	return n == 0 ? 0 : -1;
+}
+
+/* A name that is free: virus. and six characters, never one that is there. */
+static int
+link_free(struct quarantine *q)
+{
+	static const char set[] = "abcdefghijklmnopqrstuvwxyz0123456789";
+	char *tail;
+	int i, try;
+
+	snprintf(q->final, sizeof q->final, "%s/virus.%s", q->dir,
+	    strrchr(q->path, '.') + 1);
+	tail = q->final + strlen(q->final) - 6;
+	for (try = 0; try < 1000; try++) {
+		if (link(q->path, q->final) == 0)
+			return 0;
+		if (errno != EEXIST)
+			return -1;
+		for (i = 0; i < 6; i++)
+			tail[i] = set[(tail[i] * 7 + try * 31 + i) %
+			    (sizeof set - 1)];
+	}
+	return -1;
+}
+
+/* In a child: fsync() may take its time. */
+static void
+quarantine_work(int out, void *arg)
+{
+	struct quarantine *q = arg;
+	int dir, ok;
+
+	ok = copy_file(q->from, q->to) == 0 && fsync(q->to) == 0 &&
+	    link_free(q) == 0;
+	unlink(q->path);
+	if (!ok)
+		return;
+	dir = open(q->dir, O_RDONLY | O_DIRECTORY);
+	if (dir == -1 || fsync(dir) == -1) {
+		unlink(q->final);
+		return;
+	}
+	if (write(out, q->final, strlen(q->final)) == -1)
+		unlink(q->final);
+}
+
+struct child *
+spool_quarantine(int fd, const char *dir,
+    void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
+{
+	static struct quarantine q;
+	struct child *c;
+	int err;
+
+	q.from = fd;
+	q.dir = dir;
+	q.to = spool_named(dir, "clamsmtpd", q.path, sizeof q.path);
+	if (q.to == -1)
+		return NULL;
+	c = child_start(quarantine_work, &q, fd, q.to, q.path, done, ctx, ms);
+	err = errno;
+	if (c == NULL)
+		unlink(q.path);
+	close(q.to);
+	errno = err;
+	return c;
+}
+
+static void
+close_between(int first, int last)
+{
+#ifdef SYS_close_range
+	if (syscall(SYS_close_range, first, last, 0) == 0)
+		return;
+#endif
+	if (last == INT_MAX)
+		last = sysconf(_SC_OPEN_MAX) - 1;
+	for (; first <= last; first++)
+		close(first);
+}
+
+void
+close_all_but(int *keep, int n)
+{
+	int i, j, t, first = 3;
+
+	for (i = 1; i < n; i++)		/* in ascending order */
+		for (j = i; j > 0 && keep[j - 1] > keep[j]; j--) {
+			t = keep[j];
+			keep[j] = keep[j - 1];
+			keep[j - 1] = t;
+		}
+	for (i = 0; i < n; i++) {
+		if (keep[i] < first)
+			continue;
+		if (keep[i] > first)
+			close_between(first, keep[i] - 1);
+		first = keep[i] + 1;
+	}
+	close_between(first, INT_MAX);
+}

@@ -455,8 +455,6 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
 	size_t i, label = label_length(p, n), len = sizeof found - 1;
 
 	*retry = 0;
-	if (memchr(p, '\n', n) != NULL || memchr(p, '\0', n) != NULL)
-		return FAILED;
 	if (has(p, n, "INSTREAM size limit exceeded"))
 		return TOOBIG;
 	if (label > 0 && is(p + label, n - label, "OK"))

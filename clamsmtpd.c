@@ -41,7 +41,7 @@ struct counters count;
 static struct conf *conf;
 static char *conf_path;
 static const char *pid_option;		/* -p */
-static const char *flags[64][2];	/* the old flags: setting, value */
+static const char *flags[64][2];	/* from old flags: setting, value */
 static int nflags;
 static int sandboxed;
 static int pid_fd = -1;
@@ -512,16 +512,19 @@ static struct listener *listeners;
 static int64_t paused_until;		/* no accept() before this */
 
 int
-is_own_connection(const struct addr *a)
+is_own_connection(const struct addr *from, const struct addr *to)
 {
+	const struct session *s;
 	int i;
 
-	if (a->u.sa.sa_family != AF_INET && a->u.sa.sa_family != AF_INET6)
+	if (from->u.sa.sa_family == AF_UNIX)
 		return 0;
-	for (i = 0; i < nsessions; i++)
-		if (sessions[i]->server.fd != -1 &&
-		    addr_equal(&sessions[i]->server_local, a))
+	for (i = 0; i < nsessions; i++) {
+		s = sessions[i];
+		if (s->server.fd != -1 && addr_equal(&s->server_local, from) &&
+		    (to == NULL || addr_equal(&s->server_addr, to)))
 			return 1;
+	}
 	return 0;
 }
 
@@ -736,7 +739,8 @@ static int
 set_limits(const struct conf *c)
 {
 	struct rlimit r = { 0, 0 };
-	rlim_t want = 3 * (rlim_t)c->maxconn + (rlim_t)c->maxscans * c->nclamd + 64;
+	rlim_t clamds = c->clamd_default ? 1 : c->nclamd;
+	rlim_t want = 3 * (rlim_t)c->maxconn + c->maxscans * clamds + 64;
 
 	setrlimit(RLIMIT_CORE, &r);	/* mail does not belong on the disk */
 	if (getrlimit(RLIMIT_NOFILE, &r) == -1 || r.rlim_cur >= want)
@@ -804,17 +808,19 @@ static void
 drop_privileges(const char *user)
 {
 	struct passwd *pw;
+	long long n;
 	char *end;
 	uid_t uid;
 	gid_t gid;
 
-	uid = strtoul(user, &end, 10);
-	pw = *end == '\0' ? getpwuid(uid) : getpwnam(user);
-	if (pw == NULL && *end != '\0')
+	n = strtoll(user, &end, 10);
+	pw = *end != '\0' ? getpwnam(user) : NULL;
+	if (*end == '\0' && n >= 0 && n < (uid_t)-1)
+		pw = getpwuid(n);
+	else if (pw == NULL)
 		die(1, "User: \"%s\" is not a user of this system", user);
-	if (pw != NULL)
-		uid = pw->pw_uid;
-	gid = pw != NULL ? pw->pw_gid : (gid_t)uid;
+	uid = pw != NULL ? pw->pw_uid : (uid_t)n;
+	gid = pw != NULL ? pw->pw_gid : (gid_t)n;
 	if (getuid() == uid && geteuid() == uid && uid != 0)
 		return;
 	if ((pw != NULL ? initgroups(pw->pw_name, gid) : setgroups(1, &gid)) == -1)
@@ -1176,12 +1182,10 @@ usage(void)
 }
 
 static void
-old_flag(char flag, const char *setting, const char *value)
+old_flag(const char *setting, const char *value)
 {
 	if (nflags == sizeof flags / sizeof flags[0])
 		usage();
-	logmsg(LOG_WARNING, "-%c: this option will go; set %s in %s instead",
-	    flag, setting, conf_path != NULL ? conf_path : CONFFILE);
 	flags[nflags][0] = setting;
 	flags[nflags++][1] = value;
 }
@@ -1238,17 +1242,17 @@ options_read(struct options *o, int argc, char **argv)
 		default:
 			for (i = 0; old[i].flag != c; i++)
 				;
-			old_flag(c, old[i].setting, old[i].value != NULL ?
+			old_flag(old[i].setting, old[i].value != NULL ?
 			    old[i].value : optarg);
 		}
 	if (argc - optind > 1)
 		usage();
-	if (argc - optind == 1) {
-		logmsg(LOG_WARNING, "%s: this operand will go; set OutAddress in "
-		    "the configuration file instead", argv[optind]);
-		flags[nflags][0] = "OutAddress";
-		flags[nflags++][1] = argv[optind];
-	}
+	if (argc - optind == 1)
+		old_flag("OutAddress", argv[optind]);
+	for (i = 0; i < (size_t)nflags; i++)
+		logmsg(LOG_WARNING, "command line: this way to set %s will go; "
+		    "put \"%s: %s\" into %s", flags[i][0], flags[i][0],
+		    flags[i][1], o->file);
 }
 
 /* A reload happens in another directory. */
@@ -1363,13 +1367,13 @@ main(int argc, char **argv)
 	}
 	if (conf->user != NULL)
 		drop_privileges(conf->user);
-	if (geteuid() == 0)
-		logmsg(LOG_WARNING, "running as root is NOT recommended");
 	check_tempdir(conf);
 	if (ready != -1) {
 		log_open(LOG_INFO - LOG_ERR, 0);
 		attach_nothing(ready);
 	}
+	if (geteuid() == 0)
+		logmsg(LOG_WARNING, "running as root is NOT recommended");
 	sandbox(conf);
 	listeners_log(conf);
 	look_up_all(conf);

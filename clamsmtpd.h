@@ -310,8 +310,9 @@ void watch(int fd, int events, void (*ready)(void *arg, int revents), void *arg)
 /* For this turn: sleep no longer than until time t; 0: no matter. */
 void wait_until(int64_t t);
 
-/* Whether this is our own end of a connection to a next hop. */
-int is_own_connection(const struct addr *);
+/* Whether we ourselves have connected from this address (to that one; NULL: to
+ * any) as to a next hop. */
+int is_own_connection(const struct addr *from, const struct addr *to);
 
 /* smtp.c */
 
@@ -381,8 +382,8 @@ int log_wants(int level);
 int64_t monotonic(void);			/* ms */
 
 /*
- * Up to n bytes made fit for a line of the log: control characters and
- * backslashes as \xHH, the rest as it is; cut with "..." when long.  One of a
+ * Up to n bytes made fit for a line of the log: control characters as
+ * \xHH, the rest as it is; cut with "..." when long.  One of a
  * few buffers that are used in turn.
  */
 const char *printable(const char *, size_t n);

@@ -111,7 +111,7 @@ number(const char *v, int suffixes)
 	if (!isdigit((unsigned char)*v))
 		return -1;
 	for (; isdigit((unsigned char)*v); v++) {
-		if (n > (INT64_MAX - 9) / 10)
+		if (n > (INT64_MAX - (*v - '0')) / 10)
 			return -1;
 		n = n * 10 + (*v - '0');
 	}
@@ -172,22 +172,22 @@ set_text(struct conf *c, const struct keyword *k, const char *v)
 	return *p == NULL ? no_memory : NULL;
 }
 
-/* A daemon's directory changes: paths are made absolute at once. */
+/* Relative to the directory that we were started in, at a reload too. */
 static const char *
 set_path(struct conf *c, const struct keyword *k, const char *v)
 {
+	static char start[PATH_MAX];
 	char path[2 * PATH_MAX];
 	size_t n;
 
-	if (*v == '/')
-		n = 0;
-	else if (getcwd(path, PATH_MAX) != NULL)
-		n = strlen(path);
-	else
-		return "a path that starts with a slash";
+	if (start[0] == '\0' && getcwd(start, sizeof start) == NULL)
+		return "usable: the current directory is gone";
 	if (strlen(v) >= PATH_MAX)
 		return "a path of this system: it is too long";
-	snprintf(path + n, sizeof path - n, n > 0 ? "/%s" : "%s", v);
+	if (*v == '/')
+		snprintf(path, sizeof path, "%s", v);
+	else
+		snprintf(path, sizeof path, "%s/%s", start, v);
 	for (n = strlen(path); n > 1 && path[n - 1] == '/'; n--)
 		path[n - 1] = '\0';
 	return set_text(c, k, path);

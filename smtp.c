@@ -132,10 +132,17 @@ enter(struct session *s, enum state state)
 static void
 log_dialogue(const struct session *s, const char *who, const char *p, size_t n)
 {
-	while (n > 0 && (p[n - 1] == '\n' || p[n - 1] == '\r'))
-		n--;
-	if (log_wants(LOG_DEBUG))
-		slog(s, LOG_DEBUG, "%s %s", who, printable(p, n));
+	const char *nl, *end = p + n;
+
+	if (!log_wants(LOG_DEBUG))
+		return;
+	for (; p < end; p = nl + 1) {
+		if ((nl = memchr(p, '\n', end - p)) == NULL)
+			nl = end;
+		n = nl - p;
+		slog(s, LOG_DEBUG, "%s %s", who,
+		    printable(p, n > 0 && p[n - 1] == '\r' ? n - 1 : n));
+	}
 }
 
 /* Whether a step may say a line, or pass on a reply. */
@@ -487,6 +494,8 @@ reply_get(struct session *s, struct reply *r)
 		s->reply_seen = nl + 1 - r->text;
 		if (line[3] != '-') {
 			r->len = s->reply_seen;
+			log_dialogue(s, "SERVER <", r->text,
+			    r->code == 334 ? 3 : r->len);
 			return 1;
 		}
 	}
@@ -506,7 +515,6 @@ reply_eat(struct session *s, const struct reply *r)
 {
 	if (s->server.fd == -1)
 		return;			/* lost meanwhile, and the buffer with it */
-	log_dialogue(s, "SERVER <", r->text, r->code == 334 ? 3 : r->len);
 	s->reply_seen = 0;
 	buf_eat(&s->server.in, r->len);
 }
@@ -611,6 +619,20 @@ original_target(int fd, const struct addr *local, struct addr *a)
 	addr_unmap(a);
 }
 
+/* Both ends must agree: on one machine the kernel gives one port to several
+ * connections with different far ends. */
+static int
+is_loop(int fd, const struct addr *client, const struct addr *local)
+{
+	struct addr redirected;
+
+	if (!is_own_connection(client, NULL))
+		return 0;
+	original_target(fd, local, &redirected);
+	return is_own_connection(client, local) ||
+	    is_own_connection(client, &redirected);
+}
+
 struct session *
 session_new(int fd, const struct addr *client, struct conf *conf, unsigned id)
 {
@@ -636,7 +658,7 @@ session_new(int fd, const struct addr *client, struct conf *conf, unsigned id)
 	s->state = S_CONNECT;
 	s->deadline = now + conf->timeout;
 	slog(s, LOG_INFO, "accepted connection from: %s", addr_text(client));
-	if (is_own_connection(client)) {
+	if (is_loop(fd, client, &s->local_addr)) {
 		slog(s, LOG_ERR, "mail loop: %s is our own connection to a next "
 		    "hop; check OutAddress or the firewall's redirection",
 		    addr_full(client));
@@ -801,6 +823,8 @@ path_parse(const char *line, const char **addr, size_t *n)
 			p++;
 		else if (*p == '"')
 			quoted = !quoted;
+	if (*p == '\0')			/* the quotes do not pair */
+		p = *addr + strcspn(*addr, ">");
 	*n = p - *addr;
 	return *p == '>' ? p + 1 : p;
 }
@@ -1670,6 +1694,8 @@ body_end(struct session *s)
 		emit_pending(s, s->eol == CRS ? spaces : nuls);
 		s->eol = TEXT;
 	}
+	if (s->eol == TEXT && !s->raw)	/* DATA has whole lines only */
+		emit(s, crlf, 2);
 	spool_flush(s);
 	if (s->header == H_LINE)
 		s->header_at = s->size;
@@ -2157,10 +2183,12 @@ st_data(struct session *s)
 	if (r.code < 400)
 		return hop_lost(s, "its reply makes no sense");
 	s->asked = 0;
+	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
+	    printable(r.text, strcspn(r.text, "\r\n")));
 	hold_reply(s, &r);
 	reply_eat(s, &r);
-	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
-	    printable(s->held.s, s->held.len - 2));
+	if (r.code == 421)
+		peer_close(&s->server);		/* RESET has nobody to ask */
 	turn_away(s);
 	return 1;
 }
@@ -2246,20 +2274,19 @@ last_look(struct session *s)
 		peer_fill(&s->server);
 }
 
+/* The last byte has left: from here on a reply is the reply. */
 static int
-replay_end(struct session *s)
+is_all_out(const struct session *s)
 {
-	if (s->raw || s->dotted) {
-		enter(s, S_FINAL);
-		s->deadline = s->dot_at + FINAL_TIME;
-		return 1;
-	}
-	/* Only a BDAT whose last line had no end can be without. */
-	if (s->eol == TEXT ? !hop_put(s, "\r\n.\r\n", 5) :
-	    !hop_put(s, ".\r\n", 3))
-		return 0;
-	s->dotted = 1;
-	return 1;
+	return s->inserted && s->sent == s->size && (s->raw || s->dotted) &&
+	    buf_len(&s->server.out) == 0 && !s->server.err;
+}
+
+static int
+put_dot(struct session *s)
+{
+	s->dotted = hop_put(s, ".\r\n", 3);
+	return s->dotted;
 }
 
 static int
@@ -2267,6 +2294,11 @@ st_replay(struct session *s)
 {
 	off_t end;
 
+	if (is_all_out(s)) {
+		enter(s, S_FINAL);
+		s->deadline = s->dot_at + FINAL_TIME;
+		return 1;
+	}
 	if (s->raw || s->sent == s->size)
 		last_look(s);
 	if (client_gone(s))
@@ -2286,7 +2318,7 @@ st_replay(struct session *s)
 	}
 	end = s->inserted ? s->size : s->insert_at;
 	if (s->sent == end)
-		return replay_end(s);
+		return put_dot(s);
 	return s->dots && !s->raw ? replay_stuffed(s, end) :
 	    replay_plain(s, end);
 }

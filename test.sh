@@ -83,12 +83,12 @@ build()
 	    [ -x "$dir/clamsmtpd" ]
 }
 
-# silent COMMAND...: it has nothing to say
-silent()
+# lint PAGE: mandoc has nothing to say of it; what manual pages this machine
+# has besides, which some versions complain about, does not matter
+lint()
 {
-	said=$("$@" 2>&1) || said="$said (exit status $?)"
-	echo "$said"
-	[ -z "$said" ]
+	! mandoc -T lint "$1" 2>&1 |
+	    grep -v -e mandoc.db -e 'referenced manual not found'
 }
 
 size_below()
@@ -196,7 +196,8 @@ fi
 # -- what needs no daemon
 
 warn="-std=c99 -Wall -Wextra -Werror -Wshadow -Wpointer-arith -Wcast-qual \
--Wwrite-strings -Wstrict-prototypes -Wmissing-prototypes -Wformat=2 -Wundef \
+-Wwrite-strings -Wstrict-prototypes -Wmissing-prototypes -Wformat=2 \
+-Wno-format-nonliteral -Wundef \
 -Wvla"
 check gcc build gcc CC=gcc LDFLAGS= \
     CFLAGS="-O2 $warn -Wlogical-op -Wduplicated-cond"
@@ -232,7 +233,7 @@ for f in $scripts; do
 done
 for f in *.[1-9]; do
 	if have mandoc; then
-		check "$f" silent mandoc -T lint "$f"
+		check "$f" lint "$f"
 	else
 		skip "$f" "mandoc not installed"
 	fi

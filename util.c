@@ -228,7 +228,7 @@ escape(const char *p, size_t n, int lowest)
 			break;
 		}
 		c = *p++;
-		if (c < lowest || c == 127 || c == '\\') {
+		if (c < lowest || c == 127) {
 			*w++ = '\\';
 			*w++ = 'x';
 			*w++ = hex[c >> 4];
@@ -796,7 +796,7 @@ path_listen(int fd, const struct addr *a)
 		}
 		unlink(path);
 	}
-	mask = umask(0);	/* 0666: its directory guards it */
+	mask = umask(0111);	/* 0666: its directory guards it */
 	r = bind(fd, &a->u.sa, a->len);
 	umask(mask);
 	return r;

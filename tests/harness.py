@@ -8,6 +8,7 @@ No test sleeps for a fixed time: it waits until something is the case.
 import array
 import os
 import re
+import select
 import signal
 import socket
 import stat
@@ -182,8 +183,9 @@ class Stream:
         """Whether something stands unread already."""
         if self.ahead:
             return True
-        try:
-            return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        try:                # a time-out of the socket would make recv() wait
+            ready, _, _ = select.select([self.sock], [], [], 0)
+            return bool(ready and self.sock.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
 
@@ -665,7 +667,8 @@ class Clamd(Server):
         self.scans = []
         self.commands = []           # as they came, framing included
         self.pings = 0
-        self.now = self.most = 0     # scans at once
+        self.busy = set()            # connections without an answer so far
+        self.most = 0                # of these at once
         super().__init__(**kw)
 
     def wait_scans(self, count):
@@ -678,8 +681,8 @@ class Clamd(Server):
 
     def serve(self, sock):
         with self.lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
+            self.busy.add(sock)
+            self.most = max(self.most, len(self.busy))
         fds = []
         try:
             self.talk(sock, fds)
@@ -688,8 +691,11 @@ class Clamd(Server):
         finally:
             for fd in fds:
                 os.close(fd)
-            with self.lock:
-                self.now -= 1
+            self.busy.discard(sock)
+
+    def send(self, sock, data):
+        self.busy.discard(sock)     # before the daemon can know
+        super().send(sock, data)
 
     def get(self, sock, fds, count=1):
         """Read, and keep descriptors that come along."""
@@ -929,6 +935,7 @@ class Client:
     def quit(self):
         self.cmd("QUIT", "221")
         self.eof()
+        self.close()
 
     # -- endings
 
@@ -1127,9 +1134,11 @@ class Daemon:
                 "left in TempDirectory: %s" % self.spooled()
         finally:
             self.kill()
-        found = REPORT.search(self.text())
-        assert not found, "a report in the log: %s" % self.text()[
-            found.start():found.start() + 4000]
+        text = self.text()
+        found = REPORT.search(text)
+        if found:
+            start = text.rfind("\n", 0, found.start()) + 1
+            raise Failed("a report in the log: " + text[start:start + 3000])
 
     def kill(self):
         """Whatever is still there."""

@@ -320,7 +320,7 @@ def test_action_variables_that_are_unknown_are_unset(site):
 
 
 @pytest.mark.parametrize("command, name, want", [
-    ("MAIL FROM:<$(touch x)`y`;'\"@b>", "SENDER", "$(touch x)`y`;'\"@b"),
+    ("MAIL FROM:<\"$(touch x)`y`;'>\"@b>", "SENDER", "\"$(touch x)`y`;'>\"@b"),
     ("MAIL FROM:<a=b;c@d> SIZE=5", "SENDER", "a=b;c@d"),
     ("MAIL FROM:a@b", "SENDER", "a@b"),
     ("mail from: <a@b>  BODY=8BITMIME", "SENDER", "a@b"),
@@ -338,7 +338,7 @@ def test_action_sender_is_bare_text(site, command, name, want):
 def test_action_variables_have_no_control_characters(site):
     """PROMISE 8."""
     result = environment(site)
-    site.clamd.verdict = b"fd[1]: Evil\nX=y\x1b FOUND\0"
+    site.clamd.verdict = b"fd[1]: Evil \x07X=y\x1b FOUND\0"
     client = site.session()
     client.cmd(b"XFORWARD ADDR=192.0.2.5+0AREMOTE_HELO=x HELO=a+1B+0Ab", "250")
     client.cmd(b"MAIL FROM:<a\x1b\x07b@c>", "250")

@@ -200,16 +200,12 @@ def test_rcpt_is_passed_as_it_came(site):
 
 @pytest.mark.parametrize("command", [
     "FOO", "XEXCH50 10 2", "TURN", "SEND FROM:<a@b>", "DATAX", "BDATX 3",
-    "MAILX FROM:<a>", "", " ", "250 ok", "HELOO x", "QUITT", "EHLO\tx",
+    "MAILX FROM:<a>", "", " ", "250 ok", "HELOO x", "QUITT",
     "MAIL\x0b", "\xff\xfe", "ATRN", "BURL imap://x LAST", "STARTTLSX",
 ])
 def test_unknown_command_is_500_and_not_forwarded(site, command):
     client = site.session()
-    got = client.cmd(command.encode("latin-1"))
-    if command != "EHLO\tx" and not command.startswith("MAIL\x0b"):
-        assert got.text.startswith("500 5.5.1")
-    else:
-        assert got.code in ("500", "501")
+    client.cmd(command.encode("latin-1"), "500 5.5.1")
     client.cmd("NOOP", "250")
     assert site.hop.commands == ["EHLO client.example", "NOOP"]
     client.quit()
@@ -537,19 +533,19 @@ def test_a_reply_is_text(site):
 
 def test_an_endless_reply_takes_no_memory(site):
     def flood(s, line):
-        for _ in range(40):
-            s.sock.sendall((b"250-" + b"y" * 1000 + b"\r\n") * 60)
-        return "250 end"
+        try:
+            for _ in range(40):
+                s.sock.sendall((b"250-" + b"y" * 1000 + b"\r\n") * 60)
+        except OSError:
+            pass                        # it has given up, as it may
+        return b""
     site.hop.on("NOOP", [flood])
     client = site.session()
     client.cmd("RSET", "250")
     before = site.daemon.rss()
     client.line("NOOP")
-    line = b"250-"
-    while line.startswith(b"250-"):
-        line = client.stream.line()
+    client.expect("421")
     assert site.daemon.rss() - before < 2048
-    assert line[:3] in (b"250", b"421", b"451")
 
 
 def test_an_overlong_reply_line_takes_no_memory(site):

@@ -7,7 +7,6 @@ are gone when we are, however we end:
         fd09:1::2     ---  fd09:1::1          fd09:2::1 ---  fd09:2::2
 """
 
-import contextlib
 import ctypes
 import os
 import subprocess
@@ -41,10 +40,12 @@ class Namespace:
 
     def __init__(self):
         before = here()
-        call("unshare", NEWNET)
-        self.fd = here()
-        call("setns", before, NEWNET)
-        os.close(before)
+        try:
+            call("unshare", NEWNET)
+            self.fd = here()
+            call("setns", before, NEWNET)
+        finally:
+            os.close(before)
         self.before = []
         self.run("ip", "link", "set", "lo", "up")
 
@@ -99,16 +100,12 @@ class Net:
 def net():
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
-    with contextlib.ExitStack() as stack:
-        before = here()
-        stack.callback(os.close, before)
-        stack.callback(call, "setns", before, NEWNET)
-        try:
-            net = Net()
-        except OSError as error:
-            pytest.skip("no network namespaces to be had: %s" % error)
-        stack.callback(net.close)
-        yield net
+    try:
+        net = Net()
+    except OSError as error:
+        pytest.skip("no network namespaces to be had: %s" % error)
+    yield net
+    net.close()
 
 
 def rules(net, text):

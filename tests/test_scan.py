@@ -159,6 +159,7 @@ ERRORS = [
     b"COMMAND READ TIMED OUT\n", b"COMMAND UNAVAILABLE\0", b"PONG\0",
     b"x" * 200000, b"fd[12]: " + b"x" * 100000 + b" OK\0", b"fd[12]:OK\0",
     b"fd[12] OK\0", b"250 ok\r\n", b"fd[12]: OK\r\n\0",
+    b"fd[12]: Evil\nX FOUND\0", b"fd[12]: OK\nfd[12]: Evil FOUND\0",
 ]
 
 
@@ -230,7 +231,7 @@ def test_clamd_that_closes_before_it_has_read_all(site):
 
 def test_a_virus_name_is_text(site):
     """PROMISE 8: control characters reach neither log nor reply."""
-    site.clamd.verdict = b"fd[12]: Evil\r\n221 x\x1b[2J%s%n FOUND\0"
+    site.clamd.verdict = b"fd[12]: Evil \x1b[2J\x07\xff%s%n FOUND\0"
     site.start(Action="bounce")
     client = site.session()
     client.envelope()
@@ -238,8 +239,9 @@ def test_a_virus_name_is_text(site):
     assert len(got.lines) == 1 and "\x1b" not in got.text
     assert not re.search(rb"[^\x20-\x7e\r\n]", got.raw)
     client.cmd("NOOP", "250")
-    site.daemon.wait_log(r"status=VIRUS:Evil")
-    assert "\x1b" not in site.daemon.text()
+    line, = site.daemon.wait_log(r"status=VIRUS:Evil")
+    assert len(line.split()) == 4, "report scripts count fields"
+    assert not re.search(r"[\x1b\x07]", site.daemon.text())
     client.quit()
 
 
@@ -324,7 +326,8 @@ def test_clamd_away_never_stops_the_start(site):
 
 @pytest.mark.core
 def test_scan_time_out_gives_451(site, clamd):
-    clamd.verdict = [Hold("OK")]
+    hold = Hold("OK")
+    clamd.verdict = [hold]
     site.start(ScanTimeOut="1")
     client = site.session()
     client.mail(want="451 4.3.0 Local Error")
@@ -332,16 +335,19 @@ def test_scan_time_out_gives_451(site, clamd):
     site.daemon.wait_log(r"status=CLAMAV-ERROR$")
     client.mail()
     client.quit()
+    hold.go()
 
 
 def test_time_out_is_the_scan_time_out_where_none_is_set(site):
-    site.clamd.verdict = [Hold("OK")]
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
     site.start(TimeOut="1")
     client = site.session()
     client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
     client.send(b"A: b\r\n\r\nx\r\n.\r\n")
     for want in ("250", "250", "354", "451 4.3.0"):
         client.expect(want)
+    hold.go()
 
 
 def test_a_verdict_after_the_time_out_is_not_used(site):
@@ -605,10 +611,11 @@ def test_a_slow_scan_slows_nobody(site):
 @pytest.mark.core
 @pytest.mark.parametrize("failure", ["down", "error", "time-out"])
 def test_scanfailure_pass_forwards_unscanned_and_says_so(site, failure):
+    hold = Hold("OK")
     if failure == "down":
         site.clamd.down()
     else:
-        site.clamd.verdict = {"error": CLOSE, "time-out": Hold("OK")}[failure]
+        site.clamd.verdict = {"error": CLOSE, "time-out": hold}[failure]
     site.start(ScanFailure="pass", ScanTimeOut="1" if failure == "time-out"
                else "60")
     client = site.session()
@@ -621,6 +628,7 @@ def test_scanfailure_pass_forwards_unscanned_and_says_so(site, failure):
     assert message.body.endswith(b"\r\n\r\nhi\r\n")
     site.daemon.wait_log(r"status=UNSCANNED$")
     client.quit()
+    hold.go()
 
 
 @pytest.mark.core

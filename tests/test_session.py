@@ -53,11 +53,12 @@ def test_connections_are_numbered_in_hexadecimal(site):
     ("MAIL FROM:<a@b> SIZE=5", "from=a@b, "),
     ("MAIL FROM: <a@b>", "from=a@b, "),
     ("MAIL FROM:a@b", "from=a@b, "),
-    ("mail from:<\"a b\"@c>", "from=\"a b\"@c, "),
+    ("mail from:<\"a b\"@c>", "from=\"a\\x20b\"@c, "),
     ("MAIL FROM:<>", "from=<>, "),
     ("MAIL FROM:<@x,@y:a@b>", "from="),
 ])
 def test_log_has_bare_addresses(site, command, want):
+    """And no blank in them: report scripts count fields."""
     client = site.session()
     client.cmd(command, "250")
     client.cmd("RCPT TO:<c@d> NOTIFY=NEVER", "250")

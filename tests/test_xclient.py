@@ -23,12 +23,12 @@ def xclients(site):
 
 @pytest.mark.core
 def test_xclient_is_sent_and_ehlo_is_repeated(site, xhop):
-    xhop.on("EHLO", ["250-a\n250-DSN\n250 " + OFFER, "250-a\n250-SIZE 5\n250 AUTH PLAIN"])
+    xhop.on("EHLO", ["250-a\n250-DSN\n250 " + OFFER, "250-a\n250-SIZE 50000\n250 AUTH PLAIN"])
     site.start(XClient="on")
     client = site.client(source="127.0.0.9")
     client.expect("220")
     got = client.cmd("EHLO my.name", "250")
-    assert sorted(got.keywords()) == ["AUTH PLAIN", "PIPELINING", "SIZE 5"]
+    assert sorted(got.keywords()) == ["AUTH PLAIN", "PIPELINING", "SIZE 50000"]
     port = client.sock.getsockname()[1]
     assert site.hop.commands == [
         "EHLO my.name",

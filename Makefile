@@ -10,10 +10,14 @@ BIN = clamsmtpd
 
 CC = $$(command -v musl-gcc || echo cc)
 CFLAGS = -Os
-LDFLAGS = -static
+# Small: a router has no room for page-aligned sections.
+LDFLAGS = -static -s -Wl,--gc-sections,-z,noseparate-code,-z,norelro
 
 ALL_CFLAGS = -std=c99 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 \
-	-DCONFFILE='"$(SYSCONFDIR)/clamsmtpd.conf"' -Wall -Wextra $(CPPFLAGS) $(CFLAGS)
+	-DCONFFILE='"$(SYSCONFDIR)/clamsmtpd.conf"' -Wall -Wextra \
+	-ffunction-sections -fdata-sections \
+	-fno-unwind-tables -fno-asynchronous-unwind-tables \
+	$(CPPFLAGS) $(CFLAGS)
 SRC = clamsmtpd.c smtp.c clamd.c conf.c util.c
 
 all: $(BIN)

@@ -10,7 +10,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <poll.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -84,7 +83,7 @@ clamd_complain(struct clamd *c, const char *why)
 {
 	if (strcmp(c->complaint, why) == 0)
 		return;
-	snprintf(c->complaint, sizeof c->complaint, "%s", why);
+	format(c->complaint, sizeof c->complaint, "%s", why);
 	logmsg(LOG_ERR, "clamd %s: %s", c->target->text, why);
 }
 
@@ -228,7 +227,7 @@ scan_failed(struct session *s, int dead, const char *why)
 	int i;
 
 	slog(s, LOG_DEBUG, "clamd %s: %s", c->target->text, why);
-	snprintf(s->virus, sizeof s->virus, "%s", why);
+	format(s->virus, sizeof s->virus, "%s", why);
 	clamd_complain(c, why);
 	if (dead) {
 		c->dead_until = now + RETRY_TIME;
@@ -250,10 +249,10 @@ scan_errno(struct session *s, const char *what)
 	    errno == ENOBUFS;
 
 	if (errno == EACCES)
-		snprintf(why, sizeof why, "%s: %s for user %ld", what,
+		format(why, sizeof why, "%s: %s for user %ld", what,
 		    strerror(errno), (long)geteuid());
 	else
-		snprintf(why, sizeof why, "%s: %s", what, strerror(errno));
+		format(why, sizeof why, "%s: %s", what, strerror(errno));
 	return scan_failed(s, !ours, why);
 }
 
@@ -499,7 +498,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 		return 1;
 	}
 	if (v == FAILED) {
-		snprintf(why, sizeof why, "it answered \"%.200s\"%s",
+		format(why, sizeof why, "it answered \"%.*s\"%s", 200,
 		    printable(p, n), whole ? "" : " and broke off");
 		return scan_failed(s, 0, why);
 	}
@@ -615,7 +614,7 @@ clamd_late(struct session *s)
 	else
 		slog(s, LOG_ERR, "clamd: no free slot within ScanTimeOut; "
 		    "is MaxScans as large as clamd's MaxThreads?");
-	snprintf(s->virus, sizeof s->virus, "%s", why);
+	format(s->virus, sizeof s->virus, "%s", why);
 	clamd_drop(s);
 }
 

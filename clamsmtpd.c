@@ -19,7 +19,6 @@
 #include <poll.h>
 #include <pwd.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -787,7 +786,7 @@ static void
 pid_file_write(const char *path)
 {
 	char text[32];
-	int n = snprintf(text, sizeof text, "%ld\n", (long)getpid());
+	int n = format(text, sizeof text, "%ld\n", (long)getpid());
 
 	if (ftruncate(pid_fd, 0) == -1 || pwrite(pid_fd, text, n, 0) != n)
 		die(1, "PidFile: %s: write:", path);
@@ -850,7 +849,7 @@ landlock_allow(int ruleset, const char *path, int is_dir)
 	char dir[PATH_MAX], *slash;
 	int r;
 
-	snprintf(dir, sizeof dir, "%s", path);
+	format(dir, sizeof dir, "%s", path);
 	if (!is_dir && (slash = strrchr(dir, '/')) != NULL)
 		slash[slash == dir] = '\0';
 	rule.access = LL_WRITE_FILE | LL_REMOVE_FILE | LL_MAKE_REG |
@@ -1193,8 +1192,10 @@ old_flag(const char *setting, const char *value)
 static void
 version(void)
 {
-	printf("clamsmtpd %s\nconfiguration file: %s\n", VERSION, CONFFILE);
-	exit(0);
+	static const char text[] = "clamsmtpd " VERSION "\n"
+	    "configuration file: " CONFFILE "\n";
+
+	exit(write(1, text, sizeof text - 1) == -1);
 }
 
 struct options {
@@ -1259,13 +1260,12 @@ options_read(struct options *o, int argc, char **argv)
 static char *
 absolute(const char *path)
 {
-	char dir[PATH_MAX], *p;
+	char dir[PATH_MAX], both[2 * PATH_MAX];
 
 	if (*path == '/' || getcwd(dir, sizeof dir) == NULL)
 		return strdup(path);
-	if ((p = malloc(strlen(dir) + strlen(path) + 2)) != NULL)
-		sprintf(p, "%s/%s", dir, path);
-	return p;
+	format(both, sizeof both, "%s/%s", dir, path);
+	return strdup(both);
 }
 
 /*
@@ -1354,7 +1354,7 @@ main(int argc, char **argv)
 		return 2;
 	if (o.check) {
 		conf_show(conf);
-		return fflush(stdout) == 0 ? 0 : 1;
+		return 0;
 	}
 	if (o.level < 0)
 		ready = detach();

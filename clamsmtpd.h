@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <netinet/in.h>
+#include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <syslog.h>		/* the LOG_ levels */
@@ -366,6 +367,12 @@ enum action conf_action(const struct conf *, const char *virus);
 void target_put(struct target *);
 
 /* util.c */
+
+/* Like snprintf(3), but they return how many bytes they have written, and know
+ * %s %.*s %c %d %u %x %X (the last two in capitals), l, ll and %0N only. */
+size_t format(char *, size_t, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+size_t vformat(char *, size_t, const char *fmt, va_list);
 
 /*
  * The log.  A format that ends in a colon gets errno's text behind it.  All

@@ -6,9 +6,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <fnmatch.h>
 #include <limits.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -62,6 +60,23 @@ copy(const char *s)
 
 static const char no_memory[] = "kept: out of memory";
 
+static void put(const char *, ...) __attribute__((format(printf, 1, 2)));
+
+/* On standard output, for -n. */
+static void
+put(const char *fmt, ...)
+{
+	char line[MAXCONFLINE + 64];
+	va_list ap;
+	size_t n;
+
+	va_start(ap, fmt);
+	n = vformat(line, sizeof line, fmt, ap);
+	va_end(ap);
+	if (write(1, line, n) == -1)
+		exit(1);
+}
+
 /*
  * Values of one word.
  */
@@ -85,7 +100,7 @@ set_bool(struct conf *c, const struct keyword *k, const char *v)
 static void
 show_bool(const struct conf *c, const struct keyword *k)
 {
-	printf("%s: %s\n", k->name, *(int *)field(c, k) ? "on" : "off");
+	put("%s: %s\n", k->name, *(int *)field(c, k) ? "on" : "off");
 }
 
 static const char *
@@ -95,7 +110,7 @@ not_a_number(const struct keyword *k)
 
 	if (k->max == INT64_MAX)
 		return "a number of bytes, such as 25M, or 0 for no limit";
-	snprintf(text, sizeof text, "a number from %lld to %lld",
+	format(text, sizeof text, "a number from %lld to %lld",
 	    (long long)k->min, (long long)k->max);
 	return text;
 }
@@ -141,7 +156,7 @@ set_int(struct conf *c, const struct keyword *k, const char *v)
 static void
 show_int(const struct conf *c, const struct keyword *k)
 {
-	printf("%s: %d\n", k->name, *(int *)field(c, k));
+	put("%s: %d\n", k->name, *(int *)field(c, k));
 }
 
 static const char *
@@ -158,7 +173,7 @@ set_int64(struct conf *c, const struct keyword *k, const char *v)
 static void
 show_int64(const struct conf *c, const struct keyword *k)
 {
-	printf("%s: %lld\n", k->name,
+	put("%s: %lld\n", k->name,
 	    (long long)(*(int64_t *)field(c, k) / k->unit));
 }
 
@@ -185,9 +200,9 @@ set_path(struct conf *c, const struct keyword *k, const char *v)
 	if (strlen(v) >= PATH_MAX)
 		return "a path of this system: it is too long";
 	if (*v == '/')
-		snprintf(path, sizeof path, "%s", v);
+		format(path, sizeof path, "%s", v);
 	else
-		snprintf(path, sizeof path, "%s/%s", start, v);
+		format(path, sizeof path, "%s/%s", start, v);
 	for (n = strlen(path); n > 1 && path[n - 1] == '/'; n--)
 		path[n - 1] = '\0';
 	return set_text(c, k, path);
@@ -199,9 +214,9 @@ show_text(const struct conf *c, const struct keyword *k)
 	const char *v = *(char **)field(c, k);
 
 	if (v == NULL)
-		printf("# %s:\n", k->name);
+		put("# %s:\n", k->name);
 	else
-		printf("%s: %s\n", k->name, v);
+		put("%s: %s\n", k->name, v);
 }
 
 static const char *
@@ -217,7 +232,7 @@ set_scanfailure(struct conf *c, const struct keyword *k, const char *v)
 static void
 show_scanfailure(const struct conf *c, const struct keyword *k)
 {
-	printf("%s: %s\n", k->name, c->failopen ? "pass" : "tempfail");
+	put("%s: %s\n", k->name, c->failopen ? "pass" : "tempfail");
 }
 
 /*
@@ -298,8 +313,8 @@ show_action(const struct conf *c, const struct keyword *k)
 	const struct rule *r;
 
 	for (r = c->rules; r != NULL; r = r->next)
-		printf("%s: %s %s\n", k->name, action_word(r->action), r->pattern);
-	printf("%s: %s\n", k->name, action_word(c->action));
+		put("%s: %s %s\n", k->name, action_word(r->action), r->pattern);
+	put("%s: %s\n", k->name, action_word(c->action));
 }
 
 static const char *
@@ -312,13 +327,65 @@ set_bounce(struct conf *c, const struct keyword *k, const char *v)
 	return why;
 }
 
+/* [...] of a pattern: whether c is in it; *p is left behind it.  Without a ]
+ * it is no such thing. */
+static int
+in_set(const char **p, char c)
+{
+	const char *q = *p + 1;
+	int not = *q == '!' || *q == '^', found = 0, first = 1;
+
+	for (q += not; *q != '\0' && (*q != ']' || first); q++, first = 0)
+		if (q[1] == '-' && q[2] != ']' && q[2] != '\0') {
+			found |= q[0] <= c && c <= q[2];
+			q += 2;
+		} else
+			found |= *q == c;
+	if (*q == '\0')
+		return *(*p)++ == c;
+	*p = q + 1;
+	return found != not;
+}
+
+/* As fnmatch(3) without flags; that one brings 17 KB of wide characters. */
+static int
+matches(const char *p, const char *s)
+{
+	for (; *p != '\0'; s++) {
+		if (*p == '*') {
+			while (*p == '*')
+				p++;
+			for (; !matches(p, s); s++)
+				if (*s == '\0')
+					return 0;
+			return 1;
+		}
+		if (*s == '\0')
+			return 0;
+		if (*p == '[') {
+			if (!in_set(&p, *s))
+				return 0;
+			continue;
+		}
+		if (*p == '\\' && p[1] != '\0')
+			p++;
+		else if (*p == '?') {
+			p++;
+			continue;
+		}
+		if (*p++ != *s)
+			return 0;
+	}
+	return *s == '\0';
+}
+
 enum action
 conf_action(const struct conf *c, const char *virus)
 {
 	const struct rule *r;
 
 	for (r = c->rules; r != NULL; r = r->next)
-		if (fnmatch(r->pattern, virus, 0) == 0)
+		if (matches(r->pattern, virus))
 			return r->action;
 	return c->action;
 }
@@ -385,17 +452,17 @@ show_header(const struct conf *c, const struct keyword *k)
 {
 	const char *p;
 
-	printf("%s: ", k->name);
+	put("%s: ", k->name);
 	for (p = c->header; p != NULL && *p != '\0'; p++)
 		if (*p == '\r')
-			printf("\\r");
+			put("\\r");
 		else if (*p == '\n')
-			printf("\\n");
+			put("\\n");
 		else if (*p == '\t')
-			printf("\\t");
+			put("\\t");
 		else
-			putchar(*p);
-	putchar('\n');
+			put("%c", *p);
+	put("\n");
 }
 
 /*
@@ -528,9 +595,9 @@ static void
 show_out(const struct conf *c, const struct keyword *k)
 {
 	if (c->out == NULL)
-		printf("# %s:\n", k->name);
+		put("# %s:\n", k->name);
 	else
-		printf("%s: %s\n", k->name, c->out->text);
+		put("%s: %s\n", k->name, c->out->text);
 }
 
 /* A port alone stands for this address where there is nobody to answer to. */
@@ -567,7 +634,7 @@ show_listen(const struct conf *c, const struct keyword *k)
 	int i;
 
 	for (i = 0; i < c->nlisten; i++)
-		printf("%s: %s\n", k->name, c->listen[i]->text);
+		put("%s: %s\n", k->name, c->listen[i]->text);
 }
 
 static void
@@ -601,9 +668,9 @@ show_clamd(const struct conf *c, const struct keyword *k)
 	int i;
 
 	if (c->clamd_default)
-		printf("# %s: the first of these that is there\n", k->name);
+		put("# %s: the first of these that is there\n", k->name);
 	for (i = 0; i < c->nclamd; i++)
-		printf("%s%s: %s\n", c->clamd_default ? "# " : "", k->name,
+		put("%s%s: %s\n", c->clamd_default ? "# " : "", k->name,
 		    c->clamd[i]->target->text);
 }
 
@@ -677,7 +744,7 @@ place_text(const struct place *at)
 
 	if (at->file == NULL)
 		return "command line";
-	snprintf(text, sizeof text, "%s:%d", at->file, at->line);
+	format(text, sizeof text, "%s:%d", at->file, at->line);
 	return text;
 }
 
@@ -748,7 +815,7 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 	if (why == NULL && colon == NULL)
 		why = "has no colon; it should read Name: value";
 	if (why != NULL) {
-		logmsg(LOG_ERR, "%s: \"%.40s\" %s", place_text(at),
+		logmsg(LOG_ERR, "%s: \"%.*s\" %s", place_text(at), 40,
 		    printable(line, strlen(line)), why);
 		at->errors++;
 		return;

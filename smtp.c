@@ -28,8 +28,6 @@
 #include <limits.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -168,8 +166,7 @@ client_put(struct session *s, const char *p, size_t n)
 static size_t
 format_line(char line[NOTESZ], const char *fmt, va_list ap)
 {
-	int n = vsnprintf(line, NOTESZ - 2, fmt, ap);
-	size_t i, len = n < 0 ? 0 : n < NOTESZ - 2 ? n : NOTESZ - 3;
+	size_t i, len = vformat(line, NOTESZ - 2, fmt, ap);
 
 	for (i = 0; i < len; i++)
 		if (iscntrl((unsigned char)line[i]))
@@ -297,18 +294,16 @@ mail_log(struct session *s, const char *status)
 	const char *p, *end, *word;
 	size_t n;
 
-	n = snprintf(line, room / 2, "from=%s",
+	n = format(line, room / 2, "from=%s",
 	    printable_word(s->from.s, s->from.len));
-	if (n >= room / 2)
-		n = room / 2 - 1;
 	for (p = s->to.s; p != NULL && *p != '\0'; p = end + 1) {
 		end = strchr(p, '\n');
 		word = printable_word(p, end - p);
 		if (n + strlen(word) + 5 > room) {
-			n += sprintf(line + n, ", to=...");
+			n += format(line + n, sizeof line - n, ", to=...");
 			break;
 		}
-		n += sprintf(line + n, ", to=%s", word);
+		n += format(line + n, sizeof line - n, ", to=%s", word);
 	}
 	slog(s, LOG_INFO, "%.*s, status=%s", (int)n, line, status);
 }
@@ -331,7 +326,7 @@ mail_done(struct session *s)
 		mail_log(s, "CLEAN");
 	} else if (s->verdict == VIRUS) {
 		count.viruses++;
-		snprintf(status, sizeof status, "VIRUS:%s", s->virus);
+		format(status, sizeof status, "VIRUS:%s", s->virus);
 		mail_log(s, status);
 	} else if (s->conf->failopen) {
 		count.unscanned++;
@@ -1124,7 +1119,7 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 		if (!ehlo_line(s, p + 4))
 			continue;
 		if (strncasecmp(p + 4, "SIZE", 4) == 0 && size_limit(s) > 0) {
-			snprintf(size, sizeof size, "SIZE %lld",
+			format(size, sizeof size, "SIZE %lld",
 			    (long long)size_limit(s));
 			hold_line(s, size);
 		} else
@@ -1151,17 +1146,17 @@ ask_xclient(struct session *s)
 	size_t n;
 	int x = s->hop_xclient, ip = s->client_addr.u.sa.sa_family != AF_UNIX;
 
-	n = snprintf(line, sizeof line, "XCLIENT");
+	n = format(line, sizeof line, "XCLIENT");
 	if (x & X_NAME)
-		n += snprintf(line + n, sizeof line - n, " NAME=[UNAVAILABLE]");
+		n += format(line + n, sizeof line - n, " NAME=[UNAVAILABLE]");
 	if (x & X_ADDR)
-		n += snprintf(line + n, sizeof line - n, " ADDR=%s%s",
+		n += format(line + n, sizeof line - n, " ADDR=%s%s",
 		    s->client_addr.u.sa.sa_family == AF_INET6 ? "IPV6:" : "",
 		    ip ? addr_text(&s->client_addr) : "[UNAVAILABLE]");
 	if ((x & X_PORT) && ip)
-		n += snprintf(line + n, sizeof line - n, " PORT=%u",
+		n += format(line + n, sizeof line - n, " PORT=%u",
 		    addr_port(&s->client_addr));
-	n += snprintf(line + n, sizeof line - n, "\r\n");
+	n += format(line + n, sizeof line - n, "\r\n");
 	if (!hop_put(s, line, n))
 		return 0;
 	s->verb = &verb_xclient;
@@ -1925,9 +1920,9 @@ choose_header(struct session *s)
 	if (s->verdict == CLEAN)
 		return h == NULL ? 0 : expand(&s->insert, s, h);
 	if (s->verdict == VIRUS)
-		snprintf(own, sizeof own, "X-Virus-Infected: %s", s->virus);
+		format(own, sizeof own, "X-Virus-Infected: %s", s->virus);
 	else
-		snprintf(own, sizeof own, "X-Virus-Unscanned: %s",
+		format(own, sizeof own, "X-Virus-Unscanned: %s",
 		    s->verdict == TOOBIG ? "message too big" : s->virus);
 	for (p = own; *p != '\0'; p++)
 		if (*p < ' ' || *p > 126)
@@ -1959,13 +1954,15 @@ forward(struct session *s)
 static int
 env_add(char **env, size_t *n, const char *name, const char *value)
 {
+	size_t size;
 	char *p, *v;
 
 	if (value == NULL || *value == '\0')
 		return 0;
-	if ((p = malloc(strlen(name) + strlen(value) + 2)) == NULL)
+	size = strlen(name) + strlen(value) + 2;
+	if ((p = malloc(size)) == NULL)
 		return -1;
-	sprintf(p, "%s=%s", name, value);
+	format(p, size, "%s=%s", name, value);
 	for (v = p; *v != '\0'; v++)
 		if (((unsigned char)*v < ' ' && *v != '\n') || *v == 127)
 			*v = '?';
@@ -2159,7 +2156,7 @@ st_data(struct session *s)
 			turn_away(s);
 			return 1;
 		}
-		n = snprintf(line, sizeof line, "BDAT %lld LAST\r\n",
+		n = format(line, sizeof line, "BDAT %lld LAST\r\n",
 		    (long long)(s->size + s->insert.len));
 		s->asked = s->raw ? hop_put(s, line, n) :
 		    hop_put(s, "DATA\r\n", 6);
@@ -2642,7 +2639,7 @@ void
 session_refuse(int fd)
 {
 	char line[NOTESZ], early[1024];
-	int n = snprintf(line, sizeof line, "%s\r\n", r_busy);
+	int n = format(line, sizeof line, "%s\r\n", r_busy);
 
 	send(fd, line, n, MSG_NOSIGNAL | MSG_DONTWAIT);
 	shutdown(fd, SHUT_WR);

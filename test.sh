@@ -132,7 +132,8 @@ suite()
 # shellcheck disable=SC2086
 run_pytest()
 {
-	$sudo env CLAMSMTPD="$program" PYTHONDONTWRITEBYTECODE=1 \
+	$sudo env CLAMSMTPD="$program" TEST_BYTES="$bytes" \
+	    PYTHONDONTWRITEBYTECODE=1 \
 	    ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 \
 	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    $prefix "$PYTHON" -m pytest -q -rs --tb=short -p no:cacheprovider \
@@ -163,7 +164,7 @@ elif sudo -n true 2>/dev/null; then
 else
 	echo "not root: the cases that need it are skipped"
 fi
-prefix=
+prefix='' bytes=''
 cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc)
 
 install_missing "$tmp/install.log" cc /usr/include/stdio.h make musl-gcc clang \
@@ -270,7 +271,9 @@ else
 	skip sanitizers "no compiler has them here"
 fi
 check bytes build bytes CFLAGS='-O2 -DIO_MAX=1'
+bytes=1		# for the cases with large mails: that would take minutes
 suite one-byte "$tmp/build-bytes/clamsmtpd" -m "$part" "$@" tests
+bytes=
 
 if [ "$full" ]; then
 	suite long "$program" -m long "$@" tests

@@ -32,6 +32,121 @@
 #define SPARE_BUFS	8
 
 /*
+ * Text.
+ */
+
+/* printf(3) as far as we need it: with its floating point it is a tenth of the
+ * binary.  A va_list cannot be passed on by address without a struct. */
+struct args {
+	va_list	 ap;
+};
+
+/* The digits of n, with zeros in front up to width, before end. */
+static char *
+digits(char *end, unsigned long long n, unsigned base, int width)
+{
+	static const char set[] = "0123456789ABCDEF";
+	char *p = end;
+
+	do
+		*--p = set[n % base];
+	while ((n /= base) != 0);
+	while (end - p < width)
+		*--p = '0';
+	return p;
+}
+
+/* One conversion, fmt at its `%'; *p and the returned length say what it came
+ * to, *next where the format goes on. */
+static size_t
+convert(const char *fmt, struct args *args, char number[32], const char **p,
+    const char **next)
+{
+	char *end = number + 32, *q;
+	int width = 0, precision = INT_MAX, longs = 0;
+	long long v;
+
+	for (fmt++; *fmt >= '0' && *fmt <= '9'; fmt++)
+		width = width * 10 + *fmt - '0';
+	if (*fmt == '.') {
+		precision = va_arg(args->ap, int);
+		fmt += 2;
+	}
+	for (; *fmt == 'l'; fmt++)
+		longs++;
+	*next = fmt + 1;
+	switch (*fmt) {
+	case 's':
+		*p = va_arg(args->ap, const char *);
+		return strnlen(*p, precision);
+	case 'd':
+		v = longs == 0 ? va_arg(args->ap, int) : longs == 1 ?
+		    va_arg(args->ap, long) : va_arg(args->ap, long long);
+		q = digits(end, v < 0 ? 0 - (unsigned long long)v :
+		    (unsigned long long)v, 10, width);
+		if (v < 0)
+			*--q = '-';
+		break;
+	case 'u':
+	case 'x':
+	case 'X':
+		q = digits(end, longs == 0 ? va_arg(args->ap, unsigned) :
+		    longs == 1 ? va_arg(args->ap, unsigned long) :
+		    va_arg(args->ap, unsigned long long),
+		    *fmt == 'u' ? 10 : 16, width);
+		break;
+	case 'c':
+		q = end - 1;
+		*q = va_arg(args->ap, int);
+		break;
+	default:		/* %%; the compiler knows the rest of them */
+		q = end - 1;
+		*q = '%';
+	}
+	*p = q;
+	return end - q;
+}
+
+size_t
+vformat(char *to, size_t size, const char *fmt, va_list ap)
+{
+	struct args args;
+	char number[32];
+	const char *p, *next;
+	size_t n = 0, len;
+
+	va_copy(args.ap, ap);
+	for (; *fmt != '\0'; fmt = next) {
+		if (*fmt == '%')
+			len = convert(fmt, &args, number, &p, &next);
+		else {
+			len = strcspn(fmt, "%");
+			p = fmt;
+			next = fmt + len;
+		}
+		if (len > size - 1 - n)
+			len = size - 1 - n;
+		memcpy(to + n, p, len);
+		n += len;
+	}
+	va_end(args.ap);
+	to[n] = '\0';
+	return n;
+}
+
+size_t
+format(char *to, size_t size, const char *fmt, ...)
+{
+	va_list ap;
+	size_t n;
+
+	va_start(ap, fmt);
+	n = vformat(to, size, fmt, ap);
+	va_end(ap);
+	return n;
+}
+
+/*
  * The log.
  */
 
@@ -110,13 +225,14 @@ log_write(int level, const char *text, size_t n)
 	if (log_syslog) {
 		t = time(NULL);
 		tm = localtime(&t);
-		len = snprintf(line, sizeof line,
-		    "<%d>%.3s %2d %02d:%02d:%02d clamsmtpd: %.*s",
-		    LOG_MAIL | level, month + tm->tm_mon * 3, tm->tm_mday,
+		len = format(line, sizeof line,
+		    "<%d>%.*s %.*s%d %02d:%02d:%02d clamsmtpd: %.*s",
+		    LOG_MAIL | level, 3, month + tm->tm_mon * 3,
+		    tm->tm_mday < 10, " ", tm->tm_mday,
 		    tm->tm_hour, tm->tm_min, tm->tm_sec, (int)n, text);
 		return log_datagram(line, len);
 	}
-	len = snprintf(line, sizeof line, "clamsmtpd: %.*s\n", (int)n, text);
+	len = format(line, sizeof line, "clamsmtpd: %.*s\n", (int)n, text);
 	/* A socket at stderr (a supervisor's) cannot be opened anew. */
 	if (log_fd == 2 &&
 	    send(log_fd, line, len, MSG_DONTWAIT | MSG_NOSIGNAL) == len)
@@ -133,7 +249,7 @@ log_line(int level, const char *text, size_t n)
 	int len;
 
 	if (log_lost > 0) {
-		len = snprintf(lost, sizeof lost,
+		len = format(lost, sizeof lost,
 		    "%lu lines of the log were lost", log_lost);
 		if (log_write(LOG_WARNING, lost, len) == 0)
 			log_lost = 0;
@@ -148,22 +264,14 @@ vlog(const struct session *s, int level, const char *fmt, va_list ap)
 	char line[LOGSZ];
 	int err = errno;
 	size_t n = 0;
-	int len;
 
 	if (level > log_level)
 		return;
 	if (s != NULL)
-		n = snprintf(line, sizeof line, "%06X: ", s->id);
-	len = vsnprintf(line + n, sizeof line - n, fmt, ap);
-	n = len < 0 ? n : n + len;
-	if (n >= sizeof line)
-		n = sizeof line - 1;
-	if (fmt[0] != '\0' && fmt[strlen(fmt) - 1] == ':' &&
-	    n < sizeof line - 1) {
-		n += snprintf(line + n, sizeof line - n, " %s", strerror(err));
-		if (n >= sizeof line)
-			n = sizeof line - 1;
-	}
+		n = format(line, sizeof line, "%06X: ", s->id);
+	n += vformat(line + n, sizeof line - n, fmt, ap);
+	if (fmt[strlen(fmt) - 1] == ':')
+		n += format(line + n, sizeof line - n, " %s", strerror(err));
 	log_line(level, line, n);
 	errno = err;
 }
@@ -267,9 +375,9 @@ rfc5322_date(void)
 		sign = '-';
 		off = -off;
 	}
-	snprintf(text, sizeof text,
-	    "%.3s, %d %.3s %d %02d:%02d:%02d %c%02ld%02ld",
-	    day + tm->tm_wday * 3, tm->tm_mday, month + tm->tm_mon * 3,
+	format(text, sizeof text,
+	    "%.*s, %d %.*s %d %02d:%02d:%02d %c%02ld%02ld", 3,
+	    day + tm->tm_wday * 3, tm->tm_mday, 3, month + tm->tm_mon * 3,
 	    tm->tm_year + 1900, tm->tm_hour, tm->tm_min, tm->tm_sec, sign,
 	    off / 60, off % 60);
 	return text;
@@ -597,30 +705,62 @@ peer_reset(struct peer *p)
  * Addresses.
  */
 
+/* RFC 5952: the longest run of zeros, if of two groups or more, as "::". */
+static size_t
+ipv6_format(char *to, size_t size, const unsigned char *ip)
+{
+	int i, run, best = 0, start = -1;
+	size_t n = 0;
+
+	for (i = 0; i < 8; i += run + 1) {
+		for (run = 0; i + run < 8 && ip[2 * (i + run)] == 0 &&
+		    ip[2 * (i + run) + 1] == 0; run++)
+			;
+		if (run > best && run > 1) {
+			best = run;
+			start = i;
+		}
+	}
+	for (i = 0; i < 8; i++) {
+		if (i == start) {
+			n += format(to + n, size - n, "::");
+			i += best - 1;
+			continue;
+		}
+		n += format(to + n, size - n,
+		    i > 0 && i != start + best ? ":%x" : "%x",
+		    ip[2 * i] << 8 | ip[2 * i + 1]);
+	}
+	return n;
+}
+
 static const char *
 addr_format(const struct addr *a, int with_port)
 {
 	static char ring[4][ADDRTEXT];
 	static int turn;
-	char *b = ring[turn++ & 3], ip[INET6_ADDRSTRLEN];
-	int v6 = a->u.sa.sa_family == AF_INET6;
+	char *b = ring[turn++ & 3];
+	const unsigned char *ip = (const void *)&a->u.in.sin_addr;
+	size_t n;
 
 	if (a->len == 0)
 		return "none";
-	if (a->u.sa.sa_family == AF_UNIX) {
+	switch (a->u.sa.sa_family) {
+	case AF_UNIX:
 		if (a->len <= offsetof(struct sockaddr_un, sun_path))
 			return "local";
-		snprintf(b, ADDRTEXT, "%s", a->u.un.sun_path);
+		format(b, ADDRTEXT, "%s", a->u.un.sun_path);
 		return b;
+	case AF_INET:
+		n = format(b, ADDRTEXT, "%d.%d.%d.%d", ip[0], ip[1], ip[2], ip[3]);
+		break;
+	default:
+		n = format(b, ADDRTEXT, with_port ? "[" : "");
+		n += ipv6_format(b + n, ADDRTEXT - n, a->u.in6.sin6_addr.s6_addr);
+		n += format(b + n, ADDRTEXT - n, with_port ? "]" : "");
 	}
-	if (v6)
-		inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
-	else
-		inet_ntop(AF_INET, &a->u.in.sin_addr, ip, sizeof ip);
 	if (with_port)
-		snprintf(b, ADDRTEXT, v6 ? "[%s]:%u" : "%s:%u", ip, addr_port(a));
-	else
-		snprintf(b, ADDRTEXT, "%s", ip);
+		format(b + n, ADDRTEXT - n, ":%u", addr_port(a));
 	return b;
 }
 
@@ -853,10 +993,11 @@ const size_t scan_line_len = sizeof scan_line - 1;
 static int
 spool_named(const char *dir, const char *kind, char *path, size_t n)
 {
-	if ((size_t)snprintf(path, n, "%s/%s.XXXXXX", dir, kind) >= n) {
+	if (strlen(dir) + strlen(kind) + sizeof "/.XXXXXX" > n) {
 		errno = ENAMETOOLONG;
 		return -1;
 	}
+	format(path, n, "%s/%s.XXXXXX", dir, kind);
 	return mkostemp(path, O_CLOEXEC);
 }
 
@@ -889,7 +1030,7 @@ spool_reopen(int fd)
 {
 	char path[32];
 
-	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	format(path, sizeof path, "/proc/self/fd/%d", fd);
 	return open(path, O_RDONLY | O_CLOEXEC);
 }
 
@@ -922,7 +1063,7 @@ link_free(struct quarantine *q)
 	char *tail;
 	int i, try;
 
-	snprintf(q->final, sizeof q->final, "%s/virus.%s", q->dir,
+	format(q->final, sizeof q->final, "%s/virus.%s", q->dir,
 	    strrchr(q->path, '.') + 1);
 	tail = q->final + strlen(q->final) - 6;
 	for (try = 0; try < 1000; try++) {

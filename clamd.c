@@ -454,6 +454,8 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
 	size_t i, label = label_length(p, n), len = sizeof found - 1;
 
 	*retry = 0;
+	if (memchr(p, '\n', n) != NULL)
+		return FAILED;		/* more than one line */
 	if (has(p, n, "INSTREAM size limit exceeded"))
 		return TOOBIG;
 	if (label > 0 && is(p + label, n - label, "OK"))
@@ -564,7 +566,7 @@ clamd_wants(const struct session *s)
 	case SC_CONNECT:
 		return POLLOUT;
 	case SC_SEND:
-		return POLLIN | POLLOUT;
+		return starved ? POLLIN : POLLIN | POLLOUT;
 	case SC_ANSWER:
 		return s->clamd.eof ? 0 : POLLIN;
 	default:
@@ -609,9 +611,10 @@ clamd_late(struct session *s)
 {
 	static const char why[] = "no verdict within ScanTimeOut";
 
-	if (s->scan.at != NULL)
+	if (s->scan.at != NULL) {
 		clamd_complain(s->scan.at, why);
-	else
+		s->scan.at->dead_until = now + RETRY_TIME;
+	} else
 		slog(s, LOG_ERR, "clamd: no free slot within ScanTimeOut; "
 		    "is MaxScans as large as clamd's MaxThreads?");
 	format(s->virus, sizeof s->virus, "%s", why);

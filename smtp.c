@@ -1949,10 +1949,10 @@ forward(struct session *s)
 	enter(s, S_DATA);
 }
 
-/* A variable of the VirusAction: no control characters but the newlines that
- * part the recipients.  An empty value: not known, so not set. */
+/* A variable of the VirusAction, without control characters, the one between
+ * several values (sep, if not NUL) excepted.  No value: not known, not set. */
 static int
-env_add(char **env, size_t *n, const char *name, const char *value)
+env_add(char **env, size_t *n, const char *name, const char *value, char sep)
 {
 	size_t size;
 	char *p, *v;
@@ -1964,10 +1964,9 @@ env_add(char **env, size_t *n, const char *name, const char *value)
 		return -1;
 	format(p, size, "%s=%s", name, value);
 	for (v = p; *v != '\0'; v++)
-		if (((unsigned char)*v < ' ' && *v != '\n') || *v == 127)
+		if (((unsigned char)*v < ' ' && *v != sep) || *v == 127)
 			*v = '?';
-	v = p + strlen(p);
-	if (v[-1] == '\n')
+	if (v[-1] == sep)
 		v[-1] = '\0';
 	env[(*n)++] = p;
 	return 0;
@@ -2019,7 +2018,8 @@ virus_env(struct session *s)
 		if (!env_is_ours(environ[i]))
 			bad = (env[n++] = strdup(environ[i])) == NULL;
 	for (i = 0; i < NENV && !bad; i++)
-		bad = env_add(env, &n, env_names[i], values[i]);
+		bad = env_add(env, &n, env_names[i], values[i],
+		    values[i] == s->to.s ? '\n' : '\0');
 	if (!bad)
 		return env;
 	env_free(env);
@@ -2300,10 +2300,8 @@ st_replay(struct session *s)
 		last_look(s);
 	if (client_gone(s))
 		return give_up(s);
-	if (!client_ready(s))
-		return 0;
 	if (buf_len(&s->server.in) > 0 || s->server.eof || s->server.err)
-		return early_reply(s);
+		return client_ready(s) ? early_reply(s) : 0;
 	if (buf_len(&s->server.out) > 0)
 		return 0;
 	if (!s->inserted && s->sent == s->insert_at) {
@@ -2593,7 +2591,7 @@ session_watch(struct session *s)
 	int client = wants(s, &s->client, CLIENT);
 	int server = s->server.fd == -1 ? 0 : wants(s, &s->server, SERVER);
 
-	if (s->state == S_REPLAY && s->server.fd != -1)
+	if (s->state == S_REPLAY && buf_len(&s->server.in) == 0 && !starved)
 		server |= POLLOUT;
 	if (client != 0)
 		watch(s->client.fd, client, on_client, s);

@@ -462,7 +462,8 @@ buf_put(struct buf *p, const void *data, size_t n)
 {
 	if (n > BUFSZ - p->w)
 		abort();	/* buf_ready() was not asked */
-	memcpy(p->b + p->w, data, n);
+	if (n > 0)
+		memcpy(p->b + p->w, data, n);
 	p->w += n;
 }
 

@@ -13,6 +13,18 @@ def pytest_configure(config):
         "markers", "core: the small part that every special build is run with")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a core test with many cases only the first is core."""
+    seen = set()
+    for item in items:
+        name = (item.module.__name__, getattr(item, "originalname", item.name))
+        if item.get_closest_marker("core") and name in seen:
+            item.own_markers[:] = [m for m in item.own_markers
+                                   if m.name != "core"]
+        seen.add(name)
+
+
 def pytest_report_header(config):
     return "clamsmtpd: %s" % harness.CLAMSMTPD
 

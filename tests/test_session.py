@@ -9,7 +9,15 @@ from harness import (CLOSE, EICAR, Early, Failed, HEADER, Hold, NextHop, RESET,
                      Then, VIRUS, has_ipv6, never, same, stuff, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
-LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 40000      # 4 MB
+LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 10000      # 1 MB
+
+
+@pytest.fixture
+def narrow(site):
+    """A next hop with so little between it and us that LONG does not fit:
+    a unix socket's buffer does not grow."""
+    site.hop = site.new_hop(path=site.path("hop.sock"))
+    return site.hop
 
 
 def start_body(client, body=b"Subject: x\r\n\r\nsome\r\n"):
@@ -382,7 +390,7 @@ def test_the_error_at_the_dot_is_answered_once_and_in_order(site):
     ("250 2.0.0 thanks already", None), ("354 more", None),
     ("hello", None),
 ])
-def test_a_reply_in_the_middle_of_the_replay(site, reply, want):
+def test_a_reply_in_the_middle_of_the_replay(site, narrow, reply, want):
     """4xx and 5xx are the verdict; nothing else is, and no dot is sent."""
     site.hop.on("body", [Early(reply, after=1000)])
     client = site.session()
@@ -403,7 +411,7 @@ def test_a_reply_in_the_middle_of_the_replay(site, reply, want):
 @pytest.mark.core
 @pytest.mark.parametrize("ending", [CLOSE, RESET], ids=["close", "reset"])
 @pytest.mark.parametrize("after", [1, 100000])
-def test_next_hop_gone_in_the_replay_is_451(site, ending, after):
+def test_next_hop_gone_in_the_replay_is_451(site, narrow, ending, after):
     site.hop.on("body", [Early(ending, after=after)])
     client = site.session()
     client.envelope()
@@ -441,14 +449,21 @@ def test_421_at_data_or_the_dot_is_relayed_and_ends_it(site):
         client.eof()
 
 
-def test_a_slow_next_hop_gets_it_all(site):
-    """It reads nothing for a while: the buffers in between are small."""
+def stall(hop):
+    """The hop says 354 and reads nothing until the Hold goes."""
     gate = Hold()
+    read = hop.data
 
-    def slow(s, line):
-        gate.wait(site.hop)
-        return "354 now"
-    site.hop.on("DATA", slow)
+    def stalled(s):
+        if s is hop.sessions[0]:
+            gate.wait(hop)
+        return read(s)
+    hop.data = stalled
+    return gate
+
+
+def test_a_slow_next_hop_gets_it_all(site, narrow):
+    gate = stall(narrow)
     client = site.session()
     client.envelope()
     client.cmd("DATA", "354")
@@ -539,21 +554,13 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
 
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_client_gone_in_the_replay_delivers_nothing(site, ending):
+def test_client_gone_in_the_replay_delivers_nothing(site, narrow, ending):
     """The next hop has stopped reading: the dot has not left."""
-    gate = Hold()
-    site.hop.on("DATA", lambda s, line: "354 go")
-    real = site.hop.data
-
-    def stalled(s):
-        gate.wait(site.hop)
-        return real(s)
-    site.hop.data = stalled
+    gate = stall(narrow)
     client = site.session()
     client.envelope()
     client.cmd("DATA", "354")
-    body = LONG + LONG + LONG + LONG
-    client.send(body + b".\r\n")
+    client.send(LONG + b".\r\n")
     gate.reached()
     turns_plain(site)
     getattr(client, ending)()

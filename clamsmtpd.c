@@ -1374,6 +1374,7 @@ main(int argc, char **argv)
 	}
 	if (geteuid() == 0)
 		logmsg(LOG_WARNING, "running as root is NOT recommended");
+	peer_reserve();
 	sandbox(conf);
 	listeners_log(conf);
 	look_up_all(conf);

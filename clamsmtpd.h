@@ -23,9 +23,10 @@
 #endif
 
 /* Sizes, in bytes. */
-#define BUFSZ		65536		/* one buffer; one read or write */
+#define BUFSZ		32768		/* one buffer; one read or write */
 #define LINESZ		12288		/* a command, without its line end (RFC 4954 4) */
-#define REPLYSZ		16384		/* a whole reply of the next hop */
+#define REPLYSZ		12288		/* a whole reply of the next hop, */
+#define RELAYSZ		(REPLYSZ / 4 * 5)	/* and with CRLF for every LF */
 #define NOTESZ		1024		/* a reply line of our own */
 #define ADDRTEXT	128		/* an address as text */
 #define NAMESZ		160		/* the name of a virus */
@@ -369,7 +370,7 @@ void target_put(struct target *);
 /* util.c */
 
 /* Like snprintf(3), but they return how many bytes they have written, and know
- * %s %.*s %c %d %u %x %X (the last two in capitals), l, ll and %0N only. */
+ * %s %.*s %c %d %u %x %X, l, ll and %0N only. */
 size_t format(char *, size_t, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 size_t vformat(char *, size_t, const char *fmt, va_list);
@@ -412,6 +413,7 @@ int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
 int str_set(struct str *, const char *, size_t n);
 void str_free(struct str *);
 
+void peer_reserve(void);			/* at the start: what peer_fill needs */
 /* Read once.  1: something came (bytes, eof); 0: nothing there. */
 int peer_fill(struct peer *);
 /* After the session ran: keep what is left of the shared buffer.  -1: no

@@ -147,7 +147,7 @@ log_dialogue(const struct session *s, const char *who, const char *p, size_t n)
 static int
 client_ready(struct session *s)
 {
-	return buf_ready(&s->client.out, 2 * REPLYSZ);
+	return buf_ready(&s->client.out, RELAYSZ + NOTESZ);
 }
 
 /* What cannot be said ends the session: replies must not get out of step. */
@@ -1577,6 +1577,25 @@ emit_pending(struct session *s, const char *block)
 	}
 }
 
+/* The first CR or LF of p .. stop, or stop; eight bytes at a time. */
+static const char *
+line_end(const char *p, const char *stop)
+{
+	const uint64_t ones = UINT64_MAX / 255, tops = ones << 7;
+	uint64_t word, cr, lf;
+
+	for (; stop - p >= 8; p += 8) {
+		memcpy(&word, p, 8);
+		cr = word ^ ones * '\r';
+		lf = word ^ ones * '\n';
+		if ((((cr - ones) & ~cr) | ((lf - ones) & ~lf)) & tops)
+			break;		/* one of them has a zero byte */
+	}
+	while (p < stop && *p != '\r' && *p != '\n')
+		p++;
+	return p;
+}
+
 /*
  * The body automaton: what the client sends between 354 and CRLF.CRLF, to what
  * stands in the spool, every line of which ends in CRLF and has no other CR or
@@ -1640,27 +1659,23 @@ body_eat(struct session *s, const char *p, size_t n, int *end)
 			s->eol = TEXT;
 			break;
 		case TEXT:
-			run = memchr(q, '\n', stop - q);
-			if (run == NULL)
-				run = stop;
-			run = memchr(q, '\r', run - q) != NULL ?
-			    memchr(q, '\r', run - q) : run;
+			run = line_end(q, stop);
+			if (stop - run >= 2 && run[0] == '\r' && run[1] == '\n') {
+				emit(s, q, run + 2 - q);
+				s->eol = BOL;
+				q = run + 2;
+				break;
+			}
 			emit(s, q, run - q);
 			q = run;
 			if (q == stop)
 				break;
-			if (*q == '\n') {
+			if (*q++ == '\n') {
 				emit(s, crlf, 2);
 				s->eol = LINE;
-				q++;
-			} else if (q + 1 < stop && q[1] == '\n') {
-				emit(s, q, 2);
-				s->eol = BOL;
-				q += 2;
 			} else {
 				s->pending_bytes = 1;
 				s->eol = CRS;
-				q++;
 			}
 			break;
 		case CRS:		/* behind CRs in a line; they are held */

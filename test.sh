@@ -30,6 +30,8 @@ few=
 [ $# = 0 ] || few=yes
 
 sudo=
+# A socket's path has room for 107 characters; long names of cases take most.
+[ "$(printf %s "${TMPDIR:-/tmp}" | wc -c)" -le 16 ] || TMPDIR=/tmp
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/clamsmtpd-test.XXXXXX") || exit 1
 chmod 755 "$tmp"	# clamd and Postfix run as other users
 trap '$sudo rm -rf "$tmp"; exit 1' HUP INT TERM
@@ -136,7 +138,7 @@ run_pytest()
 	    PYTHONDONTWRITEBYTECODE=1 \
 	    ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 \
 	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	    $prefix "$PYTHON" -m pytest -q -rs --tb=short -p no:cacheprovider \
+	    $prefix "$PYTHON" -m pytest -q -rfEs --tb=short -p no:cacheprovider \
 	    -n "$cpus" --basetemp="$tmp/$name" --junitxml="$tmp/$name.xml" "$@"
 }
 

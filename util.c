@@ -41,16 +41,18 @@ struct args {
 	va_list	 ap;
 };
 
-/* The digits of n, with zeros in front up to width, before end. */
+/* The digits of n, with zeros in front up to width, before end; ten is the
+ * letter that stands for it. */
 static char *
-digits(char *end, unsigned long long n, unsigned base, int width)
+digits(char *end, unsigned long long n, unsigned base, int width, char ten)
 {
-	static const char set[] = "0123456789ABCDEF";
 	char *p = end;
+	unsigned d;
 
-	do
-		*--p = set[n % base];
-	while ((n /= base) != 0);
+	do {
+		d = n % base;
+		*--p = d < 10 ? '0' + d : ten + d - 10;
+	} while ((n /= base) != 0);
 	while (end - p < width)
 		*--p = '0';
 	return p;
@@ -83,7 +85,7 @@ convert(const char *fmt, struct args *args, char number[32], const char **p,
 		v = longs == 0 ? va_arg(args->ap, int) : longs == 1 ?
 		    va_arg(args->ap, long) : va_arg(args->ap, long long);
 		q = digits(end, v < 0 ? 0 - (unsigned long long)v :
-		    (unsigned long long)v, 10, width);
+		    (unsigned long long)v, 10, width, 0);
 		if (v < 0)
 			*--q = '-';
 		break;
@@ -93,7 +95,7 @@ convert(const char *fmt, struct args *args, char number[32], const char **p,
 		q = digits(end, longs == 0 ? va_arg(args->ap, unsigned) :
 		    longs == 1 ? va_arg(args->ap, unsigned long) :
 		    va_arg(args->ap, unsigned long long),
-		    *fmt == 'u' ? 10 : 16, width);
+		    *fmt == 'u' ? 10 : 16, width, *fmt == 'x' ? 'a' : 'A');
 		break;
 	case 'c':
 		q = end - 1;
@@ -522,6 +524,13 @@ str_free(struct str *p)
 /*
  * Peers.
  */
+
+/* Its pages are taken now, so that no mail needs more memory than another. */
+void
+peer_reserve(void)
+{
+	memset(shared, 0, sizeof shared);
+}
 
 /*
  * An empty `in' reads into the shared buffer: what a step takes at once, as it

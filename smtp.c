@@ -363,17 +363,17 @@ remember(struct session *s, const char *fmt, ...)
 {
 	char line[NOTESZ];
 	va_list ap;
+	size_t n;
 
 	if (s->error)
 		return;
 	s->error = 1;
 	va_start(ap, fmt);
-	if (str_set(&s->held, line, format_line(line, fmt, ap)) == -1)
-		s->client.err = 1;
+	n = format_line(line, fmt, ap);
 	va_end(ap);
-	line[strcspn(line, "\r")] = '\0';
-	slog(s, LOG_WARNING, "message will be refused: %s",
-	    line);
+	if (str_set(&s->held, line, n) == -1)
+		s->client.err = 1;
+	slog(s, LOG_WARNING, "message will be refused: %.*s", (int)n - 2, line);
 }
 
 static void
@@ -451,6 +451,15 @@ struct reply {
 	const char *text;		/* in server.in: all lines, with line ends */
 	size_t	 len;
 };
+
+/* For the log. */
+static const char *
+first_line(const struct reply *r)
+{
+	size_t n = (const char *)memchr(r->text, '\n', r->len) - r->text;
+
+	return printable(r->text, n > 0 && r->text[n - 1] == '\r' ? n - 1 : n);
+}
 
 /* Three digits and a separator; 0: no reply line. */
 static int
@@ -577,7 +586,7 @@ hop_listen(struct session *s)
 			continue;
 		}
 		slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
-		    printable(r.text, strcspn(r.text, "\r\n")));
+		    first_line(&r));
 		if (r.code / 100 == 4 && !s->error) {
 			s->error = 1;
 			hold_reply(s, &r);
@@ -1247,7 +1256,7 @@ told_xclient(struct session *s, const struct reply *r)
 		return 0;
 	if (r->code / 100 != 2) {
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
-		    printable(r->text, strcspn(r->text, "\r\n")));
+		    first_line(r));
 		say_held(s);
 		enter(s, S_COMMAND);
 		return 1;
@@ -1353,7 +1362,7 @@ hop_farewell(struct session *s)
 		return 1;
 	}
 	slog(s, LOG_NOTICE, "SERVER: said unasked: %s",
-	    printable(r.text, strcspn(r.text, "\r\n")));
+	    first_line(&r));
 	relay(s, &r);
 	reply_eat(s, &r);
 	peer_close(&s->server);
@@ -2196,7 +2205,7 @@ st_data(struct session *s)
 		return hop_lost(s, "its reply makes no sense");
 	s->asked = 0;
 	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
-	    printable(r.text, strcspn(r.text, "\r\n")));
+	    first_line(&r));
 	hold_reply(s, &r);
 	reply_eat(s, &r);
 	if (r.code == 421)
@@ -2225,7 +2234,7 @@ early_reply(struct session *s)
 	if (r.code < 400)
 		return hop_lost(s, "it accepted a message that it did not have");
 	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
-	    printable(r.text, strcspn(r.text, "\r\n")));
+	    first_line(&r));
 	mail_done(s);
 	relay(s, &r);
 	reply_eat(s, &r);
@@ -2357,7 +2366,7 @@ st_final(struct session *s)
 	mail_done(s);
 	if (r.code / 100 != 2)
 		slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
-		    printable(r.text, strcspn(r.text, "\r\n")));
+		    first_line(&r));
 	relay(s, &r);
 	reply_eat(s, &r);
 	mail_reset(s);

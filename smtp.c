@@ -498,8 +498,7 @@ reply_get(struct session *s, struct reply *r)
 		s->reply_seen = nl + 1 - r->text;
 		if (line[3] != '-') {
 			r->len = s->reply_seen;
-			log_dialogue(s, "SERVER <", r->text,
-			    r->code == 334 ? 3 : r->len);
+			log_dialogue(s, "SERVER <", r->text, r->len);
 			return 1;
 		}
 	}
@@ -679,7 +678,8 @@ hop_address(struct session *s)
 	struct target *t = s->conf->out;
 
 	if (s->conf->transparent)	/* session_new() has found it */
-		return s->server_addr.u.sa.sa_family == AF_UNIX ? -1 : 1;
+		return s->server_addr.len == 0 ||
+		    s->server_addr.u.sa.sa_family == AF_UNIX ? -1 : 1;
 	if (t->naddr == 0 && t->name == NULL) {
 		s->server_addr = s->client_addr;
 		if (s->client_addr.u.sa.sa_family == AF_UNIX)
@@ -697,11 +697,13 @@ hop_address(struct session *s)
 static int
 no_hop(struct session *s, const char *why)
 {
+	struct target *t = s->conf->transparent ? NULL : s->conf->out;
+
 	slog(s, LOG_WARNING, "SERVER: couldn't connect to: %s: %s",
-	    s->server_addr.len > 0 ? addr_full(&s->server_addr) :
-	    s->conf->out->text, why);
-	if (s->conf->out != NULL && !s->conf->transparent)
-		target_look(s->conf->out, 1);
+	    s->server_addr.len > 0 || t == NULL ? addr_full(&s->server_addr) :
+	    t->text, why);
+	if (t != NULL)
+		target_look(t, 1);
 	say(s, r_no_hop, why);
 	finish(s);
 	return 1;

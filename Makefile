@@ -43,4 +43,7 @@ install: $(BIN)
 clean:
 	rm -f $(BIN)
 
-.PHONY: all check bench install clean
+fuzz:
+	fuzz/run
+
+.PHONY: all check bench fuzz install clean

@@ -1118,8 +1118,7 @@ serve(void)
 {
 	int i, n;
 
-	while (stopping < 2 && (!stopping || nsessions > 0 || jobs != NULL ||
-	    children != NULL)) {
+	while (stopping < 2 && (!stopping || nsessions > 0 || jobs != NULL)) {
 		watch_all();
 		if (is_awake())
 			turn_end = now;

@@ -68,7 +68,7 @@ need='cc /usr/include/stdio.h make musl-gcc /usr/bin/python3'
 # shellcheck disable=SC2086
 install_missing "$dir/install.log" $need
 for what in $MISSING; do
-	# there is no musl-gcc on Alpine: cc is one
+	# make takes cc then
 	[ "$what" = musl-gcc ] || fail "cannot do without $what"
 done
 

@@ -11,6 +11,8 @@ import harness
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "core: the small part that every special build is run with")
+    config.addinivalue_line(
+        "markers", "long: only run by ./test.sh full")
 
 
 @pytest.hookimpl(tryfirst=True)

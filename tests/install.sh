@@ -18,8 +18,8 @@ have()
 	esac
 }
 
-# What tells that the thing is there, its Debian package, its Alpine package.
-# A dash: there is no such package.
+# What tells that the thing is there: its Debian package, its Alpine packages.
+# A dash: there is no such package, or no need of one.
 package_of()
 {
 	case $1 in
@@ -28,7 +28,8 @@ package_of()
 	/usr/include/stdio.h)	echo libc6-dev musl-dev ;;
 	make)		echo make make ;;
 	musl-gcc)	echo musl-tools - ;;
-	clang)		echo clang clang ;;
+	# gcc has no sanitizers on Alpine; clang needs theirs besides
+	clang)		echo clang clang compiler-rt ;;
 	/usr/bin/python3)	echo python3 python3 ;;
 	py:pytest)	echo python3-pytest py3-pytest ;;
 	py:xdist)	echo python3-pytest-xdist py3-pytest-xdist ;;
@@ -37,7 +38,8 @@ package_of()
 	mandoc)		echo mandoc mandoc ;;
 	shellcheck)	echo shellcheck shellcheck ;;
 	busybox)	echo busybox - ;;
-	ip)		echo iproute2 iproute2 ;;
+	# not ip: that of busybox cannot do what the tests need
+	ss)		echo iproute2 iproute2 ;;
 	nft)		echo nftables nftables ;;
 	esac
 }
@@ -124,7 +126,7 @@ install_missing()
 	for what do
 		have "$what" && continue
 		# shellcheck disable=SC2046
-		set_pair $(package_of "$what")
+		set_package $(package_of "$what")
 		[ "$package" = - ] || list="$list $package"
 	done
 	if [ "$list" ]; then
@@ -142,12 +144,16 @@ install_missing()
 	fi
 	MISSING=
 	for what do
-		have "$what" || MISSING="$MISSING $what"
+		have "$what" && continue
+		# shellcheck disable=SC2046
+		set_package $(package_of "$what")
+		[ "$package" = - ] || MISSING="$MISSING $what"
 	done
 }
 
-set_pair()
+set_package()
 {
 	package=$1
-	[ -z "$apk" ] || package=$2
+	shift
+	[ -z "$apk" ] || package=$*
 }

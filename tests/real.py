@@ -67,9 +67,9 @@ class RealClamd:
         try:
             with open(os.path.join(FILES, "clam.exe"), "rb") as file:
                 exe = file.read()
-            with open(os.path.join(database, "test.hdb"), "w") as file:
+            with open(os.path.join(database, "test.hsb"), "w") as file:
                 file.write("%s:%d:Test.Clam\n"
-                           % (hashlib.md5(exe).hexdigest(), len(exe)))
+                           % (hashlib.sha256(exe).hexdigest(), len(exe)))
         except FileNotFoundError:
             pass
         self.settings = dict(

@@ -255,10 +255,10 @@ def test_a_chunk_above_the_limit_is_skipped_with_552(site):
     client = site.session()
     before = site.daemon.rss()
     client.envelope()
-    client.send(b"BDAT 3000000\r\n")
-    client.send(b"z" * 3000000)
+    client.send(b"BDAT 1500000\r\n")
+    client.send(b"z" * 1500000)
     client.expect("552 5.3.4")
-    assert site.daemon.rss() - before < 2048
+    assert site.daemon.rss() - before < 1024
     client.send(b"BDAT 6 LAST\r\nNOOP\r\n")
     client.expect("503")
     client.cmd("RSET", "250")

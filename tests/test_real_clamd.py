@@ -3,12 +3,13 @@
 import os
 import stat
 import threading
+import time
 
 import pytest
 
 import harness
 import real
-from harness import HEADER
+from harness import Client, HEADER
 from real import CLEAN, EICAR, EICAR_NAME, FILES_NAME
 
 pytestmark = pytest.mark.skipif(not real.find("clamd"),
@@ -331,3 +332,73 @@ def test_hidden_from_clamd(site, clamd, address, kind):
     harness.same(message.body, forwarded(harmless), "the mail")
     if "FOUND" in clamd.scan(mail):
         pytest.skip("passed, but this clamd needs no help of ours")
+
+
+# ---------------------------------------------------------------- long
+
+@pytest.mark.long
+def test_soak(site, clamd):
+    """A minute of everything at once; nothing piles up."""
+    def forget(hop_session, _):
+        message = hop_session.messages[-1]
+        message.wire = message.body = b""
+
+    site.hop.on(".", forget)
+    site.start(ClamAddress=[clamd.path, clamd.tcp], Action="bounce", level=3)
+    big = real.attached(os.urandom(300000))
+    wrong = []
+    sent = [0] * 8
+
+    def session(number, turn):
+        client = Client(site.daemon.address)
+        try:
+            client.hello()
+            kind = (number + turn) % 5
+            if kind == 0:
+                client.mail(body=EICAR_MAILS["zipped"],
+                            want=REJECTED % EICAR_NAME)
+            elif kind == 1:
+                client.mail(body=big)
+                sent[number] += 1
+            elif kind == 2:     # gone in the middle of a body
+                client.envelope()
+                client.cmd("DATA", "354")
+                client.send(big[:100000])
+                client.reset()
+                return
+            elif kind == 3:     # gone without a word
+                client.envelope()
+                client.close()
+                return
+            for _ in range(3):
+                client.mail(body=CLEAN)
+                sent[number] += 1
+            client.quit()
+        finally:
+            client.close()
+
+    def worker(number, end):
+        turn = 0
+        try:
+            while time.monotonic() < end:
+                session(number, turn)
+                turn += 1
+        except Exception as error:
+            wrong.append("session %d.%d: %r" % (number, turn, error))
+
+    def run(seconds):
+        threads = [threading.Thread(
+            target=worker, args=(n, time.monotonic() + seconds))
+            for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong, wrong
+        site.daemon.settle()
+
+    run(5)
+    before = site.daemon.rss()
+    run(55)
+    assert site.daemon.rss() <= before + 64, "KiB resident, 64 more allowed"
+    assert len(site.hop.messages) == sum(sent)

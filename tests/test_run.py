@@ -741,11 +741,11 @@ def test_buffers_of_idle_sessions_are_given_back(site):
     client = site.session()
     client.mail()
     before = site.daemon.rss()
-    clients = [site.session() for _ in range(80)]
+    clients = [site.session() for _ in range(60)]
     for one in clients:
-        one.mail(body=b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n")
+        one.mail(body=b"A: b\r\n\r\n" + b"x" * 20000 + b"\r\n")
     held = site.daemon.rss() - before
-    assert held < 80 * 64, held
+    assert held < 60 * 16, "%d KiB for 60 idle sessions" % held
     for one in clients:
         one.quit()
     client.quit()

@@ -236,11 +236,12 @@ def test_a_virus_name_is_text(site, name):
     site.start(Action="bounce")
     client = site.session()
     client.envelope()
-    got = client.data(BODY, "550 5.7.1 Virus Detected; Content Rejected")
+    got = client.data(BODY, "")
+    assert got.code == "550" or b"\n" in name and got.code == "451", got
     assert len(got.lines) == 1 and "\x1b" not in got.text
     assert not re.search(rb"[^\x20-\x7e\r\n]", got.raw)
     client.cmd("NOOP", "250")
-    line, = site.daemon.wait_log(r"status=VIRUS:Evil")
+    line, = site.daemon.wait_log(r"status=(VIRUS:Evil|CLAMAV-ERROR)")
     assert len(line.split()) == 4, "report scripts count fields"
     assert not re.search(r"[\x1b\x07]", site.daemon.text())
     client.quit()
@@ -745,10 +746,12 @@ def test_the_next_hops_size_is_a_limit_with_scanfailure_pass_too(site):
 
 
 @pytest.mark.core
-def test_clamds_own_stream_limit_is_like_maxscansize(site):
+@pytest.mark.parametrize("size", [200000, 3000000])
+def test_clamds_own_stream_limit_is_like_maxscansize(site, size):
+    """Its answer is read although it closes while we write."""
     site.clamd = site.new_clamd(tcp=True, limit=10000)
     client = site.session()
-    client.mail(body=b"A: b\r\n\r\n" + b"x" * 3000000 + b"\r\n",
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * size + b"\r\n",
                 want="552 5.3.4 Message too big")
     assert site.hop.messages == []
     site.daemon.wait_log(r"status=OVERSIZE$")

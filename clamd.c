@@ -109,13 +109,14 @@ slot_take(struct session *s, struct clamd *c)
 	s->scan.at = c;
 }
 
+static void queue_run(void);
+
 static void
 slot_free(struct clamd *c)
 {
 	c->running--;
 	clamd_put(c);
-	if (queue != NULL)
-		queue->wake = 1;
+	queue_run();
 }
 
 static void
@@ -129,20 +130,6 @@ queue_leave(struct session *s)
 			break;
 		}
 	s->scan.next = NULL;
-	if (queue != NULL)
-		queue->wake = 1;
-}
-
-static void
-queue_join(struct session *s)
-{
-	struct session **p;
-
-	for (p = &queue; *p != NULL; p = &(*p)->scan.next)
-		;
-	*p = s;
-	s->scan.next = NULL;
-	s->scan.phase = SC_QUEUE;
 }
 
 /* A path that nobody has put there is not worth a try: of the usual places
@@ -190,6 +177,45 @@ clamd_choose(struct session *s, int *busy)
 	return NULL;
 }
 
+/* Whoever waits and can have a slot now gets it, those who came first before
+ * the others; and who has tried them all waits no longer. */
+static void
+queue_run(void)
+{
+	struct session *s, *next;
+	struct clamd *c;
+	int busy;
+
+	for (s = queue; s != NULL; s = next) {
+		next = s->scan.next;
+		c = clamd_choose(s, &busy);
+		if (c == NULL && busy)
+			continue;
+		queue_leave(s);
+		s->wake = 1;
+		s->scan.addr = 0;
+		s->scan.phase = c != NULL ? SC_LOOKUP : SC_NONE;
+		if (c != NULL)
+			slot_take(s, c);
+		else
+			s->verdict = FAILED;
+	}
+}
+
+/* Behind those that wait; again: in front, it has waited its turn once. */
+static void
+queue_join(struct session *s, int again)
+{
+	struct session **p = &queue;
+
+	while (!again && *p != NULL)
+		p = &(*p)->scan.next;
+	s->scan.next = *p;
+	*p = s;
+	s->scan.phase = SC_QUEUE;
+	queue_run();
+}
+
 static int
 verdict_is(struct session *s, enum verdict v)
 {
@@ -210,15 +236,6 @@ scan_leave(struct session *s)
 		slot_free(c);
 }
 
-/* In front: it has waited its turn once. */
-static void
-queue_again(struct session *s)
-{
-	s->scan.next = queue;
-	queue = s;
-	s->scan.phase = SC_QUEUE;
-}
-
 /* This clamd is of no use for this message: on to the next one. */
 static int
 scan_failed(struct session *s, int dead, const char *why)
@@ -237,7 +254,7 @@ scan_failed(struct session *s, int dead, const char *why)
 		if (s->conf->clamd[i] == c)
 			s->scan.tried |= (uint32_t)1 << i;
 	scan_leave(s);
-	queue_again(s);
+	queue_join(s, 1);
 	return 1;
 }
 
@@ -266,27 +283,7 @@ clamd_begin(struct session *s)
 	memset(&s->scan, 0, sizeof s->scan);
 	s->verdict = UNKNOWN;
 	s->virus[0] = '\0';
-	queue_join(s);
-}
-
-static int
-scan_queue(struct session *s)
-{
-	struct clamd *c;
-	int busy;
-
-	if (queue != s)
-		return 0;
-	c = clamd_choose(s, &busy);
-	if (c == NULL && busy)
-		return 0;
-	queue_leave(s);
-	if (c == NULL)
-		return verdict_is(s, FAILED);
-	slot_take(s, c);
-	s->scan.addr = 0;
-	s->scan.phase = SC_LOOKUP;
-	return 1;
+	queue_join(s, 0);
 }
 
 static int
@@ -538,8 +535,7 @@ clamd_scan(struct session *s)
 		switch (s->scan.phase) {
 		case SC_NONE:
 			return 1;
-		case SC_QUEUE:
-			r = scan_queue(s);
+		case SC_QUEUE:		/* queue_run() will say when */
 			break;
 		case SC_LOOKUP:
 			r = scan_lookup(s);

@@ -43,6 +43,7 @@ static const char *pid_option;		/* -p */
 static const char *flags[64][2];	/* from old flags: setting, value */
 static int nflags;
 static int sandboxed;
+static int stopping;			/* 1: when all is done, 2: at once */
 static int pid_fd = -1;
 
 static struct session **sessions;
@@ -115,7 +116,7 @@ serve_ready(void)
  */
 
 struct child {
-	pid_t	 pid;
+	pid_t	 pid;			/* 0: reaped, it may be another's now */
 	int	 fd;			/* its answer comes here */
 	void	(*done)(void *, const char *, size_t);
 	void	*ctx;			/* NULL: nobody asks any more */
@@ -204,7 +205,8 @@ child_end(struct child *c)
 	*p = c->next;
 	close(c->fd);
 	if (c->n == 0) {
-		kill(c->pid, SIGKILL);
+		if (c->pid != 0)
+			kill(c->pid, SIGKILL);
 		if (c->scratch != NULL)
 			unlink(c->scratch);
 	}
@@ -212,6 +214,16 @@ child_end(struct child *c)
 		c->done(c->ctx, c->answer, c->n);
 	free(c->scratch);
 	free(c);
+}
+
+static void
+child_reaped(pid_t pid)
+{
+	struct child *c;
+
+	for (c = children; c != NULL; c = c->next)
+		if (c->pid == pid)
+			c->pid = 0;
 }
 
 static void
@@ -267,7 +279,9 @@ on_lookup(void *ctx, const char *answer, size_t n)
 	struct target *t = ctx;
 
 	t->looking = 0;
-	if (n == 0 || n % sizeof t->addr[0] != 0)
+	if (stopping)
+		;
+	else if (n == 0 || n % sizeof t->addr[0] != 0)
 		logmsg(LOG_WARNING, "%s: no address found for this name%s",
 		    t->text, t->naddr > 0 ? "; the old one stays" : "");
 	else {
@@ -473,8 +487,10 @@ reap(void)
 	pid_t pid;
 	int status;
 
-	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		child_reaped(pid);
 		job_ended(pid, status);
+	}
 	jobs_start();
 }
 
@@ -576,6 +592,8 @@ on_accept(void *arg, int revents)
 		if (fd == -1)
 			break;
 		complained = 0;
+		if (a.u.sa.sa_family == AF_UNIX)	/* whatever it is bound to */
+			a.len = offsetof(struct sockaddr_un, sun_path);
 		addr_unmap(&a);
 		session_add(fd, &a);
 	}
@@ -771,6 +789,7 @@ pid_file_open(const char *path)
 			if (errno != EACCES && errno != EAGAIN)
 				die(1, "PidFile: %s: lock:", path);
 			fcntl(pid_fd, F_GETLK, &lock);
+			pid_fd = -1;	/* it is not ours to remove */
 			die(1, "PidFile: %s: a clamsmtpd with process id %ld "
 			    "has it and is running", path, (long)lock.l_pid);
 		}
@@ -793,8 +812,10 @@ pid_file_write(const char *path)
 }
 
 static void
-pid_file_remove(const char *path)
+pid_file_remove(void)
 {
+	const char *path = conf->pidfile;
+
 	if (pid_fd == -1)
 		return;
 	/* The directory may belong to root, whom we are no longer. */
@@ -922,8 +943,8 @@ sandbox(const struct conf *c)
  */
 
 static int sigpipe[2];
-static int stopping;			/* 1: when all is done, 2: at once */
 static int64_t drain_until;
+static int reload_wanted;
 
 static void
 on_signal(int sig)
@@ -1028,8 +1049,7 @@ on_signals(void *arg, int revents)
 			reap();
 			break;
 		case SIGHUP:
-			if (!stopping)
-				reload();
+			reload_wanted = 1;
 			break;
 		case SIGUSR1:
 			log_counters();
@@ -1039,8 +1059,22 @@ on_signals(void *arg, int revents)
 			    "stopping when the messages under way are done");
 			stopping++;
 			drain_until = now + DRAIN_TIME;
-			listeners_close(1);
 		}
+}
+
+/* At the end of a turn, when no listener is about to be served. */
+static void
+obey_signals(void)
+{
+	int i;
+
+	if (stopping)
+		listeners_close(1);
+	else if (reload_wanted)
+		reload();
+	reload_wanted = 0;
+	for (i = 0; stopping && i < nsessions; i++)
+		session_shutdown(sessions[i], now >= drain_until);
 }
 
 /*
@@ -1070,6 +1104,8 @@ watch_all(void)
 		wait_until(drain_until);
 	if (buf_spares() > 0)
 		wait_until(now + TRIM_TIME);
+	if (wake_all)
+		turn_end = now;
 	if (starved)
 		wait_until(now + BUSY_TIME);
 	wake_all |= starved;
@@ -1116,7 +1152,7 @@ is_awake(void)
 static void
 serve(void)
 {
-	int i, n;
+	int n;
 
 	while (stopping < 2 && (!stopping || nsessions > 0 || jobs != NULL)) {
 		watch_all();
@@ -1129,8 +1165,7 @@ serve(void)
 		else if (n == 0)
 			buf_trim();
 		run_due();
-		for (i = 0; stopping && i < nsessions; i++)
-			session_shutdown(sessions[i], now >= drain_until);
+		obey_signals();
 		bury();
 		if (stopping && now >= drain_until && nsessions == 0)
 			break;
@@ -1140,6 +1175,18 @@ serve(void)
 /*
  * The end, and the beginning.
  */
+
+/* However we end, before the loop too: at exit(). */
+static void
+remove_files(void)
+{
+	listeners_close(1);
+	pid_file_remove();
+	conf_put(conf);
+	free(conf_path);
+	conf = NULL;
+	conf_path = NULL;
+}
 
 static void
 leave(void)
@@ -1155,15 +1202,11 @@ leave(void)
 		child_end(children);
 	}
 	jobs_kill();
-	listeners_close(1);
-	pid_file_remove(conf->pidfile);
-	logmsg(LOG_NOTICE, "stopped");
-	conf_put(conf);
 	free(sessions);
 	free(fds);
 	free(owners);
-	free(conf_path);
 	buf_trim();
+	logmsg(LOG_NOTICE, "stopped");
 }
 
 static void usage(void) __attribute__((noreturn));
@@ -1357,6 +1400,7 @@ main(int argc, char **argv)
 	}
 	if (o.level < 0)
 		ready = detach();
+	atexit(remove_files);
 	signals_open();
 	if (set_limits(conf) == -1 || listeners_open(conf, 1) == -1)
 		return 1;

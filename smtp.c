@@ -58,6 +58,8 @@ static const char
     r_local[] =		"451 4.3.0 Local Error (%s: %s)",
     r_full[] =		"452 4.3.1 Local Error (%s: %s)",
     r_too_big[] =	"552 5.3.4 Message too big (limit %lld bytes)",
+    r_not_scanned[] =	"552 5.3.4 Message too big (%lld bytes: more than is scanned)",
+    r_flood[] =		"554 5.6.0 Too many NULs or CRs in a row",
     r_long[] =		"500 5.5.2 Line too long",
     r_unknown[] =	"500 5.5.1 Command not recognized",
     r_control[] =	"501 5.5.2 Control character in command",
@@ -347,6 +349,7 @@ static void
 turn_away(struct session *s)
 {
 	mail_done(s);
+	s->error = 1;		/* nothing that comes now changes `held' */
 	s->noop_at = 0;
 	enter(s, S_RESET);
 }
@@ -496,7 +499,7 @@ reply_get(struct session *s, struct reply *r)
 			return -1;
 		}
 		s->reply_seen = nl + 1 - r->text;
-		if (line[3] != '-') {
+		if (line[3] != '-' && s->reply_seen <= REPLYSZ) {
 			r->len = s->reply_seen;
 			log_dialogue(s, "SERVER <", r->text, r->len);
 			return 1;
@@ -653,9 +656,9 @@ session_new(int fd, const struct addr *client, struct conf *conf, unsigned id)
 	s->local_addr.len = sizeof s->local_addr.u;
 	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
 		s->local_addr.len = 0;
+	addr_unmap(&s->local_addr);
 	if (conf->transparent)
 		original_target(fd, &s->local_addr, &s->server_addr);
-	addr_unmap(&s->local_addr);
 	if (client->u.sa.sa_family != AF_UNIX)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 	s->state = S_CONNECT;
@@ -1191,6 +1194,7 @@ told_hello(struct session *s, const struct reply *r, int esmtp)
 	if (s->conf->xclient && !s->xclient_done && s->hop_xclient != 0 &&
 	    ask_xclient(s))
 		return 1;
+	s->xclient_done = 1;
 	if (!s->client.err)
 		say_held(s);
 	enter(s, S_COMMAND);
@@ -1286,25 +1290,22 @@ client_line(struct session *s, char **line, size_t *n)
 	char *p = buf_head(in), *nl = memchr(p, '\n', len);
 
 	if (nl == NULL) {
-		if (len > LINESZ || s->skipping) {
+		if (len > LINESZ + 1 || s->skipping) {
 			s->skipping = 1;
 			buf_eat(in, len);
 		}
 		return 0;
 	}
 	*line = p;
-	*n = nl - p;
+	*n = nl > p && nl[-1] == '\r' ? nl - p - 1 : nl - p;
 	if (s->skipping || *n > LINESZ) {
 		s->skipping = 0;
-		buf_eat(in, *n + 1);
+		buf_eat(in, nl + 1 - p);
 		say(s, "%s", r_long);
 		return -1;
 	}
-	if (*n > 0 && p[*n - 1] == '\r')
-		--*n;
 	p[*n] = '\0';
 	if (memchr(p, '\0', *n) != NULL || memchr(p, '\r', *n) != NULL) {
-		slog(s, LOG_DEBUG, "CLIENT < %s", printable(p, *n));
 		buf_eat(in, nl + 1 - p);
 		say(s, "%s", r_control);
 		return -1;
@@ -1365,6 +1366,8 @@ hop_farewell(struct session *s)
 	}
 	slog(s, LOG_NOTICE, "SERVER: said unasked: %s",
 	    first_line(&r));
+	if (r.code < 400)	/* not to be taken for an answer to anything */
+		return hop_lost(s, "it spoke unasked");
 	relay(s, &r);
 	reply_eat(s, &r);
 	peer_close(&s->server);
@@ -1573,6 +1576,7 @@ emit(struct session *s, const char *p, size_t n)
 }
 
 #define BLOCKSZ		64
+#define MAXPENDING	(1 << 24)	/* they are written in one go */
 static const char crlf[] = "\r\n", nuls[BLOCKSZ], spaces[] =
     "                                                                ";
 
@@ -1704,6 +1708,8 @@ body_eat(struct session *s, const char *p, size_t n, int *end)
 			}
 			break;
 		}
+	if (s->pending_bytes > MAXPENDING)
+		remember(s, "%s", r_flood);
 	return q - p;
 }
 
@@ -2113,7 +2119,7 @@ judge(struct session *s)
 		forward(s);
 	else {
 		if (s->verdict == TOOBIG)
-			hold(s, r_too_big, (long long)s->conf->maxscansize);
+			hold(s, r_not_scanned, (long long)s->size);
 		else
 			hold(s, r_no_scan, s->virus);
 		turn_away(s);
@@ -2160,6 +2166,22 @@ st_quarantine(struct session *s)
 	return 1;
 }
 
+/* TimeOut for the next piece, and no more than ten minutes for all of it. */
+static void
+replay_moves(struct session *s)
+{
+	s->deadline = now + s->conf->timeout;
+	if (s->deadline > s->dot_at + FINAL_TIME)
+		s->deadline = s->dot_at + FINAL_TIME;
+}
+
+static void
+begin_replay(struct session *s)
+{
+	enter(s, S_REPLAY);
+	replay_moves(s);
+}
+
 /*
  * DATA: only now does the next hop hear of the message.
  */
@@ -2187,7 +2209,7 @@ st_data(struct session *s)
 		s->asked = s->raw ? hop_put(s, line, n) :
 		    hop_put(s, "DATA\r\n", 6);
 		if (s->asked && s->raw)
-			enter(s, S_REPLAY);
+			begin_replay(s);
 		return s->asked;
 	}
 	if (!client_ready(s))
@@ -2200,7 +2222,7 @@ st_data(struct session *s)
 	}
 	if (r.code == 354) {
 		reply_eat(s, &r);
-		enter(s, S_REPLAY);
+		begin_replay(s);
 		return 1;
 	}
 	if (r.code < 400)
@@ -2279,6 +2301,8 @@ replay_plain(struct session *s, off_t end)
 	int r;
 
 	r = peer_sendfile(&s->server, s->spool, &at, end - s->sent);
+	if (at != (off_t)scan_line_len + s->sent)
+		replay_moves(s);
 	s->sent = at - scan_line_len;
 	return r && --s->budget > 0;
 }
@@ -2326,7 +2350,10 @@ st_replay(struct session *s)
 		last_look(s);
 	if (client_gone(s))
 		return give_up(s);
-	if (buf_len(&s->server.in) > 0 || s->server.eof || s->server.err)
+	if (s->server.err && buf_len(&s->server.in) == 0 && !s->server.eof &&
+	    !peer_fill(&s->server))
+		return hop_lost(s, "it cannot be written to");
+	if (buf_len(&s->server.in) > 0 || s->server.eof)
 		return client_ready(s) ? early_reply(s) : 0;
 	if (buf_len(&s->server.out) > 0)
 		return 0;
@@ -2519,11 +2546,8 @@ flush(struct session *s)
 		return 0;
 	if (states[s->state].clock == C_IDLE && buf_len(&s->client.out) < c)
 		s->deadline = now + s->conf->timeout;
-	if (s->state == S_REPLAY) {
-		s->deadline = now + s->conf->timeout;
-		if (s->deadline > s->dot_at + FINAL_TIME)
-			s->deadline = s->dot_at + FINAL_TIME;
-	}
+	if (s->state == S_REPLAY)
+		replay_moves(s);
 	return 1;
 }
 

@@ -182,15 +182,21 @@ clamd_choose(struct session *s, int *busy)
 static void
 queue_run(void)
 {
+	const struct conf *full = NULL;	/* no slot for those with these settings */
 	struct session *s, *next;
 	struct clamd *c;
 	int busy;
 
 	for (s = queue; s != NULL; s = next) {
 		next = s->scan.next;
-		c = clamd_choose(s, &busy);
-		if (c == NULL && busy)
+		if (s->conf == full)
 			continue;
+		c = clamd_choose(s, &busy);
+		if (c == NULL && busy) {
+			if (s->scan.tried == 0)
+				full = s->conf;
+			continue;
+		}
 		queue_leave(s);
 		s->wake = 1;
 		s->scan.addr = 0;
@@ -472,8 +478,8 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
 	return FAILED;
 }
 
-/* The answer is there, n bytes without its terminator; whole: it had one.
- * Without one it is good for nothing but a reason. */
+/* The answer is there, n bytes without its terminator; whole: it had one, and
+ * nothing behind it.  Else it is good for nothing but a reason. */
 static int
 scan_answer(struct session *s, const char *p, size_t n, int whole)
 {
@@ -498,7 +504,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 	}
 	if (v == FAILED) {
 		format(why, sizeof why, "it answered \"%.*s\"%s", 200,
-		    printable(p, n), whole ? "" : " and broke off");
+		    printable(p, n), whole ? "" : ", which is no whole answer");
 		return scan_failed(s, 0, why);
 	}
 	clamd_well(c);
@@ -515,7 +521,7 @@ scan_read(struct session *s)
 	const char *end = memchr(p, '\0', n);
 
 	if (end != NULL)
-		return scan_answer(s, p, end - p, 1);
+		return scan_answer(s, p, end - p, end + 1 == p + n);
 	if (n > ANSWERSZ)
 		return scan_failed(s, 0, "it answered at too great a length");
 	if (!s->clamd.eof)
@@ -562,7 +568,7 @@ clamd_wants(const struct session *s)
 	case SC_CONNECT:
 		return POLLOUT;
 	case SC_SEND:
-		return starved ? POLLIN : POLLIN | POLLOUT;
+		return POLLIN | POLLOUT;
 	case SC_ANSWER:
 		return s->clamd.eof ? 0 : POLLIN;
 	default:
@@ -588,6 +594,7 @@ clamd_drop(struct session *s)
 	if (s->scan.at != NULL && s->scan.started && s->clamd.fd != -1 &&
 	    (a = calloc(1, sizeof *a)) != NULL) {
 		a->peer = s->clamd;
+		buf_free(&a->peer.in);
 		buf_free(&a->peer.out);
 		a->at = s->scan.at;
 		a->until = now + ABANDON_TIME;

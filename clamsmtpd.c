@@ -143,6 +143,23 @@ default_signals(void)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
+/* A signal to all of us must not come twice, through the child's handlers. */
+static pid_t
+fork_quietly(void)
+{
+	sigset_t all, before;
+	pid_t pid;
+
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &before);
+	pid = fork();
+	if (pid == 0)
+		default_signals();
+	else
+		sigprocmask(SIG_SETMASK, &before, NULL);
+	return pid;
+}
+
 struct child *
 child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
     const char *scratch, void (*done)(void *, const char *, size_t), void *ctx,
@@ -157,10 +174,9 @@ child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
 		goto fail;
 	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1)
 		goto fail;
-	if ((c->pid = fork()) == -1)
+	if ((c->pid = fork_quietly()) == -1)
 		goto fail;
 	if (c->pid == 0) {
-		default_signals();
 		keep[0] = p[1];
 		keep[1] = keep1;
 		keep[2] = keep2;
@@ -279,12 +295,12 @@ on_lookup(void *ctx, const char *answer, size_t n)
 	struct target *t = ctx;
 
 	t->looking = 0;
-	if (stopping)
-		;
-	else if (n == 0 || n % sizeof t->addr[0] != 0)
-		logmsg(LOG_WARNING, "%s: no address found for this name%s",
-		    t->text, t->naddr > 0 ? "; the old one stays" : "");
-	else {
+	if (n == 0 || n % sizeof t->addr[0] != 0) {
+		if (!stopping)
+			logmsg(LOG_WARNING, "%s: no address found for this "
+			    "name%s", t->text, t->naddr > 0 ?
+			    "; the old one stays" : "");
+	} else {
 		memcpy(t->addr, answer, n);
 		t->naddr = n / sizeof t->addr[0];
 	}
@@ -373,7 +389,6 @@ job_exec(const struct job *j)
 	int none = open("/dev/null", O_RDWR);
 
 	setpgid(0, 0);
-	default_signals();
 	if (none != -1) {
 		dup2(none, 0);
 		dup2(none, 1);
@@ -396,7 +411,7 @@ jobs_start(void)
 		next = j->next;
 		if (j->pid != 0)
 			continue;
-		switch (j->pid = fork()) {
+		switch (j->pid = fork_quietly()) {
 		case -1:
 			logmsg(LOG_ERR, "%06X: VirusAction: fork:", j->id);
 			job_free(j);
@@ -1081,6 +1096,18 @@ obey_signals(void)
  * The loop.
  */
 
+/* A session that is to run was woken by another one: no sleep. */
+static int
+is_awake(void)
+{
+	int i;
+
+	for (i = 0; i < nsessions; i++)
+		if (sessions[i]->wake)
+			return 1;
+	return 0;
+}
+
 static void
 watch_all(void)
 {
@@ -1104,11 +1131,13 @@ watch_all(void)
 		wait_until(drain_until);
 	if (buf_spares() > 0)
 		wait_until(now + TRIM_TIME);
-	if (wake_all)
+	if (wake_all || is_awake())
 		turn_end = now;
-	if (starved)
-		wait_until(now + BUSY_TIME);
-	wake_all |= starved;
+	if (starved) {		/* only time brings memory: no busy loop */
+		nfds = 1;
+		turn_end = now + BUSY_TIME;
+		wake_all = 1;
+	}
 	starved = 0;
 }
 
@@ -1137,18 +1166,6 @@ bury(void)
 			i++;
 }
 
-/* A session that is to run was woken by another one: no sleep. */
-static int
-is_awake(void)
-{
-	int i;
-
-	for (i = 0; i < nsessions; i++)
-		if (sessions[i]->wake)
-			return 1;
-	return 0;
-}
-
 static void
 serve(void)
 {
@@ -1156,8 +1173,6 @@ serve(void)
 
 	while (stopping < 2 && (!stopping || nsessions > 0 || jobs != NULL)) {
 		watch_all();
-		if (is_awake())
-			turn_end = now;
 		n = poll(fds, nfds, turn_end > now ? turn_end - now : 0);
 		now = monotonic();
 		if (n > 0)

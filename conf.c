@@ -410,11 +410,13 @@ set_header(struct conf *c, const struct keyword *k, const char *v)
 {
 	static const char not[] = "header lines of the form Name: text";
 	char *h = malloc(2 * strlen(v) + 1), *w = h, *p;
+	size_t room = BUFSZ / 4;	/* with its % sequences filled in */
 
 	(void)k;
 	if (h == NULL)
 		return no_memory;
-	for (; *v != '\0'; v++) {
+	for (; *v != '\0' && room > 64; v++) {
+		room -= *v == '%' ? 64 : 1;
 		if (v[0] == '\\' && v[1] == 'r' && v[2] == '\\' && v[3] == 'n')
 			v += 2;
 		if (v[0] == '\\' && (v[1] == 'n' || v[1] == 'r')) {
@@ -426,6 +428,10 @@ set_header(struct conf *c, const struct keyword *k, const char *v)
 			v++;
 		} else
 			*w++ = *v;
+	}
+	if (*v != '\0') {
+		free(h);
+		return "short enough for a header";
 	}
 	while (w > h && (w[-1] == '\n' || w[-1] == '\r'))
 		w--;

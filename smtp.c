@@ -261,8 +261,8 @@ xforward_reset(struct session *s)
 static void
 hop_close(struct session *s)
 {
-	if (s->server.fd != -1 && s->state > S_GREETING && !s->asked && !s->noop &&
-	    !s->server.eof && !s->server.err && hop_put(s, "QUIT\r\n", 6))
+	if (s->server.fd != -1 && s->state > S_GREETING && s->state != S_AUTH &&
+	    !s->asked && !s->noop && !s->server.eof && !s->server.err && hop_put(s, "QUIT\r\n", 6))
 		peer_drain(&s->server, 0);
 	peer_close(&s->server);
 	s->asked = s->noop = 0;
@@ -1396,7 +1396,7 @@ st_command(struct session *s)
 		if (s->mail)
 			slog(s, LOG_NOTICE, "CLIENT: closed the connection "
 			    "in the middle of a transaction");
-		session_end(s);
+		finish(s);	/* it may have closed its side only */
 		return 1;
 	}
 	return r != 0;
@@ -1463,16 +1463,13 @@ st_auth(struct session *s)
 		enter(s, S_REPLY);
 		return 1;
 	case -1:		/* the next hop still waits for it */
-		s->asked = 1;
 		finish(s);
 		return 1;
 	}
-	if (s->client.eof || s->client.err) {
-		s->asked = 1;
-		session_end(s);
-		return 1;
-	}
-	return 0;
+	if (!s->client.eof && !s->client.err)
+		return 0;
+	finish(s);
+	return 1;
 }
 
 /*
@@ -2150,10 +2147,8 @@ st_scan(struct session *s)
 static int
 st_quarantine(struct session *s)
 {
-	if (client_gone(s))
-		return give_up(s);
 	hop_listen(s);
-	if (s->child != NULL)
+	if (s->child != NULL)	/* no copy without its line in the log */
 		return 0;
 	if (s->quarantined.len == 0) {
 		/* Not kept, so not taken: it comes again. */
@@ -2162,6 +2157,8 @@ st_quarantine(struct session *s)
 		return 1;
 	}
 	slog(s, LOG_NOTICE, "quarantined virus file as: %s", s->quarantined.s);
+	if (client_gone(s))
+		return give_up(s);
 	virus_found(s);
 	return 1;
 }
@@ -2536,7 +2533,8 @@ static int
 flush(struct session *s)
 {
 	size_t c = buf_len(&s->client.out), h = buf_len(&s->server.out);
-	int more = s->state == S_REPLAY && !s->dotted;
+	int more = s->state == S_REPLAY && !s->dotted &&
+	    !(s->inserted && s->sent == s->size);
 
 	if (c > 0)
 		peer_drain(&s->client, 0);
@@ -2641,7 +2639,7 @@ session_watch(struct session *s)
 	int client = wants(s, &s->client, CLIENT);
 	int server = s->server.fd == -1 ? 0 : wants(s, &s->server, SERVER);
 
-	if (s->state == S_REPLAY && buf_len(&s->server.in) == 0 && !starved)
+	if (s->state == S_REPLAY && buf_len(&s->server.in) == 0)
 		server |= POLLOUT;
 	if (client != 0)
 		watch(s->client.fd, client, on_client, s);
@@ -2670,7 +2668,6 @@ session_shutdown(struct session *s, int at_once)
 	case S_CONNECT:
 	case S_GREETING:
 	case S_AUTH:
-		s->asked |= s->state == S_AUTH;
 		say(s, "%s", r_stopping);
 		finish(s);
 		session_run(s);
@@ -2686,13 +2683,15 @@ session_shutdown(struct session *s, int at_once)
 void
 session_refuse(int fd)
 {
-	char line[NOTESZ], early[1024];
-	int n = format(line, sizeof line, "%s\r\n", r_busy);
+	char line[NOTESZ];
+	int i, n = format(line, sizeof line, "%s\r\n", r_busy);
 
 	send(fd, line, n, MSG_NOSIGNAL | MSG_DONTWAIT);
 	shutdown(fd, SHUT_WR);
 	/* Unread bytes would turn the close into a reset. */
-	recv(fd, early, sizeof early, MSG_DONTWAIT);
+	for (i = 0; i < 64; i++)
+		if (recv(fd, line, sizeof line, MSG_DONTWAIT) <= 0)
+			break;
 	close(fd);
 }
 

@@ -16,6 +16,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <netdb.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -219,6 +220,7 @@ static int
 log_write(int level, const char *text, size_t n)
 {
 	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	struct pollfd room = { 2, POLLOUT, 0 };
 	char line[LOGSZ + 64];
 	struct tm *tm;
 	time_t t;
@@ -235,11 +237,9 @@ log_write(int level, const char *text, size_t n)
 		return log_datagram(line, len);
 	}
 	len = format(line, sizeof line, "clamsmtpd: %.*s\n", (int)n, text);
-	/* A socket at stderr (a supervisor's) cannot be opened anew. */
-	if (log_fd == 2 &&
-	    send(log_fd, line, len, MSG_DONTWAIT | MSG_NOSIGNAL) == len)
-		return 0;
-	if (log_fd == 2 && errno != ENOTSOCK)
+	/* Where it could not be opened anew it may block: only if there is room,
+	 * and in a pipe there is room for a line then (PIPE_BUF). */
+	if (log_fd == 2 && poll(&room, 1, 0) != 1)
 		return -1;
 	return write(log_fd, line, len) == len ? 0 : -1;
 }
@@ -449,8 +449,8 @@ buf_head(const struct buf *p)
 int
 buf_ready(struct buf *p, size_t n)
 {
-	if (p->b == NULL)
-		return (p->b = mem_get()) != NULL;
+	if (p->b == NULL && (p->b = mem_get()) == NULL)
+		return 0;
 	if (BUFSZ - p->w < n && p->r > 0) {
 		memmove(p->b, p->b + p->r, p->w - p->r);
 		p->w -= p->r;

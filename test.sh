@@ -134,7 +134,7 @@ suite()
 # shellcheck disable=SC2086
 run_pytest()
 {
-	$sudo env CLAMSMTPD="$program" TEST_BYTES="$bytes" \
+	$sudo env CLAMSMTPD="$program" TEST_BYTES="$bytes" TEST_WAIT="$patience" \
 	    PYTHONDONTWRITEBYTECODE=1 \
 	    ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 \
 	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
@@ -167,6 +167,9 @@ else
 	echo "not root: the cases that need it are skipped"
 fi
 prefix='' bytes=''
+# Seconds before a case takes a silence for the end; a slow disk is one, too.
+if [ "$full" ]; then patience=90; else patience=30; fi
+patience=${TEST_WAIT:-$patience}
 cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc)
 
 install_missing "$tmp/install.log" cc /usr/include/stdio.h make musl-gcc clang \

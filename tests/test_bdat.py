@@ -1,10 +1,9 @@
 """CHUNKING: BDAT in, one BDAT (or DATA) out."""
 
-import re
 
 import pytest
 
-from harness import HEADER, VIRUS, Hold, same, unstuff
+from harness import HEADER, VIRUS, same
 
 BODY = b"Subject: x\r\n\r\nLine one\r\n.line two\r\n.\r\nlast\r\n"
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from harness import HEADER, Failed, Hold, same, stuff, unstuff, until
+from harness import HEADER, same, stuff
 
 NEAR = range(-3, 4)
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from harness import Client, Failed, has_ipv6, until
+from harness import has_ipv6, until
 
 MINIMAL = "OutAddress: 10026\n"
 

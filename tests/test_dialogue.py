@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from harness import (CLOSE, Drip, Failed, Hold, RESET, Then, never, stuff,
-                     until)
+from harness import CLOSE, Drip, Hold, RESET, Then, stuff, until
 
 BODY = b"Subject: hello\r\n\r\nworld\r\n"
 

@@ -1,7 +1,6 @@
 """Starting, running and ending: daemon, pid file, signals, user, syslog."""
 
 import ctypes
-import fcntl
 import os
 import pwd
 import re
@@ -15,8 +14,7 @@ import time
 
 import pytest
 
-from harness import (CLAMSMTPD, Failed, HEADER, Hold, VIRUS, never, processes,
-                     until)
+from harness import CLAMSMTPD, HEADER, Hold, VIRUS, processes, until
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from harness import (CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, VIRUS, never,
+from harness import (CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, VIRUS,
                      same, stuff, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"

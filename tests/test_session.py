@@ -1,12 +1,14 @@
 """Whole sessions: limits, times, several messages, peers that go away."""
 
 import re
+import socket
+import struct
 import threading
 
 import pytest
 
-from harness import (CLOSE, EICAR, Early, Failed, HEADER, Hold, NextHop, RESET,
-                     Then, VIRUS, has_ipv6, never, same, stuff, until)
+from harness import (CLOSE, Early, HEADER, Hold, NextHop, RESET, Then, VIRUS,
+                     WAIT, free_port, has_ipv6, same, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 10000      # 1 MB
@@ -351,9 +353,6 @@ def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
     if what == "close":
         sock.shutdown(2)
     elif what == "reset":
-        site.hop.replies["RSET"] = None
-        import struct
-        import socket
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                         struct.pack("ii", 1, 0))
         sock.shutdown(2)
@@ -631,13 +630,35 @@ def test_loopback_over_ipv6(site):
 
 def test_a_loop_is_refused(site):
     """An OutAddress that is ourselves."""
-    from harness import free_port
     port = free_port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port)
     client = site.client()
     client.expect("421")
     client.eof()
-    site.daemon.wait_log("loop")
+    site.daemon.wait_log(r"^100001: .*\bloop\b")
+    assert len(site.daemon.log("accepted connection")) == 2
+
+
+def test_the_same_port_number_is_no_loop(site):
+    """The kernel gives one port to a client of ours and to a connection of
+    ours to the next hop, for their other ends differ."""
+    IP_LOCAL_PORT_RANGE = 51             # Linux 6.3
+    first = site.session()
+    port = site.hop.session.sock.getpeername()[1]
+    sock = socket.socket()
+    sock.settimeout(WAIT)
+    host, _, to = site.daemon.address.rpartition(":")
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE,
+                        struct.pack("I", port << 16 | port))
+        sock.connect((host, int(to)))
+    except OSError as error:
+        sock.close()
+        pytest.skip("cannot choose the port: %s" % error)
+    with sock:
+        assert sock.getsockname()[1] == port
+        assert sock.recv(1000).startswith(b"220 ")
+    first.quit()
 
 
 def test_a_unix_client_is_led_back_to_this_machine(site):

@@ -1,12 +1,11 @@
 """XCLIENT to the next hop, XFORWARD through us."""
 
-import os
 import re
 
 import pytest
 
-from harness import CLOSE, Hold, has_ipv6, until
-from test_action import BAD, environment, wait_file
+from harness import CLOSE, has_ipv6
+from test_action import BAD, environment
 
 OFFER = "XCLIENT NAME ADDR PROTO HELO PORT LOGIN DESTADDR"
 

@@ -1,0 +1,507 @@
+"""PROMISE 8: what a peer said is text, wherever it gets to; and nothing that
+was learnt from a peer is trusted when it should not be any more."""
+
+import os
+import re
+
+import pytest
+
+from harness import EICAR, HEADER, VIRUS, Hold, same, stuff
+from test_action import NINE, environment
+
+GOOD = b"Subject: x\r\n\r\ngood\r\n"
+BAD = b"Subject: x\r\n\r\n" + EICAR + b"\r\n"
+
+# Neither NUL nor CR nor LF, which no command may have in it.
+CONTROLS = bytes(c for c in range(1, 32) if c not in b"\r\n") + b"\x7f"
+TEXTS = {
+    "control characters": CONTROLS,
+    "escape sequences": b"\x1b]0;x\x07\x1b[2J\x1b[1;1H\x08\x08",
+    "format": b"%s%s%n%n%99999999d%1$s%*d%hhn%x%p%%%",
+    "quotes": b"'\"\\\"''`\\",
+    "shell": b"$(touch$IFS@)`touch$IFS@`;touch$IFS@|touch$IFS@&touch$IFS@",
+    "invalid UTF-8": b"\xff\xfe\xc3(\xed\xa0\x80\xf8\x88\x80\x80\x80\xc0\xaf",
+    "a line of the log": b"100001: from=x@y, to=z, status=CLEAN",
+    "a variable": b"LD_PRELOAD=/tmp/x.so",
+    "a header": b"X-Virus-Scanned: no",
+    "10 KB": b"x%s@" * 2560,
+    "10 KB of control characters": b"\x1b\x01\t" * 3413,
+    "10 KB of invalid UTF-8": b"\xff\x80" * 5120,
+}
+
+
+@pytest.fixture(params=TEXTS)
+def text(request, site):
+    """Hostile text; @ in the shell's is a file that must never be."""
+    text = TEXTS[request.param]
+    if request.param == "shell":
+        canary = site.path("canary")
+        text = text.replace(b"@", canary.encode())
+        yield text
+        assert not os.path.exists(canary)
+    else:
+        yield text
+
+
+def harmless(text, other=b"?"):
+    return re.sub(rb"[\x01-\x1f\x7f]", other, text)
+
+
+def xtext(text):
+    return b"".join(b"%c" % c if 33 <= c <= 126 and c not in b"+=" else
+                    b"+%02X" % c for c in text)
+
+
+def check_log(site, *status):
+    """Lines, harmless ones, one for each message, with these endings."""
+    site.daemon.wait_log("status=", len(status))
+    with open(site.daemon.stderr, "rb") as file:
+        lines = file.read().split(b"\n")
+    assert lines.pop() == b""
+    for line in lines:
+        assert line.startswith(b"clamsmtpd: "), line[:200]
+        assert len(line) - len(b"clamsmtpd: ") <= 1000, line
+        assert line == harmless(line), line
+    own = [line for line in lines if re.match(
+        rb"clamsmtpd: [0-9A-F]{6}: from=", line)]
+    assert len(own) == len(status)
+    for line, want in zip(own, status):
+        assert line.endswith(b" status=" + want.encode()), line
+        assert len(re.findall(rb" (?=from=|status=)", line)) == 2, line
+    return own
+
+
+# ---------------------------------------------------------------- commands
+
+def test_text_in_commands(site, text):
+    """HELO, XFORWARD, MAIL and RCPT: to the log, the next hop, the header and
+    the variables of the VirusAction."""
+    remote = text[:200] + b"\nLD_AUDIT=x\r\n\0LD_DEBUG=all"
+    result = environment(site, Action="pass", Header="X-Scan: %i %l 100%% %s")
+    client = site.client()
+    client.expect("220 smtp.passthru")
+    told = [b"EHLO " + text, b"XFORWARD NAME=" + text, b"XFORWARD HELO=" +
+            xtext(remote), b"XFORWARD ADDR=" + xtext(remote),
+            b"MAIL FROM:<" + text + b">", b"RCPT TO:<" + text + b">",
+            b"RCPT TO:<b@example.com>"]
+    for command in told:
+        client.cmd(command, "250")
+    client.data(BAD, "250 2.0.0 queued")
+    for command in told[-3:]:
+        client.cmd(command, "250")
+    client.data(GOOD, "250 2.0.0 queued")
+    client.quit()
+
+    # the next hop: as it came
+    sent = [c.encode("latin-1") for c in site.hop.commands]
+    assert [c for c in sent if c != b"DATA"] == told + told[-3:] + [b"QUIT"]
+    # the header: ours, and nothing of theirs
+    first, second = site.hop.messages
+    same(first.body, BAD.replace(b"\r\n\r\n", b"\r\nX-Virus-Infected: " +
+                                 VIRUS.encode() + b"\r\n\r\n", 1))
+    same(second.body, GOOD.replace(
+        b"\r\n\r\n", b"\r\nX-Scan: 127.0.0.1 127.0.0.1 100% %s\r\n\r\n", 1))
+    # the variables: the nine, and those that were there before
+    env = result()
+    assert set(env) - set(NINE) <= {*os.environ, "TESTMARK", "PWD", "OLDPWD",
+                                    "SHLVL", "_"}
+    env = {k: v.encode("utf-8", "surrogateescape") for k, v in env.items()}
+    assert env["SENDER"] == harmless(text)
+    assert env["RECIPIENTS"].rstrip(b"\n") == harmless(text) + b"\nb@example.com"
+    decoded = harmless(remote[:255].split(b"\0")[0])
+    assert env["REMOTE"] == env["REMOTE_HELO"] == decoded
+    assert env["CLIENT"] == b"127.0.0.1" and env["VIRUS"] == VIRUS.encode()
+    # the log
+    lines = check_log(site, "VIRUS:" + VIRUS, "CLEAN")
+    if text == TEXTS["format"]:
+        assert b"from=" + text + b", to=" + text in lines[0]
+
+
+@pytest.mark.parametrize("name", ["control characters", "format", "shell",
+                                  "invalid UTF-8", "10 KB"])
+def test_text_in_helo_and_xclient(site, name):
+    """XCLIENT is proper xtext, and has nothing of the client's in it."""
+    text = TEXTS[name]
+    site.hop.ehlo = ["XCLIENT NAME ADDR PROTO HELO PORT LOGIN DESTADDR"]
+    site.start(XClient="on")
+    client = site.client()
+    client.expect("220")
+    client.cmd(b"EHLO " + text, "250")
+    client.mail()
+    client.quit()
+    first, xclient, again = site.hop.commands[:3]
+    assert first == again == "EHLO " + text.decode("latin-1")
+    word, *attributes = xclient.split(" ")
+    assert word == "XCLIENT" and len(xclient) <= 510
+    for attribute in attributes:
+        key, _, value = attribute.partition("=")
+        assert key in ("NAME", "ADDR", "PORT")
+        # RFC 3461 4
+        assert re.fullmatch(r"([!-*,-<>-~]|\+[0-9A-F]{2})+", value)
+    assert len(attributes) == 3
+    check_log(site, "CLEAN")
+
+
+def test_text_in_an_unknown_command(site, text):
+    client = site.session()
+    client.cmd(b"X" + text, "500 5.5.1")
+    client.cmd(text, "500")
+    client.mail()
+    client.quit()
+    assert len(site.hop.commands) == 5 + 1
+    check_log(site, "CLEAN")
+
+
+# ---------------------------------------------------------------- virus names
+
+@pytest.mark.parametrize("name", [n for n in TEXTS if "10 KB" not in n])
+def test_text_in_the_name_of_a_virus(site, name):
+    """One word of printable ASCII in header, variable and log."""
+    text = b"A " + TEXTS[name] + b"\r Z"
+    want = re.sub(rb"[^!-~]", b"_", text)[:159].decode()
+    site.clamd.verdict = b"fd[9]: " + text + b" FOUND\0"
+    result = environment(site, Action="pass")
+    client = site.session()
+    client.mail(body=GOOD)
+    client.quit()
+    same(site.hop.messages[0].body, GOOD.replace(
+        b"\r\n\r\n", b"\r\nX-Virus-Infected: %s\r\n\r\n" % want.encode(), 1))
+    assert result()["VIRUS"] == want
+    check_log(site, "VIRUS:" + want)
+
+
+@pytest.mark.parametrize("text", [b"why \x1b[2J%n%s\r\n250 ok\r\n", b"\xff\x07" * 900,
+                                  b"%s" * 1000, b"$(id) '\"`"], ids=repr)
+@pytest.mark.parametrize("failure", ["tempfail", "pass"])
+def test_text_in_an_error_of_clamd(site, failure, text):
+    """It gets into a reply, a header and the log."""
+    site.clamd.verdict = b"fd[9]: " + text + b" ERROR\0"
+    site.start(ScanFailure=failure)
+    client = site.session()
+    client.envelope()
+    got = client.data(GOOD, "451 4.3.0 Local Error" if failure == "tempfail"
+                      else "250")
+    assert len(got.lines) == 1 and len(got.raw) <= 512
+    assert re.fullmatch(rb"[ -~]*\r\n", got.raw)
+    client.cmd("NOOP", "250 2.0.0 noop")
+    client.quit()
+    if failure == "pass":
+        lines = site.hop.messages[0].body.split(b"\r\n")
+        assert len(lines) == len(GOOD.split(b"\r\n")) + 1
+        assert re.fullmatch(rb"X-Virus-Unscanned: [ -~]+", lines[1])
+        assert len(lines[1]) <= 998
+    check_log(site, "UNSCANNED" if failure == "pass" else "CLAMAV-ERROR")
+
+
+# ---------------------------------------------------------------- replies
+
+REPLIES = {"greeting": "554", "MAIL": "250", "RCPT": "550", "DATA": "554",
+           ".": "250", "HELP": "214", "XFORWARD": "550", "NOOP": "421"}
+
+
+def whole(client):
+    """A reply as the bytes that came."""
+    got = client.reply()
+    assert b"\0" not in got.raw
+    for line in got.raw.split(b"\r\n"):
+        assert line == harmless(line), line
+    return got
+
+
+@pytest.mark.parametrize("place", REPLIES)
+def test_text_in_replies_of_the_next_hop(site, text, place):
+    """In two lines, with CR and NUL in one of them: two lines, harmless."""
+    code = REPLIES[place].encode()
+    if len(text) > 9000:
+        text = text[:9000]
+    reply = (code + b"-%s\r" + text[:2000] + b"\0\r250 ok\r\n" +
+             code + b" " + text + b"\r\n")
+    # A tab is no control character to somebody who reads.
+    want = re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b" ", reply.replace(
+        b"\r\n", b"\r\n"))
+    site.hop.on(place, [reply])
+    client = site.client()
+    got = None
+    if place == "greeting":
+        got = whole(client)
+    else:
+        client.expect("220")
+        client.cmd("EHLO me", "250")
+        if place in ("HELP", "NOOP", "XFORWARD"):
+            client.line(place)
+            got = whole(client)
+        else:
+            for command in ("MAIL FROM:<a@b>", "RCPT TO:<c@d>",
+                            "RCPT TO:<e@f>", "DATA"):
+                client.line(command)
+                one = whole(client)
+                got = one if place in command and not got else got
+            client.send(GOOD + b".\r\n")
+            got = whole(client) if place in ("DATA", ".") else \
+                (whole(client), got)[1]
+    assert [l[:4] for l in got.lines] == [REPLIES[place] + "-",
+                                          REPLIES[place] + " "]
+    assert got.raw.replace(b"\t", b" ") == want.replace(
+        b"  ", b"  ").replace(b"\t", b" ")[:len(got.raw) - 2] + b"\r\n" or \
+        len(got.raw) == len(reply)
+    if place in ("greeting", "NOOP"):
+        client.eof()
+    else:
+        client.cmd("NOOP", "250 2.0.0 noop")
+        client.quit()
+    check_log(site, *["CLEAN"] * (place not in ("greeting", "NOOP", "HELP",
+                                                "XFORWARD")))
+
+
+def test_text_in_an_ehlo_reply(site, text):
+    site.hop.on("EHLO", b"250-hi " + text + b"\r\n250-SIZE 5000 " + text[:900] +
+                b"\r\n250-X" + text[:2000] + b"\r\n250-DSN\r250-STARTTLS\r\n"
+                b"250 AUTH " + text[:900] + b"\r\n")
+    client = site.client()
+    client.expect("220")
+    client.line("EHLO me")
+    got = whole(client)
+    words = [line[4:].split()[0] for line in got.lines[1:]]
+    assert words.count("PIPELINING") == 1
+    assert set(words) <= {"SIZE", "AUTH", "PIPELINING"}, "no line that was none"
+    assert b"hi " not in got.raw
+    client.mail()
+    client.quit()
+    check_log(site, "CLEAN")
+
+
+def test_text_in_a_refusal_of_xclient(site, text):
+    site.hop.ehlo = ["XCLIENT ADDR"]
+    site.hop.on("XCLIENT", b"550-" + text[:3000] + b"\r\n550 " + text[:3000] +
+                b"\r\n")
+    site.start(XClient="on")
+    client = site.session()
+    client.mail()
+    client.quit()
+    check_log(site, "CLEAN")
+
+
+def test_text_in_a_reply_out_of_turn(site, text):
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(GOOD + b".\r\n")
+    hold.reached()
+    site.hop.session.sock.sendall(b"421 " + text + b"\r\n")
+    got = whole(client)
+    hold.go()
+    assert got.code == "421" and len(got.lines) == 1
+    check_log(site, "ERROR")
+    assert site.hop.messages == []
+
+
+# ---------------------------------------------------------------- STARTTLS
+
+CLIENT_HELLO = bytes.fromhex(
+    "16030100300100002c0303" + "0d0a" * 16 + "00000400ff002f0100")
+
+
+@pytest.mark.parametrize("where", ["before EHLO", "before MAIL", "before DATA"])
+def test_commands_behind_starttls_are_ordinary(site, where):
+    """A transaction in one packet with STARTTLS somewhere in it: what stands
+    behind is neither dropped nor taken for anything else."""
+    script = ["EHLO me", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"]
+    want = ["250", "250 2.1.0", "250 2.1.5", "354"]
+    at = [s[:4] for s in script].index(where.split()[1])
+    script.insert(at, "STARTTLS")
+    want.insert(at, "502 5.5.1")
+    client = site.client()
+    client.send("\r\n".join(script).encode() + b"\r\n" + stuff(GOOD) +
+                b".\r\nstarttls\r\nNOOP\r\n")
+    for code in ["220", *want, "250 2.0.0 queued", "502", "250 2.0.0 noop"]:
+        client.expect(code)
+    client.quit()
+    message, = site.hop.messages
+    assert message.body.replace(HEADER, b"") == GOOD
+    assert "STARTTLS" not in site.hop.session.verbs()
+
+
+def test_a_tls_handshake_behind_starttls_reaches_nobody(site):
+    client = site.session()
+    client.send(b"STARTTLS\r\n" + CLIENT_HELLO + b"\r\nNOOP\r\n")
+    client.expect("502")
+    while True:
+        got = client.reply()
+        if got.code[0] == "2":
+            break
+        assert got.code in ("500", "501")
+    client.mail()
+    client.quit()
+    assert site.hop.commands[:2] == ["EHLO client.example", "NOOP"]
+
+
+# ---------------------------------------------------------------- AUTH
+
+@pytest.mark.parametrize("ending", ["client cancels", "refused", "NUL",
+                                    "too long", "client gone"])
+def test_auth_broken_off_leaves_no_state(site, ending):
+    """What comes next is a command again, and is seen as one."""
+    site.hop.on("AUTH", "334 VXNlcm5hbWU6")
+    site.hop.on("334", ["334 UGFzc3dvcmQ6", "501 5.7.0 cancelled"
+                        if ending == "client cancels" else "535 5.7.8 no"])
+    client = site.session()
+    client.cmd("AUTH LOGIN", "334")
+    client.cmd("dXNlcg==", "334")
+    if ending in ("client cancels", "refused"):
+        client.send(b"*\r\n" if ending == "client cancels" else b"c2VjcmV0\r\n")
+        client.expect("501 5.7.0" if ending == "client cancels" else "535")
+        client.cmd("STARTTLS", "502")
+        client.cmd("XCLIENT ADDR=1.2.3.4", "554")
+        client.cmd("c2VjcmV0", "500")
+    elif ending == "client gone":
+        client.close()
+        assert site.hop.session.wait_end() != "quit"
+        client = site.session()
+    else:
+        client.send(b"abc\0def\r\n" if ending == "NUL" else b"x" * 20000 + b"\r\n")
+        client.expect("5")
+        client.eof()            # the next hop still waits for an answer: no QUIT
+        assert site.hop.session.wait_end() != "quit"
+        assert len(site.hop.session.commands) == 3
+        client = site.session()
+    client.mail()
+    client.quit()
+    site.daemon.wait_log("SERVER > QUIT")
+    # the mask of the secrets is off again
+    assert site.daemon.log(r"CLIENT < MAIL FROM:<a@example.com>$")
+    assert len(site.hop.messages) == 1
+    assert "STARTTLS" not in site.hop.commands
+    assert "XCLIENT ADDR=1.2.3.4" not in site.hop.commands
+
+
+def test_auth_broken_off_with_commands_pipelined(site):
+    site.hop.on("AUTH", "334 go")
+    site.hop.on("334", "501 5.7.0 cancelled")
+    client = site.session()
+    client.send(b"AUTH LOGIN\r\n*\r\nSTARTTLS\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>"
+                b"\r\nDATA\r\n" + GOOD + b".\r\nQUIT\r\n")
+    for want in ("334 go", "501 5.7.0", "502", "250", "250", "354", "250", "221"):
+        client.expect(want)
+    client.eof()
+    assert site.hop.session.verbs() == ["EHLO", "AUTH", "*", "MAIL", "RCPT",
+                                        "DATA", "QUIT"]
+
+
+def test_a_334_where_no_auth_is_opens_nothing(site):
+    """No other command can put the stream into a state we do not see."""
+    site.hop.on("NOOP", "334 go")
+    client = site.session()
+    client.send(b"NOOP\r\nDATA\r\nQUIT\r\n")
+    client.expect("4")
+    client.eof()
+    assert site.hop.session.commands == ["EHLO client.example", "NOOP"]
+
+
+# ---------------------------------------------------------------- XFORWARD
+
+@pytest.mark.parametrize("before", [["MAIL FROM:<a@b>"],
+                                    ["MAIL FROM:<a@b>", "RCPT TO:<c@d>"]])
+def test_xforward_in_a_transaction_is_503(site, before):
+    """And changes nothing of what is known of the client."""
+    result = environment(site)
+    client = site.session()
+    client.cmd("XFORWARD ADDR=192.0.2.1 HELO=first", "250")
+    for command in before:
+        client.cmd(command, "250")
+    client.cmd("XFORWARD ADDR=192.0.2.2 HELO=second", "503 5.5.1")
+    client.cmd("RCPT TO:<e@f>", "250")
+    client.data(BAD, "250 2.0.0 Virus")
+    client.cmd("XFORWARD ADDR=192.0.2.3", "250")
+    client.quit()
+    env = result()
+    assert (env["REMOTE"], env["REMOTE_HELO"]) == ("192.0.2.1", "first")
+    assert [c for c in site.hop.commands if c.startswith("XFORWARD")] == [
+        "XFORWARD ADDR=192.0.2.1 HELO=first", "XFORWARD ADDR=192.0.2.3"]
+
+
+@pytest.mark.parametrize("between", ["mail", "refused mail", "RSET", "EHLO", "HELO"])
+def test_xforward_is_good_for_one_mail(site, between):
+    """The next one must not pass for this client's."""
+    result = environment(site)
+    client = site.session()
+    client.cmd("XFORWARD ADDR=192.0.2.1 HELO=first", "250")
+    if between == "mail":
+        client.mail(body=GOOD)
+    elif between == "refused mail":
+        site.hop.on(".", ["550 5.7.1 no"])
+        client.mail(body=GOOD, want="550")
+    else:
+        client.cmd(between + " again" * (between[1] != "S"), "250")
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    client.quit()
+    env = result()
+    assert "REMOTE" not in env and "REMOTE_HELO" not in env
+
+
+# ---------------------------------------------------------------- extensions
+
+def offer(*keywords):
+    return "\n".join("250-" + k for k in ("next.hop",) + keywords) + \
+        "\n250 ENHANCEDSTATUSCODES"
+
+
+@pytest.mark.parametrize("by", ["AUTH", "a second EHLO", "HELO"])
+def test_extensions_that_change_are_followed(site, by):
+    """Not in the list alone: in what is done with SIZE and CHUNKING."""
+    site.hop = site.new_hop(chunking=True)
+    site.hop.on("EHLO", [offer("SIZE 1000", "CHUNKING", "DSN", "AUTH PLAIN"),
+                         offer("SIZE 5000", "XFORWARD ADDR")])
+    client = site.client()
+    client.expect("220")
+    got = client.cmd("EHLO me", "250").keywords()
+    assert sorted(got) == ["AUTH PLAIN", "CHUNKING", "DSN",
+                           "ENHANCEDSTATUSCODES", "PIPELINING", "SIZE 1000"]
+    client.cmd("MAIL FROM:<a@b> SIZE=2000", "552")
+    if by == "AUTH":
+        client.cmd("AUTH PLAIN AGEAYg==", "235")
+    got = client.cmd("HELO me" if by == "HELO" else "EHLO me", "250")
+    if by != "HELO":
+        assert sorted(got.keywords()) == ["ENHANCEDSTATUSCODES", "PIPELINING",
+                                          "SIZE 5000", "XFORWARD ADDR"]
+        client.cmd("MAIL FROM:<a@b> SIZE=6000", "552")
+    else:
+        client.cmd("MAIL FROM:<a@b> SIZE=6000", "250")
+        client.cmd("RSET", "250")
+    client.cmd("MAIL FROM:<a@b> SIZE=2000", "250")
+    client.cmd("RCPT TO:<c@d>", "250")
+    client.chunk(GOOD + b"x" * 2000, last=True)
+    client.expect("250 2.0.0 queued")
+    # a next hop that has no CHUNKING any more gets no BDAT
+    assert site.hop.messages[0].how == "DATA"
+    client.quit()
+
+
+def test_extensions_that_come_late_are_used(site):
+    site.hop = site.new_hop(chunking=True)
+    site.hop.on("EHLO", [offer("SIZE 5000"), offer("SIZE 1000", "CHUNKING")])
+    client = site.session()
+    for how in "DATA", "BDAT":
+        client.envelope()
+        client.chunk(GOOD, last=True)
+        client.expect("250 2.0.0 queued")
+        assert site.hop.messages[-1].how == how
+        client.cmd("EHLO again", "250")
+    client.envelope()
+    client.data(b"x" * 2000 + b"\r\n", "552")
+    client.quit()
+
+
+def test_a_refused_ehlo_changes_nothing(site):
+    """The server goes on as before, so do we."""
+    site.hop = site.new_hop(chunking=True)
+    site.hop.on("EHLO", [offer("SIZE 1000", "CHUNKING"), "501 5.5.4 what?"])
+    client = site.session()
+    client.cmd("EHLO again", "501")
+    client.cmd("MAIL FROM:<a@b> SIZE=2000", "552")
+    client.envelope()
+    client.chunk(GOOD, last=True)
+    client.expect("250 2.0.0 queued")
+    assert site.hop.messages[0].how == "BDAT"
+    client.quit()

@@ -1,0 +1,230 @@
+"""PROMISE 3: one message in, at most one out, whatever stands around a dot.
+
+The daemon's next hop here is strict and keeps the bytes; what lax ones would
+make of them is asked of the models in vectors.py.  Beside that: nothing is
+altered but the newlines, as the manual page says.
+"""
+
+import fcntl
+import random
+import struct
+import termios
+import time
+
+import pytest
+
+import harness
+import vectors
+from harness import HEADER, Failed, same, shown, stuff
+
+ENVELOPE = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\n"
+WAYS = ("DATA", "BDAT", "BDAT to DATA")
+
+
+class Talk:
+    """One session, and what the strict reference says of it."""
+
+    def __init__(self, site, way):
+        self.site, self.way = site, way
+        site.hop = site.new_hop(chunking=way != "BDAT to DATA")
+        # as servers do; the reference counts on it
+        site.hop.on("RCPT", lambda s, line: None if s.mail else "503 5.5.1 no")
+        # A unix socket tells when its other end has read all that was sent.
+        site.start(level=3, Listen=site.path("listen"))
+        self.client = site.session()
+        self.hop = site.hop.session
+        self.seen = 0
+
+    def wait_read(self):
+        """The daemon has taken what was sent: the next piece comes alone."""
+        end = time.monotonic() + harness.WAIT
+        while struct.unpack("i", fcntl.ioctl(self.client.sock, termios.TIOCOUTQ,
+                                             bytes(4)))[0]:
+            if time.monotonic() > end:
+                raise Failed("the daemon does not read")
+
+    def send(self, stream, start, cuts):
+        """The envelope and the body behind it (from start), cut there."""
+        codes, messages = vectors.strict(stream)
+        at = stream.index(b"\r\n", start - 2) + 2 if start else 0
+        if cuts:
+            first = codes[:3]
+            self.client.send(stream[:at])
+            if self.way == "DATA":
+                self.expect(first)
+                codes = codes[3:]
+            for piece in vectors.pieces(stream[at:], cuts):
+                self.wait_read()
+                self.client.send(piece)
+        else:
+            self.client.send(stream)
+        self.expect(codes)
+        return messages
+
+    def expect(self, codes):
+        for i, code in enumerate(codes):
+            got = self.client.reply()
+            assert got.code == code, "reply %d of %s is %r" % (i, codes, got)
+
+    def data(self, body, cuts=()):
+        start = ENVELOPE + b"DATA\r\n"
+        self.check(self.send(start + body + b"\r\n.\r\n", len(start), cuts))
+
+    def bdat(self, body, chunks=(), cuts=()):
+        parts = vectors.pieces(body, chunks)
+        stream = b"".join(b"BDAT %d%s\r\n" % (
+            len(part), b" LAST" * (i == len(parts) - 1)) + part
+            for i, part in enumerate(parts))
+        self.check(self.send(ENVELOPE + stream, len(ENVELOPE), cuts))
+
+    def check(self, messages):
+        """What came is what the reference took, one for one."""
+        came = self.hop.messages[self.seen:]
+        scans = self.site.clamd.scans[self.seen:]
+        self.seen += len(came)
+        assert len(came) == len(messages), \
+            "%d messages sent, %d came: %r" % (len(messages), len(came), came)
+        for message, scan, (sender, _, body) in zip(came, scans, messages):
+            assert message.mail == sender.decode()
+            want = body if self.way == "BDAT" else vectors.normal(body)
+            assert message.how == ("BDAT" if self.way == "BDAT" else "DATA")
+            at = message.wire.find(HEADER)
+            assert at == 0 or message.wire[at - 1:at] == b"\n", \
+                "the header: %s" % shown(message.wire)
+            wire = message.wire[:at] + message.wire[at + len(HEADER):]
+            # A server that reads by count has one message, and these are all
+            # of its bytes.  Every other one:
+            if message.how == "DATA":
+                found = vectors.smuggled(message.wire + b".\r\n")
+                assert not found, "smuggled: %r" % found
+                want = stuff(want)
+                same(scan.mail, harness.unstuff(want), "what clamd saw")
+            else:
+                same(scan.mail, want, "what clamd saw")
+            same(wire, want)
+        assert len(scans) == len(came)
+
+    def close(self):
+        self.client.quit()
+        assert not any("evil" in c for c in self.hop.commands) or \
+            any("evil" in m.mail for m in self.hop.messages)
+
+
+def try_all(talk, cases):
+    """All of them, so that a failure names all that fail."""
+    bad = []
+    for name, case in cases:
+        try:
+            case()
+        except AssertionError as error:
+            bad.append("%s: %s" % (name, str(error).split("\n")[0]))
+            if isinstance(error, Failed) and "nothing came" in str(error):
+                break
+            # from here in step again
+            talk.client.close()
+            talk.client = talk.site.session()
+            talk.hop = talk.site.hop.session
+            talk.seen = 0
+            talk.site.clamd.scans.clear()
+        if len(bad) > 20:
+            break
+    assert not bad, "%d vectors:\n%s" % (len(bad), "\n".join(bad))
+    talk.close()
+
+
+# ---------------------------------------------------------------- the models
+
+@pytest.mark.parametrize("name, wire", [
+    ("LF.LF", b"x\n.\nNOOP\r\n.\r\n"), ("LF.CRLF", b"x\n.\r\nNOOP\r\n.\r\n"),
+    ("CRLF.LF", b"x\r\n.\nNOOP\r\n.\r\n"), ("CR.CR", b"x\r.\rNOOP\r\n.\r\n"),
+    ("CRLF.CR", b"x\r\n.\rNOOP\r\n.\r\n"), ("any of them", b".\nNOOP\r\n.\r\n"),
+    ("CR becomes LF", b"x\r.\rNOOP\r\n.\r\n"),
+    ("drops CR", b"x\r\r\n.\r\r\nNOOP\r\n.\r\n"),
+    ("drops NUL", b"x\r\n\0.\r\nNOOP\r\n.\r\n"),
+    ("C strings", b"x\r\n.\0y\r\nNOOP\r\n.\r\n"),
+])
+def test_the_models_are_not_blind(name, wire):
+    """Each next hop is taken in by what it is named after; a body that is
+    stuffed line by line takes in none."""
+    assert name in vectors.smuggled(wire)
+    assert not vectors.smuggled(vectors.sent(b"..\r\n.\r\n.\0x\r\n"))
+
+
+# ---------------------------------------------------------------- vectors
+
+@pytest.mark.parametrize("before", vectors.ENDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_no_smuggling(site, way, before):
+    """Each pair of line ends, each vector, whole and in eight ways of pieces."""
+    talk = Talk(site, way)
+    cases = []
+    for after in vectors.ENDS:
+        for vector in vectors.vectors(before, after):
+            send = talk.data if way == "DATA" else talk.bdat
+            cases.append((vector.name, lambda s=send, v=vector: s(v.body)))
+        for tail in vectors.TAILS:
+            vector = vectors.Vector(before, after, tail)
+            for cuts in vector.cuts():
+                name = "%s cut at %s" % (vector.name, cuts)
+                if way == "DATA":
+                    cases.append((name, lambda v=vector, c=cuts: talk.data(
+                        v.body, cuts=c)))
+                else:
+                    # chunks cut there; and the packets, once
+                    cases.append((name, lambda v=vector, c=cuts: talk.bdat(
+                        v.body, c, range(200) if len(c) > 2 else ())))
+    try_all(talk, cases)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("before, after", vectors.PAIRS)
+@pytest.mark.parametrize("way", WAYS)
+def test_no_smuggling_at_any_split(site, way, before, after):
+    """Cut at each place, and at any two about the dot."""
+    talk = Talk(site, way)
+    cases = []
+    for vector in vectors.vectors(before, after):
+        for cuts in vector.all_cuts(5 if way == "DATA" else 0):
+            name = "%s cut at %s" % (vector.name, cuts)
+            if way == "DATA":
+                cases.append((name, lambda v=vector, c=cuts: talk.data(
+                    v.body, cuts=c)))
+            else:
+                cases.append((name, lambda v=vector, c=cuts: talk.bdat(
+                    v.body, c)))
+                cases.append((name + " (packets)",
+                              lambda v=vector, c=cuts: talk.bdat(
+                                  v.body, cuts=[x + 14 for x in c])))
+    try_all(talk, cases)
+
+
+# ---------------------------------------------------------------- random bodies
+
+def some_bodies(site, way, count, seed):
+    talk = Talk(site, way)
+    for number in range(count):
+        rng = random.Random("%s %d %d" % (way, seed, number))
+        body = vectors.random_body(rng)
+        cuts = [rng.randrange(len(body)) for _ in range(rng.randrange(4))]
+        try:
+            if way == "DATA":
+                talk.data(body, cuts)
+            else:
+                talk.bdat(body, [rng.randrange(len(body))
+                                 for _ in range(rng.randrange(4))], cuts)
+        except AssertionError as error:
+            raise AssertionError("body %d of seed %d (%d bytes): %s" % (
+                number, seed, len(body), error)) from None
+    talk.close()
+
+
+@pytest.mark.parametrize("way, count", [("DATA", 300), ("BDAT", 50),
+                                        ("BDAT to DATA", 50)])
+def test_random_bodies(site, way, count):
+    some_bodies(site, way, count, seed=3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_many_random_bodies(site, seed):
+    some_bodies(site, "DATA", 1000, seed)

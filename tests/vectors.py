@@ -1,0 +1,241 @@
+"""Vectors of SMTP smuggling, slow and obvious models of what servers make of
+them, and hostile text.  No socket is used here."""
+
+import itertools
+
+from harness import shown, stuff
+
+# What some server somewhere has taken for the end of a line.
+ENDS = {
+    "CRLF": b"\r\n", "LF": b"\n", "CR": b"\r", "CRCRLF": b"\r\r\n",
+    "LFCR": b"\n\r", "CRNULLF": b"\r\0\n", "NULCRLF": b"\0\r\n",
+    "CRLFNUL": b"\r\n\0",
+}
+PAIRS = list(itertools.product(ENDS, ENDS))
+
+HEAD = b"Subject: first\r\n\r\ntext"
+# The dot in a header, and on the very first line.
+OTHER_HEADS = (b"Subject: first", b"")
+OTHER_DOTS = (b"..", b"\0.", b".\0")
+NOTHING = b""
+SECOND = (b"MAIL FROM:<evil@example.com>\r\nRCPT TO:<victim@example.com>\r\n"
+          b"DATA\r\nSubject: smuggled\r\n\r\nsmuggled")
+TAILS = (NOTHING, SECOND)
+
+
+class Vector:
+    """A body with something like an end of data in it.  The last line has no
+    line end yet: who sends it as DATA adds CRLF.CRLF."""
+
+    def __init__(self, before, after, tail=NOTHING, dot=b".", head=HEAD):
+        self.name = "%s %r %s in %r%s" % (before, dot, after, head[-8:],
+                                          " with a second envelope" * bool(tail))
+        self.start = len(head)                  # of what is between head ...
+        between = ENDS[before] + dot + ENDS[after]
+        self.dot = self.start + len(ENDS[before])
+        self.behind = self.dot + len(dot)
+        self.end = self.start + len(between)    # ... and tail
+        self.body = head + between + tail
+
+    def cuts(self):
+        """Eight ways of sending it in pieces: where the cuts are."""
+        return [(self.start,), (self.start + 1,), (self.dot,), (self.behind,),
+                (self.end - 1,), (self.end,), (self.dot, self.behind),
+                tuple(range(self.start, len(self.body) + 5))]
+
+    def all_cuts(self, more=5):
+        """A cut at each place, two cuts at any places about the dot."""
+        places = range(self.start - 1 if self.start else 1, self.end + 2)
+        return [(at,) for at in range(1, len(self.body) + more)] + list(
+            itertools.combinations(places, 2))
+
+
+def vectors(before, after):
+    """All the bodies for a pair of line ends."""
+    for tail in TAILS:
+        yield Vector(before, after, tail)
+        for dot in OTHER_DOTS:
+            yield Vector(before, after, tail, dot)
+        for head in OTHER_HEADS:
+            yield Vector(before, after, tail, head=head)
+
+
+def pieces(data, cuts):
+    cuts = [0, *sorted(c for c in set(cuts) if 0 < c < len(data)), len(data)]
+    return [data[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+# ------------------------------------------------- what must arrive
+
+def normal(body):
+    """The newline rules of the manual page, one line after the other."""
+    out = []
+    lines = body.split(b"\n")
+    rest = lines.pop()              # no LF behind it
+    for line in lines:
+        out.append(normal_line(line.rstrip(b"\r")) + b"\r\n")
+    if rest:
+        out.append(normal_line(rest) + b"\r\n")
+    return b"".join(out)
+
+
+def normal_line(line):
+    line = line.replace(b"\r", b" ")
+    if line.lstrip(b"\0").startswith(b"."):
+        line = line.lstrip(b"\0")
+    return line
+
+
+def strict(stream):
+    """What a server that knows no line end of data but CRLF.CRLF answers to a
+    client, and the messages it takes: codes, [(sender, how, body)].  No newline
+    rules here."""
+    codes, messages = [], []
+    sender = rcpts = chunks = None
+    while stream:
+        line, lf, stream = stream.partition(b"\n")
+        assert lf, "half a command: %r" % line
+        if line.endswith(b"\r"):
+            line = line[:-1]
+        verb = line.split(b" ")[0].upper()
+        if b"\r" in line or b"\0" in line:
+            codes.append("501")
+        elif verb == b"MAIL":
+            sender, rcpts, chunks = line, 0, b""
+            codes.append("250")
+        elif verb == b"RCPT":
+            codes.append("503" if sender is None else "250")
+            rcpts = None if sender is None else rcpts + 1
+        elif verb == b"DATA" and rcpts:
+            codes += ["354", "250"]
+            body = b""
+            while True:
+                text, crlf, stream = stream.partition(b"\r\n")
+                assert crlf, "no end of data"
+                if text == b".":
+                    break
+                body += (text[1:] if text[:1] == b"." else text) + b"\r\n"
+            messages.append((sender, "DATA", body))
+            sender = rcpts = None
+        elif verb == b"BDAT" and rcpts:
+            size = int(line.split()[1])
+            assert len(stream) >= size
+            chunks, stream = chunks + stream[:size], stream[size:]
+            codes.append("250")
+            if len(line.split()) == 3:
+                messages.append((sender, "BDAT", chunks))
+                sender = rcpts = None
+        else:
+            codes.append("503" if verb in (b"DATA", b"BDAT") else "500")
+    return codes, messages
+
+
+# ------------------------------------------------- next hops
+
+LAX = [(a, b) for a in (b"\r\n", b"\n", b"\r") for b in (b"\r\n", b"\n", b"\r")]
+
+
+def behind(text, ends):
+    """What stands behind the first end of data, for who takes these for one:
+    pairs of what is before and behind the dot.  None: there is no end."""
+    found = []
+    for before, after in ends:
+        if text.startswith(b"." + after):
+            found.append(1 + len(after))
+        at = text.find(before + b"." + after)
+        if at >= 0:
+            found.append(at + len(before) + 1 + len(after))
+    return text[min(found):] if found else None
+
+
+def behind_line(text, is_end):
+    """The same for who reads lines, and looks at each."""
+    while text:
+        line, _, text = text.partition(b"\n")
+        if is_end(line):
+            return text
+    return None
+
+
+def cr_is_lf(text):
+    return text.replace(b"\r", b"\n")
+
+
+def crlf_is_lf_then_cr(text):
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def no_cr(text):
+    return text.replace(b"\r", b"")
+
+
+def no_nul(text):
+    return text.replace(b"\0", b"")
+
+
+BARE = [(b"\n", b"\n")]
+
+# Each gives what it takes for commands behind the first message.
+NEXT_HOPS = {
+    "strict": lambda d: behind(d, [(b"\r\n", b"\r\n")]),
+    "LF.LF": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\n", b"\n")]),
+    "LF.CRLF": lambda d: behind(d, [(b"\n", b"\r\n")]),
+    "CRLF.LF": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\r\n", b"\n")]),
+    "CR.CR": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\r", b"\r")]),
+    "CRLF.CR": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\r\n", b"\r")]),
+    "any of them": lambda d: behind(d, LAX),
+    "CR becomes LF": lambda d: behind(cr_is_lf(d), BARE),
+    "CRLF, then CR become LF": lambda d: behind(crlf_is_lf_then_cr(d), BARE),
+    "drops CR": lambda d: behind(no_cr(d), BARE),
+    "drops NUL": lambda d: behind(no_nul(d), LAX),
+    "drops NUL, CR becomes LF": lambda d: behind(cr_is_lf(no_nul(d)), BARE),
+    "drops NUL and CR": lambda d: behind(no_cr(no_nul(d)), BARE),
+    "C strings": lambda d: behind_line(
+        d, lambda l: l.rstrip(b"\r").split(b"\0")[0] == b"."),
+    "C strings, CR gone later": lambda d: behind_line(
+        d, lambda l: l.split(b"\0")[0].rstrip(b"\r") == b"."),
+    "C strings, CR is LF": lambda d: behind_line(
+        cr_is_lf(d), lambda l: l.split(b"\0")[0] == b"."),
+    "trims line ends": lambda d: behind_line(
+        d, lambda l: l.rstrip(b" \t\r\0") == b"."),
+}
+
+
+def smuggled(wire):
+    """Who of them, given what the daemon sent behind 354 (with the dot), sees
+    anything but one message: {name: what follows it}."""
+    found = {}
+    for name, hop in NEXT_HOPS.items():
+        rest = hop(wire)
+        if rest is None or rest.strip(b"\r\n"):
+            found[name] = rest and shown(rest, 80)
+    return found
+
+
+def sent(body):
+    """How a body stands behind 354."""
+    return stuff(body) + b".\r\n"
+
+
+# ------------------------------------------------- random bodies
+
+ATOMS = (b"\r\n", b"\r\n", b"\r\n", b"\r\n.", b"\r\n..", b"\r\n\r\n", b".", b"..",
+         b"\n", b"\r", b"\r\r\n", b"\n\r", b"\0", b"\r\n\0.", b"\n.\n", b"\r.\r",
+         b"a", b"word ", b"\xe4\xff", b":", b" ", b"\t",
+         b"a line as it is usual in mail, a bit longer than the others\r\n",
+         b"x" * 997)
+
+
+def random_body(random, most=200000):
+    """1 to most bytes, small ones as likely as large ones; no end of data."""
+    size = int(most ** random.random())
+    atoms = random.sample(ATOMS, random.randint(2, len(ATOMS)))
+    mean = sum(map(len, atoms)) / len(atoms)
+    body = b""
+    while len(body) < size:
+        body += b"".join(random.choices(atoms, k=int(size / mean) + 8))
+    body = body[:size]
+    while body.startswith(b".\r\n") or b"\r\n.\r\n" in body:
+        body = stuff(body) if body.startswith(b".\r\n") else body.replace(
+            b"\r\n.\r\n", b"\r\n..\r\n")
+    return body

@@ -380,7 +380,6 @@ size_t vformat(char *, size_t, const char *fmt, va_list);
  * three keep errno.  die() is for the time before the loop only.
  */
 void log_open(int level, int console);		/* syslog, or stderr */
-void log_stderr(void);				/* so far: before log_open */
 void logmsg(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));

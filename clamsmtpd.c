@@ -794,17 +794,19 @@ pid_file_open(const char *path)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
 	struct stat mine, there;
+	int fd;
 
 	for (;;) {
 		pid_fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC,
 		    0644);
 		if (pid_fd == -1)
 			die(1, "PidFile: %s:", path);
-		if (fcntl(pid_fd, F_SETLK, &lock) == -1) {
+		fd = pid_fd;
+		if (fcntl(fd, F_SETLK, &lock) == -1) {
+			pid_fd = -1;	/* it is not ours to remove */
 			if (errno != EACCES && errno != EAGAIN)
 				die(1, "PidFile: %s: lock:", path);
-			fcntl(pid_fd, F_GETLK, &lock);
-			pid_fd = -1;	/* it is not ours to remove */
+			fcntl(fd, F_GETLK, &lock);
 			die(1, "PidFile: %s: a clamsmtpd with process id %ld "
 			    "has it and is running", path, (long)lock.l_pid);
 		}
@@ -1133,9 +1135,9 @@ watch_all(void)
 		wait_until(now + TRIM_TIME);
 	if (wake_all || is_awake())
 		turn_end = now;
-	if (starved) {		/* only time brings memory: no busy loop */
-		nfds = 1;
-		turn_end = now + BUSY_TIME;
+	if (starved) {		/* a pause, for only time brings memory back */
+		poll(fds, 1, BUSY_TIME);
+		now = turn_end = monotonic();
 		wake_all = 1;
 	}
 	starved = 0;

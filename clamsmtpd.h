@@ -25,7 +25,7 @@
 /* Sizes, in bytes. */
 #define BUFSZ		32768		/* one buffer; one read or write */
 #define LINESZ		12288		/* a command, without its line end (RFC 4954 4) */
-#define REPLYSZ		12288		/* a whole reply of the next hop, */
+#define REPLYSZ		16384		/* a whole reply of the next hop, */
 #define RELAYSZ		(REPLYSZ / 4 * 5)	/* and with CRLF for every LF */
 #define NOTESZ		1024		/* a reply line of our own */
 #define ADDRTEXT	128		/* an address as text */
@@ -132,7 +132,6 @@ struct rule {				/* one word of an Action line */
 struct conf {
 	int	 refs;
 	enum action action;		/* where no rule matches */
-	int	 bounce;		/* the old setting */
 	struct rule *rules;
 	int	 nclamd;
 	struct clamd *clamd[MAXCLAMDS];
@@ -177,6 +176,7 @@ enum header { H_LINE, H_NAME, H_BLANK, H_REST, H_DONE };
 
 /* The scan of a session's message; clamd.c's alone. */
 struct scan {
+	/* SC_QUEUE ends when another session's scan does: in queue_run(). */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
 	struct clamd *at;		/* we hold one of its slots; or NULL */
 	int	 addr;			/* which of the target's addresses */

@@ -81,8 +81,8 @@ put(const char *fmt, ...)
  * Values of one word.
  */
 
-static const char *
-set_bool(struct conf *c, const struct keyword *k, const char *v)
+static int
+truth(const char *v)
 {
 	static const char *const words[] = {
 		"off", "on", "no", "yes", "false", "true", "0", "1"
@@ -90,11 +90,20 @@ set_bool(struct conf *c, const struct keyword *k, const char *v)
 	size_t i;
 
 	for (i = 0; i < sizeof words / sizeof words[0]; i++)
-		if (strcasecmp(v, words[i]) == 0) {
-			*(int *)field(c, k) = i & 1;
-			return NULL;
-		}
-	return "on or off";
+		if (strcasecmp(v, words[i]) == 0)
+			return i & 1;
+	return -1;
+}
+
+static const char *
+set_bool(struct conf *c, const struct keyword *k, const char *v)
+{
+	int on = truth(v);
+
+	if (on == -1)
+		return "on or off";
+	*(int *)field(c, k) = on;
+	return NULL;
 }
 
 static void
@@ -320,11 +329,13 @@ show_action(const struct conf *c, const struct keyword *k)
 static const char *
 set_bounce(struct conf *c, const struct keyword *k, const char *v)
 {
-	const char *why = set_bool(c, k, v);
+	int on = truth(v);
 
-	if (why == NULL)	/* an int, and so is the enum's field */
-		c->action = *(int *)field(c, k) ? BOUNCE : DROP;
-	return why;
+	(void)k;
+	if (on == -1)
+		return "on or off";
+	c->action = on ? BOUNCE : DROP;
+	return NULL;
 }
 
 /* [...] of a pattern: whether c is in it; *p is left behind it.  Without a ]
@@ -727,8 +738,7 @@ static const struct keyword keywords[] = {
 	  .off = FIELD(debug_files) },
 	{ .name = "ScanHeader", .set = set_header, .now_called = "Header",
 	  .may_be_empty = 1 },
-	{ .name = "Bounce", .set = set_bounce, .now_called = "Action",
-	  .off = FIELD(bounce) },
+	{ .name = "Bounce", .set = set_bounce, .now_called = "Action" },
 };
 #define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
 

@@ -84,8 +84,9 @@ static int st_connect(struct session *), st_greeting(struct session *),
 
 enum { CLIENT = 1, SERVER = 2 };
 
-/* How long a state may last: TimeOut since the client's last sign of life;
- * TimeOut in all; what is set where it is entered or goes on. */
+/* How long a state may last: TimeOut since the client's last command (of a
+ * body: its last byte) or the last reply that it took; TimeOut in all; what is
+ * set where it is entered or goes on. */
 enum clock { C_IDLE, C_TOTAL, C_OTHER };
 
 static const struct {
@@ -115,14 +116,8 @@ static void
 enter(struct session *s, enum state state)
 {
 	s->state = state;
-	switch (states[state].clock) {
-	case C_IDLE:
-	case C_TOTAL:
+	if (states[state].clock != C_OTHER)
 		s->deadline = now + s->conf->timeout;
-		break;
-	case C_OTHER:
-		break;
-	}
 }
 
 /*
@@ -171,8 +166,8 @@ format_line(char line[NOTESZ], const char *fmt, va_list ap)
 	size_t i, len = vformat(line, NOTESZ - 2, fmt, ap);
 
 	for (i = 0; i < len; i++)
-		if (iscntrl((unsigned char)line[i]))
-			line[i] = ' ';
+		if (line[i] < ' ' || line[i] > 126)
+			line[i] = '?';
 	line[len++] = '\r';
 	line[len++] = '\n';
 	return len;
@@ -195,16 +190,23 @@ say(struct session *s, const char *fmt, ...)
 static void hold(struct session *, const char *, ...)
     __attribute__((format(printf, 2, 3)));
 
+static void
+vhold(struct session *s, const char *fmt, va_list ap)
+{
+	char line[NOTESZ];
+
+	if (str_set(&s->held, line, format_line(line, fmt, ap)) == -1)
+		s->client.err = 1;
+}
+
 /* To be said when what goes before it has been done. */
 static void
 hold(struct session *s, const char *fmt, ...)
 {
-	char line[NOTESZ];
 	va_list ap;
 
 	va_start(ap, fmt);
-	if (str_set(&s->held, line, format_line(line, fmt, ap)) == -1)
-		s->client.err = 1;
+	vhold(s, fmt, ap);
 	va_end(ap);
 }
 
@@ -261,8 +263,10 @@ xforward_reset(struct session *s)
 static void
 hop_close(struct session *s)
 {
-	if (s->server.fd != -1 && s->state > S_GREETING && s->state != S_AUTH &&
-	    !s->asked && !s->noop && !s->server.eof && !s->server.err && hop_put(s, "QUIT\r\n", 6))
+	int waits = s->state > S_GREETING && s->state != S_AUTH && !s->asked &&
+	    !s->noop;
+
+	if (s->server.fd != -1 && waits && !s->server.eof && !s->server.err && hop_put(s, "QUIT\r\n", 6))
 		peer_drain(&s->server, 0);
 	peer_close(&s->server);
 	s->asked = s->noop = 0;
@@ -283,6 +287,7 @@ static void
 finish(struct session *s)
 {
 	hop_close(s);
+	clamd_drop(s);
 	enter(s, S_LINGER);
 	s->deadline = now + s->conf->timeout;
 }
@@ -364,19 +369,17 @@ static void remember(struct session *, const char *, ...)
 static void
 remember(struct session *s, const char *fmt, ...)
 {
-	char line[NOTESZ];
 	va_list ap;
-	size_t n;
 
 	if (s->error)
 		return;
 	s->error = 1;
 	va_start(ap, fmt);
-	n = format_line(line, fmt, ap);
+	vhold(s, fmt, ap);
 	va_end(ap);
-	if (str_set(&s->held, line, n) == -1)
-		s->client.err = 1;
-	slog(s, LOG_WARNING, "message will be refused: %.*s", (int)n - 2, line);
+	if (s->held.len > 2)
+		slog(s, LOG_WARNING, "message will be refused: %.*s",
+		    (int)s->held.len - 2, s->held.s);
 }
 
 static void
@@ -462,6 +465,12 @@ first_line(const struct reply *r)
 	size_t n = (const char *)memchr(r->text, '\n', r->len) - r->text;
 
 	return printable(r->text, n > 0 && r->text[n - 1] == '\r' ? n - 1 : n);
+}
+
+static void
+log_refusal(const struct session *s, const struct reply *r)
+{
+	slog(s, LOG_NOTICE, "SERVER: refused the message: %s", first_line(r));
 }
 
 /* Three digits and a separator; 0: no reply line. */
@@ -2072,6 +2081,7 @@ virus_found(struct session *s)
 		forward(s);
 		return;
 	}
+	s->error = 0;		/* whatever became of the next hop meanwhile */
 	if (s->action == BOUNCE)
 		hold(s, r_virus_bounce, s->virus);
 	else
@@ -2225,8 +2235,7 @@ st_data(struct session *s)
 	if (r.code < 400)
 		return hop_lost(s, "its reply makes no sense");
 	s->asked = 0;
-	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
-	    first_line(&r));
+	log_refusal(s, &r);
 	hold_reply(s, &r);
 	reply_eat(s, &r);
 	if (r.code == 421)
@@ -2254,8 +2263,7 @@ early_reply(struct session *s)
 	}
 	if (r.code < 400)
 		return hop_lost(s, "it accepted a message that it did not have");
-	slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
-	    first_line(&r));
+	log_refusal(s, &r);
 	mail_done(s);
 	relay(s, &r);
 	reply_eat(s, &r);
@@ -2349,7 +2357,7 @@ st_replay(struct session *s)
 		return give_up(s);
 	if (s->server.err && buf_len(&s->server.in) == 0 && !s->server.eof &&
 	    !peer_fill(&s->server))
-		return hop_lost(s, "it cannot be written to");
+		return hop_lost(s, "no writing to it, or no reading of the spool");
 	if (buf_len(&s->server.in) > 0 || s->server.eof)
 		return client_ready(s) ? early_reply(s) : 0;
 	if (buf_len(&s->server.out) > 0)
@@ -2391,8 +2399,7 @@ st_final(struct session *s)
 	s->asked = 0;
 	mail_done(s);
 	if (r.code / 100 != 2)
-		slog(s, LOG_NOTICE, "SERVER: refused the message: %s",
-		    first_line(&r));
+		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
 	mail_reset(s);
@@ -2579,7 +2586,7 @@ on_client(void *arg, int revents)
 	if ((revents & POLLIN) && peer_fill(&s->client) &&
 	    buf_len(&s->client.in) > had) {
 		s->slow_bytes += buf_len(&s->client.in) - had;
-		if (states[s->state].clock == C_IDLE)
+		if (is_body(s))
 			s->deadline = now + s->conf->timeout;
 	}
 	session_run(s);
@@ -2661,23 +2668,36 @@ void
 session_shutdown(struct session *s, int at_once)
 {
 	switch (s->state) {
-	case S_COMMAND:
-		if (s->mail && !at_once)
-			return;
-		/* FALLTHROUGH */
+	case S_DEAD:
+		return;
 	case S_CONNECT:
 	case S_GREETING:
 	case S_AUTH:
-		say(s, "%s", r_stopping);
-		finish(s);
-		session_run(s);
+		break;
+	case S_COMMAND:
+		if (s->mail && !at_once)
+			return;
+		break;
+	case S_LINGER:
+		if (at_once)
+			session_end(s);
+		return;
+	case S_DATA:
+	case S_REPLAY:
+	case S_FINAL:
+	case S_RESET:
+		if (at_once) {
+			hop_lost(s, "no time left to wait for it");
+			session_run(s);
+		}
 		return;
 	default:
-		if (at_once && s->state != S_DEAD) {
-			peer_drain(&s->client, 0);
-			session_end(s);
-		}
+		if (!at_once)
+			return;
 	}
+	say(s, "%s", r_stopping);
+	finish(s);
+	session_run(s);
 }
 
 void

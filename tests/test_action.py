@@ -4,6 +4,7 @@ that cannot be written."""
 import ctypes
 import os
 import re
+import signal
 
 import pytest
 
@@ -175,6 +176,57 @@ def test_a_quarantine_that_fails_is_451(site, action):
     site.daemon.wait_log(r"status=ERROR$")
     client.mail(body=GOOD)
     client.quit()
+
+
+def test_a_copy_that_nobody_waits_for_is_logged(site):
+    """The client goes while the copy is made: no file without its line."""
+    site.start(Quarantine="on")
+    client = site.session()
+    body = b"A: b\r\n\r\nEICAR" + b"x" * (20 << 20) + b"\r\n"
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(body + b".\r\n")
+    child = until(site.daemon.children, "the copy is being made")[0]
+    try:
+        os.kill(child, signal.SIGSTOP)
+        client.reset()
+        other = site.session()          # the daemon has seen it
+        other.cmd("NOOP", "250")
+        other.quit()
+    finally:
+        try:
+            os.kill(child, signal.SIGCONT)
+        except ProcessLookupError:
+            pass
+    until(lambda: not site.daemon.children(), "the copy is done")
+    until(lambda: len(os.listdir(site.spool)) ==
+          len(site.daemon.log("quarantined virus file as: ")),
+          "as many lines as files")
+    site.daemon.allowed.update(os.listdir(site.spool))
+    assert site.hop.messages == []
+
+
+@pytest.mark.parametrize("farewell", ["421 4.3.2 bye", "250 what"])
+@pytest.mark.parametrize("action, want", [("drop", "250 2.0.0 Virus Detected"),
+                                          ("bounce", "550 5.7.1 Virus")])
+def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
+        site, action, want, farewell):
+    """Else it is sent again, and kept again, for ever."""
+    noop, verdict = Hold(farewell), Hold(VIRUS + " FOUND")
+    site.hop.on("NOOP", [noop])
+    site.clamd.verdict = [verdict]
+    site.start(Action=action, Quarantine="on", KeepAlives="1")
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(GOOD + b".\r\n")
+    noop.reached()
+    verdict.go()
+    site.daemon.wait_log("status=VIRUS")
+    noop.go()
+    client.expect(want)
+    site.daemon.allowed.update(os.listdir(site.spool))
+    assert len(os.listdir(site.spool)) == 1 and site.hop.messages == []
 
 
 # ---------------------------------------------------------------- spool
@@ -428,6 +480,23 @@ def test_at_most_eight_actions_at_once(site):
     open(go, "w").close()
     until(lambda: text().count("e") == 12, "the others too")
     client.quit()
+
+
+def test_at_most_sixty_four_actions_wait(site):
+    """PROMISE 6.  Eight run; who finds the rest waiting is told of in the log."""
+    go, out = site.path("go"), site.path("out")
+    site.start(VirusAction="while [ ! -e %s ]; do sleep 0.05; done; echo e >> %s"
+               % (go, out))
+    client = site.session()
+    for _ in range(8 + 64 + 3):
+        client.mail(body=BAD, want="250 2.0.0 Virus")
+    assert len(site.daemon.wait_log("VirusAction: not run", 3)) == 3
+    open(go, "w").close()
+    until(lambda: os.path.exists(out) and
+          open(out).read().count("e") >= 8 + 64, "those that waited have run")
+    client.quit()
+    site.daemon.settle()
+    assert open(out).read().count("e") == 8 + 64
 
 
 def test_the_process_group_is_killed_after_time_out(site):

@@ -3,7 +3,8 @@
 
 import pytest
 
-from harness import HEADER, VIRUS, same
+from harness import HEADER, Hold, VIRUS, same
+from test_session import turns_noop_free
 
 BODY = b"Subject: x\r\n\r\nLine one\r\n.line two\r\n.\r\nlast\r\n"
 
@@ -304,6 +305,39 @@ def test_the_next_hop_refuses_the_bdat(site, chunky):
     chunky.cmd("RSET", "250")
     send_chunks(chunky, [BODY])
     chunky.quit()
+
+
+@pytest.mark.parametrize("reply", [b"250 ok\r\n250 ok\r\n",
+                                   b"250 ok\r\n250-ok\r\n250 ok\r\n"])
+def test_a_reply_too_many_is_not_the_messages(site, chunky, reply):
+    """PROMISE 1: what the next hop says unasked is no answer to a chunk."""
+    site.hop.on("RCPT", [reply])
+    chunky.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
+                b"BDAT %d LAST\r\n" % len(BODY) + BODY)
+    heard = chunky.rest()
+    assert site.hop.messages == []
+    assert heard.count(b"250") == 2, "2xx for a message that nobody has: %r" % heard
+
+
+def test_a_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):
+    """Its reply is not taken for another one, nor another one for it."""
+    noop = Hold()
+    site.hop = site.new_hop(chunking=True)
+    site.hop.on("NOOP", [noop])
+    site.start(KeepAlives="1")
+    client = site.session()
+    client.envelope()
+    client.send(b"BDAT 30\r\n" + b"A: b\r\n\r\n")
+    noop.reached()
+    client.send(b"x" * 22 + b"BDAT 0 LAST\r\nNOOP\r\n")
+    turns_noop_free(site)
+    assert len(site.hop.sessions[0].commands) == 4
+    noop.go()
+    client.expect("250 2.0.0")
+    client.expect("250 2.0.0 queued as 4711")
+    client.expect("250 2.0.0 noop")
+    assert len(site.hop.messages) == 1
+    client.quit()
 
 
 @pytest.mark.core

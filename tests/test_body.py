@@ -156,6 +156,31 @@ def test_a_large_message_takes_no_memory(site, plain):
     plain.quit()
 
 
+def test_what_is_held_back_has_a_limit(site, plain):
+    """PROMISE 5: it is a number until it is written, and then all at once."""
+    for byte in (b"\0", b"\r"):
+        plain.envelope()
+        plain.cmd("DATA", "354")
+        plain.send(b"Subject: x\r\n\r\n")
+        for _ in range(20):
+            plain.send(byte * (1 << 20))
+        plain.send(b"x\r\n.\r\n")
+        plain.expect("554")
+        assert site.hop.messages == [] and "DATA" not in site.hop.commands
+    relay(site, plain, b"\0" * 100000 + b"x\r\n")
+    plain.quit()
+
+
+def test_bare_crs_cost_no_more_than_other_bytes(site, plain):
+    """PROMISE 5: no search for a line's end is done twice."""
+    def cost(body):
+        before = site.daemon.ticks()
+        relay(site, plain, body)
+        return site.daemon.ticks() - before
+    usual = cost((b"a" * 98 + b"\r\n") * 40000)
+    assert cost(b"a\r" * 2000000 + b"\r\n") < 50 + 10 * usual
+
+
 # ---------------------------------------------------------------- newlines
 
 @pytest.mark.core
@@ -351,6 +376,17 @@ def test_empty_header_adds_none(site, plain):
     plain.mail(body=b"Subject: x\r\n\r\nbody\r\n")
     same(site.hop.messages[0].body, b"Subject: x\r\n\r\nbody\r\n")
     plain.quit()
+
+
+def test_a_long_header_arrives_whole(site):
+    """Its dates filled in, it is some times as long as it was written."""
+    site.start(Header="X-Long: " + "%d;" * 120)
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\nx\r\n")
+    line = site.hop.messages[0].body.split(b"\r\n")[1]
+    assert line.startswith(b"X-Long: ") and line.endswith(b";")
+    assert line.count(b";") == 120 and len(line) > 120 * 25
+    client.quit()
 
 
 def test_header_escapes(site):

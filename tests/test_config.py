@@ -171,7 +171,7 @@ BAD = [
     ("Quarantine", "perhaps"), ("Quarantine", "2"), ("Quarantine", ""),
     ("ScanFailure", "drop"), ("ScanFailure", ""),
     ("ScanTimeOut", "0"), ("ScanTimeOut", "86401"),
-    ("Header", "no name"),
+    ("Header", "no name"), ("Header", "X-Long: " + "%d" * 2000),
     ("TimeOut", "0"), ("TimeOut", "86401"), ("TimeOut", "5s"),
     ("TransparentProxy", "maybe"),
     ("Listen", "10.0.0.256:25"), ("Listen", "999.1"), ("Listen", "a_b,c:25"),
@@ -412,6 +412,7 @@ def test_log_lines_begin_with_the_name(site):
     ("localhost:0", r"(127\.0\.0\.1|\[::1\]):[1-9]\d*"),
     ("[::1]:0", r"\[::1\]:[1-9]\d*"),
     ("[::ffff:127.0.0.1]:0", r"127\.0\.0\.1:[1-9]\d*"),
+    ("[::]:0", r"\[::\]:[1-9]\d*"),
 ])
 def test_listen_on(site, listen, want):
     if "::1" in listen and not has_ipv6():
@@ -421,6 +422,20 @@ def test_listen_on(site, listen, want):
     client = site.session()
     client.mail()
     client.quit()
+
+
+def test_an_ipv4_client_of_an_ipv6_listener_is_one(site):
+    """No ::ffff: in log or header, and its own loopback is the next hop."""
+    if not has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    site.start(Listen="[::]:0", OutAddress=str(site.hop.port),
+               Header="X-Via: %i %l")
+    port = site.daemon.address.rpartition(":")[2]
+    client = site.session(address="127.0.0.1:" + port)
+    client.mail(body=b"Subject: x\r\n\r\nhello\r\n")
+    client.quit()
+    assert b"\r\nX-Via: 127.0.0.1 127.0.0.1\r\n" in site.hop.messages[0].body
+    assert site.daemon.log("accepted connection from: 127.0.0.1$")
 
 
 def test_listen_on_a_unix_socket(site):

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import socket
 
 import pytest
 
@@ -256,11 +257,15 @@ def test_commands_may_end_in_lf(site):
     assert site.hop.session.raw.count(b"\r\n") == 4
 
 
-def test_a_line_of_12_kib_passes(site):
+@pytest.mark.parametrize("end", ["\r\n", "\n"], ids=["CRLF", "LF"])
+def test_a_line_of_12_kib_passes_whatever_its_end(site, end):
     client = site.session()
-    command = "NOOP " + "x" * (12 * 1024 - 5 - 2)
-    client.cmd(command, "250")
+    command = "NOOP " + "x" * (12 * 1024 - 5)
+    client.send(command + end)
+    client.expect("250")
     assert site.hop.commands[-1] == command
+    client.send(command + "x" + end)
+    client.expect("500 5.5.2 Line too long")
     client.quit()
 
 
@@ -506,6 +511,33 @@ def test_a_second_reply_is_never_taken_for_the_next_answer(site):
     assert "RCPT" not in site.hop.session.verbs()
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["in one go", "in pieces"])
+@pytest.mark.parametrize("size, fits", [(12000, True), (13000, False),
+                                        (20000, False)])
+def test_the_limit_of_a_reply_does_not_depend_on_packets(site, size, fits, whole):
+    lines = (b"214-" + b"h" * 74 + b"\r\n") * (size // 80) + b"214 end\r\n"
+    site.hop = site.new_hop(path=site.path("hop.sock"))   # a write is one read
+
+    def pieces(s, line):
+        for at in range(0, len(lines), 500):
+            s.sock.sendall(lines[at:at + 500])
+            turn.line("NOOP")            # the daemon has read it by its reply
+            turn.expect("250")
+        return b""
+    turn = site.session()
+    site.hop.on("HELP", [lines if whole else pieces])
+    client = site.session()
+    client.line("HELP")
+    got = client.reply()
+    if fits:
+        assert got.raw == lines
+        client.quit()
+    else:
+        assert got.code == "421"
+        site.daemon.wait_log("too long")
+    turn.quit()
+
+
 @pytest.mark.parametrize("reply, want", [
     (b"250 ok\n", "250 ok"), (b"250\r\n", "250"), (b"250 \r\n", "250"),
     (b"250-\r\n250 \r\n", "250"), (b"250-a\n250 b\n", "250"),
@@ -622,6 +654,37 @@ def test_auth_secrets_are_never_logged(site):
     for secret in ("c2VjcmV0T05F", "c2VjcmV0VFdP", "c2VjcmV0VEhSRUU",
                    "c2VjcmV0Rk9VUg"):
         assert secret not in text
+
+
+@pytest.mark.parametrize("how", ["command", "continuation"])
+@pytest.mark.parametrize("control", [b"\r", b"\0"])
+def test_auth_secrets_in_a_bad_line_are_not_logged(site, how, control):
+    site.hop.on("AUTH", "334 VXNlcm5hbWU6")
+    client = site.session()
+    if how == "continuation":
+        client.cmd("AUTH LOGIN", "334")
+        client.line(b"c2VjcmV0T05F" + control + b"x")
+    else:
+        client.line(b"AUTH PLAIN c2VjcmV0T05F" + control + b"x")
+    client.expect("501")
+    client.close()
+    site.hop.session.wait_end()
+    assert "c2VjcmV0T05F" not in site.daemon.text()
+
+
+@pytest.mark.parametrize("ending", ["time-out", "half_close", "reset"])
+def test_auth_broken_off_sends_no_quit_for_an_answer(site, ending):
+    """Behind a 334 it would be a failed login in the next hop's log."""
+    site.hop.on("AUTH", "334 VXNlcm5hbWU6")
+    site.start(TimeOut="1")
+    client = site.session()
+    client.cmd("AUTH LOGIN", "334")
+    if ending == "time-out":
+        client.expect("421 4.4.2")
+    else:
+        getattr(client, ending)()
+    site.hop.session.wait_end()
+    assert site.hop.commands == ["EHLO client.example", "AUTH LOGIN"]
 
 
 # ---------------------------------------------------------------- pipelining
@@ -775,6 +838,29 @@ def test_eof_behind_a_command_while_idle_ends_the_session(site):
     client.rest()
     site.hop.session.wait_end()
     assert site.hop.messages == []
+
+
+def test_a_client_that_sends_without_end_is_held_back(site):
+    """PROMISE 6: one command is out, the rest waits in the client's kernel."""
+    hold = Hold()
+    site.hop.on("NOOP", [hold])
+    client = site.session()
+    client.cmd("RSET", "250")
+    before = site.daemon.rss()
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    client.sock.setblocking(False)
+    sent = 0
+    try:
+        while sent < 64 << 20:
+            sent += client.sock.send(b"NOOP\r\n" * 10000)
+    except BlockingIOError:
+        pass
+    assert sent < 64 << 20, "64 MiB of commands were taken"
+    assert site.daemon.rss() - before < 1024
+    hold.reached()
+    client.reset()
+    hold.go()
+    site.hop.session.wait_end()
 
 
 def test_hung_up_client_closes_the_next_hops_session(site):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 
 import pytest
 
@@ -159,6 +160,8 @@ ERRORS = [
     b"COMMAND READ TIMED OUT\n", b"COMMAND UNAVAILABLE\0", b"PONG\0",
     b"x" * 200000, b"fd[12]: " + b"x" * 100000 + b" OK\0", b"fd[12]:OK\0",
     b"fd[12] OK\0", b"250 ok\r\n", b"fd[12]: OK\r\n\0",
+    b"fd[12]: OK\0fd[12]: X FOUND\0", b"fd[12]: OK\0\n",
+    b"fd[12]: X FOUND\0fd[12]: OK\0",
 ]
 
 
@@ -478,7 +481,118 @@ def test_a_full_clamd_leaves_the_scan_to_the_next(site):
     two.quit()
 
 
+def test_a_dead_clamd_is_left_alone_while_another_is_alive(site):
+    first, second = site.new_clamd(verdict=CLOSE), site.new_clamd()
+    site.start(ClamAddress=[first.address, second.address])
+    client = site.session()
+    for _ in range(5):
+        client.mail()
+    assert (first.accepted, len(second.scans)) == (1, 5)
+    client.quit()
+
+
+def test_an_error_is_no_death(site):
+    """A clamd that could not scan one message is asked for the next."""
+    first, second = site.new_clamd(), site.new_clamd()
+    first.verdict = [b"fd[1]: Heuristics limits exceeded ERROR\0"]
+    site.start(ClamAddress=[first.address, second.address])
+    client = site.session()
+    for _ in range(3):
+        client.mail()
+    assert (len(first.scans), len(second.scans)) == (3, 1)
+    client.quit()
+
+
+@pytest.mark.long
+def test_a_dead_clamd_is_tried_again_while_another_is_alive(site):
+    """After half a minute."""
+    first, second = site.new_clamd(), site.new_clamd()
+    site.start(ClamAddress=[first.address, second.address])
+    client = site.session()
+    first.down()
+    client.mail()
+    first.up()
+
+    def back():
+        client.mail()
+        return first.scans
+    until(back, "the first clamd is used again", limit=90)
+    site.daemon.wait_log("works again")
+    client.quit()
+
+
+def test_a_waiting_scan_does_not_hold_up_who_could_go(site):
+    """It has tried the first clamd and waits for the second; the one behind
+    it in the queue may use the first."""
+    hold = Hold("OK")
+    first, second = site.new_clamd(), site.new_clamd(verdict=hold)
+    first.verdict = lambda data: "Broken ERROR" if b"bad" in data else "OK"
+    site.start(ClamAddress=[first.address, second.address], MaxScans="1")
+    running, waiting, good = (site.session() for _ in range(3))
+    send(running, b"A: bad\r\n\r\nx\r\n")
+    hold.reached()
+    send(waiting, b"A: bad\r\n\r\nx\r\n")
+    first.wait_scans(2)
+    until(lambda: not first.busy, "the first clamd is free")
+    turns(site)
+    good.mail()
+    assert second.accepted == 1
+    hold.go()
+    for client in (running, waiting):
+        client.expect("250")
+        client.quit()
+    good.quit()
+
+
 # ---------------------------------------------------------------- MaxScans
+
+def test_a_full_backlog_is_knocked_at_again(site):
+    """EAGAIN of a unix socket: busy, not dead; and the loop goes on."""
+    path = site.path("clamd.sock")
+    full = socket.socket(socket.AF_UNIX)
+    full.bind(path)
+    full.listen(0)
+    knocks = []
+    try:
+        while True:
+            knocks.append(socket.socket(socket.AF_UNIX))
+            knocks[-1].setblocking(False)
+            knocks[-1].connect(path)
+    except BlockingIOError:
+        pass
+    site.start(ClamAddress=path)
+    client = site.session()
+    send(client, BODY)
+    turns(site)
+    assert not client.stream.more() and not site.daemon.log("clamd.*connect")
+    for sock in [full] + knocks:
+        sock.close()
+    site.clamd = site.new_clamd(path=path)
+    client.expect("250")
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def test_a_connect_that_hangs_slows_nobody(site):
+    """PROMISE 5.  Five seconds is what a connect to clamd may take."""
+    full = socket.socket()
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    knocks = [socket.socket() for _ in range(4)]
+    for sock in knocks:
+        sock.setblocking(False)
+        sock.connect_ex(full.getsockname())
+    site.start(ClamAddress="127.0.0.1:%d" % full.getsockname()[1])
+    client = site.session()
+    send(client, BODY)
+    for _ in range(3):
+        turns(site)
+    assert not client.stream.more()
+    client.expect("451 4.3.0 Local Error")
+    client.quit()
+    for sock in [full] + knocks:
+        sock.close()
+
 
 def send(client, body):
     client.envelope()
@@ -751,8 +865,10 @@ def test_clamds_own_stream_limit_is_like_maxscansize(site, size):
     """Its answer is read although it closes while we write."""
     site.clamd = site.new_clamd(tcp=True, limit=10000)
     client = site.session()
-    client.mail(body=b"A: b\r\n\r\n" + b"x" * size + b"\r\n",
-                want="552 5.3.4 Message too big")
+    client.envelope()
+    got = client.data(b"A: b\r\n\r\n" + b"x" * size + b"\r\n",
+                      "552 5.3.4 Message too big")
+    assert "limit" not in got.text, "we do not know clamd's limit"
     assert site.hop.messages == []
     site.daemon.wait_log(r"status=OVERSIZE$")
     client.mail()

@@ -99,6 +99,16 @@ def test_a_later_ehlo_sends_none(site, xhop):
     client.quit()
 
 
+def test_a_later_ehlo_sends_none_when_it_is_offered_only_then(site):
+    """Later than the first EHLO it would wipe AUTH."""
+    site.start(XClient="on")
+    client = site.session()
+    site.hop.ehlo = ["DSN", OFFER]
+    client.cmd("EHLO again", "250")
+    assert xclients(site) == []
+    client.quit()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("reply", ["550 5.7.0 insufficient authorization",
                                    "501-5.5.4 a\n501 5.5.4 b", "421 4.3.2 bye"])

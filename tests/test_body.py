@@ -64,7 +64,7 @@ def text(size, seed=0):
 # ---------------------------------------------------------------- fidelity
 
 @pytest.mark.core
-@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
 def test_sizes_around_buffers_at_once(site, plain, size):
     for delta in NEAR:
         body = text(size + delta, delta)
@@ -72,7 +72,7 @@ def test_sizes_around_buffers_at_once(site, plain, size):
     plain.quit()
 
 
-@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
 def test_sizes_around_buffers_one_byte_at_a_time(site, plain, size):
     for delta in NEAR if size < 65536 else (-1, 0, 1):
         body = text(size + delta, delta)
@@ -80,7 +80,7 @@ def test_sizes_around_buffers_one_byte_at_a_time(site, plain, size):
     plain.quit()
 
 
-@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
 def test_dot_lines_at_each_position_around_buffers(site, plain, size):
     """The body, stuffed: a line that begins with a dot at each offset."""
     for delta in range(-6, 7):
@@ -91,7 +91,7 @@ def test_dot_lines_at_each_position_around_buffers(site, plain, size):
     plain.quit()
 
 
-@pytest.mark.parametrize("size", [4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
 def test_every_line_a_dot_line(site, plain, size):
     for delta in NEAR:
         body = (b".\r\n" * (size // 3 + 2))[:size + delta]

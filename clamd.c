@@ -520,7 +520,7 @@ scan_read(struct session *s)
 	size_t n = buf_len(in);
 	const char *end = memchr(p, '\0', n);
 
-	if (end != NULL)
+	if (end != NULL && n <= ANSWERSZ)
 		return scan_answer(s, p, end - p, end + 1 == p + n);
 	if (n > ANSWERSZ)
 		return scan_failed(s, 0, "it answered at too great a length");

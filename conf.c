@@ -358,36 +358,49 @@ in_set(const char **p, char c)
 	return found != not;
 }
 
+/* One element of a pattern, no star, against one character. */
+static int
+matches_one(const char **p, char c)
+{
+	switch (**p) {
+	case '\0':
+		return 0;
+	case '?':
+		(*p)++;
+		return 1;
+	case '[':
+		return in_set(p, c);
+	case '\\':
+		if ((*p)[1] != '\0')
+			(*p)++;
+	}
+	return *(*p)++ == c;
+}
+
 /* As fnmatch(3) without flags; that one brings 17 KB of wide characters. */
 static int
 matches(const char *p, const char *s)
 {
-	for (; *p != '\0'; s++) {
+	const char *star = NULL, *back = s, *next;
+
+	for (;;) {
 		if (*p == '*') {
-			while (*p == '*')
-				p++;
-			for (; !matches(p, s); s++)
-				if (*s == '\0')
-					return 0;
+			star = ++p;
+			back = s;
+			continue;
+		}
+		if (*s == '\0' && *p == '\0')
 			return 1;
-		}
-		if (*s == '\0')
-			return 0;
-		if (*p == '[') {
-			if (!in_set(&p, *s))
-				return 0;
-			continue;
-		}
-		if (*p == '\\' && p[1] != '\0')
-			p++;
-		else if (*p == '?') {
-			p++;
-			continue;
-		}
-		if (*p++ != *s)
+		next = p;
+		if (*s != '\0' && matches_one(&next, *s)) {
+			p = next;
+			s++;
+		} else if (star != NULL && *back != '\0') {
+			p = star;	/* it stands for one more */
+			s = ++back;
+		} else
 			return 0;
 	}
-	return *s == '\0';
 }
 
 enum action
@@ -421,7 +434,7 @@ set_header(struct conf *c, const struct keyword *k, const char *v)
 {
 	static const char not[] = "header lines of the form Name: text";
 	char *h = malloc(2 * strlen(v) + 1), *w = h, *p;
-	size_t room = BUFSZ / 4;	/* with its % sequences filled in */
+	size_t n, room = BUFSZ / 4;	/* with its % sequences filled in */
 
 	(void)k;
 	if (h == NULL)
@@ -444,13 +457,14 @@ set_header(struct conf *c, const struct keyword *k, const char *v)
 		free(h);
 		return "short enough for a header";
 	}
-	while (w > h && (w[-1] == '\n' || w[-1] == '\r'))
+	while (w > h && strchr(" \t\r\n", w[-1]) != NULL)
 		w--;
 	*w = '\0';
 	for (p = h; p != NULL && *h != '\0'; p = strchr(p, '\n')) {
 		if (p != h)
 			p++;
-		if (!is_header_line(p) && (p == h || (*p != ' ' && *p != '\t'))) {
+		n = strspn(p, " \t");
+		if (p == h || n == 0 ? !is_header_line(p) : p[n] == '\r') {
 			free(h);
 			return not;
 		}
@@ -555,7 +569,7 @@ target_parse(struct target *t, const char *v, int port)
 		char *end = strchr(host, ']');
 
 		if (end == NULL || (end[1] != '\0' && end[1] != ':') ||
-		    strchr(host, ':') > end)
+		    memchr(host, ':', end - host) == NULL)
 			return not_address;
 		if (end[1] == ':')
 			port = port_number(end + 2);
@@ -818,7 +832,7 @@ static void
 read_line(struct conf *c, struct place *at, char *line, size_t n)
 {
 	const char *why = NULL;
-	char *colon;
+	char *colon, *p;
 
 	if (memchr(line, '\0', n) != NULL)
 		why = "has a NUL byte in it; this is to be a text file";
@@ -827,6 +841,9 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 	line = trim(line);
 	if (why == NULL && (*line == '\0' || *line == '#'))
 		return;
+	for (p = line; why == NULL && *p != '\0'; p++)
+		if ((unsigned char)*p < ' ' && *p != '\t')
+			why = "has a control character in it";
 	colon = strchr(line, ':');
 	if (why == NULL && colon == NULL)
 		why = "has no colon; it should read Name: value";

@@ -1,14 +1,17 @@
 """What happens to a virus: Action, Quarantine, VirusAction; and to a spool
 that cannot be written."""
 
+import contextlib
 import ctypes
 import os
 import re
 import signal
+import time
 
 import pytest
 
-from harness import CLOSE, HEADER, Hold, VIRUS, never, processes, same, until
+from harness import (CLOSE, HEADER, Hold, VIRUS, WAIT, never, processes, same,
+                     until)
 
 BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
 GOOD = b"Subject: x\r\n\r\nnothing\r\n"
@@ -81,6 +84,15 @@ def test_patterns_the_first_match_wins(site, name, want):
     client = site.session()
     client.mail(want=want)
     assert len(site.hop.messages) == ("queued" in want)
+    client.quit()
+
+
+def test_a_pattern_of_many_stars_costs_nothing(site):
+    """PROMISE 5: no search that starts anew at each star."""
+    site.clamd.verdict = "a" * 150 + " FOUND"
+    site.start(Action=["drop " + "*a" * 40 + "*b", "bounce"])
+    client = site.session()
+    client.mail(body=BAD, want="550 5.7.1 Virus")
     client.quit()
 
 
@@ -178,26 +190,45 @@ def test_a_quarantine_that_fails_is_451(site, action):
     client.quit()
 
 
+@contextlib.contextmanager
+def copy_halted(site):
+    """The child that makes the copy does not go on until the end of the block
+    (unless it was too quick for us: then there is nothing to wait for)."""
+    made = "quarantined virus file as: "
+
+    def tell(number):
+        for pid in site.daemon.children():
+            os.kill(pid, number)
+            return True
+        return site.daemon.log(made)
+    end = time.monotonic() + WAIT
+    while not tell(signal.SIGSTOP):     # it has some milliseconds to live
+        assert time.monotonic() < end, "no copy is made"
+    try:
+        yield
+    finally:
+        tell(signal.SIGCONT)
+
+
+LARGE = b"Subject: x\r\n\r\n" + b"x" * (20 << 20) + b"\r\n"
+
+
 def test_a_copy_that_nobody_waits_for_is_logged(site):
     """The client goes while the copy is made: no file without its line."""
+    verdict = Hold(VIRUS + " FOUND")
+    site.clamd.verdict = [verdict]
     site.start(Quarantine="on")
     client = site.session()
-    body = b"A: b\r\n\r\nEICAR" + b"x" * (20 << 20) + b"\r\n"
     client.envelope()
     client.cmd("DATA", "354")
-    client.send(body + b".\r\n")
-    child = until(site.daemon.children, "the copy is being made")[0]
-    try:
-        os.kill(child, signal.SIGSTOP)
+    client.send(LARGE + b".\r\n")
+    verdict.reached()
+    verdict.go()
+    with copy_halted(site):
         client.reset()
         other = site.session()          # the daemon has seen it
         other.cmd("NOOP", "250")
         other.quit()
-    finally:
-        try:
-            os.kill(child, signal.SIGCONT)
-        except ProcessLookupError:
-            pass
     until(lambda: not site.daemon.children(), "the copy is done")
     until(lambda: len(os.listdir(site.spool)) ==
           len(site.daemon.log("quarantined virus file as: ")),
@@ -206,7 +237,7 @@ def test_a_copy_that_nobody_waits_for_is_logged(site):
     assert site.hop.messages == []
 
 
-@pytest.mark.parametrize("farewell", ["421 4.3.2 bye", "250 what"])
+@pytest.mark.parametrize("farewell", ["421 4.3.2 bye", "500 what", CLOSE])
 @pytest.mark.parametrize("action, want", [("drop", "250 2.0.0 Virus Detected"),
                                           ("bounce", "550 5.7.1 Virus")])
 def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
@@ -225,6 +256,28 @@ def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
     site.daemon.wait_log("status=VIRUS")
     noop.go()
     client.expect(want)
+    site.daemon.allowed.update(os.listdir(site.spool))
+    assert len(os.listdir(site.spool)) == 1 and site.hop.messages == []
+
+
+def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(site):
+    noop = Hold("421 4.3.2 bye")
+    verdict = Hold(VIRUS + " FOUND")
+    site.hop.on("NOOP", [noop])
+    site.clamd.verdict = [verdict]
+    site.start(Quarantine="on", KeepAlives="1")
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(LARGE + b".\r\n")
+    noop.reached()
+    verdict.reached()
+    verdict.go()
+    with copy_halted(site):
+        noop.go()
+        site.daemon.wait_log("421 4.3.2 bye")
+    client.expect("250 2.0.0 Virus Detected")
+    site.daemon.wait_log("status=VIRUS")
     site.daemon.allowed.update(os.listdir(site.spool))
     assert len(os.listdir(site.spool)) == 1 and site.hop.messages == []
 

@@ -171,7 +171,8 @@ BAD = [
     ("Quarantine", "perhaps"), ("Quarantine", "2"), ("Quarantine", ""),
     ("ScanFailure", "drop"), ("ScanFailure", ""),
     ("ScanTimeOut", "0"), ("ScanTimeOut", "86401"),
-    ("Header", "no name"), ("Header", "X-Long: " + "%d" * 2000),
+    ("Header", "no name"), ("Header", r"A: b\r\n \r\nC: d"),
+    ("OutAddress", "[mail.example]"), ("OutAddress", "[1.2.3.4]"),
     ("TimeOut", "0"), ("TimeOut", "86401"), ("TimeOut", "5s"),
     ("TransparentProxy", "maybe"),
     ("Listen", "10.0.0.256:25"), ("Listen", "999.1"), ("Listen", "a_b,c:25"),
@@ -188,6 +189,14 @@ def test_bad_value_names_file_line_setting_and_value(check, name, value):
     want = '%s:%d: %s: "%s"' % (check.file, line, name, value)
     assert want in result.stderr or (
         not value and "%s:%d: %s" % (check.file, line, name) in result.stderr)
+
+
+@pytest.mark.parametrize("escape", ["%d", "%i", "%l"])
+def test_a_header_that_no_buffer_holds_is_an_error(check, escape):
+    """As long as it may be with its escapes filled in."""
+    result = check(MINIMAL + "Header: X-Long: %s\n" % (escape * 2000))
+    assert result.returncode == 2
+    assert "%s:2: Header: " % check.file in result.stderr
 
 
 def test_unknown_setting_is_an_error(check):
@@ -216,6 +225,14 @@ def test_errors_quote_control_characters_harmlessly(check):
     result = check(MINIMAL + "Action: a\x1b[2Jb\n")
     assert result.returncode == 2
     assert "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize("value", ["A: b\rc", "A: \x1b[2J", "A:\x0bb"], ids=repr)
+def test_control_characters_in_the_file_are_errors(check, value):
+    """They would be sent on with every mail."""
+    result = check(MINIMAL + "Header: %s\n" % value)
+    assert result.returncode == 2
+    assert "%s:2: " % check.file in result.stderr
 
 
 def test_nul_in_the_file(check):

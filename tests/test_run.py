@@ -4,6 +4,7 @@ import ctypes
 import os
 import pwd
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -14,7 +15,8 @@ import time
 
 import pytest
 
-from harness import CLAMSMTPD, HEADER, Hold, VIRUS, processes, until
+from harness import (CLAMSMTPD, HEADER, Hold, Names, VIRUS, WAIT, processes,
+                     until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 
@@ -108,8 +110,6 @@ def test_a_bad_configuration_is_told_before_the_fork(site, background):
 
 def test_a_limit_of_descriptors_that_is_too_small_is_refused(site):
     """As a user who may not raise it."""
-    import resource
-
     def preexec():
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         if os.geteuid() == 0:
@@ -173,6 +173,36 @@ def test_a_second_instance_is_refused(site):
     site.daemon = site.daemons[0]
     client = site.session()
     client.quit()
+
+
+def test_a_refused_second_instance_leaves_nothing_of_its_own(site):
+    """And nothing of the first one's is gone."""
+    site.start(PidFile=site.path("pid"), Listen=site.path("first.sock"))
+    second = site.start(PidFile=site.path("pid"), Listen=site.path("second.sock"),
+                        wait=False)
+    assert second.wait_exit() == 1
+    second.stopped = True
+    assert not os.path.exists(site.path("second.sock"))
+    assert os.path.exists(site.path("first.sock"))
+    with open(site.path("pid")) as file:
+        assert int(file.read()) == site.daemons[0].pid
+
+
+@pytest.mark.parametrize("settings", [
+    {"TempDirectory": "/no/such/directory"}, {"User": "no-such-user-here"},
+    {"Listen": "192.0.2.1:0"}], ids=str)
+@pytest.mark.parametrize("how", ["foreground", "background"])
+def test_a_refused_start_leaves_nothing_behind(site, settings, how):
+    """PROMISE 7: neither pid file nor socket."""
+    names = {"PidFile": site.path("pid"), "Listen": [site.path("in.sock")]}
+    names["Listen"].append(settings.get("Listen"))
+    daemon = site.start(level=4 if how == "foreground" else None, wait=False,
+                        **{**settings, **names})
+    assert daemon.wait_exit() in (1, 2)
+    daemon.stopped = True
+    until(lambda: not processes(daemon.mark), "no process is left")
+    assert not os.path.exists(site.path("pid"))
+    assert not os.path.exists(site.path("in.sock"))
 
 
 def test_a_stale_pid_file_is_overwritten(site):
@@ -308,14 +338,25 @@ def test_a_second_signal_ends_at_once(site):
 
 
 def test_the_end_does_not_wait_for_ever(site):
-    """A client in the middle of a body has 8 seconds."""
-    client = site.session()
-    start_body(client)
+    """All have 8 seconds, and then a word in place of what they wait for."""
+    verdict, final = Hold("OK"), Hold("451 4.3.0 not now")
+    site.clamd.verdict = [None, verdict]
+    site.hop.on(".", [final])
+    body, scanned, taken = (site.session() for _ in range(3))
+    start_body(taken, BODY + b".\r\n")
+    final.reached()
+    start_body(scanned, BODY + b".\r\n")
+    verdict.reached()
+    start_body(body)
     site.daemon.send_signal(signal.SIGTERM)
+    for client in (body, scanned, taken):
+        assert client.reply().code in ("421", "451")
+        client.rest()
+        client.close()
     site.daemon.wait_exit()
     site.daemon.stop()
     assert site.hop.messages == []
-    client.close()
+    assert site.daemon.log("^100002: from=a@example.com, to=b@example.com, status=")
 
 
 def test_spool_files_of_sessions_cut_short_are_gone(site):
@@ -327,6 +368,24 @@ def test_spool_files_of_sessions_cut_short_are_gone(site):
     site.daemon.wait_exit()
     site.daemon.stop()
     assert os.listdir(site.spool) == []
+
+
+@pytest.mark.core
+def test_a_signal_to_end_and_new_clients_in_one_turn(site):
+    """The listener that has clients waiting is closed in that very turn."""
+    site.start(Listen=[site.path("in.sock"), "127.0.0.1:0"],
+               PidFile=site.path("pid"))
+    site.daemon.pause()
+    clients = [site.client(address=a) for a in site.daemon.addresses * 3]
+    site.daemon.send_signal(signal.SIGTERM)
+    site.daemon.resume()
+    for client in clients:
+        client.rest()
+        client.close()
+    site.daemon.wait_exit()
+    site.daemon.stop()
+    assert not os.path.exists(site.path("pid"))
+    assert not os.path.exists(site.path("in.sock"))
 
 
 def test_peers_closing_standard_error_harm_nobody(site):
@@ -364,6 +423,39 @@ def test_peers_closing_standard_error_harm_nobody(site):
             os.close(read)
         process.terminate()
         assert process.wait(30) == 0
+
+
+def test_a_standard_error_that_nobody_reads_blocks_nobody(open_site):
+    """PROMISE 5.  It is a pipe of root's: as another user we cannot open it
+    anew for ourselves, and it blocks."""
+    site = open_site
+    read, write = os.pipe()
+    file = os.path.join(site.home, "conf")
+    sock = os.path.join(site.spool, "in.sock")
+    with open(file, "w") as conf:
+        for name, value in site.settings(Listen=sock).items():
+            conf.write("%s: %s\n" % (name, value))
+
+    def preexec():
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    process = subprocess.Popen([exposed(site.home), "-d", "4", "-f", file],
+                               preexec_fn=preexec, stdin=subprocess.DEVNULL,
+                               stderr=write, stdout=subprocess.DEVNULL)
+    os.close(write)
+    try:
+        until(lambda: os.path.exists(sock), "the listener")
+        until(lambda: b"listening on" in os.read(read, 65536), "it listens")
+        client = site.session(address=sock)
+        for _ in range(20):               # some 64 KiB of log: the pipe is full
+            client.mail(to=["%s%d@example.com" % ("x" * 60, i) for i in range(20)])
+        client.quit()
+        assert len(site.hop.messages) == 20
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+        os.close(read)
 
 
 # ---------------------------------------------------------------- SIGHUP
@@ -427,6 +519,24 @@ def test_sighup_opens_new_listeners_and_keeps_the_old(site):
     assert os.stat(a).st_ino == inode
     assert not os.path.exists(b)
     site.daemon.idle = site.daemon.fds()
+
+
+@pytest.mark.core
+def test_sighup_and_new_clients_in_one_turn(site):
+    """The listener that has clients waiting goes in that very turn."""
+    a, b = site.path("a"), site.path("b")
+    site.start(Listen=a)
+    site.daemon.pause()
+    for _ in range(3):
+        site.client(address=a)
+    site.daemon.write(site.settings(Listen=b))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.resume()
+    site.daemon.wait_log(READ_AGAIN)
+    client = site.session(address=b)
+    client.mail()
+    client.quit()
+    assert not os.path.exists(a)
 
 
 def test_sighup_with_a_new_next_hop(site):
@@ -631,10 +741,140 @@ def test_privileges_of_setgid_programs_with_a_virus_action(site):
     assert site.daemon.proc("NoNewPrivs") == "0"
 
 
+def has_landlock():
+    """As the kernel says itself: landlock_create_ruleset(VERSION)."""
+    return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) > 0
+
+
+@pytest.fixture
+def landlock():
+    if not has_landlock():
+        pytest.skip("no Landlock in this kernel")
+
+
+@pytest.mark.parametrize("debug", ["on", "off"])
+def test_files_are_written_in_temp_directory_only(site, landlock, debug):
+    """Its name leads elsewhere after the start: nothing is written there."""
+    site.start(Quarantine="on", DebugFiles=debug)
+    other = site.path("elsewhere")
+    os.mkdir(other, 0o777)
+    client = site.session()
+    os.rename(site.spool, site.spool + ".away")
+    os.symlink(other, site.spool)
+    client.mail(body=b"A: b\r\n\r\nEICAR\r\n", want="451 4.3.0 Local Error")
+    assert os.listdir(other) == [] and site.hop.messages == []
+    os.unlink(site.spool)
+    os.rename(site.spool + ".away", site.spool)
+    client.mail()
+    client.quit()
+    site.daemon.allowed.update(os.listdir(site.spool))
+
+
+def test_a_copy_is_written_in_temp_directory_only(site, landlock):
+    """A child has its parent's limits."""
+    hold = Hold(VIRUS + " FOUND")
+    site.clamd.verdict = [hold]
+    site.start(Quarantine="on")
+    other = site.path("elsewhere")
+    os.mkdir(other, 0o777)
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    hold.reached()
+    os.rename(site.spool, site.spool + ".away")
+    os.symlink(other, site.spool)
+    hold.go()
+    client.expect("451 4.3.0 Local Error")
+    assert os.listdir(other) == []
+    client.quit()
+
+
+def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):
+    """It is refused with a reason, and all is as it was."""
+    os.mkdir(site.path("here"))
+    a, b = site.path("here/a"), site.path("b")
+    site.start(Listen=a)
+    site.daemon.write(site.settings(Listen=[a, b], Header="X-New: yes"))
+    before = len(site.daemon.log())
+    site.daemon.send_signal(signal.SIGHUP)
+    until(lambda: [l for l in site.daemon.log()[before:] if b in l],
+          "a word about " + b)
+    assert not os.path.exists(b)
+    client = site.session()
+    client.mail(body=BODY)
+    assert HEADER in site.hop.messages[0].body
+    client.quit()
+
+
 def test_warning_of_an_open_door(site):
     """Beyond loopback with a port-only OutAddress: anybody's relay."""
     site.start(Listen="0.0.0.0:0", OutAddress=str(site.hop.port))
     assert [l for l in site.daemon.log("(?i)warn|OutAddress|anybody|beyond|loopback")]
+
+
+# ---------------------------------------------------------------- names
+
+@pytest.fixture
+def names(site, as_root):
+    """A name server that keeps everybody waiting."""
+    try:
+        names = Names(site.dir)
+    except OSError as error:
+        pytest.skip("no name server of our own here: %s" % error)
+    yield names
+    names.close()
+
+
+def start_named(site, names, **settings):
+    try:
+        site.start(preexec=names.preexec, **settings)
+    except AssertionError:
+        if site.daemon.process.poll() != 99:
+            raise
+        site.daemon.stopped = True
+        pytest.skip("no private mount namespace here")
+    assert names.asked.wait(60), "it asks for the name"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["running", "stopping"])
+def test_a_message_waits_for_the_name_of_clamd(site, names, late):
+    """PROMISE 5: others go on meanwhile.  And it may finish, as always."""
+    site.clamd = site.new_clamd(tcp=True)
+    start_named(site, names, ClamAddress="clamd.example.org:%d" % site.clamd.port)
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    other = site.session()
+    other.cmd("NOOP", "250")
+    if late:
+        site.daemon.send_signal(signal.SIGTERM)
+        other.expect("421 4.3.2")
+        other.close()
+    else:
+        other.quit()
+    names.go()
+    client.expect("250 2.0.0 queued")
+    assert len(site.hop.messages) == 1
+    client.close()
+    if late:
+        site.daemon.wait_exit()
+        site.daemon.stop()
+
+
+def test_a_session_waits_for_the_name_of_the_next_hop(site, names):
+    """PROMISE 5: others are accepted meanwhile."""
+    start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port)
+    clients = [site.client() for _ in range(3)]
+    site.daemon.wait_log("accepted connection", 3)
+    names.go()
+    for client in clients:
+        client.expect("220")
+        client.cmd("QUIT", "221")
+
+
+def test_the_end_during_a_look_up_is_no_failed_one(site, names):
+    start_named(site, names, ClamAddress="clamd.example.org:3310")
+    until(lambda: site.daemon.children(), "the child that looks it up")
+    site.daemon.stop()
+    assert not site.daemon.log("address")
 
 
 # ---------------------------------------------------------------- syslog
@@ -731,6 +971,57 @@ def test_idle_it_uses_no_cpu(site):
     assert site.daemon.ticks() - before <= 20
     for client in clients:
         client.quit()
+
+
+def test_without_memory_it_waits_and_uses_no_cpu(site):
+    """No busy loop, and all goes on when there is some again."""
+    clients = [site.session() for _ in range(6)]
+    for client in clients:
+        client.envelope()
+        client.cmd("DATA", "354")
+    size = int(site.daemon.proc("VmSize").split()[0]) * 1024
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_AS,
+                     (size, resource.RLIM_INFINITY))
+    site.daemon.pause()
+    for client in clients:
+        client.sock.setblocking(False)
+        try:
+            client.sock.send((b"." * 98 + b"\r\n") * 3000 + b".\r\n" +
+                             b"NOOP\r\n" * 3000)
+        except BlockingIOError:
+            pass
+        client.sock.settimeout(WAIT)
+    site.daemon.resume()
+    time.sleep(0.3)                     # it comes to where it is stuck
+    before = site.daemon.ticks()
+    time.sleep(1)                       # the thing measured: what it does
+    used = site.daemon.ticks() - before
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_AS,
+                     (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert used <= 20
+    for client in clients:
+        client.close()
+    client = site.session()
+    client.mail()
+    client.quit()
+
+
+def test_a_next_hop_that_does_not_answer_a_connect_holds_up_nobody(site):
+    """PROMISE 5.  Its backlog is full, so the kernel keeps us waiting."""
+    full = socket.socket()
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    knocks = [socket.socket() for _ in range(4)]
+    for sock in knocks:
+        sock.setblocking(False)
+        sock.connect_ex(full.getsockname())
+    site.start(TimeOut="1", OutAddress="127.0.0.1:%d" % full.getsockname()[1])
+    clients = [site.client() for _ in range(5)]
+    site.daemon.wait_log("accepted connection", 5)
+    for client in clients:
+        client.expect("421 4.4")
+    for sock in [full] + knocks:
+        sock.close()
 
 
 def test_buffers_of_idle_sessions_are_given_back(site):

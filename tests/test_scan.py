@@ -161,7 +161,7 @@ ERRORS = [
     b"x" * 200000, b"fd[12]: " + b"x" * 100000 + b" OK\0", b"fd[12]:OK\0",
     b"fd[12] OK\0", b"250 ok\r\n", b"fd[12]: OK\r\n\0",
     b"fd[12]: OK\0fd[12]: X FOUND\0", b"fd[12]: OK\0\n",
-    b"fd[12]: X FOUND\0fd[12]: OK\0",
+    b"fd[12]: X FOUND\0fd[12]: OK\0", b"fd[12]: " + b"x" * 5000 + b" FOUND\0",
 ]
 
 

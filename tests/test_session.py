@@ -1,14 +1,16 @@
 """Whole sessions: limits, times, several messages, peers that go away."""
 
+import os
 import re
 import socket
 import struct
 import threading
+import time
 
 import pytest
 
-from harness import (CLOSE, Early, HEADER, Hold, NextHop, RESET, Then, VIRUS,
-                     WAIT, free_port, has_ipv6, same, until)
+from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream,
+                     Then, VIRUS, WAIT, free_port, has_ipv6, same, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 10000      # 1 MB
@@ -194,6 +196,20 @@ def test_maxconnections_is_421_and_a_place_is_given_back(site):
         client.quit()
 
 
+def test_the_421_of_a_busy_server_is_not_lost_to_a_reset(site):
+    """Bytes unread at close would make the kernel send RST."""
+    site.start(MaxConnections="2")
+    clients = [site.session() for _ in range(2)]
+    site.daemon.pause()
+    extra = site.client()
+    extra.send(b"EHLO me\r\n" * 2000)
+    site.daemon.resume()
+    extra.expect("421 4.3.2")
+    extra.eof()
+    for client in clients:
+        client.quit()
+
+
 @pytest.mark.core
 def test_idle_client_gets_421_after_time_out(site):
     site.start(TimeOut="1")
@@ -201,6 +217,21 @@ def test_idle_client_gets_421_after_time_out(site):
     client.expect("421 4.4.2")
     client.eof()
     site.hop.session.wait_end()
+
+
+def test_a_command_that_never_ends_gets_421_after_time_out(site):
+    """PROMISE 6: TimeOut is for the whole line, not for each of its bytes."""
+    site.start(TimeOut="1")
+    client = site.session()
+
+    def drip():
+        try:
+            client.send(b"N")
+        except OSError:
+            return True
+        return client.stream.more()
+    until(drip, "the daemon loses patience")
+    client.expect("421 4.4.2")
 
 
 def test_client_silent_in_the_body_gets_421(site):
@@ -214,13 +245,16 @@ def test_client_silent_in_the_body_gets_421(site):
     assert site.hop.messages == []
 
 
-def test_client_slower_than_100_bytes_a_second_gets_421(site):
-    """One byte at a time keeps no session open."""
+@pytest.mark.parametrize("how", ["DATA", "BDAT"])
+def test_client_slower_than_100_bytes_a_second_gets_421(site, how):
+    """PROMISE 6: one byte at a time keeps no session open."""
     site.start(TimeOut="2")
     client = site.session()
-    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-    for want in ("250", "250", "354"):
-        client.expect(want)
+    client.envelope()
+    if how == "DATA":
+        client.cmd("DATA", "354")
+    else:
+        client.line("BDAT 100000 LAST")
 
     def drip():
         try:
@@ -231,6 +265,25 @@ def test_client_slower_than_100_bytes_a_second_gets_421(site):
     until(drip, "the daemon loses patience")
     client.expect("421 4.4.2")
     assert site.hop.messages == []
+
+
+def test_client_that_is_slow_but_not_too_slow_is_waited_for(site):
+    """Some hundred bytes a second, for longer than TimeOut."""
+    site.start(TimeOut="1")
+    client = site.session()
+    start_body(client)
+    end = time.monotonic() + 1.7
+    sent = []
+
+    def slowly():
+        client.send(b"%078d\r\n" % len(sent))
+        sent.append(b"%078d\r\n" % len(sent))
+        return time.monotonic() > end
+    until(slowly, "more than TimeOut has gone")
+    client.send(b".\r\n")
+    client.expect("250 2.0.0 queued")
+    assert site.hop.messages[0].body.endswith(b"some\r\n" + b"".join(sent))
+    client.quit()
 
 
 @pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT"])
@@ -476,6 +529,79 @@ def test_a_slow_next_hop_gets_it_all(site, narrow):
     client.quit()
 
 
+def test_a_replay_that_moves_is_not_late(site, narrow):
+    """It takes three seconds, TimeOut is two: each piece has its own."""
+    def slowly(s):
+        until(lambda: pull(s) or time.monotonic() > end, "time goes by")
+        return read(s)
+
+    def pull(s):
+        s.stream.fill()
+    read, narrow.data = narrow.data, slowly
+    site.start(TimeOut="2")
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    end = time.monotonic() + 3
+    client.send(LONG * 20 + b".\r\n")
+    client.expect("250 2.0.0 queued")
+    assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
+    """It could be written to, but it is not any more."""
+    said, go = threading.Event(), threading.Event()
+
+    def half(s):
+        s.stream.fill()
+        s.sock.sendall(b"45")
+        said.set()
+        while not go.wait(0.01):
+            s.stream.ahead.clear()
+            while s.stream.more():
+                s.stream.fill()
+                s.stream.ahead.clear()
+        s.sock.sendall(b"2 4.3.1 full\r\n")
+        while True:
+            s.stream.fill()
+    narrow.data = half
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(LONG * 20 + b".\r\n")
+    assert said.wait(WAIT)
+    turns(site)
+    before = site.daemon.ticks()
+    time.sleep(0.5)                     # the thing measured: nothing to do
+    used = site.daemon.ticks() - before
+    go.set()
+    assert used <= 10
+    client.expect("452 4.3.1 full")
+    client.rest()
+    assert site.hop.messages == []
+
+
+def test_a_spool_cut_short_is_451_at_once(site):
+    """A disk that gives less back than it took: never half a message."""
+    hold = Hold()
+    site.hop.on("DATA", [hold])
+    site.start(DebugFiles="on")
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(LONG + b".\r\n")
+    hold.reached()
+    name, = os.listdir(site.spool)
+    site.daemon.allowed.add(name)
+    os.truncate(os.path.join(site.spool, name), 5000)
+    hold.go()
+    assert client.reply().code == "451"
+    assert not site.daemon.log("in time")
+    site.hop.session.wait_end()
+    assert site.hop.messages == []
+
+
 # ---------------------------------------------------------------- client gone
 
 ENDINGS = ["reset", "close", "half_close"]
@@ -547,6 +673,24 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
     hold.go()
     client.expect("250 2.0.0 queued")
     client.expect("221")
+    client.eof()
+    assert len(site.hop.messages) == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("tail, want", [
+    ("X\r\n", ["500"]), ("NOOP\r\n", ["250 2.0.0 noop"]),
+    ("X\r\nNOOP\r\n", ["500", "250 2.0.0 noop"]),
+    ("NOOP\r\nX\r\n", ["250 2.0.0 noop", "500"]),
+    ("NOOP\r\nQUIT\r\n", ["250 2.0.0 noop", "221"]),
+])
+def test_a_half_closed_client_hears_all_replies(site, tail, want):
+    """A lost 250 makes a duplicate."""
+    client = site.session()
+    start_body(client, BODY + b".\r\n" + tail.encode())
+    client.half_close()
+    for line in ["250 2.0.0 queued"] + want:
+        client.expect(line)
     client.eof()
     assert len(site.hop.messages) == 1
 
@@ -669,9 +813,21 @@ def test_a_unix_client_is_led_back_to_this_machine(site):
     assert len(site.hop.messages) == 1
 
 
-def test_header_names_the_client_of_a_unix_socket(site):
-    site.start(Listen=site.path("in.sock"), Header="X-From: %i %l")
-    client = site.session()
-    client.mail(body=BODY)
-    assert re.search(rb"\r\nX-From: \S* ?\S*\r\n", site.hop.messages[0].body)
-    client.quit()
+@pytest.mark.parametrize("name", [None, "bound.sock",
+                                  "b\nclamsmtpd: x", "b\r\n\r\nX-Evil: y"])
+def test_a_unix_client_is_local_whatever_it_is_bound_to(site, name):
+    """PROMISE 8: its path is its own to choose, and no line of the log or of
+    the header."""
+    site.start(Listen=site.path("in.sock"), Header="X-From: %i")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(WAIT)
+        if name:
+            sock.bind(site.path(name))
+        sock.connect(site.daemon.address)
+        client = Client.__new__(Client)
+        client.sock, client.stream = sock, Stream(sock)
+        client.hello()
+        client.mail(body=BODY)
+        client.quit()
+    assert b"\r\nX-From: local\r\n\r\n" in site.hop.messages[0].body
+    assert site.daemon.log("^100000: accepted connection from: local$")

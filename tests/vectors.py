@@ -30,6 +30,7 @@ class Vector:
     def __init__(self, before, after, tail=NOTHING, dot=b".", head=HEAD):
         self.name = "%s %r %s in %r%s" % (before, dot, after, head[-8:],
                                           " with a second envelope" * bool(tail))
+        self.head, self.middle = head, dot
         self.start = len(head)                  # of what is between head ...
         between = ENDS[before] + dot + ENDS[after]
         self.dot = self.start + len(ENDS[before])
@@ -38,16 +39,19 @@ class Vector:
         self.body = head + between + tail
 
     def cuts(self):
-        """Eight ways of sending it in pieces: where the cuts are."""
+        """Eight ways of sending it in pieces: where the cuts are.  The last
+        one: byte by byte about the dot and at the end."""
         return [(self.start,), (self.start + 1,), (self.dot,), (self.behind,),
                 (self.end - 1,), (self.end,), (self.dot, self.behind),
-                tuple(range(self.start, len(self.body) + 5))]
+                (*range(self.start, self.end + 2),
+                 *range(len(self.body), len(self.body) + 5))]
 
-    def all_cuts(self, more=5):
-        """A cut at each place, two cuts at any places about the dot."""
-        places = range(self.start - 1 if self.start else 1, self.end + 2)
-        return [(at,) for at in range(1, len(self.body) + more)] + list(
-            itertools.combinations(places, 2))
+    def all_cuts(self, everywhere):
+        """A cut at each place (about the dot, or everywhere up to the end of
+        data), and two cuts at any places about the dot."""
+        places = range(max(1, self.start - 1), self.end + 2)
+        ones = range(1, len(self.body) + 5) if everywhere else places
+        return [(at,) for at in ones] + list(itertools.combinations(places, 2))
 
 
 def vectors(before, after):
@@ -227,7 +231,7 @@ ATOMS = (b"\r\n", b"\r\n", b"\r\n", b"\r\n.", b"\r\n..", b"\r\n\r\n", b".", b"..
 
 
 def random_body(random, most=200000):
-    """1 to most bytes, small ones as likely as large ones; no end of data."""
+    """1 to about so many bytes, small ones as likely as large ones; no end of data."""
     size = int(most ** random.random())
     atoms = random.sample(ATOMS, random.randint(2, len(ATOMS)))
     mean = sum(map(len, atoms)) / len(atoms)

@@ -534,43 +534,37 @@ reply_eat(struct session *s, const struct reply *r)
 	buf_eat(&s->server.in, r->len);
 }
 
-/* Pass lines of a reply on: CRLF behind each, no control characters in it. */
-static int
-reply_copy(struct str *to, const char *p, size_t n)
-{
-	const char *nl;
-	size_t len, start;
+/* A reply as the client may see it, until the next one is cleaned: CRLF behind
+ * each line, no control characters in it.  Its length; a NUL follows. */
+static char clean[RELAYSZ + 1];
 
-	for (; n > 0; n -= nl + 1 - p, p = nl + 1) {
-		nl = memchr(p, '\n', n);
-		len = nl - p;
-		if (len > 0 && p[len - 1] == '\r')
-			len--;
-		start = to->len;
-		if (str_add(to, p, len) == -1 || str_add(to, "\r\n", 2) == -1)
-			return -1;
-		for (; start < to->len - 2; start++)
-			if ((unsigned char)to->s[start] < ' ' ||
-			    to->s[start] == 127)
-				to->s[start] = ' ';
-	}
-	return 0;
+static size_t
+reply_clean(const struct reply *r)
+{
+	const char *p = r->text, *end = p + r->len;
+	char *w = clean;
+
+	for (; p < end; p++)
+		if (*p == '\n') {
+			*w++ = '\r';
+			*w++ = '\n';
+		} else if (*p != '\r' || p[1] != '\n')
+			*w++ = (unsigned char)*p < ' ' || *p == 127 ? ' ' : *p;
+	*w = '\0';
+	return w - clean;
 }
 
 static void
 hold_reply(struct session *s, const struct reply *r)
 {
-	s->held.len = 0;
-	if (reply_copy(&s->held, r->text, r->len) == -1)
+	if (str_set(&s->held, clean, reply_clean(r)) == -1)
 		s->client.err = 1;
 }
 
 static void
 relay(struct session *s, const struct reply *r)
 {
-	hold_reply(s, r);
-	if (!s->client.err)
-		say_held(s);
+	client_put(s, clean, reply_clean(r));
 }
 
 /*
@@ -1126,17 +1120,14 @@ hold_line(struct session *s, const char *text)
 static void
 ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 {
-	struct str list = { NULL, 0, 0 };
 	char *p, *next, size[48];
 
 	s->hop_size = s->hop_chunking = s->hop_xclient = 0;
 	s->held.len = 0;
-	if (hold_line(s, OUR_NAME) == -1 ||
-	    reply_copy(&list, r->text, r->len) == -1) {
-		s->client.err = 1;
+	if (hold_line(s, OUR_NAME) == -1)
 		return;
-	}
-	for (p = strchr(list.s, '\n') + 1; *p != '\0' && esmtp; p = next + 1) {
+	reply_clean(r);
+	for (p = strchr(clean, '\n') + 1; *p != '\0' && esmtp; p = next + 1) {
 		next = strchr(p, '\n');
 		next[-1] = '\0';
 		if (!ehlo_line(s, p + 4))
@@ -1148,7 +1139,6 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 		} else
 			hold_line(s, p + 4);
 	}
-	str_free(&list);
 	if (esmtp) {
 		hold_line(s, "PIPELINING");
 		if (s->hop_chunking)

@@ -495,7 +495,7 @@ str_add(struct str *p, const char *data, size_t n)
 	char *s;
 
 	if (p->size - p->len <= n) {
-		size = (p->len + n + 1) * 3 / 2;
+		size = (p->len + n + 1) * 3 / 2 + 48;
 		if ((s = realloc(p->s, size)) == NULL)
 			return -1;
 		p->s = s;

@@ -199,6 +199,22 @@ def test_a_header_that_no_buffer_holds_is_an_error(check, escape):
     assert "%s:2: Header: " % check.file in result.stderr
 
 
+def test_a_file_with_all_that_the_original_knew(check):
+    """PROMISE 9: not even a warning."""
+    settings = [
+        ("OutAddress", "127.0.0.1:10026"), ("MaxConnections", "32"),
+        ("TimeOut", "120"), ("KeepAlives", "30"), ("XClient", "on"),
+        ("Listen", "0.0.0.0:10025"), ("ClamAddress", "/var/run/clamav/clamd"),
+        ("Header", "X-Virus-Scanned: ClamAV using ClamSMTP at %l"),
+        ("TempDirectory", "/tmp"), ("Action", "bounce"), ("Quarantine", "on"),
+        ("TransparentProxy", "off"), ("User", "root"), ("DebugFiles", "off"),
+        ("VirusAction", "/usr/local/bin/script"), ("PidFile", "/run/x.pid")]
+    result = check("# as it was\n\n" + "".join("%s: %s\n" % s for s in settings))
+    assert result.stderr == ""
+    found = effective(result)
+    assert {n: found[n.lower()] for n, _ in settings} == {n: [v] for n, v in settings}
+
+
 def test_unknown_setting_is_an_error(check):
     result = check(MINIMAL + "NoSuchThing: 5\n")
     assert result.returncode == 2

@@ -284,7 +284,6 @@ def test_a_signal_ends_it_with_0(site, number):
 @pytest.mark.core
 def test_idle_sessions_get_421_at_the_end(site):
     clients = [site.session() for _ in range(3)]
-    clients[0].envelope()
     site.daemon.send_signal(signal.SIGTERM)
     for client in clients:
         client.expect("421 4.3.2")
@@ -342,21 +341,22 @@ def test_the_end_does_not_wait_for_ever(site):
     verdict, final = Hold("OK"), Hold("451 4.3.0 not now")
     site.clamd.verdict = [None, verdict]
     site.hop.on(".", [final])
-    body, scanned, taken = (site.session() for _ in range(3))
+    taken, scanned, body, between = (site.session() for _ in range(4))
     start_body(taken, BODY + b".\r\n")
     final.reached()
     start_body(scanned, BODY + b".\r\n")
     verdict.reached()
     start_body(body)
+    between.envelope()
     site.daemon.send_signal(signal.SIGTERM)
-    for client in (body, scanned, taken):
+    for client in (taken, scanned, body, between):
         assert client.reply().code in ("421", "451")
         client.rest()
         client.close()
     site.daemon.wait_exit()
     site.daemon.stop()
     assert site.hop.messages == []
-    assert site.daemon.log("^100002: from=a@example.com, to=b@example.com, status=")
+    assert site.daemon.log("^100000: from=a@example.com, to=b@example.com, status=")
 
 
 def test_spool_files_of_sessions_cut_short_are_gone(site):
@@ -548,6 +548,28 @@ def test_sighup_with_a_new_next_hop(site):
     client.mail()
     client.quit()
     assert (len(site.hop.messages), len(other.messages)) == (0, 1)
+
+
+def test_sighup_with_another_clamd_while_scans_wait(site):
+    """The old sessions keep the old one, the new ones need not wait for it."""
+    other, hold = site.new_clamd(), Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(Listen=site.path("in.sock"), MaxScans="1")
+    old = [site.session() for _ in range(2)]
+    for client in old:
+        start_body(client, BODY + b".\r\n")
+    hold.reached()
+    reload(site, Listen=site.path("in.sock"), MaxScans="1",
+           ClamAddress=other.address)
+    new = site.session()
+    new.mail()
+    assert len(other.scans) == 1
+    hold.go()
+    for client in old:
+        client.expect("250 2.0.0 queued")
+    assert len(site.clamd.scans) == 2
+    for client in old + [new]:
+        client.quit()
 
 
 # ---------------------------------------------------------------- SIGUSR1

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from harness import (CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, VIRUS,
+from harness import (CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then,
                      same, stuff, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"

@@ -1,7 +1,6 @@
 """Whole sessions: limits, times, several messages, peers that go away."""
 
 import os
-import re
 import socket
 import struct
 import threading
@@ -41,6 +40,7 @@ def turns(site):
 
 @pytest.mark.core
 def test_log_lines_of_a_message_are_the_originals(site):
+    """PROMISE 9."""
     site.start(level=3)
     client = site.session()
     client.mail(to=["b@example.com", "c@example.com"])

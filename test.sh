@@ -220,7 +220,7 @@ else
 	skip size "the limit is for x86_64"
 fi
 scripts=
-for f in test.sh demo.sh .ci/run tests/*.sh bench/*; do
+for f in test.sh demo.sh .ci/run tests/*.sh bench/* fuzz/run; do
 	if [ -f "$f" ] && head -n 1 "$f" | grep -q '^#!.*sh$'; then
 		scripts="$scripts $f"
 	fi
@@ -270,6 +270,7 @@ if [ "$cc" ]; then
 	sanitize='-fsanitize=address,undefined -fno-sanitize-recover=all'
 	check sanitize build sanitize CC="$cc" LDFLAGS="$sanitize" \
 	    CFLAGS="-O1 -g -fno-omit-frame-pointer $sanitize"
+	check fuzz env CC="$cc" fuzz/run replay
 	suite sanitizers "$tmp/build-sanitize/clamsmtpd" -m "$part" $ignore "$@" tests
 else
 	skip sanitizers "no compiler has them here"

@@ -1,0 +1,17 @@
+/*
+ * BDAT: the dialogue of dialogue.h, where nearly everything is in a chunk.
+ */
+
+#include "../smtp.c"
+#include "fuzz.h"
+#include "bodyref.h"
+#include "dialogue.h"
+
+int
+LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	dialogue(data, size);
+	return 0;
+}
+
+#include "fuzz.h"

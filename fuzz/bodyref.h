@@ -1,0 +1,101 @@
+/*
+ * What a strict server would store of a body, after the normalisation that
+ * the manual page names under TRANSPARENCY: slowly, one rule after another.
+ */
+
+/* Where the message ends in DATA's stream (the number of its bytes, the CRLF
+ * before the dot included) and how much of the stream that took; 0: not yet. */
+static __attribute__((unused)) int
+ref_end(const char *p, size_t n, size_t *body, size_t *taken)
+{
+	size_t i;
+
+	if (n >= 3 && memcmp(p, ".\r\n", 3) == 0) {
+		*body = 0;
+		*taken = 3;
+		return 1;
+	}
+	for (i = 0; i + 5 <= n; i++)
+		if (memcmp(p + i, "\r\n.\r\n", 5) == 0) {
+			*body = i + 2;
+			*taken = i + 5;
+			return 1;
+		}
+	return 0;
+}
+
+/* to: the n bytes of p (without the end of data), normalised. */
+static __attribute__((unused)) void
+ref_body(struct text *to, const char *p, size_t n, int dots)
+{
+	struct text a = { NULL, 0, 0 }, b = { NULL, 0, 0 };
+	size_t i, k, eol;
+
+	text_add(&a, "", 0);
+	text_add(&b, "", 0);
+	text_add(to, "", 0);
+
+	/* 1. A dot behind CRLF, or at the start, was stuffed. */
+	for (i = 0; i < n; i++)
+		if (dots && p[i] == '.' && (i == 0 ||
+		    (i >= 2 && p[i - 2] == '\r' && p[i - 1] == '\n')))
+			continue;
+		else
+			text_add(&a, p + i, 1);
+
+	/* 2. CRs before a LF go; any other CR is a space. */
+	for (i = 0; i < a.n; i = k) {
+		for (k = i; k < a.n && a.p[k] == '\r'; k++)
+			;
+		if (k < a.n && a.p[k] == '\n')
+			i = k;
+		for (; i < k; i++)
+			text_add(&b, " ", 1);
+		if (k < a.n)
+			text_add(&b, a.p + k++, 1);
+	}
+
+	/* 3. NULs at the start of a line, if a dot follows, go. */
+	for (i = 0; i < b.n; i = eol + 1) {
+		for (eol = i; eol < b.n && b.p[eol] != '\n'; eol++)
+			;
+		for (k = i; k < eol && b.p[k] == '\0'; k++)
+			;
+		if (k < eol && b.p[k] == '.')
+			i = k;
+
+		/* 4. Every line ends in CRLF, the last one too. */
+		text_add(to, b.p + i, eol - i);
+		text_add(to, "\r\n", 2);
+	}
+	text_free(&a);
+	text_free(&b);
+}
+
+/* Where the header section ends: the first line that is neither a header nor
+ * goes on with one. */
+static __attribute__((unused)) size_t
+ref_header(const char *p, size_t n)
+{
+	size_t i, k;
+
+	for (i = 0; i < n; i = k + 1) {
+		for (k = i; k < n && p[k] > ' ' && p[k] < 127 && p[k] != ':'; k++)
+			;
+		if (i > 0 && (p[i] == ' ' || p[i] == '\t'))
+			;
+		else if (k == i)
+			return i;
+		else {
+			while (k < n && (p[k] == ' ' || p[k] == '\t'))
+				k++;
+			if (k == n || p[k] != ':')
+				return i;
+		}
+		while (k < n && p[k] != '\n')
+			k++;
+		if (k == n)
+			return i;	/* unreachable: whole lines only */
+	}
+	return n;
+}

@@ -1,0 +1,162 @@
+/*
+ * What clamd answers.  Byte 0 of the input: 1 single bytes, 2 it got a
+ * descriptor (FILDES), 4 the bytes go to clamd_parse() at once.  The rest is
+ * what clamd says until it closes.
+ */
+
+#include "../clamd.c"
+#include "fuzz.h"
+
+static int
+ref_has(const char *p, size_t n, const char *word)
+{
+	size_t i, len = strlen(word);
+
+	for (i = 0; i + len <= n; i++)
+		if (memcmp(p + i, word, len) == 0)
+			return 1;
+	return 0;
+}
+
+/*
+ * One line that is exactly `stream: OK', `fd[N]: OK', `stream: NAME FOUND' or
+ * `fd[N]: NAME FOUND'; everything else is an error, and two of those matter.
+ */
+static enum verdict
+ref_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
+{
+	char line[STREAMMAX], *text, *end;
+	size_t i;
+
+	*retry = 0;
+	name[0] = '\0';
+	for (i = 0; i < n; i++)
+		if (p[i] == '\n')
+			return FAILED;
+	if (ref_has(p, n, "INSTREAM size limit exceeded"))
+		return TOOBIG;
+	*retry = (n == 15 && memcmp(p, "UNKNOWN COMMAND", 15) == 0) ||
+	    ref_has(p, n, "No file descriptor received") ||
+	    ref_has(p, n, "Access denied");
+	memcpy(line, p, n);
+	line[n] = '\0';
+	if (strncmp(line, "stream: ", 8) == 0)
+		text = line + 8;
+	else if (strncmp(line, "fd[", 3) == 0) {
+		text = line + 3;
+		while (*text >= '0' && *text <= '9')
+			text++;
+		if (text == line + 3 || strncmp(text, "]: ", 3) != 0)
+			return FAILED;
+		text += 3;
+	} else
+		return FAILED;
+	if (line + n - text == 2 && strcmp(text, "OK") == 0) {
+		*retry = 0;
+		return CLEAN;
+	}
+	end = line + n - 6;
+	if (end <= text || memcmp(end, " FOUND", 6) != 0)
+		return FAILED;
+	for (i = 0; text < end && i < NAMESZ - 1; i++, text++)
+		name[i] = *text > 32 && *text < 127 ? *text : '_';
+	name[i] = '\0';
+	*retry = 0;
+	return VIRUS;
+}
+
+static void
+check_parse(const char *p, size_t n)
+{
+	char *copy = malloc(n + 1), name[NAMESZ] = "", want_name[NAMESZ];
+	enum verdict v, want;
+	int retry, want_retry;
+
+	CHECK(copy != NULL, "memory");
+	memcpy(copy + 1, p, n);		/* ends where its memory does */
+	v = clamd_parse(copy + 1, n, name, &retry);
+	want = ref_parse(p, n, want_name, &want_retry);
+	CHECK(v == want && retry == want_retry,
+	    "verdict %d, reference %d; retry %d, reference %d", v, want, retry,
+	    want_retry);
+	if (v == VIRUS)
+		same("name", name, strlen(name), want_name, strlen(want_name));
+	free(copy);
+}
+
+/* What a session makes of it. */
+static void
+check_session(struct session *s, const struct stream *in, int fildes)
+{
+	struct clamd *c = s->conf->clamd[0];
+	char name[NAMESZ];
+	enum verdict want;
+	size_t i, sent = 0, n, k;
+	int retry, too_long = 0, done = 0;
+
+	s->scan.fildes = fildes;
+	s->scan.phase = SC_ANSWER;
+	slot_take(s, c);
+	for (i = 0; i <= in->ncut && !done; i++) {
+		if (i == in->ncut)
+			s->clamd.eof = 1;
+		else if (!feed(&s->clamd.in, in->p + sent, in->cut[i] - sent))
+			break;
+		else
+			sent = in->cut[i];
+		too_long |= sent > ANSWERSZ && memchr(in->p, '\0', sent) == NULL;
+		while (!done && s->scan.phase == SC_ANSWER) {
+			done = scan_read(s);
+			if (!done)
+				break;
+		}
+	}
+	CHECK(done, "it waits for ever");
+	for (n = 0; n < sent && in->p[n] != '\0'; n++)
+		;
+	k = n < sent ? n : n > 0 && in->p[n - 1] == '\n' ? n - 1 : n;
+	want = n == 0 && sent == 0 ? FAILED : ref_parse(in->p, k, name, &retry);
+	/* Its NUL must be there, and nothing behind it. */
+	if (too_long || (n + 1 != sent && want != TOOBIG) || want == FAILED)
+		want = FAILED;
+	if (n > ANSWERSZ && s->verdict == FAILED)
+		want = FAILED;		/* so long, it may be refused */
+	/* Tried again as INSTREAM, there is none yet. */
+	CHECK(s->verdict == want || (want == FAILED && s->verdict == UNKNOWN &&
+	    s->scan.phase != SC_NONE), "verdict %d, reference %d", s->verdict, want);
+	if (want == VIRUS)
+		same("name", s->virus, strlen(s->virus), name, strlen(name));
+	CHECK(strlen(s->virus) < NAMESZ, "the reason is too long");
+	clamd_drop(s);
+	CHECK(c->running == 0, "a slot is lost");
+	c->complaint[0] = '\0';
+	c->dead_until = c->no_fildes = 0;
+}
+
+int
+LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static struct conf conf;
+	static char text[] = "clamd";
+	static struct target target = { .refs = 1, .text = text };
+	static struct stream in;
+	struct session *s;
+
+	if (size < 1)
+		return 0;
+	stream_read(&in, data + 1, size - 1, data[0] & 1);
+	if (data[0] & 4) {
+		check_parse(in.p, in.n);
+		return 0;
+	}
+	if (conf.nclamd == 0)
+		conf.clamd[conf.nclamd++] = clamd_get(&target);
+	s = new_session(&conf);
+	s->clamd.fd = dup(null_fd);
+	check_session(s, &in, (data[0] & 2) != 0);
+	session_free(s);
+	buf_trim();
+	return 0;
+}
+
+#include "fuzz.h"

@@ -1,0 +1,492 @@
+/*
+ * A whole dialogue, twice: once with the daemon's own steps, once with a slow
+ * and obvious model of what DESIGN asks for.  Both write down what the next
+ * hop sees (`> line'), what the client hears (`< code') and each message as it
+ * stands in the spool (`M bytes'); the two must be one text.
+ *
+ * The next hop's answer hangs on the line that it got: 550 with a `!' in it,
+ * for AUTH 334 and then 334 with a `+' and 235 without, 221 for QUIT, else 250.
+ * clamd finds a virus in every message, which is dropped.
+ *
+ * Byte 0 of the input: 1 single bytes, 2 the next hop has CHUNKING, 4 it has
+ * SIZE 600, 8 MAIL and RCPT have been accepted, 16 EHLO has been said.
+ */
+
+#include <strings.h>
+
+static const char greeting[] =
+    "EHLO x\r\n", mail[] = "MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n";
+
+/* What the next hop says to a line; auth: it is an answer to 334. */
+static const char *
+hop_reply(const char *line, size_t n, int auth, int flags)
+{
+	if (memchr(line, '!', n) != NULL)
+		return auth ? "535 no\r\n" : "550-no\r\n550 no\r\n";
+	if (auth)
+		return memchr(line, '+', n) ? "334 \r\n" : "235 in\r\n";
+	if (n >= 4 && strncasecmp(line, "AUTH", 4) == 0)
+		return "334 go\r\n";
+	if (n >= 4 && strncasecmp(line, "QUIT", 4) == 0)
+		return "221 bye\r\n";
+	if (n >= 4 && strncasecmp(line, "EHLO", 4) == 0)
+		return (flags & 6) == 6 ?
+		    "250-x\r\n250-SIZE 600\r\n250 CHUNKING\r\n" :
+		    flags & 4 ? "250-x\r\n250 SIZE 600\r\n" :
+		    flags & 2 ? "250-x\r\n250 CHUNKING\r\n" : "250 x\r\n";
+	return "250 ok\r\n";
+}
+
+/*
+ * The model.
+ */
+
+struct model {
+	struct text out;
+	int	 flags, ehlo;
+	int	 mail, rcpts, bdat, raw, closed, auth;
+	struct text from, message;
+};
+
+static void
+hears(struct model *m, const char *code)
+{
+	text_add(&m->out, "< ", 2);
+	text_add(&m->out, code, 3);
+	text_add(&m->out, "\n", 1);
+}
+
+static void
+model_reset(struct model *m)
+{
+	m->mail = m->rcpts = m->bdat = 0;
+	m->from.n = m->message.n = 0;
+}
+
+/* One line goes to the next hop; its answer. */
+static int
+passes(struct model *m, const char *line, size_t n)
+{
+	const char *r = hop_reply(line, n, m->auth, m->flags);
+
+	text_add(&m->out, "> ", 2);
+	text_add(&m->out, line, n);
+	text_add(&m->out, "\n", 1);
+	hears(m, r);
+	m->auth = memcmp(r, "334", 3) == 0;
+	return *r == '2';
+}
+
+/* The transaction ends with this word from us. */
+static void
+turned_away(struct model *m, const char *code)
+{
+	text_puts(&m->out, "> RSET\n");
+	hears(m, code);
+	model_reset(m);
+}
+
+static void
+message(struct model *m, const char *p, size_t n)
+{
+	char head[64];
+
+	if (m->ehlo && (m->flags & 4) && n > 600) {
+		turned_away(m, "552");
+		return;
+	}
+	snprintf(head, sizeof head, "M %zu ", n);
+	text_puts(&m->out, head);
+	text_add(&m->out, p, n);
+	text_add(&m->out, "\n", 1);
+	turned_away(m, "250");
+}
+
+static int
+verb(const char *line, const char *name)
+{
+	size_t n = strlen(name);
+
+	return strncasecmp(line, name, n) == 0 &&
+	    (line[n] == '\0' || line[n] == ' ' || line[n] == '\t');
+}
+
+static const char *
+blanks(const char *p)
+{
+	while (*p == ' ' || *p == '\t')
+		p++;
+	return p;
+}
+
+static const char *
+word_end(const char *p)
+{
+	while (*p != '\0' && *p != ' ' && *p != '\t')
+		p++;
+	return p;
+}
+
+/* The end of a path `<...>' that p stands behind the `<' of.  A > in quotes or
+ * behind a backslash is part of it, if the quotes pair. */
+static const char *
+path_end(const char *p)
+{
+	const char *q;
+	int in_quotes = 0;
+
+	for (q = p; *q != '\0'; q++) {
+		if (*q == '>' && !in_quotes)
+			return q;
+		if (*q == '"')
+			in_quotes ^= 1;
+		if (*q == '\\' && q[1] != '\0')
+			q++;
+	}
+	for (q = p; *q != '\0' && *q != '>'; q++)
+		;
+	return q;
+}
+
+/* The code of a refusal of ours, or NULL; m->from: what MAIL names. */
+static const char *
+mail_refusal(const struct model *m, const char *line, struct text *from)
+{
+	const char *p = strchr(line, ':'), *end;
+	int limited = m->ehlo && (m->flags & 4);
+
+	from->n = 0;
+	text_add(from, "", 0);
+	if (p == NULL)
+		return NULL;
+	p = blanks(p + 1);
+	if (*p == '<') {
+		end = path_end(++p);
+		text_add(from, p, end - p);
+		p = *end == '>' ? end + 1 : end;
+	} else {
+		end = word_end(p);
+		text_add(from, p, end - p);
+		p = end;
+	}
+	for (p = blanks(p); *p != '\0'; p = blanks(end)) {
+		end = word_end(p);
+		if (limited && strncasecmp(p, "SIZE=", 5) == 0) {
+			size_t n = strspn(p + 5, "0123456789");
+
+			if (n > 18 || (n > 0 && p + 5 + n == end &&
+			    atoll(p + 5) > 600))
+				return "552";
+		}
+		if (strncasecmp(p, "BODY=BINARYMIME", 15) == 0)
+			return "501";
+	}
+	return NULL;
+}
+
+static int
+known(const char *line)
+{
+	static const char *const names[] = { "EHLO", "HELO", "MAIL", "RCPT",
+	    "DATA", "BDAT", "RSET", "NOOP", "QUIT", "AUTH", "VRFY", "EXPN",
+	    "HELP", "ETRN", "XFORWARD", "XCLIENT", "STARTTLS", NULL };
+	int i;
+
+	for (i = 0; names[i] != NULL; i++)
+		if (verb(line, names[i]))
+			return 1;
+	return 0;
+}
+
+/* May it stand between two chunks? */
+static int
+not_in_chunks(const char *line)
+{
+	return verb(line, "MAIL") || verb(line, "RCPT") || verb(line, "DATA") ||
+	    verb(line, "AUTH") || verb(line, "ETRN") || verb(line, "XFORWARD");
+}
+
+/* BDAT and what follows it, n bytes of p; how many of them it took, or -1: they
+ * are not all there. */
+static long
+model_bdat(struct model *m, const char *line, const char *p, size_t n)
+{
+	struct text body = { NULL, 0, 0 };
+	const char *a = blanks(line + 4), *end = word_end(a), *b = blanks(end);
+	size_t digits = strspn(a, "0123456789");
+	int last = strcasecmp(b, "LAST") == 0;
+	long long size;
+
+	if (digits == 0 || digits > 18 || a + digits != end ||
+	    (*b != '\0' && !last)) {
+		hears(m, "501");
+		m->closed = 1;
+		return 0;
+	}
+	size = atoll(a);
+	if ((unsigned long long)size > n)
+		return -1;
+	if (!m->bdat) {
+		m->bdat = 1;
+		m->raw = m->ehlo && (m->flags & 2);
+	}
+	if (m->rcpts == 0) {
+		hears(m, "503");
+		m->bdat = 0;
+		return size;
+	}
+	if (!m->mail) {			/* a next hop that takes RCPT without */
+		turned_away(m, "503");
+		return size;
+	}
+	if (m->ehlo && (m->flags & 4) && m->message.n + size > 600) {
+		turned_away(m, "552");
+		return size;
+	}
+	text_add(&m->message, p, size);
+	if (!last)
+		hears(m, "250");
+	else if (m->raw)
+		message(m, m->message.p, m->message.n);
+	else {
+		ref_body(&body, m->message.p, m->message.n, 0);
+		message(m, body.p, body.n);
+		text_free(&body);
+	}
+	return size;
+}
+
+/* One command, without its line end; p, n: what follows.  How much of that it
+ * took, or -1. */
+static long
+model_command(struct model *m, const char *line, size_t len, const char *p,
+    size_t n)
+{
+	struct text body = { NULL, 0, 0 }, from = { NULL, 0, 0 };
+	size_t end, taken;
+	const char *code;
+
+	if (!known(line))
+		hears(m, "500");
+	else if (m->bdat && not_in_chunks(line))
+		hears(m, "503");
+	else if (verb(line, "STARTTLS"))
+		hears(m, "502");
+	else if (verb(line, "XCLIENT"))
+		hears(m, "554");
+	else if (verb(line, "XFORWARD") && m->mail)
+		hears(m, "503");
+	else if (verb(line, "BDAT"))
+		return model_bdat(m, line, p, n);
+	else if (verb(line, "DATA")) {
+		if (*blanks(line + 4) != '\0')
+			hears(m, "501");
+		else if (!m->mail || m->rcpts == 0)
+			hears(m, "503");
+		else {
+			hears(m, "354");
+			if (!ref_end(p, n, &end, &taken))
+				return -1;
+			ref_body(&body, p, end, 1);
+			message(m, body.p, body.n);
+			text_free(&body);
+			return taken;
+		}
+	} else if (verb(line, "MAIL")) {
+		if ((code = mail_refusal(m, line, &from)) != NULL)
+			hears(m, code);
+		else if (passes(m, line, len)) {
+			model_reset(m);
+			m->mail = 1;
+			if (from.n == 0)
+				text_add(&m->from, "<>", 2);
+			else
+				text_add(&m->from, from.p, from.n);
+		}
+	} else if (passes(m, line, len)) {
+		if (verb(line, "RCPT"))
+			m->rcpts++;
+		if (verb(line, "RSET") || verb(line, "HELO") ||
+		    verb(line, "EHLO"))
+			model_reset(m);
+		if (verb(line, "EHLO"))
+			m->ehlo = 1;
+		if (verb(line, "HELO"))
+			m->ehlo = 0;
+	}
+	m->closed |= verb(line, "QUIT");	/* whatever it says to that */
+	text_free(&from);
+	return 0;
+}
+
+/* Everything that the client says. */
+static void
+model_run(struct model *m, const char *p, size_t n)
+{
+	char line[LINESZ + 1];
+	size_t i, len;
+	long took;
+
+	for (; !m->closed; p += took, n -= took) {
+		for (i = 0; i < n && p[i] != '\n'; i++)
+			;
+		if (i == n)
+			return;
+		if (i > LINESZ) {
+			hears(m, "500");
+			m->closed = m->auth;
+			took = i + 1;
+			continue;
+		}
+		len = i > 0 && p[i - 1] == '\r' ? i - 1 : i;
+		memcpy(line, p, len);
+		line[len] = '\0';
+		p += i + 1;
+		n -= i + 1;
+		took = 0;
+		if (memchr(line, '\0', len) || memchr(line, '\r', len)) {
+			hears(m, "501");
+			m->closed = m->auth;
+		} else if (m->auth)
+			passes(m, line, len);
+		else if ((took = model_command(m, line, len, p, n)) == -1)
+			return;
+	}
+}
+
+/*
+ * The daemon.
+ */
+
+/* What it has said to both sides goes to out; the next hop answers. */
+static void
+exchange(struct session *s, struct text *out, int flags)
+{
+	struct buf *b = &s->server.out;
+	const char *p = buf_head(b), *end, *r;
+	size_t n = buf_len(b);
+	int auth = s->state == S_REPLY && s->server.err == 99;
+
+	s->server.err = 0;
+	if (n > 0) {
+		CHECK(n >= 2 && memcmp(p + n - 2, "\r\n", 2) == 0 &&
+		    memchr(p, '\n', n) == p + n - 1 &&
+		    memchr(p, '\r', n) == p + n - 2 &&
+		    memchr(p, '\0', n) == NULL, "not one line to the next hop");
+		text_add(out, "> ", 2);
+		text_add(out, p, n - 2);
+		text_add(out, "\n", 1);
+		CHECK(buf_len(&s->server.in) == 0, "not in lock-step");
+		r = hop_reply(p, n - 2, auth, flags);
+		buf_free(b);
+		feed(&s->server.in, r, strlen(r));
+	}
+	b = &s->client.out;
+	for (p = buf_head(b), n = buf_len(b); n > 0; n -= end + 1 - p, p = end + 1) {
+		end = memchr(p, '\n', n);
+		CHECK(end != NULL && end - p >= 5 && end[-1] == '\r', "no line");
+		if (p[3] == '-')
+			continue;
+		text_add(out, "< ", 2);
+		text_add(out, p, 3);
+		text_add(out, "\n", 1);
+	}
+	buf_free(b);
+}
+
+/* clamd's part: the message is noted, and has a virus. */
+static void
+scan(struct session *s, struct text *out)
+{
+	char head[64], *p = malloc(s->size + 1);
+
+	CHECK(p != NULL, "memory");
+	CHECK(pread(s->spool, p, s->size + 1, scan_line_len) == s->size,
+	    "the spool is not as long as the daemon thinks");
+	snprintf(head, sizeof head, "M %zu ", (size_t)s->size);
+	text_puts(out, head);
+	text_add(out, p, s->size);
+	text_add(out, "\n", 1);
+	free(p);
+	clamd_drop(s);
+	s->verdict = VIRUS;
+	snprintf(s->virus, sizeof s->virus, "X");
+}
+
+static void
+run(struct session *s, struct text *out, int flags)
+{
+	int turns, auth;
+
+	for (turns = 0; s->state != S_LINGER && s->state != S_DEAD; turns++) {
+		CHECK(turns < 200000, "it spins");
+		if (s->state == S_SCAN)
+			scan(s, out);
+		auth = s->state == S_AUTH;
+		if (!states[s->state].step(s))
+			break;
+		if (auth && s->state == S_REPLY)
+			s->server.err = 99;	/* exchange() takes it off */
+		exchange(s, out, flags);
+	}
+	exchange(s, out, flags);
+}
+
+static void
+dialogue(const uint8_t *data, size_t size)
+{
+	static struct conf conf;
+	static struct stream in;
+	struct model m;
+	struct text out = { NULL, 0, 0 };
+	struct session *s;
+	size_t i, lines, sent = 0;
+	int flags;
+
+	if (size < 1)
+		return;
+	flags = data[0];
+	stream_read(&in, data + 1, size - 1, flags & 1);
+	for (i = lines = 0; i < in.n; i++)
+		lines += in.p[i] == '\n';
+	if (lines > 200)
+		return;			/* only slow */
+	s = new_session(&conf);
+	s->state = S_COMMAND;
+	text_add(&out, "", 0);
+	memset(&m, 0, sizeof m);
+	m.flags = flags;
+	text_add(&m.out, "", 0);
+	text_add(&m.message, "", 0);
+	text_add(&m.from, "", 0);
+	if (flags & 16) {
+		feed(&s->client.in, greeting, sizeof greeting - 1);
+		model_run(&m, greeting, sizeof greeting - 1);
+	}
+	if (flags & 8) {
+		feed(&s->client.in, mail, sizeof mail - 1);
+		model_run(&m, mail, sizeof mail - 1);
+	}
+	run(s, &out, flags);
+	for (i = 0; i < in.ncut && s->state != S_LINGER && s->state != S_DEAD;
+	    i++) {
+		if (!feed(&s->client.in, in.p + sent, in.cut[i] - sent))
+			CHECK(0, "the buffer is full and it waits");
+		sent = in.cut[i];
+		run(s, &out, flags);
+	}
+	model_run(&m, in.p, in.n);
+	same("dialogue", out.p, out.n, m.out.p, m.out.n);
+	if (!m.closed && m.mail)
+		same("sender", s->from.s, s->from.len, m.from.p, m.from.n);
+	CHECK(m.closed == (s->state == S_LINGER), "closed: %d", m.closed);
+	if (!m.closed)
+		s->client.eof = 1;
+	run(s, &out, flags);
+	session_free(s);
+	buf_trim();
+	text_free(&out);
+	text_free(&m.out);
+	text_free(&m.message);
+	text_free(&m.from);
+}

@@ -1,0 +1,279 @@
+/*
+ * What all targets share: the functions of clamsmtpd.c that the other files
+ * call, a session without sockets, and the way a target's input is read.
+ *
+ * A target #includes the .c under test (for its static functions) and then
+ * this; fuzz/run links the other files of the daemon, but for clamsmtpd.c,
+ * which has the loop.
+ */
+
+/* The targets' own branches are not what is looked for.  A target includes
+ * this once more at its end. */
+#ifdef FUZZ_H
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#else
+#define FUZZ_H
+#ifdef __clang__
+#pragma clang attribute push (__attribute__((no_sanitize("coverage"))), \
+    apply_to = function)
+#endif
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+int LLVMFuzzerTestOneInput(const uint8_t *, size_t);
+int LLVMFuzzerInitialize(int *, char ***);
+const char *__asan_default_options(void);
+const char *__ubsan_default_options(void);
+
+/* Fresh memory is full of letters: a read behind what has come finds no NUL
+ * before it finds the end of the buffer, where the sanitizer waits. */
+const char *
+__asan_default_options(void)
+{
+	return "max_malloc_fill_size=65536:malloc_fill_byte=65:"
+	    "strict_string_checks=1:detect_stack_use_after_return=0";
+}
+
+const char *
+__ubsan_default_options(void)
+{
+	return "print_stacktrace=1:halt_on_error=1";
+}
+
+#define CHECK(what, ...) do {						\
+	if (!(what)) {							\
+		fprintf(stderr, "%s:%d: not so: %s\n", __FILE__,	\
+		    __LINE__, #what);					\
+		fprintf(stderr, __VA_ARGS__);				\
+		fputc('\n', stderr);					\
+		abort();						\
+	}								\
+} while (0)
+
+/*
+ * clamsmtpd.c.
+ */
+
+int64_t now = 1000000;
+int wake_all;
+struct counters count;
+
+struct child *
+child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
+    const char *scratch, void (*done)(void *, const char *, size_t), void *ctx,
+    int64_t ms)
+{
+	(void)work, (void)arg, (void)keep1, (void)keep2, (void)scratch;
+	(void)done, (void)ctx, (void)ms;
+	errno = EAGAIN;
+	return NULL;
+}
+
+void
+child_forget(struct child *c)
+{
+	(void)c;
+}
+
+void
+env_free(char **env)
+{
+	size_t i;
+
+	for (i = 0; env[i] != NULL; i++)
+		free(env[i]);
+	free(env);
+}
+
+void
+action_start(unsigned id, const char *command, char **env, int64_t ms)
+{
+	(void)id, (void)command, (void)ms;
+	env_free(env);
+}
+
+void
+target_look(struct target *t, int force)
+{
+	(void)t, (void)force;
+}
+
+void
+watch(int fd, int events, void (*ready)(void *, int), void *arg)
+{
+	(void)fd, (void)events, (void)ready, (void)arg;
+}
+
+void
+wait_until(int64_t t)
+{
+	(void)t;
+}
+
+int
+is_own_connection(const struct addr *from, const struct addr *to)
+{
+	(void)from, (void)to;
+	return 0;
+}
+
+/* For targets that need no session. */
+int LLVMFuzzerInitialize(int *, char ***) __attribute__((weak));
+
+static int null_fd = -1;
+
+/* Everything is logged, to nowhere: formats and texts are part of the test. */
+int
+LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+	int err = dup(2);
+
+	(void)argc, (void)argv;
+	null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+	CHECK(null_fd != -1 && err != -1, "no /dev/null");
+	dup2(null_fd, 2);
+	log_open(4, 1);
+	dup2(err, 2);
+	close(err);
+	return 0;
+}
+
+/*
+ * A stream: what a peer sends, and how it comes in pieces.  In a target's
+ * input 0xFF ends a piece, and 0xFE n stands for 16 x n of the byte before it
+ * (so that a small input reaches the limits).
+ */
+#define STREAMMAX	(1 << 16)
+#define REPEATMAX	20000		/* by 0xFE, in all */
+#define PIECEMAX	(BUFSZ - 8192)	/* and up to 4080 more */
+
+struct stream {
+	char	 p[STREAMMAX];
+	size_t	 n;
+	size_t	 cut[STREAMMAX + 1];	/* where pieces end; the last is n */
+	size_t	 ncut;
+};
+
+static __attribute__((unused)) void
+stream_read(struct stream *s, const uint8_t *in, size_t len, int single_bytes)
+{
+	size_t i, k, last, more = REPEATMAX;
+
+	s->n = s->ncut = 0;
+	for (i = last = 0; i < len && s->n < STREAMMAX - 4096; i++)
+		if (in[i] == 0xFF || s->n - last > PIECEMAX) {
+			s->cut[s->ncut++] = last = s->n;
+			i -= in[i] != 0xFF;
+		} else if (in[i] == 0xFE && i + 1 < len && s->n > 0) {
+			for (k = 16 * (size_t)in[++i]; k > 0 && more > 0;
+			    k--, more--, s->n++)
+				s->p[s->n] = s->p[s->n - 1];
+		} else
+			s->p[s->n++] = in[i];
+	if (single_bytes && s->n <= 1000)
+		for (s->ncut = 0; s->ncut < s->n; s->ncut++)
+			s->cut[s->ncut] = s->ncut + 1;
+	s->cut[s->ncut++] = s->n;
+}
+
+/* A session in which nothing has been said, without sockets. */
+static __attribute__((unused)) struct session *
+new_session(struct conf *conf)
+{
+	struct session *s = calloc(1, sizeof *s);
+
+	CHECK(s != NULL, "memory");
+	conf->timeout = conf->scantimeout = 180 * SECOND;
+	conf->maxscans = 10;
+	conf->tempdir = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+	conf->refs = 2;
+	s->id = 0x100000;
+	s->conf = conf;
+	s->client.fd = dup(null_fd);
+	s->server.fd = dup(null_fd);
+	s->clamd.fd = s->spool = -1;
+	s->client_addr.len = sizeof s->client_addr.u.in;
+	s->client_addr.u.in.sin_family = AF_INET;
+	s->deadline = now + conf->timeout;
+	return s;
+}
+
+/* The next piece of a stream into a peer's buffer; 0: it does not fit yet. */
+static __attribute__((unused)) int
+feed(struct buf *b, const char *p, size_t n)
+{
+	if (n == 0)
+		return 1;
+	if (!buf_ready(b, n))
+		return 0;
+	buf_put(b, p, n);
+	return 1;
+}
+
+/* A text that grows, for references. */
+struct text {
+	char	*p;
+	size_t	 n, size;
+};
+
+static __attribute__((unused)) void
+text_add(struct text *t, const char *p, size_t n)
+{
+	if (t->size - t->n < n + 1) {
+		t->size = 2 * (t->n + n + 1);
+		t->p = realloc(t->p, t->size);
+		CHECK(t->p != NULL, "memory");
+	}
+	if (n > 0)
+		memcpy(t->p + t->n, p, n);
+	t->n += n;
+	t->p[t->n] = '\0';
+}
+
+static __attribute__((unused)) void
+text_puts(struct text *t, const char *p)
+{
+	text_add(t, p, strlen(p));
+}
+
+static __attribute__((unused)) void
+text_free(struct text *t)
+{
+	free(t->p);
+	memset(t, 0, sizeof *t);
+}
+
+/* Two texts that are to be one; the difference is shown. */
+static __attribute__((unused)) void
+same(const char *what, const char *a, size_t na, const char *b, size_t nb)
+{
+	size_t i, k;
+
+	if (na == nb && (na == 0 || memcmp(a, b, na) == 0))
+		return;
+	for (i = 0; i < na && i < nb && a[i] == b[i]; i++)
+		;
+	fprintf(stderr, "%s: %zu and %zu bytes, different from %zu on\n", what,
+	    na, nb, i);
+	for (k = 0; k < 2; k++) {
+		size_t at = i > 40 ? i - 40 : 0, end = k ? nb : na;
+		const char *p = k ? b : a;
+
+		fprintf(stderr, k ? "\nreference: " : "daemon:    ");
+		for (; at < end && at < i + 80; at++)
+			if (p[at] >= ' ' && p[at] < 127 && p[at] != '\\')
+				fputc(p[at], stderr);
+			else
+				fprintf(stderr, "\\x%02X", (unsigned char)p[at]);
+	}
+	fputc('\n', stderr);
+	abort();
+}
+#endif

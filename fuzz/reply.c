@@ -1,0 +1,254 @@
+/*
+ * The reply reader and the EHLO filter.  Byte 0 of the input: 1 single bytes,
+ * 2 EHLO, 4 HELO, 8 MaxScanSize 5000, 16 the next hop closes at the end.  The
+ * rest is what the next hop says.
+ */
+
+#include "../smtp.c"
+#include "fuzz.h"
+
+#include <strings.h>
+
+/* One line of a reply as the client may see it. */
+static void
+ref_line(struct text *to, const char *p, size_t n)
+{
+	size_t i;
+	char c;
+
+	if (n > 0 && p[n - 1] == '\r')
+		n--;
+	for (i = 0; i < n; i++) {
+		c = (unsigned char)p[i] < 32 || p[i] == 127 ? ' ' : p[i];
+		text_add(to, &c, 1);
+	}
+	text_add(to, "\r\n", 2);
+}
+
+/* Whether p is a line of a reply: 250, and a blank, a hyphen or the end. */
+static int
+ref_is_line(const char *p, size_t n)
+{
+	if (n < 3 || p[0] < '2' || p[0] > '5' || p[1] < '0' || p[1] > '9' ||
+	    p[2] < '0' || p[2] > '9')
+		return 0;
+	return n == 3 || p[3] == ' ' || p[3] == '-' || p[3] == '\r';
+}
+
+/* The reply that p begins with: 1, *n bytes; 0: not whole; -1: none. */
+static int
+ref_reply(const char *p, size_t len, size_t *n, int *code)
+{
+	size_t i = 0, k;
+
+	for (;; i = k + 1) {
+		for (k = i; k < len && p[k] != '\n'; k++)
+			;
+		if (k == len)
+			return 0;
+		if (!ref_is_line(p + i, k - i) || memcmp(p, p + i, 3) != 0)
+			return -1;
+		if (k - i < 4 || p[i + 3] != '-') {
+			*n = k + 1;
+			*code = (p[0] - '0') * 100 + (p[1] - '0') * 10 +
+			    p[2] - '0';
+			return 1;
+		}
+	}
+}
+
+static void
+ref_relay(struct text *to, const char *p, size_t n)
+{
+	size_t i, k;
+
+	for (i = 0; i < n; i = k + 1) {
+		for (k = i; p[k] != '\n'; k++)
+			;
+		ref_line(to, p + i, k - i);
+	}
+}
+
+static int
+ref_word(const char *p, size_t n, const char *word)
+{
+	return strlen(word) == n && strncasecmp(p, word, n) == 0;
+}
+
+/* A decimal number that is a word; -1: none.  Above 18 digits it is enormous,
+ * whatever follows. */
+static long long
+ref_number(const char *p)
+{
+	size_t n = strspn(p, "0123456789");
+
+	if (n > 18)
+		return INT64_MAX;
+	return n == 0 || (p[n] != '\0' && p[n] != ' ') ? -1 : atoll(p);
+}
+
+struct offer {
+	long long size;
+	int	 chunking, xclient;
+};
+
+static void
+ref_xclient(struct offer *o, char *p)
+{
+	for (p = strtok(p, " "); p != NULL; p = strtok(NULL, " "))
+		if (strcasecmp(p, "NAME") == 0)
+			o->xclient |= X_NAME;
+		else if (strcasecmp(p, "ADDR") == 0)
+			o->xclient |= X_ADDR;
+		else if (strcasecmp(p, "PORT") == 0)
+			o->xclient |= X_PORT;
+}
+
+/* What the client sees of an EHLO reply, and what we keep. */
+static void
+ref_ehlo(struct text *to, struct offer *o, const char *p, size_t n, int esmtp,
+    long long max)
+{
+	static const char *const known[] = { "SIZE", "8BITMIME", "DSN",
+	    "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH", "ETRN", "VRFY", "EXPN",
+	    "HELP", "XFORWARD", "DELIVERBY", NULL };
+	struct text line = { NULL, 0, 0 };
+	const char *const *k;
+	char number[64];
+	size_t i, end, w;
+	long long limit;
+	int first = 1, keep;
+
+	text_puts(to, "250-smtp.passthru\r\n");
+	for (i = 0; i < n && esmtp; i = end + 1, first = 0) {
+		for (end = i; p[end] != '\n'; end++)
+			;
+		if (first)
+			continue;
+		line.n = 0;
+		ref_line(&line, p + i, end - i);
+		line.p[line.n -= 2] = '\0';
+		if (line.n < 4)
+			continue;
+		for (w = 4; line.p[w] != '\0' && line.p[w] != ' ' &&
+		    line.p[w] != '='; w++)
+			;
+		w -= 4;
+		if (ref_word(line.p + 4, w, "SIZE") && line.p[4 + w] == ' ' &&
+		    ref_number(line.p + 5 + w) > 0)
+			o->size = ref_number(line.p + 5 + w);
+		o->chunking |= ref_word(line.p + 4, w, "CHUNKING");
+		keep = 0;
+		for (k = known; *k != NULL; k++)
+			keep |= ref_word(line.p + 4, w, *k) &&
+			    (line.p[4 + w] != '=' || strcmp(*k, "AUTH") == 0);
+		if (keep) {
+			limit = o->size;
+			if (max > 0 && (limit == 0 || max < limit))
+				limit = max;
+			if (ref_word(line.p + 4, w, "SIZE") && limit > 0) {
+				snprintf(number, sizeof number,
+				    "250-SIZE %lld\r\n", limit);
+				text_puts(to, number);
+			} else {
+				text_puts(to, "250-");
+				text_puts(to, line.p + 4);
+				text_puts(to, "\r\n");
+			}
+		}
+		if (ref_word(line.p + 4, w, "XCLIENT"))
+			ref_xclient(o, line.p + 4 + w);
+	}
+	if (esmtp)
+		text_puts(to, "250-PIPELINING\r\n");
+	if (esmtp && o->chunking)
+		text_puts(to, "250-CHUNKING\r\n");
+	for (i = to->n - 2; i > 0 && to->p[i - 1] != '\n'; i--)
+		;
+	to->p[i + 3] = ' ';
+	text_free(&line);
+}
+
+/* A reply is there: is it the right one, and what becomes of it? */
+static void
+check_reply(struct session *s, const struct reply *r, const char *p, size_t n,
+    int flags)
+{
+	struct text want = { NULL, 0, 0 };
+	struct offer o = { 0, 0, 0 };
+	long long max = flags & 8 ? 5000 : 0;
+
+	same("reply", r->text, r->len, p, n);
+	(void)first_line(r);
+	if (flags & 6) {
+		ehlo_filter(s, r, (flags & 2) != 0);
+		ref_ehlo(&want, &o, p, n, (flags & 2) != 0, max);
+		same("EHLO", s->held.s, s->held.len, want.p, want.n);
+		CHECK(s->hop_size == o.size && s->hop_chunking == o.chunking &&
+		    s->hop_xclient == o.xclient, "size %lld/%lld chunking %d/%d "
+		    "xclient %d/%d", (long long)s->hop_size, o.size,
+		    s->hop_chunking, o.chunking, s->hop_xclient, o.xclient);
+		str_free(&s->held);
+		s->held.len = 0;
+	} else {
+		ref_relay(&want, p, n);
+		CHECK(client_ready(s), "no room");
+		relay(s, r);
+		CHECK(!s->client.err, "cannot be relayed");
+		same("relayed", buf_head(&s->client.out),
+		    buf_len(&s->client.out), want.p, want.n);
+		buf_free(&s->client.out);
+	}
+	text_free(&want);
+}
+
+int
+LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static struct conf conf;
+	static struct stream in;
+	struct session *s;
+	struct reply r;
+	size_t i, at = 0, sent = 0, n = 0;
+	int flags, code = 0, got, want, eof = 0, lost = 0;
+
+	if (size < 1)
+		return 0;
+	flags = data[0];
+	stream_read(&in, data + 1, size - 1, flags & 1);
+	s = new_session(&conf);
+	conf.maxscansize = flags & 8 ? 5000 : 0;
+	s->state = S_REPLY;
+	for (i = 0; i < in.ncut && !lost; i++) {
+		if (!feed(&s->server.in, in.p + sent, in.cut[i] - sent))
+			break;
+		sent = in.cut[i];
+		if (i + 1 == in.ncut && (flags & 16))
+			s->server.eof = eof = 1;
+		do {
+			got = reply_get(s, &r);
+			want = ref_reply(in.p + at, sent - at, &n, &code);
+			if (want == 1 && n > REPLYSZ)
+				want = -1;
+			if (want == 0 && (sent - at > REPLYSZ || eof))
+				want = -1;
+			CHECK(got == want, "reply_get: %d, reference: %d", got,
+			    want);
+			if (got == 1) {
+				CHECK(r.code == code, "code %d", r.code);
+				check_reply(s, &r, in.p + at, n, flags);
+				reply_eat(s, &r);
+				at += n;
+				CHECK(buf_len(&s->server.in) == sent - at,
+				    "not all of it was eaten");
+			}
+			lost = got == -1;
+		} while (got == 1);
+		CHECK(!lost || s->server.fd == -1, "the hop is not closed");
+	}
+	session_free(s);
+	buf_trim();
+	return 0;
+}
+
+#include "fuzz.h"

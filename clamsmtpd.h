@@ -24,7 +24,7 @@
 
 /* Sizes, in bytes. */
 #define BUFSZ		32768		/* one buffer; one read or write */
-#define LINESZ		12288		/* a command, without its line end (RFC 4954 4) */
+#define LINESZ		12288		/* a command without its end (RFC 4954 4) */
 #define REPLYSZ		16384		/* a whole reply of the next hop, */
 #define RELAYSZ		(REPLYSZ / 4 * 5)	/* and with CRLF for every LF */
 #define NOTESZ		1024		/* a reply line of our own */
@@ -337,7 +337,10 @@ void session_free(struct session *);
 void session_refuse(int fd);
 
 /* clamd.c */
-struct clamd *clamd_get(struct target *);	/* the one of that text; takes the target */
+
+/* The one with that text, known already or new; takes the target over.  NULL:
+ * no memory (the target is gone too). */
+struct clamd *clamd_get(struct target *);
 void clamd_put(struct clamd *);
 void clamd_begin(struct session *);		/* the message is complete: queue it */
 int clamd_scan(struct session *);		/* 1: s->verdict is there; 0: wait */
@@ -383,7 +386,8 @@ void log_open(int level, int console);		/* syslog, or stderr */
 void logmsg(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
-void die(int status, const char *fmt, ...) __attribute__((format(printf, 2, 3), noreturn));
+void die(int status, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3), noreturn));
 int log_wants(int level);
 
 int64_t monotonic(void);			/* ms */
@@ -412,7 +416,8 @@ int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
 int str_set(struct str *, const char *, size_t n);
 void str_free(struct str *);
 
-void peer_reserve(void);			/* at the start: what peer_fill needs */
+/* At the start: the memory that peer_fill() reads into. */
+void peer_reserve(void);
 /* Read once.  1: something came (bytes, eof); 0: nothing there. */
 int peer_fill(struct peer *);
 /* After the session ran: keep what is left of the shared buffer.  -1: no

@@ -58,7 +58,8 @@ static const char
     r_local[] =		"451 4.3.0 Local Error (%s: %s)",
     r_full[] =		"452 4.3.1 Local Error (%s: %s)",
     r_too_big[] =	"552 5.3.4 Message too big (limit %lld bytes)",
-    r_not_scanned[] =	"552 5.3.4 Message too big (%lld bytes: more than is scanned)",
+    r_not_scanned[] =	"552 5.3.4 Message too big "
+			    "(%lld bytes: more than is scanned)",
     r_flood[] =		"554 5.6.0 Too many NULs or CRs in a row",
     r_long[] =		"500 5.5.2 Line too long",
     r_unknown[] =	"500 5.5.1 Command not recognized",
@@ -263,10 +264,12 @@ xforward_reset(struct session *s)
 static void
 hop_close(struct session *s)
 {
+	struct peer *p = &s->server;
 	int waits = s->state > S_GREETING && s->state != S_AUTH && !s->asked &&
 	    !s->noop;
 
-	if (s->server.fd != -1 && waits && !s->server.eof && !s->server.err && hop_put(s, "QUIT\r\n", 6))
+	if (p->fd != -1 && waits && !p->eof && !p->err &&
+	    hop_put(s, "QUIT\r\n", 6))
 		peer_drain(&s->server, 0);
 	peer_close(&s->server);
 	s->asked = s->noop = 0;
@@ -1656,7 +1659,7 @@ body_eat(struct session *s, const char *p, size_t n, int *end)
 			s->pending_bytes = 1;
 			s->eol = CRS;
 			break;
-		case LINE:		/* before the first byte of a line; NULs held */
+		case LINE:		/* at a line's first byte; NULs held */
 			if (*q == '\0') {
 				s->pending_bytes++;
 				q++;
@@ -1822,18 +1825,20 @@ take_bdat(struct session *s, char *line, size_t n)
 {
 	char *p = line + 4 + strspn(line + 4, " \t");
 	int64_t size = octets(p), limit = size_limit(s);
+	int last;
 
 	(void)n;
 	p += strcspn(p, " \t");
 	p += strspn(p, " \t");
-	if (size == -1 || size == INT64_MAX || (*p != '\0' && strcasecmp(p, "LAST") != 0)) {
+	last = strcasecmp(p, "LAST") == 0;
+	if (size == -1 || size == INT64_MAX || (*p != '\0' && !last)) {
 		/* Where the next command begins nobody knows. */
 		say(s, "%s", r_bad_size);
 		finish(s);
 		return 0;
 	}
 	s->chunk_left = size;
-	s->chunk_last = *p != '\0';
+	s->chunk_last = last;
 	if (s->conf->keepalives > 0)
 		s->noop_at = now + s->conf->keepalives;
 	if (!s->bdat) {

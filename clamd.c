@@ -369,7 +369,7 @@ send_fildes(struct session *s)
 {
 	int fd, r;
 
-	/* clamd must not be able to change what it has judged. */
+	/* Promise 2: clamd must not be able to change what it has judged. */
 	fd = spool_reopen(s->spool);
 	r = peer_sendfd(&s->clamd, fd != -1 ? fd : s->spool);
 	if (fd != -1)
@@ -450,6 +450,7 @@ has(const char *p, size_t n, const char *word)
 	return 0;
 }
 
+/* Promise 4: only what is exactly an OK is one. */
 enum verdict
 clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
 {

@@ -112,7 +112,8 @@ serve_ready(void)
 }
 
 /*
- * Children that run no other program: look-ups and quarantine.
+ * Children that run no other program, for what would stop the loop (promise 5):
+ * look-ups and quarantine.
  */
 
 struct child {
@@ -1193,7 +1194,7 @@ serve(void)
  * The end, and the beginning.
  */
 
-/* However we end, before the loop too: at exit(). */
+/* Promise 7: however we end, before the loop too; at exit(). */
 static void
 remove_files(void)
 {

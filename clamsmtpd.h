@@ -4,6 +4,21 @@
  * The story of a session is in smtp.c; the loop that runs the sessions is in
  * clamsmtpd.c; clamd.c talks to clamd, conf.c reads the settings, util.c has
  * the log, buffers, sockets and files that all of them use.
+ *
+ * What it promises.  Where the code keeps one a comment has its number, and
+ * the tests have one that breaks with it.
+ *
+ *  1	No mail is lost, none invented: 2xx only after the next hop's 2xx, or
+ *	after a virus was handled as configured.
+ *  2	What clamd judged is what the recipient gets, plus one header.
+ *  3	One message in, at most one out.
+ *  4	No byte of a body leaves before clamd has said OK, unless the
+ *	administrator wants it so.
+ *  5	Nothing stops the loop.
+ *  6	Whatever can grow has a limit, and so has whatever can last.
+ *  7	Nothing is left behind.
+ *  8	What a peer says is text, wherever it goes.
+ *  9	A configuration file and a log watcher of ClamSMTP's still work.
  */
 
 #include <sys/types.h>

@@ -707,7 +707,8 @@ show_clamd(const struct conf *c, const struct keyword *k)
 
 #define FIELD(x)	offsetof(struct conf, x)
 
-/* OutAddress is the first: complete() looks at who set it. */
+/* Promise 9: all of the original's, with its defaults.  OutAddress is the first:
+ * complete() looks at who set it. */
 static const struct keyword keywords[] = {
 	{ .name = "OutAddress", .set = set_out, .show = show_out,
 	  .min = 1, .max = 25 },

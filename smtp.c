@@ -19,8 +19,9 @@
  * At most one command is outstanding at the next hop (and none beside a NOOP
  * of ours), so whose reply has come is never a question.
  *
- * No byte of a body reaches the next hop unless clamd has said OK, or the
- * administrator has said so: only judge() enters S_DATA.
+ * Promise 4: no byte of a body reaches the next hop unless clamd has said OK, or
+ * the administrator has said so: S_DATA is entered by forward() only, and that
+ * is called by judge() and virus_found() only.
  */
 
 #include <ctype.h>
@@ -160,7 +161,7 @@ client_put(struct session *s, const char *p, size_t n)
 	log_dialogue(s, "CLIENT >", p, n);
 }
 
-/* A line of our own, made fit for a reply: what stands in it may be foreign. */
+/* Promise 8: a line of our own, but what stands in it may be foreign. */
 static size_t
 format_line(char line[NOTESZ], const char *fmt, va_list ap)
 {
@@ -318,7 +319,7 @@ mail_log(struct session *s, const char *status)
 	slog(s, LOG_INFO, "%.*s, status=%s", (int)n, line, status);
 }
 
-/* The line that every message gets, with its verdict. */
+/* Promise 9: the line that every message gets, with its verdict. */
 static void
 mail_done(struct session *s)
 {
@@ -517,7 +518,7 @@ reply_get(struct session *s, struct reply *r)
 			return 1;
 		}
 	}
-	if (buf_len(in) > REPLYSZ) {
+	if (buf_len(in) > REPLYSZ) {		/* promise 6 */
 		hop_lost(s, "its reply is too long");
 		return -1;
 	}
@@ -537,7 +538,7 @@ reply_eat(struct session *s, const struct reply *r)
 	buf_eat(&s->server.in, r->len);
 }
 
-/* A reply as the client may see it, until the next one is cleaned: CRLF behind
+/* Promise 8: a reply as the client may see it, until the next one is cleaned: CRLF behind
  * each line, no control characters in it.  Its length; a NUL follows. */
 static char clean[RELAYSZ + 1];
 
@@ -1292,7 +1293,7 @@ client_line(struct session *s, char **line, size_t *n)
 	char *p = buf_head(in), *nl = memchr(p, '\n', len);
 
 	if (nl == NULL) {
-		if (len > LINESZ + 1 || s->skipping) {
+		if (len > LINESZ + 1 || s->skipping) {	/* promise 6 */
 			s->skipping = 1;
 			buf_eat(in, len);
 		}
@@ -1611,7 +1612,7 @@ line_end(const char *p, const char *stop)
 }
 
 /*
- * The body automaton: what the client sends between 354 and CRLF.CRLF, to what
+ * Promise 3, the body automaton: what the client sends between 354 and CRLF.CRLF, to what
  * stands in the spool, every line of which ends in CRLF and has no other CR or
  * LF.  (A next hop that took another line end for one could read a second end
  * of data into the body: CVE-2023-51764 and its like.)
@@ -1982,7 +1983,7 @@ forward(struct session *s)
 	enter(s, S_DATA);
 }
 
-/* A variable of the VirusAction, without control characters, the one between
+/* Promise 8: a variable of the VirusAction, without control characters, the one between
  * several values (sep, if not NUL) excepted.  No value: not known, not set. */
 static int
 env_add(char **env, size_t *n, const char *name, const char *value, char sep)
@@ -2156,7 +2157,7 @@ st_quarantine(struct session *s)
 	if (s->child != NULL)	/* no copy without its line in the log */
 		return 0;
 	if (s->quarantined.len == 0) {
-		/* Not kept, so not taken: it comes again. */
+		/* Promise 1: not kept, so not taken; it comes again. */
 		remember(s, r_local, "quarantine", "no copy could be made");
 		turn_away(s);
 		return 1;
@@ -2267,7 +2268,7 @@ early_reply(struct session *s)
 	return 1;
 }
 
-/* Lines that begin with a dot get another one. */
+/* Promise 3: lines that begin with a dot get another one. */
 static int
 replay_stuffed(struct session *s, off_t end)
 {

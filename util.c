@@ -162,7 +162,7 @@ static unsigned long log_lost;		/* lines that could not be written */
 #define LEVEL_BASE	LOG_ERR
 
 /*
- * Neither syslog nor a full pipe at stderr may stop the loop.  stderr is
+ * Promise 5: neither syslog nor a full pipe at stderr may stop the loop.  stderr is
  * opened anew where that can be done, since O_NONBLOCK would otherwise be set
  * for everybody who shares it.
  */
@@ -322,6 +322,7 @@ monotonic(void)
 	return t.tv_sec * SECOND + t.tv_nsec / 1000000;
 }
 
+/* Promise 8. */
 static const char *
 escape(const char *p, size_t n, int lowest)
 {
@@ -1011,6 +1012,7 @@ spool_named(const char *dir, const char *kind, char *path, size_t n)
 	return mkostemp(path, O_CLOEXEC);
 }
 
+/* Promise 7: without a name it goes with its descriptor. */
 int
 spool_open(const char *dir, int keep)
 {
@@ -1088,7 +1090,7 @@ link_free(struct quarantine *q)
 	return -1;
 }
 
-/* In a child: fsync() may take its time. */
+/* Promise 5: in a child, for fsync() may take its time. */
 static void
 quarantine_work(int out, void *arg)
 {

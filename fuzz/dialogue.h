@@ -1,6 +1,6 @@
 /*
  * A whole dialogue, twice: once with the daemon's own steps, once with a slow
- * and obvious model of what DESIGN asks for.  Both write down what the next
+ * and obvious model of what the manual page says.  Both write down what the next
  * hop sees (`> line'), what the client hears (`< code') and each message as it
  * stands in the spool (`M bytes'); the two must be one text.
  *

@@ -187,6 +187,14 @@ def test_redirect(site, net, family):
     passes(site, net, family)
 
 
+def test_redirect_of_ipv4_to_a_listener_of_both_kinds(site, net):
+    """There the client's address, and ours, are IPv4 in IPv6 clothes."""
+    redirect(net)
+    listen(site, net, 4)
+    start(site, net, Action="bounce", Listen=["[::]:%d" % PORT])
+    passes(site, net, 4)
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_redirect_two_servers(site, net, family):
     """Each session goes to its own destination."""

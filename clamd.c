@@ -517,10 +517,16 @@ static int
 scan_read(struct session *s)
 {
 	struct buf *in = &s->clamd.in;
-	const char *p = buf_head(in);
-	size_t n = buf_len(in);
-	const char *end = memchr(p, '\0', n);
+	const char *p, *end;
+	size_t n;
 
+	/* What stands behind the answer, if anything, has come with it. */
+	if (memchr(buf_head(in), '\0', buf_len(in)) != NULL)
+		while (!s->clamd.eof && peer_fill(&s->clamd))
+			;
+	p = buf_head(in);
+	n = buf_len(in);
+	end = memchr(p, '\0', n);
 	if (end != NULL && n <= ANSWERSZ)
 		return scan_answer(s, p, end - p, end + 1 == p + n);
 	if (n > ANSWERSZ)
@@ -528,7 +534,8 @@ scan_read(struct session *s)
 	if (!s->clamd.eof)
 		return 0;
 	if (n == 0)
-		return scan_failed(s, 1, "it closed the connection without an answer");
+		return scan_failed(s, 1,
+		    "it closed the connection without an answer");
 	/* Some errors end in a newline, whatever was asked for. */
 	return scan_answer(s, p, p[n - 1] == '\n' ? n - 1 : n, 0);
 }

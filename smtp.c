@@ -538,8 +538,9 @@ reply_eat(struct session *s, const struct reply *r)
 	buf_eat(&s->server.in, r->len);
 }
 
-/* Promise 8: a reply as the client may see it, until the next one is cleaned: CRLF behind
- * each line, no control characters in it.  Its length; a NUL follows. */
+/* Promise 8: a reply as the client may see it, until the next one is cleaned:
+ * CRLF behind each line, no control characters in it.  Its length; a NUL
+ * follows. */
 static char clean[RELAYSZ + 1];
 
 static size_t
@@ -1612,7 +1613,8 @@ line_end(const char *p, const char *stop)
 }
 
 /*
- * Promise 3, the body automaton: what the client sends between 354 and CRLF.CRLF, to what
+ * Promise 3, the body automaton: from what the client sends between 354 and
+ * CRLF.CRLF to what
  * stands in the spool, every line of which ends in CRLF and has no other CR or
  * LF.  (A next hop that took another line end for one could read a second end
  * of data into the body: CVE-2023-51764 and its like.)
@@ -1983,8 +1985,9 @@ forward(struct session *s)
 	enter(s, S_DATA);
 }
 
-/* Promise 8: a variable of the VirusAction, without control characters, the one between
- * several values (sep, if not NUL) excepted.  No value: not known, not set. */
+/* Promise 8: a variable of the VirusAction, without control characters, the one
+ * between several values (sep, if not NUL) excepted.  No value: not known, not
+ * set. */
 static int
 env_add(char **env, size_t *n, const char *name, const char *value, char sep)
 {
@@ -2282,7 +2285,7 @@ replay_stuffed(struct session *s, off_t end)
 		return 0;
 	n = pread(s->spool, chunk, n, scan_line_len + s->sent);
 	if (n <= 0)
-		return hop_lost(s, "no: the spool cannot be read");
+		return hop_lost(s, "the spool cannot be read");
 	for (p = chunk, stop = chunk + n; p < stop; p = nl) {
 		if (*p == '.' && s->at_bol)
 			buf_put(out, ".", 1);
@@ -2333,8 +2336,7 @@ is_all_out(const struct session *s)
 static int
 put_dot(struct session *s)
 {
-	s->dotted = hop_put(s, ".\r\n", 3);
-	return s->dotted;
+	return s->dotted = hop_put(s, ".\r\n", 3);
 }
 
 static int

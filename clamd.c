@@ -488,6 +488,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 	char why[NOTESZ / 4];
 	enum verdict v;
 	int retry;
+	size_t i;
 
 	slog(s, LOG_DEBUG, "CLAMAV < %s", printable(p, n));
 	v = clamd_parse(p, n, s->virus, &retry);
@@ -504,8 +505,10 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 		return 1;
 	}
 	if (v == FAILED) {
+		i = label_length(p, n);		/* clamd's number in it changes */
 		format(why, sizeof why, "it answered \"%.*s\"%s", 200,
-		    printable(p, n), whole ? "" : ", which is no whole answer");
+		    printable(p + i, n - i),
+		    whole ? "" : ", which is no whole answer");
 		return scan_failed(s, 0, why);
 	}
 	clamd_well(c);
@@ -626,8 +629,8 @@ clamd_late(struct session *s)
 		clamd_complain(s->scan.at, why);
 		s->scan.at->dead_until = now + RETRY_TIME;
 	} else
-		slog(s, LOG_ERR, "clamd: no free slot within ScanTimeOut; "
-		    "is MaxScans as large as clamd's MaxThreads?");
+		clamd_complain(s->conf->clamd[0], "no free slot within "
+		    "ScanTimeOut; is MaxScans as large as its MaxThreads?");
 	format(s->virus, sizeof s->virus, "%s", why);
 	clamd_drop(s);
 }

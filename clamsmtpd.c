@@ -133,7 +133,7 @@ static void
 default_signals(void)
 {
 	static const int all[] = {
-		SIGCHLD, SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1
+		SIGCHLD, SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1, SIGXFSZ
 	};
 	size_t i;
 	sigset_t none;
@@ -387,16 +387,20 @@ static void job_exec(const struct job *) __attribute__((noreturn));
 static void
 job_exec(const struct job *j)
 {
-	int none = open("/dev/null", O_RDWR);
+	static char sh[] = "sh", c[] = "-c";
+	char *argv[] = { sh, c, j->command, NULL };
+	int none;
 
 	setpgid(0, 0);
+	close_all_but(NULL, 0);		/* there is room for one now */
+	none = open("/dev/null", O_RDWR);
 	if (none != -1) {
 		dup2(none, 0);
 		dup2(none, 1);
 		dup2(none, 2);
+		close(none);
 	}
-	close_all_but(NULL, 0);
-	execle("/bin/sh", "sh", "-c", j->command, (char *)NULL, j->env);
+	execve("/bin/sh", argv, j->env);
 	_exit(127);
 }
 
@@ -503,10 +507,13 @@ reap(void)
 	pid_t pid;
 	int status;
 
-	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
-		child_reaped(pid);
-		job_ended(pid, status);
-	}
+	do {
+		pid = waitpid(-1, &status, WNOHANG);
+		if (pid > 0) {
+			child_reaped(pid);
+			job_ended(pid, status);
+		}
+	} while (pid > 0 || (pid == -1 && errno == EINTR));
 	jobs_start();
 }
 
@@ -771,11 +778,13 @@ listeners_log(const struct conf *c)
 static int
 set_limits(const struct conf *c)
 {
-	struct rlimit r = { 0, 0 };
+	struct rlimit r = { 1, 1 };
 	rlim_t clamds = c->clamd_default ? 1 : c->nclamd;
 	rlim_t want = 3 * (rlim_t)c->maxconn + c->maxscans * clamds + 64;
 
-	setrlimit(RLIMIT_CORE, &r);	/* mail does not belong on the disk */
+	/* Mail does not belong on the disk, nor in the pipe of a crash handler,
+	 * which 0 would not keep away (core(5)). */
+	setrlimit(RLIMIT_CORE, &r);
 	if (getrlimit(RLIMIT_NOFILE, &r) == -1 || r.rlim_cur >= want)
 		return 0;
 	r.rlim_cur = want;
@@ -991,6 +1000,7 @@ signals_open(void)
 		sigaction(caught[i], &sa, NULL);
 	sa.sa_handler = SIG_IGN;
 	sigaction(SIGPIPE, &sa, NULL);
+	sigaction(SIGXFSZ, &sa, NULL);	/* EFBIG tells as much */
 }
 
 static void
@@ -1264,53 +1274,91 @@ struct options {
 	const char *file;		/* -f */
 };
 
-static void
-options_read(struct options *o, int argc, char **argv)
-{
-	static const struct { char flag; const char *setting, *value; } old[] = {
-		{ 'b', "Action", "bounce" }, { 'c', "ClamAddress", NULL },
-		{ 'D', "TempDirectory", NULL }, { 'h', "Header", NULL },
-		{ 'l', "Listen", NULL }, { 'm', "MaxConnections", NULL },
-		{ 'q', "Quarantine", "on" }, { 't', "TimeOut", NULL },
-		{ 'X', "DebugFiles", "on" },
-	};
-	size_t i;
-	int c;
+/* The flags of the original that say what the file says now; NULL: the value
+ * is their argument. */
+static const struct { char flag; const char *setting, *value; } old_flags[] = {
+	{ 'b', "Action", "bounce" }, { 'c', "ClamAddress", NULL },
+	{ 'D', "TempDirectory", NULL }, { 'h', "Header", NULL },
+	{ 'l', "Listen", NULL }, { 'm', "MaxConnections", NULL },
+	{ 'q', "Quarantine", "on" }, { 't', "TimeOut", NULL },
+	{ 'X', "DebugFiles", "on" },
+};
+#define NOLD	(sizeof old_flags / sizeof old_flags[0])
 
-	while ((c = getopt(argc, argv, "bc:d:D:f:h:l:m:np:qt:vX")) != -1)
-		switch (c) {
-		case 'd':
-			if (optarg[0] < '0' || optarg[0] > '4' || optarg[1] != '\0') {
-				logmsg(LOG_ERR, "-d: \"%s\" is not a level from "
-				    "0 to 4", optarg);
-				usage();
-			}
-			o->level = optarg[0] - '0';
+/* One flag; 1: it has taken the argument. */
+static int
+option(struct options *o, char flag, const char *arg)
+{
+	size_t i;
+
+	switch (flag) {
+	case 'n':
+		o->check = 1;
+		return 0;
+	case 'v':
+		version();
+	case 'd':
+		if (arg == NULL)
 			break;
-		case 'f':
-			o->file = optarg;
-			break;
-		case 'n':
-			o->check = 1;
-			break;
-		case 'p':
-			pid_option = optarg;
-			break;
-		case 'v':
-			version();
-		case '?':
+		if (arg[0] < '0' || arg[0] > '4' || arg[1] != '\0') {
+			logmsg(LOG_ERR, "-d: \"%s\" is not a level from 0 to 4",
+			    arg);
 			usage();
-		default:
-			for (i = 0; old[i].flag != c; i++)
-				;
-			old_flag(old[i].setting, old[i].value != NULL ?
-			    old[i].value : optarg);
 		}
-	if (argc - optind > 1)
+		o->level = arg[0] - '0';
+		break;
+	case 'f':
+		o->file = arg;
+		break;
+	case 'p':
+		pid_option = arg;
+		break;
+	default:
+		for (i = 0; i < NOLD && old_flags[i].flag != flag; i++)
+			;
+		if (i < NOLD && old_flags[i].value != NULL) {
+			old_flag(old_flags[i].setting, old_flags[i].value);
+			return 0;
+		}
+		if (i == NOLD) {
+			logmsg(LOG_ERR, "-%c: no such option", flag);
+			usage();
+		}
+		if (arg != NULL)
+			old_flag(old_flags[i].setting, arg);
+	}
+	if (arg == NULL) {
+		logmsg(LOG_ERR, "-%c: its argument is missing", flag);
 		usage();
-	if (argc - optind == 1)
-		old_flag("OutAddress", argv[optind]);
-	for (i = 0; i < (size_t)nflags; i++)
+	}
+	return 1;
+}
+
+static void
+options_read(struct options *o, char **argv)
+{
+	const char *p, *arg;
+	int i;
+
+	while (*++argv != NULL && (*argv)[0] == '-' && (*argv)[1] != '\0') {
+		if (strcmp(*argv, "--") == 0) {
+			argv++;
+			break;
+		}
+		for (p = *argv + 1; *p != '\0'; p++) {
+			arg = p[1] != '\0' ? p + 1 : argv[1];
+			if (!option(o, *p, arg))
+				continue;
+			if (arg == argv[1])
+				argv++;
+			break;
+		}
+	}
+	if (*argv != NULL && argv[1] != NULL)
+		usage();
+	if (*argv != NULL)
+		old_flag("OutAddress", *argv);
+	for (i = 0; i < nflags; i++)
 		logmsg(LOG_WARNING, "command line: this way to set %s will go; "
 		    "put \"%s: %s\" into %s", flags[i][0], flags[i][0],
 		    flags[i][1], o->file);
@@ -1337,6 +1385,7 @@ detach(void)
 {
 	int p[2], status;
 	char ready;
+	ssize_t n;
 	pid_t pid;
 
 	if (pipe2(p, O_CLOEXEC) == -1)
@@ -1349,7 +1398,10 @@ detach(void)
 		return p[1];
 	}
 	close(p[1]);
-	if (read(p[0], &ready, 1) == 1)
+	do
+		n = read(p[0], &ready, 1);
+	while (n == -1 && errno == EINTR);
+	if (n == 1)
 		_exit(0);
 	if (waitpid(pid, &status, 0) == pid && WIFEXITED(status))
 		_exit(WEXITSTATUS(status));
@@ -1363,6 +1415,7 @@ attach_nothing(int ready)
 
 	if (chdir("/") == -1 || none == -1)
 		die(1, "/dev/null:");
+	log_open(LOG_INFO - LOG_ERR, 0);
 	dup2(none, 0);
 	dup2(none, 1);
 	dup2(none, 2);
@@ -1403,12 +1456,15 @@ main(int argc, char **argv)
 	struct options o = { -1, 0, CONFFILE };
 	int ready = -1;
 
+	if (argc == 0)
+		return 2;
 	fill_standard();
-	options_read(&o, argc, argv);
+	options_read(&o, argv);
 	now = monotonic();
 	if (o.level >= 0)
 		log_open(o.level, 1);
-	conf_path = absolute(o.file);
+	if ((conf_path = absolute(o.file)) == NULL)
+		die(1, "%s:", o.file);
 	conf = conf_load(conf_path, flags, nflags, pid_option);
 	if (conf == NULL)
 		return 2;
@@ -1429,10 +1485,8 @@ main(int argc, char **argv)
 	if (conf->user != NULL)
 		drop_privileges(conf->user);
 	check_tempdir(conf);
-	if (ready != -1) {
-		log_open(LOG_INFO - LOG_ERR, 0);
+	if (ready != -1)
 		attach_nothing(ready);
-	}
 	if (geteuid() == 0)
 		logmsg(LOG_WARNING, "running as root is NOT recommended");
 	peer_reserve();

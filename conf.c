@@ -204,7 +204,8 @@ set_path(struct conf *c, const struct keyword *k, const char *v)
 	char path[2 * PATH_MAX];
 	size_t n;
 
-	if (start[0] == '\0' && getcwd(start, sizeof start) == NULL)
+	if (start[0] == '\0' && getcwd(start, sizeof start) == NULL &&
+	    *v != '/')
 		return "usable: the current directory is gone";
 	if (strlen(v) >= PATH_MAX)
 		return "a path of this system: it is too long";
@@ -946,8 +947,11 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 	c->refs = 1;
 	for (i = 0; i < NKEYWORDS; i++)
 		if (keywords[i].def != NULL &&
-		    keywords[i].set(c, &keywords[i], keywords[i].def) != NULL)
+		    keywords[i].set(c, &keywords[i], keywords[i].def) != NULL) {
+			logmsg(LOG_ERR, "%s: no memory for its default",
+			    keywords[i].name);
 			at.errors++;
+		}
 	for (n = 0; n < nflags; n++)
 		assign(c, &at, flags[n][0], flags[n][1]);
 	read_file(c, path, &at.errors);

@@ -3,6 +3,7 @@
  * the spool.  The only file that reads from and writes to sockets.
  */
 
+#include <sys/resource.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -31,6 +32,7 @@
 #define IPV6_IS_TRANSPARENT	75
 
 #define SPARE_BUFS	8
+#define BACKLOG		4096	/* the kernel's limit may be lower; libc's is 128 */
 
 /*
  * Text.
@@ -219,21 +221,14 @@ log_datagram(const char *line, size_t n)
 static int
 log_write(int level, const char *text, size_t n)
 {
-	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	struct pollfd room = { 2, POLLOUT, 0 };
 	char line[LOGSZ + 64];
-	struct tm *tm;
-	time_t t;
 	int len;
 
 	if (log_syslog) {
-		t = time(NULL);
-		tm = localtime(&t);
-		len = format(line, sizeof line,
-		    "<%d>%.*s %.*s%d %02d:%02d:%02d clamsmtpd: %.*s",
-		    LOG_MAIL | level, 3, month + tm->tm_mon * 3,
-		    tm->tm_mday < 10, " ", tm->tm_mday,
-		    tm->tm_hour, tm->tm_min, tm->tm_sec, (int)n, text);
+		/* Without the time: every syslogd puts in its own then. */
+		len = format(line, sizeof line, "<%d>clamsmtpd: %.*s",
+		    LOG_MAIL | level, (int)n, text);
 		return log_datagram(line, len);
 	}
 	len = format(line, sizeof line, "clamsmtpd: %.*s\n", (int)n, text);
@@ -370,19 +365,11 @@ rfc5322_date(void)
 	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	static char text[64];
 	time_t t = time(NULL);
-	struct tm *tm = localtime(&t);
-	long off = tm->tm_gmtoff / 60;
-	char sign = '+';
+	struct tm *tm = gmtime(&t);
 
-	if (off < 0) {
-		sign = '-';
-		off = -off;
-	}
-	format(text, sizeof text,
-	    "%.*s, %d %.*s %d %02d:%02d:%02d %c%02ld%02ld", 3,
+	format(text, sizeof text, "%.*s, %d %.*s %d %02d:%02d:%02d +0000", 3,
 	    day + tm->tm_wday * 3, tm->tm_mday, 3, month + tm->tm_mon * 3,
-	    tm->tm_year + 1900, tm->tm_hour, tm->tm_min, tm->tm_sec, sign,
-	    off / 60, off % 60);
+	    tm->tm_year + 1900, tm->tm_hour, tm->tm_min, tm->tm_sec);
 	return text;
 }
 
@@ -981,9 +968,11 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 		}
 		r = bind(fd, &a->u.sa, a->len);
 	}
-	if (r == 0 && listen(fd, SOMAXCONN) == 0)
+	if (r == 0 && listen(fd, BACKLOG) == 0)
 		return fd;
 	err = errno;
+	if (r == 0 && a->u.sa.sa_family == AF_UNIX)
+		unlink(a->u.un.sun_path);
 	close(fd);
 	errno = err;
 	return -1;
@@ -1107,7 +1096,8 @@ quarantine_work(int out, void *arg)
 		unlink(q->final);
 		return;
 	}
-	if (write(out, q->final, strlen(q->final)) == -1)
+	if (write(out, q->final, strlen(q->final)) !=
+	    (ssize_t)strlen(q->final))
 		unlink(q->final);
 }
 
@@ -1136,13 +1126,14 @@ spool_quarantine(int fd, const char *dir,
 static void
 close_between(int first, int last)
 {
+	struct rlimit r;
+
 #ifdef SYS_close_range
 	if (syscall(SYS_close_range, first, last, 0) == 0)
 		return;
 #endif
-	if (last == INT_MAX)
-		last = sysconf(_SC_OPEN_MAX) - 1;
-	for (; first <= last; first++)
+	getrlimit(RLIMIT_NOFILE, &r);
+	for (; first <= last && (rlim_t)first < r.rlim_cur; first++)
 		close(first);
 }
 

@@ -325,6 +325,8 @@ scan_command(struct session *s)
 	cmd = s->scan.fildes ? "zFILDES" : "zINSTREAM";
 	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", cmd, t->text);
 	buf_put(&s->clamd.out, cmd, strlen(cmd) + 1);
+	if (s->scan.fildes)	/* the descriptor comes with a byte of its own */
+		buf_put(&s->clamd.out, "", 1);
 	s->scan.phase = SC_SEND;
 	return 1;
 }
@@ -376,8 +378,7 @@ send_fildes(struct session *s)
 		close(fd);
 	if (r == 0)
 		return 0;
-	s->scan.started = 1;
-	s->scan.phase = SC_ANSWER;
+	s->scan.ended = 1;
 	return 1;
 }
 
@@ -404,16 +405,20 @@ send_instream(struct session *s)
 static int
 scan_send(struct session *s)
 {
-	if (!peer_drain(&s->clamd, !s->scan.fildes && !s->scan.ended))
+	struct scan *c = &s->scan;
+
+	if (c->fildes && !c->ended)
+		return send_fildes(s);
+	if (!peer_drain(&s->clamd, !c->ended))
 		return 0;
 	/* It said something already, or it went away: that is the answer. */
 	if (s->clamd.err || s->clamd.eof || buf_len(&s->clamd.in) > 0 ||
-	    s->scan.ended) {
-		s->scan.started = s->scan.ended;
-		s->scan.phase = SC_ANSWER;
+	    c->ended) {
+		c->started = c->ended;
+		c->phase = SC_ANSWER;
 		return 1;
 	}
-	return s->scan.fildes ? send_fildes(s) : send_instream(s);
+	return send_instream(s);
 }
 
 static int
@@ -536,6 +541,8 @@ scan_read(struct session *s)
 		return scan_failed(s, 0, "it answered at too great a length");
 	if (!s->clamd.eof)
 		return 0;
+	if (s->clamd.err == OURS)
+		return scan_failed(s, 0, "the message could not be sent to it");
 	if (n == 0)
 		return scan_failed(s, 1,
 		    "it closed the connection without an answer");

@@ -89,8 +89,11 @@ struct str {
 
 /*
  * One socket of a session; fd is -1 when there is none.  eof: nothing more
- * will be read.  err: it failed or was reset, what we write goes nowhere.
+ * will be read.  err: it failed or was reset, what we write goes nowhere; OURS:
+ * it would take it, but we lack memory, or cannot read the spool.
  */
+#define OURS	2
+
 struct peer {
 	int	 fd;
 	int	 eof, err;
@@ -200,7 +203,8 @@ struct scan {
 	int	 started;		/* clamd may be scanning */
 	off_t	 sent;			/* INSTREAM: of the spool */
 	off_t	 chunk;			/* INSTREAM: end of the chunk announced */
-	int	 ended;			/* INSTREAM: the empty chunk is queued */
+	int	 ended;			/* all is queued: the descriptor, or the
+					 * empty chunk */
 	int64_t	 until, again;		/* connect limit, next knock; 0: none */
 	struct session *next;		/* in the queue */
 };
@@ -254,7 +258,8 @@ struct session {
 	int	 raw;			/* chunks, to be replayed as BDAT */
 	uint64_t chunk_left;
 	int	 chunk_last;
-	off_t	 size;			/* spooled, behind the scan line */
+	off_t	 size;			/* behind the scan line */
+	off_t	 spooled;		/* bytes in the spool, the scan line's too */
 	enum eol eol;
 	uint64_t pending_bytes;		/* CRs or NULs held back by the automaton */
 	int	 dots;			/* a line of the spool begins with a dot */
@@ -443,7 +448,7 @@ int peer_settle(struct peer *);
 int peer_drain(struct peer *, int more);
 /* Up to n bytes of file fd from *at to the socket; 1: got on, 0: full. */
 int peer_sendfile(struct peer *, int fd, off_t *at, off_t n);
-int peer_sendfd(struct peer *, int fd);		/* on one byte; 1, or 0: full */
+int peer_sendfd(struct peer *, int fd);		/* with out; 1, or 0: full */
 void peer_close(struct peer *);
 /* Whether the peer was reset, as far as the kernel knows now. */
 int peer_reset(struct peer *);

@@ -25,6 +25,7 @@
  */
 
 #include <ctype.h>
+#include <endian.h>
 #include <errno.h>
 #include <limits.h>
 #include <netinet/tcp.h>
@@ -41,6 +42,8 @@
 #define ORIGINAL_DST	80
 
 #define OUR_NAME	"smtp.passthru"
+
+#define SMALL		(BUFSZ / 4)	/* bytes of a message, to copy them */
 
 /* All that we ever say to a client of our own accord. */
 static const char
@@ -149,12 +152,19 @@ client_ready(struct session *s)
 	return buf_ready(&s->client.out, RELAYSZ + NOTESZ);
 }
 
-/* What cannot be said ends the session: replies must not get out of step. */
+/* For want of memory: replies must not get out of step. */
+static void
+client_lost(struct session *s)
+{
+	s->client.err = s->client.eof = 1;
+}
+
+/* What cannot be said ends the session. */
 static void
 client_put(struct session *s, const char *p, size_t n)
 {
 	if (!buf_ready(&s->client.out, n)) {
-		s->client.err = 1;
+		client_lost(s);
 		return;
 	}
 	buf_put(&s->client.out, p, n);
@@ -198,7 +208,7 @@ vhold(struct session *s, const char *fmt, va_list ap)
 	char line[NOTESZ];
 
 	if (str_set(&s->held, line, format_line(line, fmt, ap)) == -1)
-		s->client.err = 1;
+		client_lost(s);
 }
 
 /* To be said when what goes before it has been done. */
@@ -563,7 +573,7 @@ static void
 hold_reply(struct session *s, const struct reply *r)
 {
 	if (str_set(&s->held, clean, reply_clean(r)) == -1)
-		s->client.err = 1;
+		client_lost(s);
 }
 
 static void
@@ -924,7 +934,7 @@ told_mail(struct session *s, const struct reply *r)
 	s->mail = 1;
 	s->from = from;
 	if (s->from.len == 0 && str_set(&s->from, "<>", 2) == -1)
-		s->client.err = 1;
+		client_lost(s);
 	return 0;
 }
 
@@ -954,7 +964,7 @@ told_rcpt(struct session *s, const struct reply *r)
 	}
 	if (str_add(&s->to, s->pending.s, s->pending.len) == -1 ||
 	    str_add(&s->to, "\n", 1) == -1)
-		s->client.err = 1;
+		client_lost(s);
 	return 0;
 }
 
@@ -1053,7 +1063,7 @@ told_xforward(struct session *s, const struct reply *r)
 			bad |= xtext_decode(&s->remote_helo, p + 5, n - 5);
 	}
 	if (bad)
-		s->client.err = 1;
+		client_lost(s);
 	str_free(&s->pending);
 	return 0;
 }
@@ -1117,7 +1127,7 @@ hold_line(struct session *s, const char *text)
 	    str_add(&s->held, text, strlen(text)) == 0 &&
 	    str_add(&s->held, "\r\n", 2) == 0)
 		return 0;
-	s->client.err = 1;
+	client_lost(s);
 	return -1;
 }
 
@@ -1478,37 +1488,39 @@ st_auth(struct session *s)
 
 /*
  * The spool.  What goes into it is gathered, pieces of the read buffer where
- * they stand, and written by one call.
+ * they stand, and written by one call; the scan line before the first of them.
  */
 
-static struct iovec gather[256];
-static int ngather;
-static size_t gathered;			/* bytes */
+static struct iovec gather[256];	/* the first is the scan line's */
+static int ngather = 1;
 
 static void
 spool_flush(struct session *s)
 {
 	struct iovec *v = gather;
+	off_t left = scan_line_len + s->size - s->spooled;
 	ssize_t n;
 
-	while (gathered > 0 && !s->error) {
-		n = pwritev(s->spool, v, ngather,
-		    scan_line_len + s->size - gathered);
+	v->iov_base = (char *)(uintptr_t)scan_line;
+	v->iov_len = s->spooled == 0 ? scan_line_len : 0;
+	while (left > 0 && !s->error) {
+		n = pwritev(s->spool, v, gather + ngather - v, s->spooled);
 		if (n == -1 && errno == EINTR)
 			continue;
 		if (n == -1) {
 			remember_errno(s, "TempDirectory");
 			break;
 		}
-		gathered -= n;
-		for (; ngather > 0 && (size_t)n >= v->iov_len; v++, ngather--)
+		s->spooled += n;
+		left -= n;
+		for (; left > 0 && (size_t)n >= v->iov_len; v++)
 			n -= v->iov_len;
-		if (ngather > 0) {
+		if (left > 0) {
 			v->iov_base = (char *)v->iov_base + n;
 			v->iov_len -= n;
 		}
 	}
-	ngather = gathered = 0;
+	ngather = 1;
 }
 
 static int
@@ -1553,7 +1565,7 @@ header_eat(struct session *s, const char *p, size_t n)
 static void
 emit(struct session *s, const char *p, size_t n)
 {
-	struct iovec *last = &gather[ngather > 0 ? ngather - 1 : 0];
+	struct iovec *last = &gather[ngather - 1];
 	int64_t limit = size_limit(s);
 
 	if (s->error || n == 0)
@@ -1565,8 +1577,7 @@ emit(struct session *s, const char *p, size_t n)
 	if (s->header != H_DONE)
 		header_eat(s, p, n);
 	s->size += n;
-	gathered += n;
-	if (ngather > 0 && (char *)last->iov_base + last->iov_len == p) {
+	if (ngather > 1 && (char *)last->iov_base + last->iov_len == p) {
 		last->iov_len += n;
 		return;
 	}
@@ -1593,23 +1604,45 @@ emit_pending(struct session *s, const char *block)
 	}
 }
 
-/* The first CR or LF of p .. stop, or stop; eight bytes at a time. */
+/* The first CR or LF of p .. stop, or stop.  Eight bytes at a time, for most of
+ * what we do with a mail is this: those below 14 get their top bit set, and
+ * some behind them, which costs another look. */
 static const char *
 line_end(const char *p, const char *stop)
 {
 	const uint64_t ones = UINT64_MAX / 255, tops = ones << 7;
-	uint64_t word, cr, lf;
+	uint64_t word;
 
-	for (; stop - p >= 8; p += 8) {
+	while (stop - p >= 8) {
 		memcpy(&word, p, 8);
-		cr = word ^ ones * '\r';
-		lf = word ^ ones * '\n';
-		if ((((cr - ones) & ~cr) | ((lf - ones) & ~lf)) & tops)
-			break;		/* one of them has a zero byte */
+		word = le64toh(word);
+		word = (word - ones * 14) & ~word & tops;
+		if (word == 0) {
+			p += 8;
+			continue;
+		}
+		p += __builtin_ctzll(word) / 8;
+		if (*p == '\r' || *p == '\n')
+			return p;
+		p++;
 	}
 	while (p < stop && *p != '\r' && *p != '\n')
 		p++;
 	return p;
+}
+
+/* How far p .. stop needs no change: up to the first line end that is no CRLF,
+ * or behind which the next line's first byte is a dot, a NUL, or not here yet. */
+static const char *
+plain_text(const char *p, const char *stop)
+{
+	for (;;) {
+		p = line_end(p, stop);
+		if (stop - p < 3 || p[0] != '\r' || p[1] != '\n' ||
+		    p[2] == '.' || p[2] == '\0')
+			return p;
+		p += 2;
+	}
 }
 
 /*
@@ -1676,7 +1709,7 @@ body_eat(struct session *s, const char *p, size_t n, int *end)
 			s->eol = TEXT;
 			break;
 		case TEXT:
-			run = line_end(q, stop);
+			run = plain_text(q, stop);
 			if (stop - run >= 2 && run[0] == '\r' && run[1] == '\n') {
 				emit(s, q, run + 2 - q);
 				s->eol = BOL;
@@ -1737,7 +1770,7 @@ body_end(struct session *s)
 static void
 message_begin(struct session *s)
 {
-	s->size = s->header_at = 0;
+	s->size = s->spooled = s->header_at = 0;
 	s->eol = BOL;
 	s->header = H_LINE;
 	s->pending_bytes = 0;
@@ -2096,7 +2129,7 @@ on_quarantined(void *ctx, const char *path, size_t n)
 	s->child = NULL;
 	s->wake = 1;
 	if (str_set(&s->quarantined, path, n) == -1)
-		s->client.err = 1;
+		unlink(path);	/* the child's answer has a NUL behind it */
 }
 
 static int
@@ -2271,21 +2304,30 @@ early_reply(struct session *s)
 	return 1;
 }
 
-/* Promise 3: lines that begin with a dot get another one. */
+/*
+ * Up to SMALL bytes of the spool go out by way of `out', so that a small
+ * message leaves with its header and its dot in one segment, and so do the last
+ * ones of a large one.
+ */
 static int
-replay_stuffed(struct session *s, off_t end)
+replay_copy(struct session *s, off_t left)
 {
-	static char chunk[BUFSZ / 2];	/* every byte may be a dot */
+	static char chunk[SMALL];
 	struct buf *out = &s->server.out;
-	ssize_t n = end - s->sent < (off_t)sizeof chunk ?
-	    end - s->sent : (off_t)sizeof chunk;
 	const char *p, *stop, *nl;
+	ssize_t n = left < SMALL ? left : SMALL;
 
-	if (!buf_ready(out, BUFSZ))
+	if (!buf_ready(out, 2 * SMALL))		/* every byte may be a dot */
 		return 0;
 	n = pread(s->spool, chunk, n, scan_line_len + s->sent);
 	if (n <= 0)
 		return hop_lost(s, "the spool cannot be read");
+	s->sent += n;
+	if (!s->dots || s->raw) {
+		buf_put(out, chunk, n);
+		return 1;
+	}
+	/* Promise 3: lines that begin with a dot get another one. */
 	for (p = chunk, stop = chunk + n; p < stop; p = nl) {
 		if (*p == '.' && s->at_bol)
 			buf_put(out, ".", 1);
@@ -2294,17 +2336,18 @@ replay_stuffed(struct session *s, off_t end)
 		nl = nl != NULL ? nl + 1 : stop;
 		buf_put(out, p, nl - p);
 	}
-	s->sent += n;
 	return --s->budget > 0;
 }
 
 static int
-replay_plain(struct session *s, off_t end)
+replay_file(struct session *s, off_t left)
 {
 	off_t at = scan_line_len + s->sent;
 	int r;
 
-	r = peer_sendfile(&s->server, s->spool, &at, end - s->sent);
+	if (buf_len(&s->server.out) > 0)
+		return 0;
+	r = peer_sendfile(&s->server, s->spool, &at, left);
 	if (at != (off_t)scan_line_len + s->sent)
 		replay_moves(s);
 	s->sent = at - scan_line_len;
@@ -2325,53 +2368,59 @@ last_look(struct session *s)
 		peer_fill(&s->server);
 }
 
-/* The last byte has left: from here on a reply is the reply. */
+/* The last bytes stand in `out'. */
+static int
+is_all_queued(const struct session *s)
+{
+	return s->inserted && s->sent == s->size && (s->raw || s->dotted);
+}
+
+/* They have left: from here on a reply is the reply. */
 static int
 is_all_out(const struct session *s)
 {
-	return s->inserted && s->sent == s->size && (s->raw || s->dotted) &&
-	    buf_len(&s->server.out) == 0 && !s->server.err;
+	return is_all_queued(s) && buf_len(&s->server.out) == 0 &&
+	    !s->server.err;
 }
 
+/* What comes next; 0: when there is room for it. */
 static int
-put_dot(struct session *s)
+replay_next(struct session *s)
 {
-	return s->dotted = hop_put(s, ".\r\n", 3);
+	struct buf *out = &s->server.out;
+	off_t left = (s->inserted ? s->size : s->insert_at) - s->sent;
+
+	if (left > SMALL && (!s->dots || s->raw))
+		return replay_file(s, left - SMALL);
+	if (left > 0)
+		return replay_copy(s, left);
+	if (s->inserted)
+		return s->dotted = hop_put(s, ".\r\n", 3);
+	if (!buf_ready(out, s->insert.len))
+		return 0;
+	buf_put(out, s->insert.s, s->insert.len);
+	return s->inserted = 1;
 }
 
 static int
 st_replay(struct session *s)
 {
-	off_t end;
-
 	if (is_all_out(s)) {
 		enter(s, S_FINAL);
 		s->deadline = s->dot_at + FINAL_TIME;
 		return 1;
 	}
-	if (s->raw || s->sent == s->size)
+	if (is_all_queued(s))
 		last_look(s);
 	if (client_gone(s))
 		return give_up(s);
-	if (s->server.err && buf_len(&s->server.in) == 0 && !s->server.eof &&
-	    !peer_fill(&s->server))
+	if (s->server.err == OURS || (s->server.err &&
+	    buf_len(&s->server.in) == 0 && !s->server.eof &&
+	    !peer_fill(&s->server)))
 		return hop_lost(s, "no writing to it, or no reading of the spool");
 	if (buf_len(&s->server.in) > 0 || s->server.eof)
 		return client_ready(s) ? early_reply(s) : 0;
-	if (buf_len(&s->server.out) > 0)
-		return 0;
-	if (!s->inserted && s->sent == s->insert_at) {
-		if (!buf_ready(&s->server.out, s->insert.len))
-			return 0;
-		buf_put(&s->server.out, s->insert.s, s->insert.len);
-		s->inserted = 1;
-		return 1;
-	}
-	end = s->inserted ? s->size : s->insert_at;
-	if (s->sent == end)
-		return put_dot(s);
-	return s->dots && !s->raw ? replay_stuffed(s, end) :
-	    replay_plain(s, end);
+	return is_all_queued(s) ? 0 : replay_next(s);
 }
 
 /*
@@ -2538,8 +2587,7 @@ static int
 flush(struct session *s)
 {
 	size_t c = buf_len(&s->client.out), h = buf_len(&s->server.out);
-	int more = s->state == S_REPLAY && !s->dotted &&
-	    !(s->inserted && s->sent == s->size);
+	int more = s->state == S_REPLAY && !is_all_queued(s);
 
 	if (c > 0)
 		peer_drain(&s->client, 0);

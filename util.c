@@ -573,6 +573,15 @@ peer_settle(struct peer *p)
 	return 0;
 }
 
+static int
+send_impossible(struct peer *p)
+{
+	p->err = OURS;
+	p->eof = 1;
+	buf_free(&p->out);
+	return 1;
+}
+
 /* A peer that cannot be written to has its say all the same: clamd gives the
  * reason why it reads no further. */
 static int
@@ -580,6 +589,8 @@ send_failed(struct peer *p)
 {
 	if (errno == EAGAIN || errno == EINTR)
 		return 0;
+	if (errno != EPIPE && errno != ECONNRESET && errno != ETIMEDOUT)
+		return send_impossible(p);
 	p->err = 1;
 	buf_free(&p->out);
 	return 1;
@@ -617,11 +628,8 @@ send_copy(struct peer *p, int fd, off_t *at, off_t n)
 	if (!buf_ready(&p->out, BUFSZ / 2))
 		return 0;
 	r = pread(fd, p->out.b + p->out.w, n < BUFSZ / 2 ? n : BUFSZ / 2, *at);
-	if (r <= 0) {
-		p->err = 1;
-		buf_free(&p->out);
-		return 1;
-	}
+	if (r <= 0)
+		return send_impossible(p);
 	p->out.w += r;
 	*at += r;
 	return peer_drain(p, 1);
@@ -640,7 +648,7 @@ peer_sendfile(struct peer *p, int fd, off_t *at, off_t n)
 			return send_copy(p, fd, at, n);
 		return send_failed(p);
 	case 0:			/* the file is shorter than we wrote it */
-		p->err = 1;
+		return send_impossible(p);
 	}
 	return 1;
 }
@@ -652,11 +660,13 @@ peer_sendfd(struct peer *p, int fd)
 		struct cmsghdr	hdr;
 		char	space[CMSG_SPACE(sizeof(int))];
 	} control;
-	char byte = 0;
-	struct iovec iov = { &byte, 1 };
+	struct iovec iov = { buf_head(&p->out), buf_len(&p->out) };
 	struct msghdr msg;
 	struct cmsghdr *c;
+	ssize_t n;
 
+	if (p->err)
+		return 1;
 	memset(&msg, 0, sizeof msg);
 	memset(&control, 0, sizeof control);
 	msg.msg_iov = &iov;
@@ -668,9 +678,11 @@ peer_sendfd(struct peer *p, int fd)
 	c->cmsg_type = SCM_RIGHTS;
 	c->cmsg_len = CMSG_LEN(sizeof(int));
 	memcpy(CMSG_DATA(c), &fd, sizeof fd);
-	if (p->err || sendmsg(p->fd, &msg, MSG_NOSIGNAL) == 1)
-		return 1;
-	return send_failed(p);
+	n = sendmsg(p->fd, &msg, MSG_NOSIGNAL);
+	if (n == -1)
+		return send_failed(p);
+	buf_eat(&p->out, n);
+	return 1;
 }
 
 /* shutdown(), for a child may hold a copy that close() would leave open. */
@@ -1006,7 +1018,7 @@ int
 spool_open(const char *dir, int keep)
 {
 	char path[PATH_MAX];
-	int fd = -1, err;
+	int fd = -1;
 
 #ifdef O_TMPFILE
 	if (!keep)
@@ -1018,12 +1030,7 @@ spool_open(const char *dir, int keep)
 		if (!keep)
 			unlink(path);
 	}
-	if (pwrite(fd, scan_line, scan_line_len, 0) == (ssize_t)scan_line_len)
-		return fd;
-	err = errno;
-	close(fd);
-	errno = err;
-	return -1;
+	return fd;
 }
 
 int

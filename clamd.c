@@ -198,7 +198,7 @@ queue_run(void)
 			continue;
 		}
 		queue_leave(s);
-		s->wake = 1;
+		session_wake(s);
 		s->scan.addr = 0;
 		s->scan.phase = c != NULL ? SC_LOOKUP : SC_NONE;
 		if (c != NULL)

@@ -32,6 +32,9 @@
 #define LOOKUP_LIMIT	(30 * SECOND)
 #define LOOKUP_RETRY	(5 * SECOND)
 #define TRIM_TIME	(2 * SECOND)
+#define BUSY_FOR	100		/* after a session ran it is a busy one */
+#define LOOK_TIME	10		/* how often the others are looked at, if */
+#define MANY_IDLE	64		/* they are more than that */
 
 int64_t now;
 int wake_all;
@@ -46,8 +49,8 @@ static int sandboxed;
 static int stopping;			/* 1: when all is done, 2: at once */
 static int pid_fd = -1;
 
-static struct session **sessions;
-static int nsessions, sessions_size;
+static struct session **sessions;	/* the busy ones first */
+static int nsessions, nbusy, sessions_size;
 static unsigned next_id = FIRST_ID;
 
 /*
@@ -594,8 +597,11 @@ session_add(int fd, const struct addr *a)
 	}
 	next_id = next_id == 0xFFFFFF ? FIRST_ID : next_id + 1;
 	count.sessions++;
-	s->wake = 1;
-	sessions[nsessions++] = s;
+	s->wake = s->busy = 1;
+	if (nbusy < nsessions)
+		sessions[nsessions] = sessions[nbusy];
+	nsessions++;
+	sessions[nbusy++] = s;
 }
 
 static void
@@ -1059,6 +1065,7 @@ reload(void)
 	}
 	conf_put(conf);
 	conf = c;
+	spools_close();			/* TempDirectory may be another one */
 	logmsg(LOG_NOTICE, "%s: read again", conf_path);
 	listeners_log(conf);
 	look_up_all(conf);
@@ -1109,13 +1116,70 @@ obey_signals(void)
  * The loop.
  */
 
+/*
+ * Where most sessions are idle, asking poll() for all of them costs more than
+ * the mail of the others.  So there are turns for the busy ones alone: as long
+ * as these have something to do, and for LOOK_TIME at most.
+ */
+static int whole_turn = 1;
+static int64_t looked;			/* when the last whole turn began */
+static int woken;			/* one of the others is to run */
+
+void
+session_wake(struct session *s)
+{
+	s->wake = 1;
+	if (!s->busy)
+		woken = 1;
+}
+
+/* in_vain: nothing came of the last turn. */
+static void
+turn_begin(int in_vain)
+{
+	whole_turn = (in_vain && !whole_turn) || woken || wake_all ||
+	    stopping || nsessions - nbusy < MANY_IDLE ||
+	    now - looked >= LOOK_TIME;
+	turn_end = now + (whole_turn ? 60 * SECOND : 1);
+	if (whole_turn) {
+		looked = now;
+		woken = 0;
+	}
+}
+
+/* How many of the sessions this turn is for. */
+static int
+in_turn(void)
+{
+	return whole_turn ? nsessions : nbusy;
+}
+
+static void
+sessions_watch(void)
+{
+	struct session *s;
+	int i, n = in_turn();
+
+	if (whole_turn)
+		nbusy = 0;
+	for (i = 0; i < n; i++) {
+		session_watch(s = sessions[i]);
+		if (whole_turn)
+			s->busy = now - s->ran_at < BUSY_FOR;
+		if (whole_turn && s->busy) {
+			sessions[i] = sessions[nbusy];
+			sessions[nbusy++] = s;
+		}
+	}
+}
+
 /* A session that is to run was woken by another one: no sleep. */
 static int
 is_awake(void)
 {
 	int i;
 
-	for (i = 0; i < nsessions; i++)
+	for (i = 0; i < in_turn(); i++)
 		if (sessions[i]->wake)
 			return 1;
 	return 0;
@@ -1125,16 +1189,13 @@ static void
 watch_all(void)
 {
 	struct listener *l;
-	int i;
 
 	nfds = 0;
-	turn_end = now + 60 * SECOND;
 	watch(sigpipe[0], POLLIN, on_signals, NULL);
 	children_watch();
 	jobs_watch();
 	clamd_watch();
-	for (i = 0; i < nsessions; i++)
-		session_watch(sessions[i]);
+	sessions_watch();
 	if (now >= paused_until)
 		for (l = listeners; l != NULL; l = l->next)
 			watch(l->fd, POLLIN, on_accept, l);
@@ -1142,7 +1203,7 @@ watch_all(void)
 		wait_until(paused_until);
 	if (stopping)
 		wait_until(drain_until);
-	if (buf_spares() > 0)
+	if (has_spares())
 		wait_until(now + TRIM_TIME);
 	if (wake_all || is_awake())
 		turn_end = now;
@@ -1159,39 +1220,55 @@ run_due(void)
 {
 	int i, all = wake_all;
 
-	wake_all = 0;
-	for (i = 0; i < nsessions; i++)
+	if (whole_turn)
+		wake_all = 0;
+	for (i = 0; i < in_turn(); i++)
 		if (all || sessions[i]->wake || now >= sessions[i]->next_time)
 			if (sessions[i]->state != S_DEAD)
 				session_run(sessions[i]);
 }
 
+/* The dead are freed; those that have just become busy go to the others. */
 static void
 bury(void)
 {
-	int i;
+	struct session *s;
+	int i = 0;
 
-	for (i = 0; i < nsessions; )
-		if (sessions[i]->state == S_DEAD) {
-			session_free(sessions[i]);
-			sessions[i] = sessions[--nsessions];
-		} else
-			i++;
+	while (i < in_turn()) {
+		s = sessions[i];
+		if (s->state == S_DEAD) {
+			session_free(s);
+			if (i < nbusy) {
+				sessions[i] = sessions[--nbusy];
+				sessions[nbusy] = sessions[--nsessions];
+			} else
+				sessions[i] = sessions[--nsessions];
+			continue;
+		}
+		if (i >= nbusy && s->ran_at == now) {
+			s->busy = 1;
+			sessions[i] = sessions[nbusy];
+			sessions[nbusy++] = s;
+		}
+		i++;
+	}
 }
 
 static void
 serve(void)
 {
-	int n;
+	int n = 1;
 
 	while (stopping < 2 && (!stopping || nsessions > 0 || jobs != NULL)) {
+		turn_begin(n == 0);
 		watch_all();
 		n = poll(fds, nfds, turn_end > now ? turn_end - now : 0);
 		now = monotonic();
 		if (n > 0)
 			serve_ready();
-		else if (n == 0)
-			buf_trim();
+		else if (n == 0 && whole_turn)
+			spares_free();
 		run_due();
 		obey_signals();
 		bury();
@@ -1233,7 +1310,7 @@ leave(void)
 	free(sessions);
 	free(fds);
 	free(owners);
-	buf_trim();
+	spares_free();
 	logmsg(LOG_NOTICE, "stopped");
 }
 
@@ -1429,7 +1506,8 @@ attach_nothing(int ready)
 static void
 check_tempdir(const struct conf *c)
 {
-	int fd = spool_open(c->tempdir, 0);
+	off_t length;
+	int fd = spool_open(c->tempdir, 0, &length);
 
 	if (fd == -1)
 		die(1, "TempDirectory: %s cannot be written to by user %ld; it "

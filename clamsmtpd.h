@@ -214,7 +214,9 @@ struct verb;
 struct session {
 	unsigned id;			/* first word of its log lines */
 	enum state state;		/* assigned in enter() only */
+	int	 busy;			/* it is looked at in every turn */
 	int	 wake;			/* run it, whatever poll says */
+	int64_t	 ran_at;
 	int64_t	 next_time;		/* or then; the earliest of its times */
 	struct conf *conf;
 	int64_t	 deadline;		/* monotonic ms, like every time here */
@@ -259,7 +261,8 @@ struct session {
 	uint64_t chunk_left;
 	int	 chunk_last;
 	off_t	 size;			/* behind the scan line */
-	off_t	 spooled;		/* bytes in the spool, the scan line's too */
+	off_t	 spooled;		/* bytes in the spool, the scan line's too, */
+	off_t	 leftover;		/* and its length if an older one was longer */
 	enum eol eol;
 	uint64_t pending_bytes;		/* CRs or NULs held back by the automaton */
 	int	 dots;			/* a line of the spool begins with a dot */
@@ -325,6 +328,9 @@ void env_free(char **env);
 /* Look a target's name up if that has not been done lately (force: if the
  * address we had was of no use).  Returns at once. */
 void target_look(struct target *, int force);
+
+/* Run it in this turn or the next, whatever poll says. */
+void session_wake(struct session *);
 
 /* For this turn: call ready(arg) when one of events (or an error) is there. */
 void watch(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
@@ -428,8 +434,6 @@ int buf_ready(struct buf *, size_t n);
 void buf_put(struct buf *, const void *, size_t n);	/* after buf_ready() */
 void buf_eat(struct buf *, size_t n);
 void buf_free(struct buf *);
-int buf_spares(void);				/* buffers kept for the next user */
-void buf_trim(void);				/* idle: give them back */
 extern int starved;				/* buf_ready had no memory */
 
 int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
@@ -470,8 +474,14 @@ int addr_listen(const struct addr *, int transparent, int v6only);
 
 extern const char scan_line[];			/* stands before the message */
 extern const size_t scan_line_len;
-/* The spool: nameless, or DebugFiles' named one; -1 and errno. */
-int spool_open(const char *dir, int keep);
+/* The spool: nameless, or DebugFiles' named one (keep); -1 and errno.  It may
+ * have served before, and have *length bytes of another message. */
+int spool_open(const char *dir, int keep, off_t *length);
+/* Nobody reads it any more, neither clamd nor, out of its socket, a next hop. */
+void spool_done(int fd, off_t length);
+void spools_close(void);			/* those kept for another message */
+int has_spares(void);				/* spools, or buffers, are kept */
+void spares_free(void);				/* idle: give them back */
 /* The same file for reading only, as clamd shall have it; -1 and errno. */
 int spool_reopen(int fd);
 /* Start a copy of the message in dir; done as in child_start, with the path

@@ -1759,6 +1759,9 @@ body_end(struct session *s)
 	if (s->eol == TEXT && !s->raw)	/* DATA has whole lines only */
 		emit(s, crlf, 2);
 	spool_flush(s);
+	if (s->leftover > s->spooled && !s->error &&
+	    ftruncate(s->spool, s->spooled) == -1)
+		remember_errno(s, "TempDirectory");
 	if (s->header == H_LINE)
 		s->header_at = s->size;
 }
@@ -1777,7 +1780,8 @@ message_begin(struct session *s)
 	s->dots = s->error = 0;
 	if (s->conf->keepalives > 0)
 		s->noop_at = now + s->conf->keepalives;
-	s->spool = spool_open(s->conf->tempdir, s->conf->debug_files);
+	s->spool = spool_open(s->conf->tempdir, s->conf->debug_files,
+	    &s->leftover);
 	if (s->spool == -1)
 		remember_errno(s, "TempDirectory");
 }
@@ -2127,7 +2131,7 @@ on_quarantined(void *ctx, const char *path, size_t n)
 	struct session *s = ctx;
 
 	s->child = NULL;
-	s->wake = 1;
+	session_wake(s);
 	if (str_set(&s->quarantined, path, n) == -1)
 		unlink(path);	/* the child's answer has a NUL behind it */
 }
@@ -2449,6 +2453,10 @@ st_final(struct session *s)
 		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
+	if (r.code / 100 == 2 && !s->conf->debug_files) {
+		spool_done(s->spool, s->spooled);
+		s->spool = -1;
+	}
 	mail_reset(s);
 	xforward_reset(s);
 	if (r.code == 421)
@@ -2605,7 +2613,7 @@ flush(struct session *s)
 void
 session_run(struct session *s)
 {
-	s->wake = 0;
+	s->ran_at = now;
 	s->budget = 4;
 	if (now >= s->deadline)
 		timed_out(s);
@@ -2614,6 +2622,7 @@ session_run(struct session *s)
 		while (s->state != S_DEAD && states[s->state].step(s))
 			;
 	} while (s->state != S_DEAD && flush(s));
+	s->wake = 0;
 	if (peer_settle(&s->client) + peer_settle(&s->server) +
 	    peer_settle(&s->clamd) != 0 && s->state != S_DEAD) {
 		slog(s, LOG_ERR, "out of memory: session ends");

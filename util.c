@@ -32,6 +32,8 @@
 #define IPV6_IS_TRANSPARENT	75
 
 #define SPARE_BUFS	8
+#define SPARE_SPOOLS	8
+#define KEPT_LENGTH	(16 << 20)	/* bytes of the disk in those */
 #define BACKLOG		4096	/* the kernel's limit may be lower; libc's is 128 */
 
 /*
@@ -401,19 +403,6 @@ mem_put(char *b)
 		spare[nspare++] = b;
 	else
 		free(b);
-}
-
-int
-buf_spares(void)
-{
-	return nspare;
-}
-
-void
-buf_trim(void)
-{
-	while (nspare > 0)
-		free(spare[--nspare]);
 }
 
 /* What peer_fill() reads into; the body of a mail goes no further. */
@@ -1002,6 +991,17 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 const char scan_line[] = "Received: by smtp.passthru\r\n";
 const size_t scan_line_len = sizeof scan_line - 1;
 
+/*
+ * Spools that have done their work serve the next messages: most of what a
+ * large one costs is to make and to free the pages of its file.
+ */
+static struct {
+	int	 fd;
+	off_t	 length;
+} spools[SPARE_SPOOLS];
+static int nspools;
+static off_t spools_length;		/* together */
+
 static int
 spool_named(const char *dir, const char *kind, char *path, size_t n)
 {
@@ -1015,11 +1015,18 @@ spool_named(const char *dir, const char *kind, char *path, size_t n)
 
 /* Promise 7: without a name it goes with its descriptor. */
 int
-spool_open(const char *dir, int keep)
+spool_open(const char *dir, int keep, off_t *length)
 {
 	char path[PATH_MAX];
 	int fd = -1;
 
+	*length = 0;
+	if (!keep && nspools > 0) {
+		nspools--;
+		*length = spools[nspools].length;
+		spools_length -= *length;
+		return spools[nspools].fd;
+	}
 #ifdef O_TMPFILE
 	if (!keep)
 		fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
@@ -1031,6 +1038,40 @@ spool_open(const char *dir, int keep)
 			unlink(path);
 	}
 	return fd;
+}
+
+void
+spool_done(int fd, off_t length)
+{
+	if (nspools == SPARE_SPOOLS || spools_length + length > KEPT_LENGTH) {
+		close(fd);
+		return;
+	}
+	spools[nspools].fd = fd;
+	spools[nspools++].length = length;
+	spools_length += length;
+}
+
+void
+spools_close(void)
+{
+	while (nspools > 0)
+		close(spools[--nspools].fd);
+	spools_length = 0;
+}
+
+int
+has_spares(void)
+{
+	return nspare > 0 || nspools > 0;
+}
+
+void
+spares_free(void)
+{
+	while (nspare > 0)
+		free(spare[--nspare]);
+	spools_close();
 }
 
 int

@@ -202,7 +202,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	s->client.fd = s->server.fd = -1;
 	str_free(&s->insert);
 	session_free(s);
-	buf_trim();
+	spares_free();
 	text_free(&want);
 	text_free(&got);
 	return 0;

@@ -155,7 +155,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	s->clamd.fd = dup(null_fd);
 	check_session(s, &in, (data[0] & 2) != 0);
 	session_free(s);
-	buf_trim();
+	spares_free();
 	return 0;
 }
 

@@ -247,7 +247,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		CHECK(!lost || s->server.fd == -1, "the hop is not closed");
 	}
 	session_free(s);
-	buf_trim();
+	spares_free();
 	return 0;
 }
 

@@ -55,6 +55,7 @@
 
 #define MAXADDRS	8		/* addresses of one name */
 #define MAXLISTEN	32
+#define MAXNETWORKS	32
 #define MAXCLAMDS	32		/* one bit each in scan.tried */
 #define MAXACTIONS	8		/* VirusActions at once */
 #define MAXWAITING	64		/* VirusActions that wait for one of those */
@@ -146,6 +147,11 @@ struct rule {				/* one word of an Action line */
 	struct rule *next;
 };
 
+struct network {			/* of ProxyFrom */
+	struct addr addr;		/* of the family AF_UNIX: all those */
+	int	 bits;
+};
+
 /* The settings.  A session keeps the ones it began with: refs. */
 struct conf {
 	int	 refs;
@@ -159,14 +165,18 @@ struct conf {
 	int64_t	 keepalives;		/* ms; 0: none */
 	int	 nlisten;
 	struct target *listen[MAXLISTEN];
+	int	 json;			/* LogFormat */
 	int	 maxconn;
 	int	 maxscans;
 	int64_t	 maxscansize;		/* bytes; 0: none */
 	struct target *out;
 	char	*pidfile;
+	int	 nproxies;
+	struct network proxies[MAXNETWORKS];
 	int	 quarantine;
 	int	 failopen;		/* ScanFailure: pass */
 	int64_t	 scantimeout;		/* ms */
+	struct target *status;		/* StatusListen; NULL: none */
 	char	*tempdir;
 	int64_t	 timeout;		/* ms */
 	int	 transparent;
@@ -385,9 +395,9 @@ enum verdict clamd_parse(const char *answer, size_t n, char name[NAMESZ], int *r
 /* conf.c */
 
 /*
- * Settings from the old flags in (name, value) pairs, then from file path,
- * then pidfile (NULL: as in the file).  All errors are logged; NULL if there
- * was one.
+ * Settings from the old flags in (name, value) pairs, then from file path, then
+ * from the environment, then pidfile (NULL: as before).  All errors are logged;
+ * NULL if there was one.
  */
 struct conf *conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile);

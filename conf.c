@@ -616,20 +616,24 @@ target_new(struct target **tp, const struct keyword *k, const char *v)
 }
 
 static const char *
-set_out(struct conf *c, const struct keyword *k, const char *v)
+set_target(struct conf *c, const struct keyword *k, const char *v)
 {
-	target_put(c->out);
-	c->out = NULL;
-	return target_new(&c->out, k, v);
+	struct target **t = field(c, k);
+
+	target_put(*t);
+	*t = NULL;
+	return target_new(t, k, v);
 }
 
 static void
-show_out(const struct conf *c, const struct keyword *k)
+show_target(const struct conf *c, const struct keyword *k)
 {
-	if (c->out == NULL)
+	const struct target *t = *(struct target **)field(c, k);
+
+	if (t == NULL)
 		put("# %s:\n", k->name);
 	else
-		put("%s: %s\n", k->name, c->out->text);
+		put("%s: %s\n", k->name, t->text);
 }
 
 /* A port alone stands for this address where there is nobody to answer to. */
@@ -706,13 +710,100 @@ show_clamd(const struct conf *c, const struct keyword *k)
 		    c->clamd[i]->target->text);
 }
 
+/*
+ * ProxyFrom: 10.0.0.0/8 and the like, or the word unix.
+ */
+
+static void
+clear_proxy(struct conf *c)
+{
+	c->nproxies = 0;
+}
+
+static const char *
+add_network(struct conf *c, const char *word, size_t n)
+{
+	static const char not[] = "networks such as 10.0.0.0/8, fd00::/8, or unix";
+	struct network *net = &c->proxies[c->nproxies];
+	char text[64], *slash;
+	int64_t bits = -1;
+
+	if (c->nproxies == MAXNETWORKS)
+		return "possible: 32 networks are the most";
+	if (n >= sizeof text)
+		return not;
+	format(text, sizeof text, "%.*s", (int)n, word);
+	if ((slash = strchr(text, '/')) != NULL) {
+		*slash = '\0';
+		if ((bits = number(slash + 1, 0)) == -1)
+			return not;
+	}
+	if (strcasecmp(text, "unix") == 0 && slash == NULL) {
+		memset(net, 0, sizeof *net);
+		net->addr.u.sa.sa_family = AF_UNIX;
+	} else if (addr_ip(&net->addr, text, 0) == -1)
+		return not;
+	net->bits = net->addr.u.sa.sa_family == AF_INET ? 32 : 128;
+	if (bits > net->bits)
+		return not;
+	if (bits != -1)
+		net->bits = bits;
+	c->nproxies++;
+	return NULL;
+}
+
+static const char *
+set_proxy(struct conf *c, const struct keyword *k, const char *v)
+{
+	const char *why = NULL;
+	size_t n;
+
+	(void)k;
+	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, " \t")) {
+		n = strcspn(v, " \t");
+		why = add_network(c, v, n);
+	}
+	return why;
+}
+
+static void
+show_proxy(const struct conf *c, const struct keyword *k)
+{
+	const struct network *net;
+
+	if (c->nproxies == 0)
+		put("# %s:\n", k->name);
+	for (net = c->proxies; net < c->proxies + c->nproxies; net++)
+		if (net->addr.u.sa.sa_family == AF_UNIX)
+			put("%s: unix\n", k->name);
+		else
+			put("%s: %s/%d\n", k->name, addr_text(&net->addr),
+			    net->bits);
+}
+
+static const char *
+set_logformat(struct conf *c, const struct keyword *k, const char *v)
+{
+	(void)k;
+	if (strcasecmp(v, "classic") != 0 && strcasecmp(v, "json") != 0)
+		return "classic or json";
+	c->json = strcasecmp(v, "json") == 0;
+	return NULL;
+}
+
+static void
+show_logformat(const struct conf *c, const struct keyword *k)
+{
+	put("%s: %s\n", k->name, c->json ? "json" : "classic");
+}
+
 #define FIELD(x)	offsetof(struct conf, x)
 
 /* Promise 9: all of the original's, with its defaults.  OutAddress is the first:
  * complete() looks at who set it. */
 static const struct keyword keywords[] = {
-	{ .name = "OutAddress", .set = set_out, .show = show_out,
-	  .min = 1, .max = 25 },
+	{ .name = "OutAddress", .set = set_target, .show = show_target,
+	  .off = FIELD(out), .min = 1, .max = 25 },
 	{ .name = "Listen", .set = set_listen, .show = show_listen,
 	  .max = 10025, .clear = clear_listen },
 	{ .name = "ClamAddress", .set = set_clamd, .show = show_clamd,
@@ -750,6 +841,12 @@ static const struct keyword keywords[] = {
 	  .off = FIELD(pidfile) },
 	{ .name = "User", .set = set_text, .show = show_text,
 	  .off = FIELD(user) },
+	{ .name = "ProxyFrom", .set = set_proxy, .show = show_proxy,
+	  .clear = clear_proxy },
+	{ .name = "StatusListen", .set = set_target, .show = show_target,
+	  .off = FIELD(status), .max = 10080 },
+	{ .name = "LogFormat", .set = set_logformat, .show = show_logformat,
+	  .def = "classic" },
 	{ .name = "DebugFiles", .set = set_bool, .show = show_bool,
 	  .off = FIELD(debug_files) },
 	{ .name = "ScanHeader", .set = set_header, .now_called = "Header",
@@ -759,12 +856,12 @@ static const struct keyword keywords[] = {
 #define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
 
 /* Who has set a keyword, in the order in which they count. */
-enum source { BY_NOBODY, BY_FLAG, BY_FILE };
+enum source { BY_NOBODY, BY_FLAG, BY_FILE, BY_ENVIRONMENT };
 
-/* Where a message comes from. */
+/* Where a setting comes from, for messages. */
 struct place {
-	const char *file;		/* NULL: the command line */
-	int	 line;
+	const char *where;
+	int	 line;			/* 0: that has no lines */
 	enum source source;
 	int	 errors;
 };
@@ -774,9 +871,9 @@ place_text(const struct place *at)
 {
 	static char text[PATH_MAX + 16];
 
-	if (at->file == NULL)
-		return "command line";
-	format(text, sizeof text, "%s:%d", at->file, at->line);
+	if (at->line == 0)
+		return at->where;
+	format(text, sizeof text, "%s:%d", at->where, at->line);
 	return text;
 }
 
@@ -791,10 +888,13 @@ assign(struct conf *c, struct place *at, const char *name, const char *value)
 		if (strcasecmp(name, keywords[i].name) == 0)
 			break;
 	if (i == NKEYWORDS) {
-		logmsg(LOG_ERR, "%s: \"%s\" is not the name of a setting; "
-		    "clamsmtpd.conf(5) has them all", place_text(at),
-		    printable(name, strlen(name)));
-		at->errors++;
+		/* Others make such variables, too: Kubernetes. */
+		int warn = at->source == BY_ENVIRONMENT;
+
+		logmsg(warn ? LOG_WARNING : LOG_ERR, "%s: \"%s\" is not the "
+		    "name of a setting; clamsmtpd.conf(5) has them all",
+		    place_text(at), printable(name, strlen(name)));
+		at->errors += !warn;
 		return;
 	}
 	k = &keywords[i];
@@ -859,7 +959,8 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 	assign(c, at, trim(line), trim(colon + 1));
 }
 
-/* The whole file; NULL: it cannot be read (missing: *missing is 1). */
+/* The whole file; NULL: it cannot be read (*missing: it is not there, and nobody
+ * has been told). */
 static char *
 slurp(const char *path, size_t *n, int *missing)
 {
@@ -873,8 +974,9 @@ slurp(const char *path, size_t *n, int *missing)
 		while ((r = read(fd, text + *n, MAXFILE - *n)) > 0)
 			*n += r;
 	if (r == -1 || *n == MAXFILE) {
-		logmsg(*missing ? LOG_WARNING : LOG_ERR,
-		    *n == MAXFILE ? "%s: larger than 1 MiB" : "%s:", path);
+		if (!*missing)
+			logmsg(LOG_ERR, *n == MAXFILE ?
+			    "%s: larger than 1 MiB" : "%s:", path);
 		free(text);
 		text = NULL;
 	} else
@@ -884,7 +986,8 @@ slurp(const char *path, size_t *n, int *missing)
 	return text;
 }
 
-static void
+/* 0: there is no such file. */
+static int
 read_file(struct conf *c, const char *path, int *errors)
 {
 	struct place at = { path, 0, BY_FILE, 0 };
@@ -894,7 +997,7 @@ read_file(struct conf *c, const char *path, int *errors)
 
 	if ((text = slurp(path, &n, &missing)) == NULL) {
 		*errors += !missing;
-		return;
+		return !missing;
 	}
 	for (p = text, end = text + n; p < end; p = nl + 1) {
 		at.line++;
@@ -905,15 +1008,46 @@ read_file(struct conf *c, const char *path, int *errors)
 	}
 	free(text);
 	*errors += at.errors;
+	return 1;
+}
+
+/* CLAMSMTPD_NAME=value; several values of a list: one a line.  An empty value is
+ * none, where there is no such thing as an empty one. */
+static void
+read_environment(struct conf *c, int *errors)
+{
+	static const char prefix[] = "CLAMSMTPD_";
+	struct place at = { "environment", 0, BY_ENVIRONMENT, 0 };
+	char line[MAXCONFLINE + 2], name[64];
+	const char *v;
+	size_t i, n, len = sizeof prefix - 1;
+
+	for (i = 0; environ[i] != NULL; i++) {
+		if (strncmp(environ[i], prefix, len) != 0 ||
+		    (v = strchr(environ[i], '=')) == NULL)
+			continue;
+		format(name, sizeof name, "%.*s",
+		    (int)(v - environ[i] - len), environ[i] + len);
+		do {
+			n = strcspn(++v, "\n");
+			format(line, sizeof line, "%s: %.*s", name, (int)n, v);
+			if (n > 0 || strcasecmp(name, "Header") == 0)
+				read_line(c, &at, line, strlen(line));
+			v += n;
+		} while (*v != '\0');
+	}
+	*errors += at.errors;
 }
 
 /* What follows from several settings, or from none. */
 static void
 complete(struct conf *c, const char *path, int *errors)
 {
-	struct place at = { NULL, 0, BY_NOBODY, 0 };
+	struct place at = { "defaults", 0, BY_NOBODY, 0 };
 	size_t i;
 
+	if (c->status != NULL)
+		target_default_host(c->status, "127.0.0.1");
 	if (c->nlisten == 0)
 		assign(c, &at, "Listen", "10025");
 	if (c->nclamd == 0) {
@@ -936,9 +1070,9 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile)
 {
 	struct conf *c = calloc(1, sizeof *c);
-	struct place at = { NULL, 0, BY_FLAG, 0 };
+	struct place at = { "command line", 0, BY_FLAG, 0 };
 	size_t i;
-	int n;
+	int n, there;
 
 	if (c == NULL) {
 		logmsg(LOG_ERR, "settings:");
@@ -954,7 +1088,10 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		}
 	for (n = 0; n < nflags; n++)
 		assign(c, &at, flags[n][0], flags[n][1]);
-	read_file(c, path, &at.errors);
+	there = read_file(c, path, &at.errors);
+	read_environment(c, &at.errors);
+	if (!there && c->seen[0] != BY_ENVIRONMENT)	/* OutAddress */
+		logmsg(LOG_WARNING, "%s: no such file", path);
 	complete(c, path, &at.errors);
 	if (pidfile != NULL) {
 		at.source = BY_NOBODY;
@@ -986,6 +1123,7 @@ conf_put(struct conf *c)
 	clear_listen(c);
 	clear_clamd(c);
 	target_put(c->out);
+	target_put(c->status);
 	free(c->header);
 	free(c->virusaction);
 	free(c->tempdir);

@@ -484,6 +484,23 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
 	return FAILED;
 }
 
+const int scan_limits[NBUCKETS - 1] = {		/* ms */
+	10, 30, 100, 300, 1000, 3000, 10000, 30000
+};
+
+static void
+scan_count(struct session *s)
+{
+	int64_t ms = now - s->dot_at;
+	int i;
+
+	for (i = 0; i < NBUCKETS - 1 && ms > scan_limits[i]; i++)
+		;
+	count.scans[i]++;
+	count.scan_ms += ms;
+	s->judged_at = now;
+}
+
 /* The answer is there, n bytes without its terminator; whole: it had one, and
  * nothing behind it.  Else it is good for nothing but a reason. */
 static int
@@ -518,6 +535,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 	}
 	clamd_well(c);
 	scan_leave(s);
+	scan_count(s);
 	return verdict_is(s, v);
 }
 

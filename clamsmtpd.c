@@ -1009,21 +1009,33 @@ signals_open(void)
 	sigaction(SIGXFSZ, &sa, NULL);	/* EFBIG tells as much */
 }
 
+static uint64_t
+count_messages(void)
+{
+	uint64_t n = 0;
+	int f;
+
+	for (f = 0; f < NFATES; f++)
+		n += count.messages[f];
+	return n;
+}
+
 static void
 log_counters(void)
 {
+	const uint64_t *n = count.messages;
+
 	logmsg(LOG_NOTICE, "sessions=%d of %llu refused=%llu messages=%llu "
 	    "bytes=%llu clean=%llu viruses=%llu clamav-errors=%llu "
 	    "unscanned=%llu oversize=%llu errors=%llu", nsessions,
 	    (unsigned long long)count.sessions,
 	    (unsigned long long)count.refused,
-	    (unsigned long long)count.messages,
-	    (unsigned long long)count.bytes, (unsigned long long)count.clean,
-	    (unsigned long long)count.viruses,
-	    (unsigned long long)count.failed,
-	    (unsigned long long)count.unscanned,
-	    (unsigned long long)count.oversize,
-	    (unsigned long long)count.errors);
+	    (unsigned long long)count_messages(),
+	    (unsigned long long)count.bytes,
+	    (unsigned long long)n[F_CLEAN], (unsigned long long)n[F_VIRUS],
+	    (unsigned long long)n[F_CLAMD_ERROR],
+	    (unsigned long long)n[F_UNSCANNED],
+	    (unsigned long long)n[F_OVERSIZE], (unsigned long long)n[F_ERROR]);
 }
 
 static int
@@ -1065,6 +1077,7 @@ reload(void)
 	}
 	conf_put(conf);
 	conf = c;
+	log_format(conf->json);
 	spools_close();			/* TempDirectory may be another one */
 	logmsg(LOG_NOTICE, "%s: read again", conf_path);
 	listeners_log(conf);
@@ -1550,6 +1563,7 @@ main(int argc, char **argv)
 		conf_show(conf);
 		return 0;
 	}
+	log_format(conf->json);
 	if (o.level < 0)
 		ready = detach();
 	atexit(remove_files);

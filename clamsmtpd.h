@@ -29,6 +29,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <syslog.h>		/* the LOG_ levels */
+#include <time.h>
 
 #ifndef VERSION
 #define VERSION		"2.0"
@@ -45,7 +46,8 @@
 #define NOTESZ		1024		/* a reply line of our own */
 #define ADDRTEXT	128		/* an address as text */
 #define NAMESZ		160		/* the name of a virus */
-#define LOGSZ		1000		/* a line of the log */
+#define LOGSZ		1000		/* a line of the log, */
+#define JSONSZ		4000		/* and of LogFormat: json */
 #define RCPTSZ		65536		/* all recipients kept for the VirusAction */
 
 /* The most bytes that one system call moves; 1 in a test build. */
@@ -279,7 +281,8 @@ struct session {
 	enum header header;
 	off_t	 header_at;		/* the end of the header section */
 	int	 error;			/* held has the first error: store no more */
-	int64_t	 dot_at;		/* when the final dot had come */
+	int64_t	 dot_at;		/* when the final dot had come, */
+	int64_t	 judged_at;		/* and clamd's verdict; 0: none came */
 
 	struct scan scan;
 	enum verdict verdict;
@@ -305,11 +308,21 @@ struct child;
 extern int64_t now;			/* CLOCK_MONOTONIC, ms; set once a turn */
 extern int wake_all;			/* run every session in the next turn */
 
+/* What has become of a message: for counting, and the log. */
+enum fate {
+	F_CLEAN, F_VIRUS, F_CLAMD_ERROR, F_UNSCANNED, F_OVERSIZE, F_ERROR, NFATES
+};
+extern const char *const fates[NFATES];	/* as the metrics call them (smtp.c) */
+
+#define NBUCKETS 9
+
 struct counters {			/* since the start */
-	uint64_t sessions, refused, messages, clean, viruses, failed, unscanned,
-	    oversize, errors, bytes;
+	uint64_t sessions, refused, messages[NFATES], bytes;
+	uint64_t scans[NBUCKETS];	/* that took so long (scan_limits) */
+	uint64_t scan_ms;		/* all together */
 };
 extern struct counters count;
+extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
 
 /* clamsmtpd.c */
 
@@ -425,6 +438,16 @@ void slog(const struct session *, int level, const char *fmt, ...)
 void die(int status, const char *fmt, ...)
     __attribute__((format(printf, 2, 3), noreturn));
 int log_wants(int level);
+void log_format(int json);			/* from now on */
+int log_is_json(void);
+
+/* A line of JSON with more in it than a message: json_begin, fields, json_end.
+ * What does not fit is left out; of the lines of a list p the last ones. */
+void json_begin(const struct session *, int level);
+void json_text(const char *name, const char *p, size_t n);
+void json_number(const char *name, long long);
+void json_lines(const char *name, const char *p);
+void json_end(int level);
 
 int64_t monotonic(void);			/* ms */
 
@@ -436,6 +459,7 @@ int64_t monotonic(void);			/* ms */
 const char *printable(const char *, size_t n);
 const char *printable_word(const char *, size_t n);	/* blanks as \x20 too */
 const char *rfc5322_date(void);			/* now; a static buffer */
+const char *rfc3339_date(time_t);		/* the same */
 
 size_t buf_len(const struct buf *);
 char *buf_head(const struct buf *);		/* the first byte that waits */

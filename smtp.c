@@ -258,7 +258,7 @@ mail_reset(struct session *s)
 		close(s->spool);
 	s->spool = -1;
 	s->bdat = s->raw = s->error = 0;
-	s->noop_at = 0;
+	s->noop_at = s->judged_at = 0;
 	s->verdict = UNKNOWN;
 }
 
@@ -306,14 +306,36 @@ finish(struct session *s)
 	s->deadline = now + s->conf->timeout;
 }
 
-static void
-mail_log(struct session *s, const char *status)
+const char *const fates[NFATES] = {
+	"clean", "virus", "clamd_error", "unscanned", "oversize", "error"
+};
+
+static enum fate
+fate(const struct session *s)
 {
+	if (s->error)
+		return s->held.len > 3 && memcmp(s->held.s, "552", 3) == 0 ?
+		    F_OVERSIZE : F_ERROR;
+	if (s->verdict == CLEAN)
+		return F_CLEAN;
+	if (s->verdict == VIRUS)
+		return F_VIRUS;
+	if (s->conf->failopen)
+		return F_UNSCANNED;
+	return s->verdict == TOOBIG ? F_OVERSIZE : F_CLAMD_ERROR;
+}
+
+/* Promise 9: the line that every message gets, with its verdict. */
+static void
+mail_log(struct session *s, enum fate f)
+{
+	static const char *const status[NFATES] = {
+		"CLEAN", "VIRUS:", "CLAMAV-ERROR", "UNSCANNED", "OVERSIZE", "ERROR"
+	};
+	const char *p, *end, *word, *virus = f == F_VIRUS ? s->virus : "";
 	char line[LOGSZ];
-	size_t room = sizeof line - sizeof "100000: , to=..., status=" -
-	    strlen(status);
-	const char *p, *end, *word;
-	size_t n;
+	size_t n, room = sizeof line - sizeof "100000: , to=..., status=" -
+	    strlen(status[f]) - strlen(virus);
 
 	n = format(line, room / 2, "from=%s",
 	    printable_word(s->from.s, s->from.len));
@@ -326,39 +348,49 @@ mail_log(struct session *s, const char *status)
 		}
 		n += format(line + n, sizeof line - n, ", to=%s", word);
 	}
-	slog(s, LOG_INFO, "%.*s, status=%s", (int)n, line, status);
+	slog(s, LOG_INFO, "%.*s, status=%s%s", (int)n, line, status[f], virus);
 }
 
-/* Promise 9: the line that every message gets, with its verdict. */
 static void
-mail_done(struct session *s)
+mail_log_json(struct session *s, enum fate f, const char *reply, size_t n)
 {
-	char status[NAMESZ + 16];
+	const char *client = addr_text(&s->client_addr);
 
-	count.messages++;
+	json_begin(s, LOG_INFO);
+	json_text("event", "mail", 4);
+	json_text("status", fates[f], strlen(fates[f]));
+	if (s->verdict == VIRUS)
+		json_text("virus", s->virus, strlen(s->virus));
+	if (s->verdict == FAILED)
+		json_text("reason", s->virus, strlen(s->virus));
+	json_text("client", client, strlen(client));
+	if (s->helo.len > 7)		/* behind the verb, without the CRLF */
+		json_text("helo", s->helo.s + 5, s->helo.len - 7);
+	json_text("from", s->from.s, s->from.len);
+	json_lines("to", s->to.s);
+	json_number("size", s->size);
+	json_number("ms", now - s->dot_at);
+	if (s->judged_at != 0)
+		json_number("scan_ms", s->judged_at - s->dot_at);
+	if (n > 0)
+		json_text("reply", reply, strcspn(reply, "\r\n"));
+	if (s->quarantined.len > 0)
+		json_text("quarantine", s->quarantined.s, s->quarantined.len);
+	json_end(LOG_INFO);
+}
+
+/* What becomes of it is certain, and what the client will hear (n bytes). */
+static void
+mail_done(struct session *s, const char *reply, size_t n)
+{
+	enum fate f = fate(s);
+
+	count.messages[f]++;
 	count.bytes += s->size;
-	if (s->error) {
-		int big = s->held.len > 3 && memcmp(s->held.s, "552", 3) == 0;
-
-		*(big ? &count.oversize : &count.errors) += 1;
-		mail_log(s, big ? "OVERSIZE" : "ERROR");
-	} else if (s->verdict == CLEAN) {
-		count.clean++;
-		mail_log(s, "CLEAN");
-	} else if (s->verdict == VIRUS) {
-		count.viruses++;
-		format(status, sizeof status, "VIRUS:%s", s->virus);
-		mail_log(s, status);
-	} else if (s->conf->failopen) {
-		count.unscanned++;
-		mail_log(s, "UNSCANNED");
-	} else if (s->verdict == TOOBIG) {
-		count.oversize++;
-		mail_log(s, "OVERSIZE");
-	} else {
-		count.failed++;
-		mail_log(s, "CLAMAV-ERROR");
-	}
+	if (!log_is_json())
+		mail_log(s, f);
+	else if (log_wants(LOG_INFO))
+		mail_log_json(s, f, reply, n);
 }
 
 /*
@@ -367,7 +399,7 @@ mail_done(struct session *s)
 static void
 turn_away(struct session *s)
 {
-	mail_done(s);
+	mail_done(s, s->held.s, s->held.len);
 	s->error = 1;		/* nothing that comes now changes `held' */
 	s->noop_at = 0;
 	enter(s, S_RESET);
@@ -431,7 +463,7 @@ hop_lost(struct session *s, const char *why)
 	case S_FINAL:
 		hold(s, r_hop_lost_mail, why);
 		s->error = 1;
-		mail_done(s);
+		mail_done(s, s->held.s, s->held.len);
 		say_held(s);
 		break;
 	default:
@@ -1824,6 +1856,7 @@ message_end(struct session *s)
 		turn_away(s);
 		return;
 	}
+	s->judged_at = 0;
 	enter(s, S_SCAN);
 	s->deadline = s->dot_at + s->conf->scantimeout;
 	s->virus[0] = '\0';
@@ -2300,7 +2333,7 @@ early_reply(struct session *s)
 	if (r.code < 400)
 		return hop_lost(s, "it accepted a message that it did not have");
 	log_refusal(s, &r);
-	mail_done(s);
+	mail_done(s, r.text, r.len);
 	relay(s, &r);
 	reply_eat(s, &r);
 	peer_close(&s->server);
@@ -2448,7 +2481,7 @@ st_final(struct session *s)
 	if (r.code / 100 == 3)
 		return hop_lost(s, "its reply makes no sense");
 	s->asked = 0;
-	mail_done(s);
+	mail_done(s, r.text, r.len);
 	if (r.code / 100 != 2)
 		log_refusal(s, &r);
 	relay(s, &r);

@@ -160,6 +160,7 @@ format(char *to, size_t size, const char *fmt, ...)
 static int log_fd = 2;
 static int log_level = LOG_WARNING;
 static int log_syslog;			/* lines go to /dev/log */
+static int log_json;
 static unsigned long log_lost;		/* lines that could not be written */
 
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
@@ -182,6 +183,18 @@ log_open(int level, int console)
 			log_fd = 2;
 	} else
 		log_fd = -1;
+}
+
+void
+log_format(int as_json)
+{
+	log_json = as_json;
+}
+
+int
+log_is_json(void)
+{
+	return log_json;
 }
 
 int
@@ -224,7 +237,7 @@ static int
 log_write(int level, const char *text, size_t n)
 {
 	struct pollfd room = { 2, POLLOUT, 0 };
-	char line[LOGSZ + 64];
+	char line[JSONSZ + 64];
 	int len;
 
 	if (log_syslog) {
@@ -233,7 +246,8 @@ log_write(int level, const char *text, size_t n)
 		    LOG_MAIL | level, (int)n, text);
 		return log_datagram(line, len);
 	}
-	len = format(line, sizeof line, "clamsmtpd: %.*s\n", (int)n, text);
+	len = format(line, sizeof line, "%s%.*s\n",
+	    log_json ? "" : "clamsmtpd: ", (int)n, text);
 	/* Where it could not be opened anew it may block: only if there is room,
 	 * and in a pipe there is room for a line then (PIPE_BUF). */
 	if (log_fd == 2 && poll(&room, 1, 0) != 1)
@@ -248,13 +262,130 @@ log_line(int level, const char *text, size_t n)
 	int len;
 
 	if (log_lost > 0) {
-		len = format(lost, sizeof lost,
+		len = format(lost, sizeof lost, log_json ?
+		    "{\"level\":\"warning\",\"lost\":%lu}" :
 		    "%lu lines of the log were lost", log_lost);
 		if (log_write(LOG_WARNING, lost, len) == 0)
 			log_lost = 0;
 	}
 	if (log_write(level, text, n) == -1)
 		log_lost++;
+}
+
+/* How many bytes of UTF-8 there are at p, n at most; 0: it is none. */
+static size_t
+utf8_length(const char *p, size_t n)
+{
+	const unsigned char *u = (const unsigned char *)p;
+	size_t i, len = u[0] < 0x80 ? 1 : u[0] >= 0xc2 && u[0] < 0xe0 ? 2 :
+	    (u[0] & 0xf0) == 0xe0 ? 3 : u[0] >= 0xf0 && u[0] < 0xf5 ? 4 : 0;
+
+	if (len == 0 || len > n)
+		return 0;
+	for (i = 1; i < len; i++)
+		if ((u[i] & 0xc0) != 0x80)
+			return 0;
+	if ((u[0] == 0xe0 && u[1] < 0xa0) ||	/* longer than need be, */
+	    (u[0] == 0xed && u[1] > 0x9f) ||	/* a surrogate, */
+	    (u[0] == 0xf0 && u[1] < 0x90) ||
+	    (u[0] == 0xf4 && u[1] > 0x8f))	/* beyond U+10FFFF */
+		return 0;
+	return len;
+}
+
+/*
+ * A JSON object in the making.  What does not fit any more is left out.
+ */
+static char json[JSONSZ];
+static size_t json_n;
+
+/* Promise 8: p as a JSON string, behind the text before; -1: there is no room
+ * for it, and nothing has changed. */
+static int
+json_string(const char *before, const char *p, size_t n)
+{
+	size_t at = json_n, len;
+
+	json_n += format(json + at, sizeof json - at, "%s\"", before);
+	for (; n > 0; p += len, n -= len) {
+		if (json_n > sizeof json - 16) {
+			json_n = at;
+			return -1;
+		}
+		len = utf8_length(p, n);
+		if (len == 0 || (unsigned char)*p < ' ' || *p == 127) {
+			len = 1;
+			json_n += format(json + json_n, 8, "\\u%04x",
+			    (unsigned char)*p);
+			continue;
+		}
+		if (*p == '"' || *p == '\\')
+			json[json_n++] = '\\';
+		memcpy(json + json_n, p, len);
+		json_n += len;
+	}
+	json[json_n++] = '"';
+	return 0;
+}
+
+void
+json_text(const char *name, const char *p, size_t n)
+{
+	char before[32];
+
+	format(before, sizeof before, ",\"%s\":", name);
+	json_string(before, p, n);
+}
+
+void
+json_number(const char *name, long long v)
+{
+	if (json_n < sizeof json - 64)
+		json_n += format(json + json_n, 64, ",\"%s\":%lld", name, v);
+}
+
+/* Half of the line is for what comes behind them. */
+void
+json_lines(const char *name, const char *p)
+{
+	char before[32];
+	const char *end;
+
+	if (p == NULL || *p == '\0')
+		return;
+	format(before, sizeof before, ",\"%s\":[", name);
+	for (; *p != '\0'; p = end + 1) {
+		end = strchr(p, '\n');
+		if (json_n + 6 * (end - p) > sizeof json / 2) {
+			json_string(before, "...", 3);
+			break;
+		}
+		json_string(before, p, end - p);
+		format(before, sizeof before, ",");
+	}
+	json[json_n++] = ']';
+}
+
+void
+json_begin(const struct session *s, int level)
+{
+	static const char *const names[] = {
+		"error", "warning", "notice", "info", "debug"
+	};
+
+	json_n = format(json, sizeof json,
+	    "{\"time\":\"%s\",\"level\":\"%s\"", rfc3339_date(time(NULL)),
+	    names[level - LEVEL_BASE]);
+	if (s != NULL)
+		json_n += format(json + json_n, 32, ",\"session\":\"%06X\"",
+		    s->id);
+}
+
+void
+json_end(int level)
+{
+	json[json_n++] = '}';
+	log_line(level, json, json_n);
 }
 
 static void
@@ -266,12 +397,17 @@ vlog(const struct session *s, int level, const char *fmt, va_list ap)
 
 	if (level > log_level)
 		return;
-	if (s != NULL)
+	if (s != NULL && !log_json)
 		n = format(line, sizeof line, "%06X: ", s->id);
 	n += vformat(line + n, sizeof line - n, fmt, ap);
 	if (fmt[strlen(fmt) - 1] == ':')
 		n += format(line + n, sizeof line - n, " %s", strerror(err));
-	log_line(level, line, n);
+	if (log_json) {
+		json_begin(s, level);
+		json_text("message", line, n);
+		json_end(level);
+	} else
+		log_line(level, line, n);
 	errno = err;
 }
 
@@ -358,6 +494,18 @@ const char *
 printable_word(const char *p, size_t n)
 {
 	return escape(p, n, ' ' + 1);
+}
+
+const char *
+rfc3339_date(time_t t)
+{
+	static char text[32];
+	struct tm *tm = gmtime(&t);
+
+	format(text, sizeof text, "%04d-%02d-%02dT%02d:%02d:%02dZ",
+	    tm->tm_year + 1900, tm->tm_mon + 1, tm->tm_mday, tm->tm_hour,
+	    tm->tm_min, tm->tm_sec);
+	return text;
 }
 
 const char *

@@ -9,9 +9,10 @@ MANDIR = $(PREFIX)/share/man
 BIN = clamsmtpd
 
 CC = $$(command -v musl-gcc || echo cc)
-CFLAGS = -Os
-# Small: a router has no room for page-aligned sections.
-LDFLAGS = -static -s -Wl,--gc-sections,-z,noseparate-code,-z,norelro
+# Small: a router has no room for page-aligned sections, nor for relocations.
+CFLAGS = -Os -fno-pie -no-pie
+LDFLAGS = -static -s -Wl,--gc-sections,-z,noseparate-code,-z,norelro \
+	-Wl,-z,common-page-size=64
 
 ALL_CFLAGS = -std=c99 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 \
 	-DCONFFILE='"$(SYSCONFDIR)/clamsmtpd.conf"' -Wall -Wextra \

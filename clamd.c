@@ -252,6 +252,7 @@ scan_failed(struct session *s, int dead, const char *why)
 	slog(s, LOG_DEBUG, "clamd %s: %s", c->target->text, why);
 	format(s->virus, sizeof s->virus, "%s", why);
 	clamd_complain(c, why);
+	c->failures++;
 	if (dead) {
 		c->dead_until = now + RETRY_TIME;
 		target_look(c->target, 1);
@@ -652,8 +653,9 @@ clamd_late(struct session *s)
 
 	if (s->scan.at != NULL) {
 		clamd_complain(s->scan.at, why);
+		s->scan.at->failures++;
 		s->scan.at->dead_until = now + RETRY_TIME;
-	} else
+	} else if (s->conf->clamd[0]->complaint[0] == '\0')
 		clamd_complain(s->conf->clamd[0], "no free slot within "
 		    "ScanTimeOut; is MaxScans as large as its MaxThreads?");
 	format(s->virus, sizeof s->virus, "%s", why);
@@ -667,6 +669,158 @@ on_abandoned(void *arg, int revents)
 
 	(void)revents;
 	a->until = now;		/* an answer or its end: clamd is done with it */
+}
+
+/*
+ * PING, for the status page: the one that is under way, or the result of the
+ * last one.  Whoever asks in between asks for nothing new.
+ */
+static struct {
+	struct conf *conf;		/* NULL: none is under way */
+	int	 which, addr;		/* of its clamds, and of that one's */
+	struct peer peer;
+	int64_t	 until;			/* for this address */
+	int64_t	 done;			/* when the last one was; 0: never */
+	int	 well;
+	char	 why[NOTESZ / 4];
+} ping;
+
+static void
+ping_end(int well)
+{
+	peer_close(&ping.peer);
+	conf_put(ping.conf);
+	ping.conf = NULL;
+	ping.done = now;
+	ping.well = well;
+}
+
+static void
+ping_why(const char *why)
+{
+	format(ping.why, sizeof ping.why, "clamd %s: %s",
+	    ping.conf->clamd[ping.which]->target->text, why);
+}
+
+/* On to the next address that can be connected to. */
+static void
+ping_next(void)
+{
+	struct target *t;
+	int done;
+
+	peer_close(&ping.peer);
+	while (ping.which < ping.conf->nclamd) {
+		t = ping.conf->clamd[ping.which]->target;
+		if (++ping.addr >= t->naddr) {
+			if (t->naddr == 0)
+				ping_why("this name has no address");
+			target_look(t, 0);
+			ping.which++;
+			ping.addr = -1;
+			continue;
+		}
+		ping.peer.fd = addr_connect(&t->addr[ping.addr], &done);
+		if (ping.peer.fd == -1) {
+			ping_why(strerror(errno));
+			continue;
+		}
+		ping.peer.connecting = 1;
+		ping.until = now + PING_TIME / ping.conf->nclamd / t->naddr;
+		return;
+	}
+	ping_end(0);
+}
+
+static void
+on_ping(void *arg, int revents)
+{
+	struct peer *p = &ping.peer;
+	struct buf *in = &p->in;
+	char why[NOTESZ / 4];
+
+	(void)arg;
+	(void)revents;
+	if (p->connecting) {
+		p->connecting = 0;
+		if (buf_ready(&p->out, 6))
+			buf_put(&p->out, "zPING", 6);
+		peer_drain(p, 0);
+		return;			/* what failed shows when it is read */
+	}
+	if (!peer_fill(p))
+		return;
+	if (buf_len(in) == 5 && memcmp(buf_head(in), "PONG", 5) == 0) {
+		ping_end(1);
+		return;
+	}
+	if (p->eof || buf_len(in) >= 5) {
+		format(why, sizeof why, "it answered \"%s\" to PING",
+		    printable(buf_head(in), buf_len(in)));
+		ping_why(p->err ? "cannot be reached" : why);
+		ping_next();
+	} else
+		peer_settle(p);
+}
+
+static void
+ping_watch(void)
+{
+	if (ping.conf == NULL)
+		return;
+	if (now >= ping.until) {
+		ping_why("no answer to PING in time");
+		ping_next();
+	}
+	if (ping.conf == NULL)
+		return;
+	watch(ping.peer.fd, ping.peer.connecting ? POLLOUT : POLLIN, on_ping,
+	    NULL);
+	wait_until(ping.until);
+}
+
+int
+clamd_ping(struct conf *c, const char **why)
+{
+	*why = ping.why;
+	if (ping.conf != NULL)
+		return -1;
+	if (ping.done != 0 && now - ping.done < SECOND)
+		return ping.well;
+	ping.conf = c;
+	c->refs++;
+	ping.which = 0;
+	ping.addr = -1;
+	ping.peer.fd = -1;
+	ping_next();
+	return ping.conf != NULL ? -1 : ping.well;
+}
+
+int
+clamd_waiting(void)
+{
+	const struct session *s;
+	int n = 0;
+
+	for (s = queue; s != NULL; s = s->scan.next)
+		n++;
+	return n;
+}
+
+/* The daemon ends. */
+void
+clamd_end(void)
+{
+	struct abandoned *a;
+
+	if (ping.conf != NULL)
+		ping_end(0);
+	while ((a = abandoned) != NULL) {
+		abandoned = a->next;
+		slot_free(a->at);
+		peer_close(&a->peer);
+		free(a);
+	}
 }
 
 void
@@ -686,4 +840,5 @@ clamd_watch(void)
 		wait_until(a->until);
 		p = &a->next;
 	}
+	ping_watch();
 }

@@ -21,6 +21,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "clamsmtpd.h"
@@ -32,6 +33,9 @@
 #define LOOKUP_LIMIT	(30 * SECOND)
 #define LOOKUP_RETRY	(5 * SECOND)
 #define TRIM_TIME	(2 * SECOND)
+#define MAXVISITORS	8		/* of the status page */
+#define VISIT_TIME	(10 * SECOND)
+#define REQUESTSZ	4096		/* bytes of theirs */
 #define BUSY_FOR	100		/* after a session ran it is a busy one */
 #define LOOK_TIME	10		/* how often the others are looked at, if */
 #define MANY_IDLE	64		/* they are more than that */
@@ -51,6 +55,8 @@ static int pid_fd = -1;
 
 static struct session **sessions;	/* the busy ones first */
 static int nsessions, nbusy, sessions_size;
+static int most_sessions;		/* there ever were */
+static time_t started;
 static unsigned next_id = FIRST_ID;
 
 /*
@@ -542,10 +548,312 @@ jobs_kill(void)
  * Listeners and sessions.
  */
 
+/*
+ * The status page: HTTP/1.0, one request a connection.
+ */
+
+struct visitor {
+	struct peer peer;
+	int64_t	 deadline;
+	int	 asks_health;		/* and waits for clamd's PONG */
+	int	 answered;		/* to HEAD: the head is all */
+	int	 head;
+	struct visitor *next;
+};
+static struct visitor *visitors;
+
+/* Where there are too many, the one that has been there longest goes. */
+static void
+visitor_add(int fd, const struct addr *a)
+{
+	struct visitor *v;
+	int n = 0;
+
+	(void)a;
+	for (v = visitors; v != NULL; v = v->next)
+		if (++n >= MAXVISITORS)
+			v->deadline = now;
+	if ((v = calloc(1, sizeof *v)) == NULL) {
+		close(fd);
+		return;
+	}
+	v->peer.fd = fd;
+	v->deadline = now + VISIT_TIME;
+	v->next = visitors;
+	visitors = v;
+}
+
+static uint64_t
+count_messages(void)
+{
+	uint64_t n = 0;
+	int f;
+
+	for (f = 0; f < NFATES; f++)
+		n += count.messages[f];
+	return n;
+}
+
+static void visit_say(struct visitor *, const char *, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* What has no room in one buffer is left out. */
+static void
+visit_say(struct visitor *v, const char *fmt, ...)
+{
+	char line[NOTESZ];
+	va_list ap;
+	size_t n;
+
+	if (v->answered && v->head)
+		return;
+	va_start(ap, fmt);
+	n = vformat(line, sizeof line, fmt, ap);
+	va_end(ap);
+	if (buf_ready(&v->peer.out, n))
+		buf_put(&v->peer.out, line, n);
+}
+
+static void
+visit_head(struct visitor *v, const char *status)
+{
+	visit_say(v, "HTTP/1.0 %s\r\nContent-Type: text/plain; version=0.0.4; "
+	    "charset=utf-8\r\nConnection: close\r\n\r\n", status);
+	v->answered = 1;
+}
+
+static const char *
+clamd_health(const struct clamd *c)
+{
+	return c->complaint[0] != '\0' ? c->complaint : c->dead_until > now ?
+	    "left alone for a while" : "well, as far as is known";
+}
+
+static void
+visit_page(struct visitor *v)
+{
+	const struct clamd *c;
+	int i, running = 0;
+
+	visit_say(v, "clamsmtpd " VERSION ", up since %s\n",
+	    rfc3339_date(started));
+	visit_say(v, "sessions: %d now, %d at most so far, %d allowed; %llu in "
+	    "all, %llu refused\n", nsessions, most_sessions, conf->maxconn,
+	    (unsigned long long)count.sessions,
+	    (unsigned long long)count.refused);
+	visit_say(v, "messages: %llu", (unsigned long long)count_messages());
+	for (i = 0; i < NFATES; i++)
+		visit_say(v, ", %llu %s",
+		    (unsigned long long)count.messages[i], fates[i]);
+	for (i = 0; i < conf->nclamd; i++) {
+		c = conf->clamd[i];
+		running += c->running;
+		visit_say(v, "\nclamd %s: %s", c->target->text,
+		    clamd_health(c));
+	}
+	visit_say(v, "\nscans: %d running, %d waiting\n", running,
+	    clamd_waiting());
+}
+
+static void
+metric(struct visitor *v, const char *name, const char *type,
+    unsigned long long n)
+{
+	visit_say(v, "# TYPE clamsmtpd_%s %s\nclamsmtpd_%s %llu\n", name, type,
+	    name, n);
+}
+
+/* A label's value: what is in a configuration file has no control characters. */
+static const char *
+label(const char *text)
+{
+	static char value[NOTESZ / 2];
+	char *w = value;
+
+	for (; *text != '\0' && w < value + sizeof value - 3; text++) {
+		if (*text == '"' || *text == '\\')
+			*w++ = '\\';
+		*w++ = *text;
+	}
+	*w = '\0';
+	return value;
+}
+
+static void
+visit_scans(struct visitor *v)
+{
+	unsigned long long n = 0;
+	int i, ms;
+
+	visit_say(v, "# TYPE clamsmtpd_scan_seconds histogram\n");
+	for (i = 0; i < NBUCKETS - 1; i++) {
+		ms = scan_limits[i];
+		n += count.scans[i];
+		visit_say(v, "clamsmtpd_scan_seconds_bucket{le=\"%d.%02d\"} "
+		    "%llu\n", ms / 1000, ms % 1000 / 10, n);
+	}
+	n += count.scans[i];
+	visit_say(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n", n);
+	visit_say(v, "clamsmtpd_scan_seconds_sum %llu.%03d\n"
+	    "clamsmtpd_scan_seconds_count %llu\n",
+	    (unsigned long long)count.scan_ms / 1000,
+	    (int)(count.scan_ms % 1000), n);
+}
+
+static void
+visit_metrics(struct visitor *v)
+{
+	const struct clamd *c;
+	int i, running = 0;
+
+	visit_say(v, "# TYPE clamsmtpd_build_info gauge\n"
+	    "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
+	metric(v, "start_time_seconds", "gauge", started);
+	metric(v, "sessions", "gauge", nsessions);
+	metric(v, "sessions_total", "counter", count.sessions);
+	metric(v, "sessions_refused_total", "counter", count.refused);
+	metric(v, "message_bytes_total", "counter", count.bytes);
+	visit_say(v, "# TYPE clamsmtpd_messages_total counter\n");
+	for (i = 0; i < NFATES; i++)
+		visit_say(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
+		    fates[i], (unsigned long long)count.messages[i]);
+	visit_say(v, "# TYPE clamsmtpd_clamd_up gauge\n");
+	for (i = 0; i < conf->nclamd; i++) {
+		c = conf->clamd[i];
+		running += c->running;
+		visit_say(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
+		    label(c->target->text), c->dead_until <= now);
+	}
+	visit_say(v, "# TYPE clamsmtpd_clamd_failures_total counter\n");
+	for (i = 0; i < conf->nclamd; i++)
+		visit_say(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
+		    "%llu\n", label(conf->clamd[i]->target->text),
+		    (unsigned long long)conf->clamd[i]->failures);
+	metric(v, "scans_running", "gauge", running);
+	metric(v, "scans_waiting", "gauge", clamd_waiting());
+	visit_scans(v);
+}
+
+/* 0: wait for clamd. */
+static void
+visit_health(struct visitor *v)
+{
+	const char *why;
+	int well = clamd_ping(conf, &why);
+
+	v->asks_health = well == -1;
+	if (well == 1) {
+		visit_head(v, "200 OK");
+		visit_say(v, "ok\n");
+	} else if (well == 0) {
+		visit_head(v, "503 Service Unavailable");
+		visit_say(v, "%s\n", why);
+	}
+}
+
+/* The request is there; only its first line matters. */
+static void
+visit_answer(struct visitor *v, const char *line)
+{
+	static const struct {
+		const char *path;
+		void	(*say)(struct visitor *);
+	} pages[] = { { "/", visit_page }, { "/metrics", visit_metrics } };
+	size_t i, n;
+
+	v->head = strncmp(line, "HEAD ", 5) == 0;
+	if (!v->head && strncmp(line, "GET ", 4) != 0) {
+		visit_head(v, "405 Method Not Allowed");
+		return;
+	}
+	line += v->head ? 5 : 4;
+	n = strcspn(line, " ?\r\n");
+	if (n == 8 && memcmp(line, "/healthz", 8) == 0) {
+		visit_health(v);
+		return;
+	}
+	for (i = 0; i < sizeof pages / sizeof pages[0]; i++)
+		if (strlen(pages[i].path) == n &&
+		    memcmp(line, pages[i].path, n) == 0) {
+			visit_head(v, "200 OK");
+			pages[i].say(v);
+			return;
+		}
+	visit_head(v, "404 Not Found");
+}
+
+/* What stands behind the blank line at a head's end; NULL: it has none. */
+static const char *
+behind_head(const char *p)
+{
+	while ((p = strchr(p, '\n')) != NULL) {
+		p++;
+		p += *p == '\r';
+		if (*p == '\n')
+			return p + 1;
+	}
+	return NULL;
+}
+
+static void
+visit(struct visitor *v)
+{
+	struct buf *in = &v->peer.in;
+	char request[REQUESTSZ];
+
+	if (!v->answered && !v->asks_health) {
+		format(request, sizeof request, "%.*s", (int)buf_len(in),
+		    buf_head(in));
+		if (behind_head(request) != NULL)
+			visit_answer(v, request);
+		else if (buf_len(in) >= sizeof request)
+			visit_head(v, "400 Bad Request");
+	}
+	if (v->answered)
+		buf_free(in);
+	if (v->answered && peer_drain(&v->peer, 0))
+		shutdown(v->peer.fd, SHUT_WR);
+	peer_settle(&v->peer);
+}
+
+static void
+on_visit(void *arg, int revents)
+{
+	struct visitor *v = arg;
+
+	if (revents & POLLIN)
+		peer_fill(&v->peer);
+	visit(v);
+}
+
+static void
+visitors_watch(void)
+{
+	struct visitor *v, **p = &visitors;
+
+	while ((v = *p) != NULL) {
+		if (v->asks_health) {
+			visit_health(v);
+			visit(v);
+		}
+		if (now >= v->deadline || v->peer.eof) {
+			*p = v->next;
+			peer_close(&v->peer);
+			free(v);
+			continue;
+		}
+		watch(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT : POLLIN,
+		    on_visit, v);
+		wait_until(v->deadline);
+		p = &v->next;
+	}
+}
+
 struct listener {
 	int	 fd;
 	int	 kept;			/* in the new settings too */
-	char	*text;			/* the Listen line */
+	char	*text;			/* the Listen or StatusListen line */
+	void	(*serve)(int fd, const struct addr *);
 	struct addr addr;
 	struct listener *next;
 };
@@ -600,8 +908,9 @@ session_add(int fd, const struct addr *a)
 	s->wake = s->busy = 1;
 	if (nbusy < nsessions)
 		sessions[nsessions] = sessions[nbusy];
-	nsessions++;
 	sessions[nbusy++] = s;
+	if (++nsessions > most_sessions)
+		most_sessions = nsessions;
 }
 
 static void
@@ -624,7 +933,7 @@ on_accept(void *arg, int revents)
 		if (a.u.sa.sa_family == AF_UNIX)	/* whatever it is bound to */
 			a.len = offsetof(struct sockaddr_un, sun_path);
 		addr_unmap(&a);
-		session_add(fd, &a);
+		l->serve(fd, &a);
 	}
 	if (i == ACCEPTS || errno == EAGAIN || errno == ECONNABORTED ||
 	    errno == EINTR)
@@ -675,23 +984,27 @@ has_ipv4_too(const struct conf *c, unsigned port)
 	return 0;
 }
 
+/* status: StatusListen's. */
 static int
-listener_open(const struct conf *c, const struct target *t, const struct addr *a)
+listener_open(const struct conf *c, const struct target *t, int status,
+    const struct addr *a)
 {
 	struct listener *l = calloc(1, sizeof *l);
+	const char *setting = status ? "StatusListen" : "Listen";
 
 	if (l == NULL || (l->text = strdup(t->text)) == NULL) {
-		logmsg(LOG_ERR, "Listen: %s:", t->text);
+		logmsg(LOG_ERR, "%s: %s:", setting, t->text);
 		free(l);
 		return -1;
 	}
+	l->serve = status ? visitor_add : session_add;
 	l->addr = *a;
 	l->kept = 1;
 	l->next = listeners;
 	listeners = l;
 	l->fd = addr_listen(a, c->transparent, has_ipv4_too(c, t->port));
 	if (l->fd == -1) {
-		logmsg(LOG_ERR, "Listen: %s:", addr_full(a));
+		logmsg(LOG_ERR, "%s: %s:", setting, addr_full(a));
 		listener_close(l);
 		return -1;
 	}
@@ -704,10 +1017,11 @@ static int
 listen_on(const struct conf *c, struct target *t, int starting)
 {
 	struct listener *l;
-	int i, n = t->naddr, same = 0;
+	int i, n = t->naddr, same = 0, status = t == c->status;
 
 	for (l = listeners; l != NULL; l = l->next)
-		if (strcmp(l->text, t->text) == 0)
+		if (strcmp(l->text, t->text) == 0 &&
+		    (l->serve == visitor_add) == status)
 			same = l->kept = 1;
 	if (same)
 		return 0;
@@ -720,7 +1034,7 @@ listen_on(const struct conf *c, struct target *t, int starting)
 		return -1;
 	}
 	for (i = 0; i < n; i++)
-		if (listener_open(c, t, &t->addr[i]) == -1)
+		if (listener_open(c, t, status, &t->addr[i]) == -1)
 			return -1;
 	return 0;
 }
@@ -736,6 +1050,8 @@ listeners_open(const struct conf *c, int starting)
 		l->kept = 0;
 	for (i = 0; i < c->nlisten && !bad; i++)
 		bad = listen_on(c, c->listen[i], starting) == -1;
+	if (!bad && c->status != NULL)
+		bad = listen_on(c, c->status, starting) == -1;
 	if (!bad) {
 		listeners_close(0);
 		return 0;
@@ -766,6 +1082,10 @@ listeners_log(const struct conf *c)
 	struct listener *l;
 
 	for (l = listeners; l != NULL; l = l->next) {
+		if (l->serve == visitor_add) {
+			logmsg(LOG_INFO, "status on %s", addr_full(&l->addr));
+			continue;
+		}
 		logmsg(LOG_INFO, "listening on %s", addr_full(&l->addr));
 		if (!is_loopback(&l->addr) && !c->transparent &&
 		    c->out->naddr == 0 && c->out->name == NULL)
@@ -938,6 +1258,8 @@ landlock(const struct conf *c)
 	for (i = 0; i < c->nlisten; i++)
 		if (c->listen[i]->text[0] == '/')
 			r |= landlock_allow(set, c->listen[i]->text, 0);
+	if (c->status != NULL && c->status->text[0] == '/')
+		r |= landlock_allow(set, c->status->text, 0);
 	if (r == 0)
 		r = syscall(SYS_landlock_restrict_self, set, 0);
 	close(set);
@@ -1009,17 +1331,6 @@ signals_open(void)
 	sigaction(SIGXFSZ, &sa, NULL);	/* EFBIG tells as much */
 }
 
-static uint64_t
-count_messages(void)
-{
-	uint64_t n = 0;
-	int f;
-
-	for (f = 0; f < NFATES; f++)
-		n += count.messages[f];
-	return n;
-}
-
 static void
 log_counters(void)
 {
@@ -1084,6 +1395,27 @@ reload(void)
 	look_up_all(conf);
 }
 
+/* Under systemd, Type=notify: sd_notify(3) without its library. */
+static void
+notify(const char *state)
+{
+	const char *path = getenv("NOTIFY_SOCKET");
+	struct addr a;
+	int fd;
+
+	if (path == NULL || addr_path(&a, path) == -1)
+		return;
+	if (*path == '@') {		/* abstract: no NUL at the end */
+		a.u.un.sun_path[0] = '\0';
+		a.len--;
+	}
+	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (fd == -1 || sendto(fd, state, strlen(state), MSG_NOSIGNAL,
+	    &a.u.sa, a.len) == -1)
+		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %s:", path);
+	close(fd);
+}
+
 static void
 on_signals(void *arg, int revents)
 {
@@ -1105,6 +1437,8 @@ on_signals(void *arg, int revents)
 		default:
 			logmsg(LOG_NOTICE, stopping ? "stopping at once" :
 			    "stopping when the messages under way are done");
+			if (!stopping)
+				notify("STOPPING=1");
 			stopping++;
 			drain_until = now + DRAIN_TIME;
 		}
@@ -1208,6 +1542,7 @@ watch_all(void)
 	children_watch();
 	jobs_watch();
 	clamd_watch();
+	visitors_watch();
 	sessions_watch();
 	if (now >= paused_until)
 		for (l = listeners; l != NULL; l = l->next)
@@ -1309,6 +1644,7 @@ remove_files(void)
 static void
 leave(void)
 {
+	struct visitor *v;
 	int i;
 
 	for (i = 0; i < nsessions; i++)
@@ -1319,12 +1655,72 @@ leave(void)
 		children->n = 0;
 		child_end(children);
 	}
+	while ((v = visitors) != NULL) {
+		visitors = v->next;
+		peer_close(&v->peer);
+		free(v);
+	}
+	clamd_end();
 	jobs_kill();
 	free(sessions);
 	free(fds);
 	free(owners);
 	spares_free();
 	logmsg(LOG_NOTICE, "stopped");
+}
+
+/*
+ * -C: ask the daemon of these settings how it is; the exit status.
+ */
+
+static int
+health_answer(int fd, char *answer, size_t size)
+{
+	static const char request[] = "GET /healthz HTTP/1.0\r\n\r\n";
+	struct pollfd p = { fd, POLLOUT, 0 };
+	size_t n = 0;
+	ssize_t r;
+
+	if (poll(&p, 1, VISIT_TIME) == 1)
+		(void)send(fd, request, sizeof request - 1, MSG_NOSIGNAL);
+	p.events = POLLIN;
+	while (n < size - 1 && poll(&p, 1, VISIT_TIME) == 1) {
+		r = recv(fd, answer + n, size - 1 - n, 0);
+		if (r == 0) {
+			answer[n] = '\0';
+			return 0;
+		}
+		if (r == -1)
+			return -1;
+		n += r;
+	}
+	errno = ETIMEDOUT;
+	return -1;
+}
+
+static int
+check_health(const struct conf *c)
+{
+	const struct target *t = c->status;
+	char answer[NOTESZ];
+	const char *why;
+	int fd, done;
+
+	if (t == NULL) {
+		logmsg(LOG_ERR, "StatusListen is not set: nobody to ask");
+		return 2;
+	}
+	fd = t->naddr > 0 ? addr_connect(&t->addr[0], &done) : -1;
+	if (fd == -1 || health_answer(fd, answer, sizeof answer) == -1) {
+		logmsg(LOG_ERR, "StatusListen: %s:", t->text);
+		return 1;
+	}
+	if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
+		return 0;
+	if ((why = behind_head(answer)) == NULL)
+		why = "it gave no answer that makes sense";
+	logmsg(LOG_ERR, "%s", printable(why, strcspn(why, "\n")));
+	return 1;
 }
 
 static void usage(void) __attribute__((noreturn));
@@ -1334,7 +1730,7 @@ static void
 usage(void)
 {
 	static const char text[] =
-	    "usage: clamsmtpd [-n] [-d level] [-f configfile] [-p pidfile]\n"
+	    "usage: clamsmtpd [-Cn] [-d level] [-f configfile] [-p pidfile]\n"
 	    "       clamsmtpd -v\n";
 
 	exit(write(2, text, sizeof text - 1) == -1 ? 1 : 2);
@@ -1361,6 +1757,7 @@ version(void)
 struct options {
 	int	 level;			/* -d; -1: be a daemon */
 	int	 check;			/* -n */
+	int	 health;		/* -C */
 	const char *file;		/* -f */
 };
 
@@ -1382,6 +1779,9 @@ option(struct options *o, char flag, const char *arg)
 	size_t i;
 
 	switch (flag) {
+	case 'C':
+		o->health = 1;
+		return 0;
 	case 'n':
 		o->check = 1;
 		return 0;
@@ -1544,7 +1944,7 @@ fill_standard(void)
 int
 main(int argc, char **argv)
 {
-	struct options o = { -1, 0, CONFFILE };
+	struct options o = { -1, 0, 0, CONFFILE };
 	int ready = -1;
 
 	if (argc == 0)
@@ -1552,7 +1952,10 @@ main(int argc, char **argv)
 	fill_standard();
 	options_read(&o, argv);
 	now = monotonic();
-	if (o.level >= 0)
+	started = time(NULL);
+	if (o.check || o.health)	/* what old names are called now; nothing */
+		log_limit(o.check ? LOG_INFO : LOG_ERR);
+	else if (o.level >= 0)
 		log_open(o.level, 1);
 	if ((conf_path = absolute(o.file)) == NULL)
 		die(1, "%s:", o.file);
@@ -1563,6 +1966,8 @@ main(int argc, char **argv)
 		conf_show(conf);
 		return 0;
 	}
+	if (o.health)
+		return check_health(conf);
 	log_format(conf->json);
 	if (o.level < 0)
 		ready = detach();
@@ -1585,6 +1990,7 @@ main(int argc, char **argv)
 	sandbox(conf);
 	listeners_log(conf);
 	look_up_all(conf);
+	notify("READY=1");
 	serve();
 	leave();
 	return 0;

@@ -67,6 +67,8 @@
 #define FINAL_TIME	(600 * SECOND)	/* RFC 5321 4.5.3.2.6 */
 #define LINGER_TIME	(5 * SECOND)
 #define CONNECT_TIME	(5 * SECOND)	/* to clamd */
+#define PROXY_TIME	(5 * SECOND)	/* for a PROXY header */
+#define PING_TIME	(5 * SECOND)	/* for clamd's PONG */
 #define DRAIN_TIME	(8 * SECOND)	/* after SIGTERM */
 #define LOOKUP_TIME	(60 * SECOND)	/* an address of a name is good for */
 #define RETRY_TIME	(30 * SECOND)	/* a dead clamd is left alone for */
@@ -137,6 +139,7 @@ struct clamd {
 	int	 running;		/* scans, the abandoned ones too */
 	int64_t	 dead_until;		/* 0: alive, as far as we know */
 	int	 no_fildes;		/* it refused descriptors: INSTREAM */
+	uint64_t failures;
 	char	 complaint[NOTESZ / 4];	/* logged last; empty: all is well */
 	struct clamd *next;
 };
@@ -193,7 +196,7 @@ enum verdict { UNKNOWN, CLEAN, VIRUS, FAILED, TOOBIG };
 
 /* In the order in which they happen; smtp.c has the table. */
 enum state {
-	S_CONNECT, S_GREETING, S_COMMAND, S_REPLY, S_AUTH, S_BODY, S_CHUNK,
+	S_PROXY, S_CONNECT, S_GREETING, S_COMMAND, S_REPLY, S_AUTH, S_BODY, S_CHUNK,
 	S_SCAN, S_QUARANTINE, S_DATA, S_REPLAY, S_FINAL, S_RESET, S_LINGER,
 	S_DEAD
 };
@@ -236,7 +239,8 @@ struct session {
 	uint64_t slow_bytes;		/* and what has come since the last look */
 
 	struct peer client, server, clamd;
-	struct addr client_addr;	/* who connected */
+	struct addr peer_addr;		/* who connected, */
+	struct addr client_addr;	/* and for whom (PROXY); mostly the same */
 	struct addr local_addr;		/* to which address of ours */
 	struct addr server_addr;	/* the next hop, */
 	struct addr server_local;	/* and our end of that connection */
@@ -382,6 +386,13 @@ void session_shutdown(struct session *, int at_once);
 /* Release all that it holds, and itself. */
 void session_free(struct session *);
 
+/*
+ * A PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2) at the start
+ * of n bytes.  Its length, and whom it names in *a (a->len 0: nobody); 0: there
+ * is more to come; -1: it is none.
+ */
+int proxy_parse(const char *p, size_t n, struct addr *a);
+
 /* One line to a client that there is no session for; closes fd. */
 void session_refuse(int fd);
 
@@ -397,7 +408,12 @@ int clamd_wants(const struct session *);	/* poll events of s->clamd; 0: none */
 int64_t clamd_time(const struct session *);	/* when to look again; 0: no matter */
 void clamd_late(struct session *);		/* ScanTimeOut is over */
 void clamd_drop(struct session *);		/* no verdict is wanted any more */
-void clamd_watch(void);				/* the abandoned scans */
+void clamd_watch(void);				/* abandoned scans, and PING */
+void clamd_end(void);				/* closes those */
+int clamd_waiting(void);			/* sessions without a slot */
+/* Whether one of them answers a PING: 1; 0, and *why; -1: ask again in the next
+ * turn.  What was known a second ago is good enough. */
+int clamd_ping(struct conf *, const char **why);
 
 /*
  * What clamd's answer (n bytes, terminator taken off) says.  VIRUS: name has
@@ -437,6 +453,7 @@ void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 void die(int status, const char *fmt, ...)
     __attribute__((format(printf, 2, 3), noreturn));
+void log_limit(int level);			/* the LOG_ level that is the last */
 int log_wants(int level);
 void log_format(int json);			/* from now on */
 int log_is_json(void);
@@ -494,6 +511,8 @@ int peer_reset(struct peer *);
 const char *addr_text(const struct addr *);	/* a.b.c.d, v6, path, "local" */
 const char *addr_full(const struct addr *);	/* with its port */
 int addr_equal(const struct addr *, const struct addr *);
+/* In a network of so many bits; sockets with paths are one. */
+int addr_in(const struct addr *, const struct addr *net, int bits);
 void addr_unmap(struct addr *);			/* ::ffff:a.b.c.d is IPv4 */
 unsigned addr_port(const struct addr *);
 void addr_set_port(struct addr *, unsigned port);
@@ -513,7 +532,7 @@ extern const size_t scan_line_len;
 int spool_open(const char *dir, int keep, off_t *length);
 /* Nobody reads it any more, neither clamd nor, out of its socket, a next hop. */
 void spool_done(int fd, off_t length);
-void spools_close(void);			/* those kept for another message */
+int spools_close(void);			/* those that are kept; how many */
 int has_spares(void);				/* spools, or buffers, are kept */
 void spares_free(void);				/* idle: give them back */
 /* The same file for reading only, as clamd shall have it; -1 and errno. */

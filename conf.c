@@ -33,14 +33,15 @@ struct keyword {
 	const char *name;
 	const char *(*set)(struct conf *, const struct keyword *, const char *);
 	void	 (*show)(const struct conf *, const struct keyword *);
-	size_t	 off;
 	const char *def;		/* NULL: stays 0 */
-	int64_t	 min, max;		/* numbers: as in the file */
-	int64_t	 unit;			/* numbers: what is stored is times this */
 	void	 (*clear)(struct conf *);	/* lists: it may be repeated */
 	const char *now_called;		/* an old name */
-	int	 may_be_empty;
+	unsigned short off;
+	short	 may_be_empty;
+	int	 min, max;		/* numbers: as in the file; BYTES */
+	int	 unit;			/* numbers: what is stored is times this */
 };
+#define BYTES	(-1)			/* any number of them, or 25M */
 
 static void *
 field(const struct conf *c, const struct keyword *k)
@@ -117,10 +118,9 @@ not_a_number(const struct keyword *k)
 {
 	static char text[96];
 
-	if (k->max == INT64_MAX)
+	if (k->max == BYTES)
 		return "a number of bytes, such as 25M, or 0 for no limit";
-	format(text, sizeof text, "a number from %lld to %lld",
-	    (long long)k->min, (long long)k->max);
+	format(text, sizeof text, "a number from %d to %d", k->min, k->max);
 	return text;
 }
 
@@ -171,9 +171,9 @@ show_int(const struct conf *c, const struct keyword *k)
 static const char *
 set_int64(struct conf *c, const struct keyword *k, const char *v)
 {
-	int64_t n = number(v, k->max == INT64_MAX);
+	int64_t n = number(v, k->max == BYTES);
 
-	if (n < k->min || n > k->max)
+	if (n < k->min || (n > k->max && k->max != BYTES))
 		return not_a_number(k);
 	*(int64_t *)field(c, k) = n * k->unit;
 	return NULL;
@@ -605,7 +605,7 @@ target_new(struct target **tp, const struct keyword *k, const char *v)
 	t->refs = 1;
 	t->text = copy(v);
 	why = t->text == NULL ? no_memory : target_parse(t, v, k->max);
-	if (why == NULL && *v != '/' && t->port < k->min)
+	if (why == NULL && *v != '/' && (int)t->port < k->min)
 		why = not_address;
 	if (why != NULL) {
 		target_put(t);
@@ -823,7 +823,7 @@ static const struct keyword keywords[] = {
 	{ .name = "MaxScans", .set = set_int, .show = show_int,
 	  .off = FIELD(maxscans), .def = "10", .min = 1, .max = 1000 },
 	{ .name = "MaxScanSize", .set = set_int64, .show = show_int64,
-	  .off = FIELD(maxscansize), .def = "0", .max = INT64_MAX, .unit = 1 },
+	  .off = FIELD(maxscansize), .def = "0", .max = BYTES, .unit = 1 },
 	{ .name = "MaxConnections", .set = set_int, .show = show_int,
 	  .off = FIELD(maxconn), .def = "64", .min = 2, .max = 65535 },
 	{ .name = "TimeOut", .set = set_int64, .show = show_int64,

@@ -1,6 +1,7 @@
 /*
  * The life of a mail, from top to bottom.
  *
+ *	PROXY	    who the client is, where a load balancer stands before us
  *	CONNECT	    to the next hop, as soon as the client is there
  *	GREETING    the next hop's, passed on under another name
  *	COMMAND	    one of the client's, when the one before has its reply
@@ -43,6 +44,7 @@
 
 #define OUR_NAME	"smtp.passthru"
 
+#define PROXYSZ		2048		/* bytes of a PROXY header */
 #define SMALL		(BUFSZ / 4)	/* bytes of a message, to copy them */
 
 /* All that we ever say to a client of our own accord. */
@@ -79,7 +81,7 @@ static const char
 /* The attributes of XCLIENT that we have values for. */
 enum { X_NAME = 1, X_ADDR = 2, X_PORT = 4 };
 
-static int st_connect(struct session *), st_greeting(struct session *),
+static int st_proxy(struct session *), st_connect(struct session *), st_greeting(struct session *),
     st_command(struct session *), st_reply(struct session *),
     st_auth(struct session *), st_body(struct session *),
     st_chunk(struct session *), st_scan(struct session *),
@@ -100,6 +102,7 @@ static const struct {
 	enum clock clock;
 	int	(*step)(struct session *);	/* 1: got on, call again; 0: wait */
 } states[] = {
+	[S_PROXY] =	{ "proxy", CLIENT, C_OTHER, st_proxy },
 	[S_CONNECT] =	{ "connect", 0, C_OTHER, st_connect },
 	[S_GREETING] =	{ "greeting", SERVER, C_TOTAL, st_greeting },
 	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command },
@@ -689,8 +692,19 @@ is_loop(int fd, const struct addr *client, const struct addr *local)
 	    is_own_connection(client, &redirected);
 }
 
+static int
+is_proxy(const struct conf *c, const struct addr *a)
+{
+	int i;
+
+	for (i = 0; i < c->nproxies; i++)
+		if (addr_in(a, &c->proxies[i].addr, c->proxies[i].bits))
+			return 1;
+	return 0;
+}
+
 struct session *
-session_new(int fd, const struct addr *client, struct conf *conf, unsigned id)
+session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 {
 	struct session *s = calloc(1, sizeof *s);
 	int one = 1;
@@ -702,26 +716,158 @@ session_new(int fd, const struct addr *client, struct conf *conf, unsigned id)
 	conf->refs++;
 	s->client.fd = fd;
 	s->server.fd = s->clamd.fd = s->spool = -1;
-	s->client_addr = *client;
+	s->peer_addr = s->client_addr = *peer;
 	s->local_addr.len = sizeof s->local_addr.u;
 	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
 		s->local_addr.len = 0;
 	addr_unmap(&s->local_addr);
 	if (conf->transparent)
 		original_target(fd, &s->local_addr, &s->server_addr);
-	if (client->u.sa.sa_family != AF_UNIX)
+	if (peer->u.sa.sa_family != AF_UNIX)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-	s->state = S_CONNECT;
-	s->deadline = now + conf->timeout;
-	slog(s, LOG_INFO, "accepted connection from: %s", addr_text(client));
-	if (is_loop(fd, client, &s->local_addr)) {
-		slog(s, LOG_ERR, "mail loop: %s is our own connection to a next "
-		    "hop; check OutAddress or the firewall's redirection",
-		    addr_full(client));
-		say(s, "%s", r_loop);
-		finish(s);
-	}
+	s->state = S_PROXY;
+	s->deadline = now + PROXY_TIME;
 	return s;
+}
+
+/*
+ * PROXY.
+ */
+
+/* Decimal digits up to a blank or the end; -1: they are none.  INT64_MAX: more
+ * than can be meant. */
+static int64_t
+octets(const char *p)
+{
+	int64_t n = 0;
+	int digits = 0;
+
+	for (; isdigit((unsigned char)*p); p++) {
+		if (++digits > 18)
+			return INT64_MAX;
+		n = n * 10 + (*p - '0');
+	}
+	return digits > 0 && strchr(" \t", *p) != NULL ? n : -1;
+}
+
+/* Version 2, behind its signature. */
+static int
+proxy_binary(const unsigned char *p, size_t n, struct addr *a)
+{
+	size_t len;
+
+	if (n < 16)
+		return 0;
+	len = p[14] << 8 | p[15];
+	if ((p[12] != 0x20 && p[12] != 0x21) || len > PROXYSZ)
+		return -1;
+	if (n < 16 + len)
+		return 0;
+	if (p[12] == 0x20)		/* LOCAL: the proxy for itself */
+		return 16 + len;
+	if (p[13] == 0x11) {
+		if (len < 12)
+			return -1;
+		a->len = sizeof a->u.in;
+		a->u.in.sin_family = AF_INET;
+		memcpy(&a->u.in.sin_addr, p + 16, 4);
+		memcpy(&a->u.in.sin_port, p + 24, 2);
+	} else if (p[13] == 0x21) {
+		if (len < 36)
+			return -1;
+		a->len = sizeof a->u.in6;
+		a->u.in6.sin6_family = AF_INET6;
+		memcpy(&a->u.in6.sin6_addr, p + 16, 16);
+		memcpy(&a->u.in6.sin6_port, p + 48, 2);
+	}
+	addr_unmap(a);
+	return 16 + len;
+}
+
+/* Version 1: PROXY TCP4 from to port port CRLF, or PROXY UNKNOWN. */
+static int
+proxy_text(const char *p, size_t n, struct addr *a)
+{
+	const char *nl = memchr(p, '\n', n < 107 ? n : 107);
+	char line[108], *from = line + 11, *to, *port;
+	int64_t number;
+
+	if (nl == NULL)
+		return n < 107 ? 0 : -1;
+	format(line, sizeof line, "%.*s", (int)(nl - p), p);
+	if (nl[-1] != '\r')
+		return -1;
+	line[nl - 1 - p] = '\0';
+	if (strncmp(line, "PROXY UNKNOWN", 13) == 0)
+		return nl + 1 - p;
+	if (strncmp(line, "PROXY TCP4 ", 11) != 0 &&
+	    strncmp(line, "PROXY TCP6 ", 11) != 0)
+		return -1;
+	if ((to = strchr(from, ' ')) == NULL ||
+	    (port = strchr(to + 1, ' ')) == NULL)
+		return -1;
+	*to = '\0';
+	number = octets(port + 1);
+	if (number < 0 || number > 65535 || addr_ip(a, from, number) == -1 ||
+	    (line[9] == '6') != (strchr(from, ':') != NULL))
+		return -1;
+	return nl + 1 - p;
+}
+
+int
+proxy_parse(const char *p, size_t n, struct addr *a)
+{
+	static const char v1[] = "PROXY ", v2[] = "\r\n\r\n\0\r\nQUIT\n";
+
+	memset(a, 0, sizeof *a);
+	if (memcmp(p, v2, n < 12 ? n : 12) == 0)
+		return proxy_binary((const unsigned char *)p, n, a);
+	if (memcmp(p, v1, n < 6 ? n : 6) == 0)
+		return proxy_text(p, n, a);
+	return -1;
+}
+
+static void
+begin(struct session *s)
+{
+	slog(s, LOG_INFO, "accepted connection from: %s",
+	    addr_text(&s->client_addr));
+	enter(s, S_CONNECT);
+	s->deadline = now + s->conf->timeout;
+	if (!is_loop(s->client.fd, &s->peer_addr, &s->local_addr))
+		return;
+	slog(s, LOG_ERR, "mail loop: %s is our own connection to a next hop; "
+	    "check OutAddress or the firewall's redirection",
+	    addr_full(&s->peer_addr));
+	say(s, "%s", r_loop);
+	finish(s);
+}
+
+static int
+st_proxy(struct session *s)
+{
+	struct buf *in = &s->client.in;
+	struct addr a;
+	int n;
+
+	if (!is_proxy(s->conf, &s->peer_addr)) {
+		begin(s);
+		return 1;
+	}
+	n = proxy_parse(buf_head(in), buf_len(in), &a);
+	if (n == 0 && !s->client.eof)
+		return 0;
+	if (n <= 0) {
+		slog(s, LOG_WARNING, "%s: no PROXY header, though ProxyFrom has "
+		    "this address", addr_text(&s->peer_addr));
+		session_end(s);
+		return 1;
+	}
+	buf_eat(in, n);
+	if (a.len > 0)
+		s->client_addr = a;
+	begin(s);
+	return 1;
 }
 
 /* Which address is next; 0: it is being looked up, -1: there is none. */
@@ -734,8 +880,8 @@ hop_address(struct session *s)
 		return s->server_addr.len == 0 ||
 		    s->server_addr.u.sa.sa_family == AF_UNIX ? -1 : 1;
 	if (t->naddr == 0 && t->name == NULL) {
-		s->server_addr = s->client_addr;
-		if (s->client_addr.u.sa.sa_family == AF_UNIX)
+		s->server_addr = s->peer_addr;
+		if (s->peer_addr.u.sa.sa_family == AF_UNIX)
 			addr_ip(&s->server_addr, "127.0.0.1", 0);
 		addr_set_port(&s->server_addr, t->port);
 		return 1;
@@ -912,22 +1058,6 @@ size_limit(const struct session *s)
 	if (max == 0 || (s->hop_size > 0 && s->hop_size < max))
 		max = s->hop_size;
 	return max;
-}
-
-/* Decimal digits up to a blank or the end; -1: they are none.  INT64_MAX: more
- * than can be meant. */
-static int64_t
-octets(const char *p)
-{
-	int64_t n = 0;
-	int digits = 0;
-
-	for (; isdigit((unsigned char)*p); p++) {
-		if (++digits > 18)
-			return INT64_MAX;
-		n = n * 10 + (*p - '0');
-	}
-	return digits > 0 && strchr(" \t", *p) != NULL ? n : -1;
 }
 
 static int
@@ -1537,7 +1667,8 @@ spool_flush(struct session *s)
 	v->iov_len = s->spooled == 0 ? scan_line_len : 0;
 	while (left > 0 && !s->error) {
 		n = pwritev(s->spool, v, gather + ngather - v, s->spooled);
-		if (n == -1 && errno == EINTR)
+		if (n == -1 && (errno == EINTR ||
+		    (errno == ENOSPC && spools_close() > 0)))
 			continue;
 		if (n == -1) {
 			remember_errno(s, "TempDirectory");
@@ -2580,6 +2711,9 @@ timed_out(struct session *s)
 	case S_CONNECT:			/* st_connect() looks for itself */
 	case S_DEAD:
 		break;
+	case S_PROXY:
+		s->client.eof = 1;	/* no more of it will be read */
+		break;
 	case S_COMMAND:
 	case S_AUTH:
 	case S_BODY:
@@ -2758,6 +2892,7 @@ session_shutdown(struct session *s, int at_once)
 	switch (s->state) {
 	case S_DEAD:
 		return;
+	case S_PROXY:
 	case S_CONNECT:
 	case S_GREETING:
 	case S_AUTH:

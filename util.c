@@ -186,6 +186,12 @@ log_open(int level, int console)
 }
 
 void
+log_limit(int level)
+{
+	log_level = level;
+}
+
+void
 log_format(int as_json)
 {
 	log_json = as_json;
@@ -940,6 +946,30 @@ addr_equal(const struct addr *a, const struct addr *b)
 	}
 }
 
+int
+addr_in(const struct addr *a, const struct addr *net, int bits)
+{
+	const unsigned char *x, *y;
+	int n = bits / 8, rest = bits % 8;
+
+	if (a->u.sa.sa_family != net->u.sa.sa_family)
+		return 0;
+	switch (a->u.sa.sa_family) {
+	case AF_INET:
+		x = (const void *)&a->u.in.sin_addr;
+		y = (const void *)&net->u.in.sin_addr;
+		break;
+	case AF_INET6:
+		x = a->u.in6.sin6_addr.s6_addr;
+		y = net->u.in6.sin6_addr.s6_addr;
+		break;
+	default:
+		return 1;
+	}
+	return memcmp(x, y, n) == 0 &&
+	    (rest == 0 || (x[n] ^ y[n]) >> (8 - rest) == 0);
+}
+
 void
 addr_unmap(struct addr *a)
 {
@@ -1200,12 +1230,15 @@ spool_done(int fd, off_t length)
 	spools_length += length;
 }
 
-void
+int
 spools_close(void)
 {
+	int n = nspools;
+
 	while (nspools > 0)
 		close(spools[--nspools].fd);
 	spools_length = 0;
+	return n;
 }
 
 int
@@ -1305,6 +1338,7 @@ spool_quarantine(int fd, const char *dir,
 	struct child *c;
 	int err;
 
+	spools_close();			/* the copy may need their room */
 	q.from = fd;
 	q.dir = dir;
 	q.to = spool_named(dir, "clamsmtpd", q.path, sizeof q.path);

@@ -222,7 +222,7 @@ def test_unknown_setting_is_an_error(check):
     assert "NoSuchThing" in result.stderr
 
 
-@pytest.mark.parametrize("later", ["StatusListen: 1", "nonsense", ":", ": x"])
+@pytest.mark.parametrize("later", ["StatusListens: 1", "nonsense", ":", ": x"])
 def test_line_that_is_no_setting(check, later):
     result = check(MINIMAL + later + "\n")
     assert result.returncode == 2

@@ -32,6 +32,12 @@ check:
 bench: $(BIN)
 	bench/run
 
+bench-quick: $(BIN)
+	bench/run --quick
+
+soak: $(BIN)
+	soak/run
+
 install: $(BIN)
 	mkdir -p $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man8 \
 	    $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(SYSCONFDIR)
@@ -47,4 +53,4 @@ clean:
 fuzz:
 	fuzz/run
 
-.PHONY: all check bench fuzz install clean
+.PHONY: all check bench bench-quick soak fuzz install clean

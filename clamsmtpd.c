@@ -1969,7 +1969,8 @@ main(int argc, char **argv)
 	if (o.health)
 		return check_health(conf);
 	log_format(conf->json);
-	if (o.level < 0)
+	/* systemd wants to hear from the process that it has started. */
+	if (o.level < 0 && getenv("NOTIFY_SOCKET") == NULL)
 		ready = detach();
 	atexit(remove_files);
 	signals_open();
@@ -1984,6 +1985,8 @@ main(int argc, char **argv)
 	check_tempdir(conf);
 	if (ready != -1)
 		attach_nothing(ready);
+	else if (o.level < 0)
+		log_open(LOG_INFO - LOG_ERR, 0);
 	if (geteuid() == 0)
 		logmsg(LOG_WARNING, "running as root is NOT recommended");
 	peer_reserve();

@@ -502,15 +502,44 @@ printable_word(const char *p, size_t n)
 	return escape(p, n, ' ' + 1);
 }
 
+/* UTC; gmtime(3) would be a KB, for years that we shall not see. */
+struct date {
+	int	 year, month, day;	/* month and day from 1 */
+	int	 hour, min, sec;
+	int	 weekday;		/* 0: Sunday */
+};
+
+static struct date
+civil(time_t t)
+{
+	struct date d;
+	long days = t / 86400, rest = t % 86400;
+	long era, n, year, day, month;	/* of a year that begins in March */
+
+	d.weekday = (days + 4) % 7;
+	n = days + 719468;		/* since 1 March of the year 0 */
+	era = n / 146097;
+	n %= 146097;
+	year = (n - n / 1460 + n / 36524 - n / 146096) / 365;
+	day = n - (365 * year + year / 4 - year / 100);
+	month = (5 * day + 2) / 153;
+	d.day = day - (153 * month + 2) / 5 + 1;
+	d.month = month < 10 ? month + 3 : month - 9;
+	d.year = era * 400 + year + (d.month < 3);
+	d.hour = rest / 3600;
+	d.min = rest / 60 % 60;
+	d.sec = rest % 60;
+	return d;
+}
+
 const char *
 rfc3339_date(time_t t)
 {
 	static char text[32];
-	struct tm *tm = gmtime(&t);
+	struct date d = civil(t);
 
-	format(text, sizeof text, "%04d-%02d-%02dT%02d:%02d:%02dZ",
-	    tm->tm_year + 1900, tm->tm_mon + 1, tm->tm_mday, tm->tm_hour,
-	    tm->tm_min, tm->tm_sec);
+	format(text, sizeof text, "%04d-%02d-%02dT%02d:%02d:%02dZ", d.year,
+	    d.month, d.day, d.hour, d.min, d.sec);
 	return text;
 }
 
@@ -520,12 +549,11 @@ rfc5322_date(void)
 	static const char day[] = "SunMonTueWedThuFriSat";
 	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	static char text[64];
-	time_t t = time(NULL);
-	struct tm *tm = gmtime(&t);
+	struct date d = civil(time(NULL));
 
 	format(text, sizeof text, "%.*s, %d %.*s %d %02d:%02d:%02d +0000", 3,
-	    day + tm->tm_wday * 3, tm->tm_mday, 3, month + tm->tm_mon * 3,
-	    tm->tm_year + 1900, tm->tm_hour, tm->tm_min, tm->tm_sec);
+	    day + d.weekday * 3, d.day, 3, month + d.month * 3 - 3, d.year,
+	    d.hour, d.min, d.sec);
 	return text;
 }
 

@@ -1,0 +1,262 @@
+/*
+ * Sends a message many times and says how long the answers took.
+ * usage: load PORT FILE SESSIONS MESSAGES each|many|hold
+ *
+ * FILE is a message, its lines ended by CRLF, without lines that begin with a
+ * dot.  SESSIONS at once send MESSAGES in all:
+ *
+ *	each	a session each
+ *	many	one after the other in the same sessions
+ *	hold	a session each, which is then left open; SESSIONS counts those
+ *		that are at work.  They last until standard input ends.
+ *
+ * A command or a message is one write(2) if there is room; Nagle is off, or the
+ * client's own waiting for an ACK would be counted as the program's.  No more
+ * than four at a time await the greeting: some have a short listen backlog.
+ *
+ * Prints the median and the 99th percentile of the times
+ * from the final dot to the answer, in microseconds.
+ */
+
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+
+#include <errno.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define EVENTS	256
+#define GREETINGS	4
+#define SILENCE	20000		/* ms; then the program is taken for hung */
+
+enum { GREETING, EHLO, MAIL, RCPT, DATA, BODY, QUIT, END };
+
+/* What is sent, and how the reply begins. */
+static struct step {
+	const char	*text;
+	size_t		 len;
+	const char	*reply;
+} steps[END] = {
+	[GREETING]	= { "", 0, "220" },
+	[EHLO]		= { "EHLO bench\r\n", 12, "250" },
+	[MAIL]		= { "MAIL FROM:<a@example.com>\r\n", 27, "250" },
+	[RCPT]		= { "RCPT TO:<b@example.com>\r\n", 25, "250" },
+	[DATA]		= { "DATA\r\n", 6, "354" },
+	[BODY]		= { NULL, 0, "250" },
+	[QUIT]		= { "QUIT\r\n", 6, "221" },
+};
+
+struct conn {
+	int		 fd;
+	int		 step;
+	size_t		 at;		/* bytes of it that are sent */
+	uint64_t	 dot;		/* when the last of a message went */
+	char		 in[1024];
+	size_t		 len;
+};
+
+static struct sockaddr_in to = { .sin_family = AF_INET };
+static uint64_t *took;
+static size_t todo, done;
+static int epfd, sessions, working, ungreeted;
+static char mode;			/* the first letter of its name */
+
+static void
+die(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static uint64_t
+now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void
+watch(struct conn *c, int op, unsigned events)
+{
+	struct epoll_event ev;
+
+	ev.events = events;
+	ev.data.ptr = c;
+	if (epoll_ctl(epfd, op, c->fd, &ev) == -1)
+		die("epoll_ctl");
+}
+
+static void
+start(void)
+{
+	struct conn *c;
+	int one = 1;
+
+	if ((c = calloc(1, sizeof(*c))) == NULL)
+		die("calloc");
+	if ((c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0)) == -1)
+		die("socket");
+	setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	if (connect(c->fd, (struct sockaddr *)&to, sizeof(to)) == -1 &&
+	    errno != EINPROGRESS)
+		die("connect");
+	watch(c, EPOLL_CTL_ADD, EPOLLIN);
+	todo--;
+	working++;
+	ungreeted++;
+}
+
+static void
+send_step(struct conn *c)
+{
+	const struct step *s = &steps[c->step];
+	ssize_t n = write(c->fd, s->text + c->at, s->len - c->at);
+
+	if (n == -1 && errno != EAGAIN)
+		die("write");
+	if (n > 0)
+		c->at += n;
+	if (c->at < s->len)
+		watch(c, EPOLL_CTL_MOD, EPOLLOUT);
+	else {
+		if (c->step == BODY)
+			c->dot = now();
+		if (n < (ssize_t)s->len)	/* not in one go */
+			watch(c, EPOLL_CTL_MOD, EPOLLIN);
+	}
+}
+
+/* The reply to the current step is there: on to the next. */
+static void
+next_step(struct conn *c)
+{
+	if (c->step == BODY) {
+		took[done++] = now() - c->dot;
+		if (mode == 'm' && todo > 0) {
+			todo--;
+			c->step = MAIL - 1;
+		}
+	}
+	if (c->step == GREETING)
+		ungreeted--;
+	c->step++;
+	c->at = c->len = 0;
+	if (c->step < (mode == 'h' ? QUIT : END)) {
+		send_step(c);
+		return;
+	}
+	working--;
+	if (mode != 'h') {
+		close(c->fd);
+		free(c);
+	}
+}
+
+static void
+receive(struct conn *c)
+{
+	const char *want = steps[c->step].reply;
+	char *line;
+	ssize_t n;
+
+	n = read(c->fd, c->in + c->len, sizeof(c->in) - 1 - c->len);
+	if (n == -1 && errno == EAGAIN)
+		return;
+	if (n <= 0) {
+		fprintf(stderr, "closed while awaiting %s\n", want);
+		exit(1);
+	}
+	c->len += n;
+	c->in[c->len] = '\0';
+	if (c->in[c->len - 1] != '\n')
+		return;
+	c->in[c->len - 1] = '\0';
+	line = strrchr(c->in, '\n');
+	line = line == NULL ? c->in : line + 1;
+	c->in[c->len - 1] = '\n';
+	if (strncmp(line, want, 3) != 0) {
+		fprintf(stderr, "awaited %s, got %s", want, line);
+		exit(1);
+	}
+	if (line[3] == ' ')
+		next_step(c);
+}
+
+static void
+load(const char *path)
+{
+	struct stat st;
+	FILE *file;
+	char *p;
+
+	if ((file = fopen(path, "r")) == NULL || fstat(fileno(file), &st) == -1)
+		die(path);
+	if ((p = malloc(st.st_size + 3)) == NULL)
+		die("malloc");
+	if (fread(p, 1, st.st_size, file) != (size_t)st.st_size)
+		die(path);
+	fclose(file);
+	memcpy(p + st.st_size, ".\r\n", 3);
+	steps[BODY].text = p;
+	steps[BODY].len = st.st_size + 3;
+}
+
+static int
+compare(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+int
+main(int argc, char *argv[])
+{
+	struct epoll_event ev[EVENTS];
+	size_t messages;
+	int i, n;
+
+	if (argc != 6)
+		return 2;
+	signal(SIGPIPE, SIG_IGN);
+	to.sin_port = htons(atoi(argv[1]));
+	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	load(argv[2]);
+	sessions = atoi(argv[3]);
+	todo = messages = atol(argv[4]);
+	mode = argv[5][0];
+	if ((took = calloc(messages, sizeof(*took))) == NULL)
+		die("calloc");
+	if ((epfd = epoll_create1(0)) == -1)
+		die("epoll_create1");
+	while (todo > 0 || working > 0) {
+		while (todo > 0 && working < sessions && ungreeted < GREETINGS)
+			start();
+		if ((n = epoll_wait(epfd, ev, EVENTS, SILENCE)) <= 0) {
+			fprintf(stderr, "silence\n");
+			return 1;
+		}
+		for (i = 0; i < n; i++)
+			if (ev[i].events & EPOLLOUT)
+				send_step(ev[i].data.ptr);
+			else
+				receive(ev[i].data.ptr);
+	}
+	qsort(took, done, sizeof(*took), compare);
+	printf("%.1f %.1f\n", took[done / 2] / 1e3,
+	    took[(done * 99 + 99) / 100 - 1] / 1e3);
+	fflush(stdout);
+	if (mode == 'h')
+		(void)!read(0, &n, 1);
+	return done != messages;
+}

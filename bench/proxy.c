@@ -1,0 +1,198 @@
+/*
+ * A plain TCP proxy, the yardstick: it copies bytes and does nothing else.
+ * usage: proxy PORT <&SOCKET
+ *
+ * Standard input is a listening socket; each connection is taken on to PORT.
+ */
+
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define BUFSZ	65536
+#define EVENTS	256
+
+/* One end of a connection; its other end lies beside it. */
+struct end {
+	struct end	*other;
+	char		*wait;		/* what could not be written yet */
+	size_t		 at, len;
+	int		 fd;
+	int		 eof;		/* nothing more will be read */
+};
+
+static struct end *dead[EVENTS];	/* at the end of a turn */
+static size_t ndead;
+static int epfd;
+
+static void
+die(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static void
+watch(struct end *e, int op, unsigned events)
+{
+	struct epoll_event ev;
+
+	ev.events = events;
+	ev.data.ptr = e;
+	if (epoll_ctl(epfd, op, e->fd, &ev) == -1)
+		die("epoll_ctl");
+}
+
+/* What can be awaited: room while something waits, else bytes. */
+static void
+interest(struct end *e)
+{
+	watch(e, EPOLL_CTL_MOD, (e->len > 0 ? EPOLLOUT : 0) |
+	    (e->eof || e->other->len > 0 ? 0 : EPOLLIN));
+}
+
+static void
+finish(struct end *e)
+{
+	if (e->fd == -1)
+		return;
+	close(e->fd);
+	close(e->other->fd);
+	free(e->wait);
+	free(e->other->wait);
+	e->fd = e->other->fd = -1;
+	dead[ndead++] = e < e->other ? e : e->other;
+}
+
+/* Write as much as goes; -1 when the connection is broken. */
+static ssize_t
+put(struct end *e, const char *p, size_t len)
+{
+	ssize_t n = write(e->fd, p, len);
+
+	return n == -1 && errno == EAGAIN ? 0 : n;
+}
+
+static void
+readable(struct end *e)
+{
+	static char buf[BUFSZ];
+	struct end *o = e->other;
+	ssize_t n, done;
+
+	n = read(e->fd, buf, sizeof(buf));
+	if (n == -1 && errno == EAGAIN)
+		return;
+	if (n <= 0) {
+		e->eof = 1;
+		if (n == -1 || o->eof)
+			finish(e);
+		else {
+			shutdown(o->fd, SHUT_WR);
+			interest(e);
+		}
+		return;
+	}
+	if ((done = put(o, buf, n)) == -1) {
+		finish(e);
+		return;
+	}
+	if (done < n) {
+		if ((o->wait = malloc(n - done)) == NULL)
+			die("malloc");
+		memcpy(o->wait, buf + done, n - done);
+		o->at = 0;
+		o->len = n - done;
+		interest(e);
+		interest(o);
+	}
+}
+
+static void
+writable(struct end *e)
+{
+	ssize_t n = put(e, e->wait + e->at, e->len);
+
+	if (n == -1) {
+		finish(e);
+		return;
+	}
+	e->at += n;
+	if ((e->len -= n) == 0) {
+		free(e->wait);
+		e->wait = NULL;
+		interest(e);
+		interest(e->other);
+	}
+}
+
+static void
+take(int client, struct sockaddr_in *to)
+{
+	struct end *e;
+	int one = 1;
+
+	if ((e = calloc(2, sizeof(*e))) == NULL)
+		die("calloc");
+	e[0].other = &e[1];
+	e[1].other = &e[0];
+	e[0].fd = client;
+	e[1].fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+	if (e[1].fd == -1)
+		die("socket");
+	setsockopt(e[0].fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	setsockopt(e[1].fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	if (connect(e[1].fd, (struct sockaddr *)to, sizeof(*to)) == -1 &&
+	    errno != EINPROGRESS)
+		die("connect");
+	watch(&e[0], EPOLL_CTL_ADD, EPOLLIN);
+	watch(&e[1], EPOLL_CTL_ADD, EPOLLIN);
+}
+
+int
+main(int argc, char *argv[])
+{
+	struct epoll_event ev[EVENTS];
+	struct sockaddr_in to = { .sin_family = AF_INET };
+	struct end *e;
+	int i, n, fd;
+
+	if (argc != 2)
+		return 2;
+	signal(SIGPIPE, SIG_IGN);
+	to.sin_port = htons(atoi(argv[1]));
+	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if ((epfd = epoll_create1(0)) == -1)
+		die("epoll_create1");
+	ev[0].events = EPOLLIN;
+	ev[0].data.ptr = NULL;
+	epoll_ctl(epfd, EPOLL_CTL_ADD, 0, ev);
+	while ((n = epoll_wait(epfd, ev, EVENTS, -1)) != -1) {
+		for (i = 0; i < n; i++) {
+			if ((e = ev[i].data.ptr) == NULL) {
+				fd = accept4(0, NULL, NULL, SOCK_NONBLOCK);
+				if (fd != -1)
+					take(fd, &to);
+				continue;
+			}
+			if (e->fd != -1 && e->len > 0 && ev[i].events & EPOLLOUT)
+				writable(e);
+			if (e->fd != -1 && !e->eof && e->other->len == 0 &&
+			    ev[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+				readable(e);
+			else if (e->fd != -1 && ev[i].events & EPOLLERR)
+				finish(e);
+		}
+		while (ndead > 0)
+			free(dead[--ndead]);
+	}
+	die("epoll_wait");
+}

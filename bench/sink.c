@@ -1,0 +1,247 @@
+/*
+ * A mail server that compares every message with what was sent.
+ * usage: sink HEADER FILE... <&SOCKET >COUNTS
+ *
+ * Standard input is a listening socket.  Each FILE is a message, its lines
+ * ended by CRLF; they differ in their first bytes.  HEADER, the line that a
+ * filter adds at the end of the header section, must be in each message.
+ * Standard output is a file of struct counts, kept up to date.
+ *
+ * A message that differs gets no answer: the connection is closed.
+ */
+
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include <errno.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <time.h>
+#include <unistd.h>
+
+#define BUFSZ	(256 * 1024)
+#define LINESZ	1024
+#define EVENTS	256
+#define MAILS	8
+
+struct counts {
+	uint64_t	good;		/* messages as they were sent */
+	uint64_t	bad;
+	uint64_t	sessions;	/* now open */
+	uint64_t	first;		/* when a session came, set to 0 by others, */
+	uint64_t	last;		/* and the last message, in ns */
+};
+
+/* What must come after DATA, the final dot included. */
+static struct mail {
+	char	*text;
+	size_t	 size;
+} mails[MAILS];
+
+struct conn {
+	int		 fd;
+	int		 data;		/* between DATA and the dot */
+	const struct mail *mail;	/* NULL before the first byte */
+	size_t		 at;		/* bytes of it that have come */
+	char		 line[LINESZ];	/* a command, its end not yet here */
+	size_t		 len;
+};
+
+static struct counts *counts;
+
+static void
+die(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static uint64_t
+now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void
+load(struct mail *m, const char *header, const char *path)
+{
+	struct stat st;
+	FILE *file;
+	size_t n, len = strlen(header);
+	char *p;
+
+	if ((file = fopen(path, "r")) == NULL || fstat(fileno(file), &st) == -1)
+		die(path);
+	m->size = st.st_size + len + 3;
+	if ((m->text = calloc(1, m->size + 1)) == NULL)
+		die("calloc");
+	n = fread(m->text, 1, st.st_size, file);
+	fclose(file);
+	p = strstr(m->text, "\r\n\r\n");
+	if (n != (size_t)st.st_size || p == NULL)
+		die(path);
+	p += 2;
+	memmove(p + len, p, m->text + n - p);
+	memcpy(p, header, len);
+	memcpy(m->text + n + len, ".\r\n", 3);
+}
+
+/* Take bytes of a message; how many, or -1 if they are not what was sent. */
+static ssize_t
+take(struct conn *c, const char *p, size_t len)
+{
+	const struct mail *m = c->mail;
+
+	for (m = m == NULL ? mails : m; m->text[c->at] != *p; m++)
+		if (c->mail != NULL || m[1].text == NULL)
+			return -1;
+	c->mail = m;
+	if (len > m->size - c->at)
+		len = m->size - c->at;
+	if (memcmp(m->text + c->at, p, len) != 0)
+		return -1;
+	c->at += len;
+	return len;
+}
+
+static const char *
+answer(struct conn *c)
+{
+	static const struct {
+		const char *verb, *reply;
+	} table[] = {
+		{ "EHLO", "250-sink\r\n250-PIPELINING\r\n250-SIZE\r\n"
+		    "250 8BITMIME\r\n" },
+		{ "HELO", "250 sink\r\n" },
+		{ "DATA", "354 go on\r\n" },
+		{ "QUIT", "221 bye\r\n" },
+		{ "", "250 ok\r\n" },
+	};
+	int i;
+
+	for (i = 0; strncasecmp(c->line, table[i].verb,
+	    strlen(table[i].verb)) != 0; i++)
+		;
+	c->data = i == 2;
+	return table[i].reply;
+}
+
+/* What has been read is dealt with; -1 ends the connection. */
+static int
+run(struct conn *c, const char *p, size_t len)
+{
+	char out[BUFSZ / 8];
+	const char *end = p + len, *nl;
+	size_t outlen = 0;
+	ssize_t n;
+
+	while (p < end) {
+		const char *reply = NULL;
+
+		if (c->data) {
+			if ((n = take(c, p, end - p)) == -1) {
+				counts->bad++;
+				return -1;
+			}
+			p += n;
+			if (c->at == c->mail->size) {
+				counts->last = now();
+				counts->good++;
+				c->data = 0;
+				c->mail = NULL;
+				c->at = 0;
+				reply = "250 taken\r\n";
+			}
+		} else {
+			nl = memchr(p, '\n', end - p);
+			n = nl == NULL ? end - p : nl + 1 - p;
+			if (c->len + n >= sizeof(c->line))
+				return -1;
+			memcpy(c->line + c->len, p, n);
+			c->len += n;
+			c->line[c->len] = '\0';
+			p += n;
+			if (nl != NULL) {
+				reply = answer(c);
+				c->len = 0;
+			}
+		}
+		if (reply != NULL) {
+			n = strlen(reply);
+			if (outlen + n > sizeof(out))
+				return -1;
+			memcpy(out + outlen, reply, n);
+			outlen += n;
+		}
+	}
+	return outlen > 0 && write(c->fd, out, outlen) == -1 ? -1 : 0;
+}
+
+static void
+readable(struct conn *c)
+{
+	static char buf[BUFSZ];
+	ssize_t n = read(c->fd, buf, sizeof(buf));
+
+	if (n == -1 && errno == EAGAIN)
+		return;
+	if (n > 0 && run(c, buf, n) == 0)
+		return;
+	if (c->data && n <= 0)
+		counts->bad++;
+	close(c->fd);
+	free(c);
+	counts->sessions--;
+}
+
+int
+main(int argc, char *argv[])
+{
+	struct epoll_event ev[EVENTS], new = { .events = EPOLLIN };
+	struct conn *c;
+	int i, n, epfd, fd;
+
+	if (argc < 3 || argc - 2 >= MAILS)
+		return 2;
+	for (i = 2; i < argc; i++)
+		load(&mails[i - 2], argv[1], argv[i]);
+	signal(SIGPIPE, SIG_IGN);
+	if (ftruncate(1, sizeof(*counts)) == -1 ||
+	    (counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE,
+	    MAP_SHARED, 1, 0)) == MAP_FAILED)
+		die("counts");
+	if ((epfd = epoll_create1(0)) == -1 ||
+	    epoll_ctl(epfd, EPOLL_CTL_ADD, 0, &new) == -1)
+		die("epoll");
+	while ((n = epoll_wait(epfd, ev, EVENTS, -1)) != -1)
+		for (i = 0; i < n; i++) {
+			if ((c = ev[i].data.ptr) != NULL) {
+				readable(c);
+				continue;
+			}
+			fd = accept4(0, NULL, NULL, SOCK_NONBLOCK);
+			if (fd == -1)
+				continue;
+			if ((c = calloc(1, sizeof(*c))) == NULL)
+				die("calloc");
+			c->fd = fd;
+			new.data.ptr = c;
+			if (epoll_ctl(epfd, EPOLL_CTL_ADD, fd, &new) == -1)
+				die("epoll_ctl");
+			/* when it fails, so will read(2) */
+			(void)!write(fd, "220 sink\r\n", 10);
+			counts->sessions++;
+			if (counts->first == 0)
+				counts->first = now();
+		}
+	die("epoll_wait");
+}

@@ -1681,8 +1681,9 @@ health_answer(int fd, char *answer, size_t size)
 	size_t n = 0;
 	ssize_t r;
 
-	if (poll(&p, 1, VISIT_TIME) == 1)
-		(void)send(fd, request, sizeof request - 1, MSG_NOSIGNAL);
+	if (poll(&p, 1, VISIT_TIME) == 1 &&
+	    send(fd, request, sizeof request - 1, MSG_NOSIGNAL) == -1)
+		return -1;
 	p.events = POLLIN;
 	while (n < size - 1 && poll(&p, 1, VISIT_TIME) == 1) {
 		r = recv(fd, answer + n, size - 1 - n, 0);

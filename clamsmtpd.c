@@ -131,7 +131,7 @@ struct child {
 	void	(*done)(void *, const char *, size_t);
 	void	*ctx;			/* NULL: nobody asks any more */
 	int64_t	 deadline;
-	char	*scratch;
+	char	*scratch, *copy;	/* the quarantine's; NULL: no files */
 	size_t	 n;
 	char	 answer[PATH_MAX];
 	struct child *next;
@@ -172,15 +172,16 @@ fork_quietly(void)
 
 struct child *
 child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
-    const char *scratch, void (*done)(void *, const char *, size_t), void *ctx,
-    int64_t ms)
+    const char *scratch, const char *copy,
+    void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
 {
 	struct child *c = calloc(1, sizeof *c);
 	int p[2] = { -1, -1 }, keep[3], err;
 
 	if (c == NULL)
 		return NULL;
-	if (scratch != NULL && (c->scratch = strdup(scratch)) == NULL)
+	if (scratch != NULL && ((c->scratch = strdup(scratch)) == NULL ||
+	    (c->copy = strdup(copy)) == NULL))
 		goto fail;
 	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1)
 		goto fail;
@@ -209,6 +210,7 @@ fail:
 		close(p[1]);
 	}
 	free(c->scratch);
+	free(c->copy);
 	free(c);
 	errno = err;
 	return NULL;
@@ -220,26 +222,54 @@ child_forget(struct child *c)
 	c->ctx = NULL;
 }
 
-/* Its answer is complete, or it gets no more time. */
+/*
+ * Promise 7: a copy that nobody has taken is none.  The scratch file becomes
+ * the copy by link() and unlink(): where it is gone, or has both names, the
+ * copy is this child's, and not one that was there before.
+ */
 static void
-child_end(struct child *c)
+files_remove(const struct child *c)
+{
+	struct stat a, b;
+
+	if (stat(c->scratch, &a) == -1 || (stat(c->copy, &b) == 0 &&
+	    a.st_dev == b.st_dev && a.st_ino == b.st_ino))
+		unlink(c->copy);
+	unlink(c->scratch);
+}
+
+static void
+child_free(struct child *c)
 {
 	struct child **p;
 
 	for (p = &children; *p != c; p = &(*p)->next)
 		;
 	*p = c->next;
+	free(c->scratch);
+	free(c->copy);
+	free(c);
+}
+
+/* Its answer is complete, or it gets no more time.  If its files are of no use
+ * they go when it can touch them no more. */
+static void
+child_end(struct child *c)
+{
+	int wanted = c->ctx != NULL && c->n > 0;
+
 	close(c->fd);
-	if (c->n == 0) {
-		if (c->pid != 0)
-			kill(c->pid, SIGKILL);
-		if (c->scratch != NULL)
-			unlink(c->scratch);
-	}
+	c->fd = -1;
+	if (c->n == 0 && c->pid != 0)
+		kill(c->pid, SIGKILL);
 	if (c->ctx != NULL)
 		c->done(c->ctx, c->answer, c->n);
-	free(c->scratch);
-	free(c);
+	if (wanted || c->scratch == NULL)
+		child_free(c);
+	else if (c->pid == 0) {
+		files_remove(c);
+		child_free(c);
+	}
 }
 
 static void
@@ -247,9 +277,32 @@ child_reaped(pid_t pid)
 {
 	struct child *c;
 
-	for (c = children; c != NULL; c = c->next)
-		if (c->pid == pid)
-			c->pid = 0;
+	for (c = children; c != NULL && c->pid != pid; c = c->next)
+		;
+	if (c == NULL)
+		return;
+	c->pid = 0;
+	if (c->fd == -1) {
+		files_remove(c);
+		child_free(c);
+	}
+}
+
+/* At the end of the daemon, which waits for no answer. */
+static void
+child_stop(struct child *c)
+{
+	c->ctx = NULL;
+	c->n = 0;
+	if (c->pid != 0) {
+		kill(c->pid, SIGKILL);
+		waitpid(c->pid, NULL, 0);
+		c->pid = 0;
+	}
+	if (c->fd != -1)
+		child_end(c);
+	else
+		child_reaped(0);
 }
 
 static void
@@ -273,6 +326,8 @@ children_watch(void)
 
 	for (c = children; c != NULL; c = next) {
 		next = c->next;
+		if (c->fd == -1)
+			continue;	/* killed, until it is reaped */
 		if (now >= c->deadline) {
 			c->n = 0;
 			child_end(c);
@@ -331,7 +386,7 @@ target_look(struct target *t, int force)
 	t->looked = now;
 	t->looking = 1;
 	t->refs++;
-	if (child_start(lookup_work, t, -1, -1, NULL, on_lookup, t,
+	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
 	    LOOKUP_LIMIT) != NULL)
 		return;
 	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
@@ -1651,10 +1706,8 @@ leave(void)
 		session_shutdown(sessions[i], 1);
 	while (nsessions > 0)
 		session_free(sessions[--nsessions]);
-	while (children != NULL) {
-		children->n = 0;
-		child_end(children);
-	}
+	while (children != NULL)
+		child_stop(children);
 	while ((v = visitors) != NULL) {
 		visitors = v->next;
 		peer_close(&v->peer);

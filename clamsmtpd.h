@@ -334,11 +334,12 @@ extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
  * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
  * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
  * the loop with the n bytes that it wrote to out; n is 0 if it failed or took
- * longer than ms, and then the file scratch (NULL: none) is removed.  Returns
- * NULL and sets errno if there can be no child.
+ * longer than ms.  Then, or if nobody asks any more, the files scratch and copy
+ * (NULL: none) are removed.  Returns NULL and sets errno if there can be no
+ * child.
  */
 struct child *child_start(void (*work)(int out, void *arg), void *arg,
-    int keep1, int keep2, const char *scratch,
+    int keep1, int keep2, const char *scratch, const char *copy,
     void (*done)(void *ctx, const char *answer, size_t n), void *ctx, int64_t ms);
 
 /* The ctx of this child is gone: done is not to be called. */

@@ -290,13 +290,19 @@ hop_close(struct session *s)
 }
 
 static void
+quarantine_drop(struct session *s)
+{
+	if (s->child != NULL)
+		child_forget(s->child);
+	s->child = NULL;
+}
+
+static void
 session_end(struct session *s)
 {
 	hop_close(s);
 	clamd_drop(s);
-	if (s->child != NULL)
-		child_forget(s->child);
-	s->child = NULL;
+	quarantine_drop(s);
 	enter(s, S_DEAD);
 }
 
@@ -305,6 +311,7 @@ finish(struct session *s)
 {
 	hop_close(s);
 	clamd_drop(s);
+	quarantine_drop(s);
 	enter(s, S_LINGER);
 	s->deadline = now + s->conf->timeout;
 }
@@ -2727,9 +2734,7 @@ timed_out(struct session *s)
 		s->verdict = FAILED;
 		break;
 	case S_QUARANTINE:
-		if (s->child != NULL)
-			child_forget(s->child);
-		s->child = NULL;
+		quarantine_drop(s);
 		break;
 	case S_LINGER:
 		session_end(s);

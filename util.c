@@ -1294,8 +1294,7 @@ spool_reopen(int fd)
 
 struct quarantine {
 	int	 from, to;
-	char	 path[PATH_MAX];	/* of the copy, as long as it is one */
-	char	 final[PATH_MAX];
+	char	 scratch[PATH_MAX], copy[PATH_MAX];
 	const char *dir;
 };
 
@@ -1313,49 +1312,43 @@ copy_file(int from, int to)
 	return n == 0 ? 0 : -1;
 }
 
-/* A name that is free: virus. and six characters, never one that is there. */
-static int
-link_free(struct quarantine *q)
-{
-	static const char set[] = "abcdefghijklmnopqrstuvwxyz0123456789";
-	char *tail;
-	int i, try;
-
-	format(q->final, sizeof q->final, "%s/virus.%s", q->dir,
-	    strrchr(q->path, '.') + 1);
-	tail = q->final + strlen(q->final) - 6;
-	for (try = 0; try < 1000; try++) {
-		if (link(q->path, q->final) == 0)
-			return 0;
-		if (errno != EEXIST)
-			return -1;
-		for (i = 0; i < 6; i++)
-			tail[i] = set[(tail[i] * 7 + try * 31 + i) %
-			    (sizeof set - 1)];
-	}
-	return -1;
-}
-
 /* Promise 5: in a child, for fsync() may take its time. */
 static void
 quarantine_work(int out, void *arg)
 {
 	struct quarantine *q = arg;
-	int dir, ok;
+	int dir;
 
-	ok = copy_file(q->from, q->to) == 0 && fsync(q->to) == 0 &&
-	    link_free(q) == 0;
-	unlink(q->path);
-	if (!ok)
+	/* link(), for it never takes another file's name. */
+	if (copy_file(q->from, q->to) == -1 || fsync(q->to) == -1 ||
+	    link(q->scratch, q->copy) == -1 || unlink(q->scratch) == -1)
 		return;
 	dir = open(q->dir, O_RDONLY | O_DIRECTORY);
-	if (dir == -1 || fsync(dir) == -1) {
-		unlink(q->final);
-		return;
+	if (dir != -1 && fsync(dir) == 0)
+		(void)!write(out, q->copy, strlen(q->copy));
+}
+
+/* The scratch file, and a name that is free: virus. and its last six letters. */
+static int
+quarantine_names(struct quarantine *q)
+{
+	struct stat st;
+	int try;
+
+	for (try = 0; try < 100; try++) {
+		q->to = spool_named(q->dir, "clamsmtpd", q->scratch,
+		    sizeof q->scratch);
+		if (q->to == -1)
+			return -1;
+		format(q->copy, sizeof q->copy, "%s/virus.%s", q->dir,
+		    strrchr(q->scratch, '.') + 1);
+		if (lstat(q->copy, &st) == -1 && errno == ENOENT)
+			return 0;
+		unlink(q->scratch);
+		close(q->to);
 	}
-	if (write(out, q->final, strlen(q->final)) !=
-	    (ssize_t)strlen(q->final))
-		unlink(q->final);
+	errno = EEXIST;
+	return -1;
 }
 
 struct child *
@@ -1369,13 +1362,13 @@ spool_quarantine(int fd, const char *dir,
 	spools_close();			/* the copy may need their room */
 	q.from = fd;
 	q.dir = dir;
-	q.to = spool_named(dir, "clamsmtpd", q.path, sizeof q.path);
-	if (q.to == -1)
+	if (quarantine_names(&q) == -1)
 		return NULL;
-	c = child_start(quarantine_work, &q, fd, q.to, q.path, done, ctx, ms);
+	c = child_start(quarantine_work, &q, fd, q.to, q.scratch, q.copy, done,
+	    ctx, ms);
 	err = errno;
 	if (c == NULL)
-		unlink(q.path);
+		unlink(q.scratch);
 	close(q.to);
 	errno = err;
 	return c;

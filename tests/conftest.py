@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 
 import pytest
 
@@ -61,12 +62,45 @@ def as_root():
         pytest.skip("needs root")
 
 
+@pytest.fixture
+def open_site(as_root):
+    """A site whose directories any user may enter."""
+    with tempfile.TemporaryDirectory(prefix="clamsmtpd-test.") as home:
+        os.chmod(home, 0o755)
+        site = harness.Site(home)
+        os.chmod(site.spool, 0o777)
+        yield site
+        site.finish()
+
+
+@pytest.fixture
+def mounts(as_root):
+    """The test may use harness.mounting()."""
+    try:
+        subprocess.run(["true"], preexec_fn=harness.mounting(), check=True)
+    except subprocess.SubprocessError:
+        pytest.skip("no mount namespace of our own here")
+
+
+@pytest.fixture(scope="session")
+def clock_build(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clock") / "clamsmtpd"
+    return harness.Clock.build(str(path))
+
+
+@pytest.fixture
+def clock(tmp_path, clock_build):
+    """The time is the test's: site.start(**clock.settings()), clock.go()."""
+    return harness.Clock(tmp_path, clock_build)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """A failure shows the daemon's log and what its peers saw."""
     outcome = yield
     report = outcome.get_result()
-    site = getattr(item, "funcargs", {}).get("site")
-    if report.failed and site is not None:
-        for title, text in site.report():
-            report.sections.append((title, text))
+    for site in getattr(item, "funcargs", {}).values():
+        if report.failed and isinstance(site, harness.Site) and \
+                os.path.exists(site.dir):
+            for title, text in site.report():
+                report.sections.append((title, text))

@@ -6,7 +6,9 @@ No test sleeps for a fixed time: it waits until something is the case.
 """
 
 import array
+import contextlib
 import ctypes
+import mmap
 import os
 import re
 import select
@@ -55,6 +57,24 @@ def never(condition, what, turns=20):
     for _ in range(turns):
         assert not condition(), "this must not happen: " + what
         time.sleep(0.01)
+
+
+def finish_file(command, path):
+    """A shell command whose whole output is in this file when it is there."""
+    return "(%s) > %s.new 2>&1; mv %s.new %s" % (command, path, path, path)
+
+
+def wait_file(path):
+    until(lambda: os.path.exists(path), "somebody makes " + path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def turns(site):
+    """What was sent before this has been read by the daemon after it."""
+    for _ in range(2):
+        client = site.session()
+        client.quit()
 
 
 def as_bytes(text):
@@ -133,6 +153,51 @@ def reset(sock):
     """Close with an RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+@contextlib.contextmanager
+def full_listener(path=None):
+    """The address of a listener that accepts nobody, its backlog full.  A
+    connect to the unix socket fails with EAGAIN, one to the port hangs."""
+    kind = socket.AF_UNIX if path else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        def new():
+            return stack.enter_context(socket.socket(kind))
+        listener = new()
+        listener.bind(path or ("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):              # more than fit
+            knock = new()
+            knock.setblocking(False)
+            knock.connect_ex(listener.getsockname())
+        yield path or "127.0.0.1:%d" % listener.getsockname()[1]
+
+
+def mounting(*mounts, of=None):
+    """For preexec: what follows sees these mounts (source, target, type, flags,
+    data), and nobody else does; of=PID: who is in the namespace of PID does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(result):
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def preexec():
+        if of:
+            with open("/proc/%d/ns/mnt" % of) as namespace:
+                check(libc.setns(namespace.fileno(), 0))
+        else:
+            check(libc.unshare(0x20000))                    # CLONE_NEWNS
+            check(libc.mount(None, b"/", None, 0x44000, None))  # MS_PRIVATE, all
+        for source, target, kind, flags, data in mounts:
+            check(libc.mount(as_bytes(source), as_bytes(target), as_bytes(kind),
+                             flags, as_bytes(data)))
+    return preexec
+
+
+def tmpfs(path, options):
+    """A mount for mounting()."""
+    return "tmpfs", path, "tmpfs", 0, options
 
 
 class Gone(Exception):
@@ -817,9 +882,10 @@ class Clamd(Server):
 
 class Names:
     """A name server of the daemon's own (for root): it says nothing until
-    go(), then that every name is 127.0.0.1."""
+    go(), then that every name has these addresses."""
 
     def __init__(self, directory):
+        self.addresses = ["127.0.0.1"]
         pid = os.getpid()
         self.host = "127.77.%d.%d" % (pid >> 8 & 255, pid & 255)
         self.asked = threading.Event()
@@ -830,17 +896,10 @@ class Names:
         with open(self.file, "w") as file:
             file.write("nameserver %s\noptions timeout:60 attempts:1\n"
                        % self.host)
+        # For the daemon: ask nobody else (MS_BIND).
+        self.preexec = mounting((self.file, "/etc/resolv.conf", "", 4096, ""))
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
-
-    def preexec(self):
-        """In the daemon, before it starts: ask nobody else."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(0x20000) or \
-                libc.mount(b"none", b"/", None, 0x44000, None) or \
-                libc.mount(self.file.encode(), b"/etc/resolv.conf", None,
-                           4096, None):
-            os._exit(99)
 
     def go(self):
         self._go.set()
@@ -857,11 +916,10 @@ class Names:
             self._go.wait(WAIT)
             question = query[12:query.index(b"\0", 12) + 5]
             kind = question[-4:-2]
-            answer = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\x7f\0\0\1" \
-                if kind == b"\0\1" else b""
-            self.sock.sendto(query[:2] + b"\x81\x80\0\1\0" +
-                             (b"\1" if answer else b"\0") + b"\0\0\0\0" +
-                             question + answer, peer)
+            answers = [b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton(a)
+                       for a in self.addresses] if kind == b"\0\1" else []
+            self.sock.sendto(query[:2] + b"\x81\x80\0\1\0%c\0\0\0\0" %
+                             len(answers) + question + b"".join(answers), peer)
 
     def close(self):
         self.go()
@@ -1024,6 +1082,36 @@ def processes(mark):
     return found
 
 
+class Clock:
+    """Both clocks of a daemon, which must be a build with clock.c."""
+
+    def __init__(self, directory, program):
+        self.program = program
+        self.file = os.path.join(str(directory), "clock")
+        with open(self.file, "wb+") as file:
+            file.truncate(16)
+            self.ahead = mmap.mmap(file.fileno(), 16)
+        self.real = self.monotonic = 0
+
+    @staticmethod
+    def build(program):
+        subprocess.run(["make", "-s", "-C", TOP, "BIN=" + program, "CC=cc",
+                        "CFLAGS=-O0", "LDFLAGS=tests/clock.c"], check=True)
+        return program
+
+    def settings(self):
+        """For Site.start()."""
+        return {"binary": self.program, "env": {"CLOCK": self.file}}
+
+    def go(self, daemon, seconds, real=None):
+        """The time goes by; and the clock on the wall (as the other one, if
+        nothing is said) is put forward, or back."""
+        self.monotonic += seconds
+        self.real += seconds if real is None else real
+        struct.pack_into("qq", self.ahead, 0, self.real, self.monotonic)
+        daemon.send_signal(signal.SIGUSR1)      # it looks at its clock again
+
+
 class Daemon:
     """A clamsmtpd in the foreground, with a configuration of its own.
 
@@ -1039,6 +1127,7 @@ class Daemon:
         self.spool = settings.get("TempDirectory")
         self.mark = "%d.%d.%d" % (os.getpid(), id(self), time.monotonic_ns())
         self.allowed = set()         # file names that may stay in the spool
+        self.own = set()             # its pid file and sockets: they may not
         self.status = None
         self.stopped = False
         self.write(settings, config)
@@ -1067,6 +1156,8 @@ class Daemon:
                     if one is not None:
                         config += b"%s: %s\n" % (name.encode(),
                                                  as_bytes(str(one)))
+                    if name in ("PidFile", "Listen") and one and one[0] == "/":
+                        self.own.add(one)
         with open(self.file, "wb") as file:
             file.write(as_bytes(config))
 
@@ -1132,6 +1223,15 @@ class Daemon:
             fields = file.read().rsplit(")", 1)[1].split()
         return int(fields[11]) + int(fields[12])
 
+    def rests(self):
+        """While nothing happens it does nothing: a busy loop takes all that the
+        machine has to give, and never ends."""
+        def idle():
+            before = self.ticks()
+            time.sleep(0.5)             # the thing measured
+            return self.ticks() - before < os.sysconf("SC_CLK_TCK") / 20
+        until(idle, "the daemon rests")
+
     def children(self):
         """Children, zombies included."""
         try:
@@ -1162,11 +1262,18 @@ class Daemon:
     # -- the end
 
     def settle(self):
-        """With its clients gone the daemon is as it was before them."""
+        """With its clients gone the daemon is as it was before them, but for
+        spools that it keeps for a while, no more than it has had sessions."""
         if not self.alive() or not hasattr(self, "idle"):
             return
-        until(lambda: self.fds() <= self.idle, "descriptors are closed: %d at "
-              "the start, now %s" % (self.idle, self.open_files()))
+        spare = r"%s/.* \(deleted\)$" % re.escape(str(self.spool))
+
+        def is_idle():
+            spares = [name for name in self.open_files() if re.match(spare, name)]
+            return self.fds() - len(spares) <= self.idle and len(spares) <= min(
+                8, len(self.log("accepted connection")))
+        until(is_idle, "descriptors are closed: %d at the start, now %s"
+              % (self.idle, self.open_files()))
         until(lambda: not self.children(), "children are gone and reaped")
 
     def open_files(self):
@@ -1184,6 +1291,11 @@ class Daemon:
             return []
         return sorted(set(os.listdir(self.spool)) - set(self.allowed))
 
+    def left(self):
+        """Its pid file and sockets (of a user's a pid file may stay, empty)."""
+        return [path for path in self.own if os.path.lexists(path) and not
+                (os.path.isfile(path) and os.path.getsize(path) == 0)]
+
     def stop(self, want=0, number=signal.SIGTERM):
         """End it and see that nothing is left behind."""
         if self.stopped:
@@ -1198,8 +1310,13 @@ class Daemon:
             until(lambda: not processes(self.mark), "no process is left")
             assert not self.spooled(), \
                 "left in TempDirectory: %s" % self.spooled()
+            assert not self.left(), "left behind: %s" % self.left()
         finally:
             self.kill()
+        self.check_report()
+
+    def check_report(self):
+        """No sanitizer has complained, of a leak at the end neither."""
         text = self.text()
         found = REPORT.search(text)
         if found:
@@ -1280,11 +1397,11 @@ class Site:
         return usual
 
     def start(self, args=(), level=4, env=None, wait=True, preexec=None,
-              **settings):
+              binary=None, **settings):
         directory = self.path("daemon%d" % len(self.daemons))
         os.mkdir(directory)
         daemon = Daemon(directory, args=args, level=level, env=env, wait=False,
-                        preexec=preexec, **self.settings(**settings))
+                        preexec=preexec, binary=binary, **self.settings(**settings))
         self.daemons.append(daemon)
         self.daemon = daemon
         if wait:
@@ -1325,6 +1442,8 @@ class Site:
                 server.close()
             for daemon in self.daemons:
                 daemon.kill()
+        for daemon in self.daemons:     # those that a test has ended, too
+            daemon.check_report()
         errors = [e for server in self.servers for e in server.errors]
         assert not errors, "the scripted peers complain: " + "; ".join(errors)
 

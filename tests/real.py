@@ -8,14 +8,17 @@ import hashlib
 import io
 import os
 import pwd
+import random
+import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import tempfile
 import zipfile
 
-from harness import Failed, WAIT, connect, free_port, until
+from harness import TOP, Client, Failed, WAIT, connect, free_port, until
 
 # In two parts, or a scanner would find this file.
 EICAR = (rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-STANDARD-"
@@ -41,6 +44,19 @@ def user(name):
 
 def find(program):
     return shutil.which(program)
+
+
+def quiet_port():
+    """Free, and outside the range the kernel takes ports from by itself."""
+    for _ in range(1000):
+        port = random.randrange(12000, 32000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                pass
+    raise Failed("no free port")
 
 
 def public_directory(prefix):
@@ -197,3 +213,103 @@ def test_files():
 
 
 test_files.__test__ = False
+
+
+# ---------------------------------------------------------------- recipes
+
+def example(path, table):
+    """A file of docs/examples as it is there, with what the table says put in
+    place of its ports, paths and users."""
+    with open(os.path.join(TOP, "docs/examples", path)) as file:
+        text = file.read()
+    return re.sub("|".join(map(re.escape, table)), lambda m: table[m[0]], text)
+
+
+def start_example(site, recipe, ports, listeners=1, **settings):
+    """The daemon as the recipe has it, with these settings besides; the site
+    must be one for all users."""
+    settings.setdefault("ClamAddress", site.clamd.address)
+    table = dict(ports, **{"User: clamsmtp": "User: nobody",
+                           "/var/spool/clamsmtp": site.spool})
+    return site.start(
+        config=example(recipe + "/clamsmtpd.conf", table),
+        Listen=["in the file"] * listeners, OutAddress=None, ClamAddress=None,
+        env={"CLAMSMTPD_" + name.upper(): value
+             for name, value in settings.items()})
+
+
+def quarantined(site):
+    """The one virus that is kept."""
+    line, = site.daemon.wait_log("quarantined virus file as: ")
+    name = os.path.basename(line.rpartition(": ")[2])
+    site.daemon.allowed.add(name)
+    return os.path.join(site.spool, name)
+
+
+def speak(site, address, source=None):
+    """A client that talks to a mail server itself."""
+    client = Client(address, source)
+    site.clients.append(client)
+    client.expect("220")
+    client.cmd("EHLO client.example", "250")
+    return client
+
+
+def titled(name, attachment=b"harmless"):
+    return attached(attachment, headers=b"Subject: %s\r\n" % name)
+
+
+def behind_a_queue(site, clamd, server):
+    """What a recipe behind a queue owes, from a client of the mail server to
+    where that delivers: a clean mail arrives, scanned once; a virus goes nowhere,
+    and nobody is told; mail waits for clamd; there are no bounces and no loops.
+    """
+    def send(mail):
+        client = speak(site, server.address("smtp"))
+        client.mail(body=mail)
+        client.quit()
+
+    def arrived(title):
+        return [m for m in server.arrived() if b"Subject: %s\n" % title in m]
+
+    def empty():
+        return not server.queued()
+
+    send(titled(b"well"))
+    until(lambda: arrived(b"well"), "the clean mail arrives")
+    send(titled(b"sick", EICAR))
+    site.daemon.wait_log("status=VIRUS:" + EICAR_NAME)
+    with open(quarantined(site), "rb") as file:
+        assert encoded(EICAR) in file.read()
+    until(empty, "nothing is left of the virus")
+
+    clamd.kill()
+    send(titled(b"late"))
+    site.daemon.wait_log("status=CLAMAV-ERROR")
+    assert not empty()
+    assert not arrived(b"late")
+    clamd.start()
+
+    def flushed():
+        server.flush()
+        try:
+            return until(lambda: arrived(b"late"), "", 1)
+        except Failed:
+            return None         # it was not in the queue yet, or still is
+    until(flushed, "what has waited arrives")
+    until(empty, "nothing is queued")
+
+    every = server.arrived()
+    assert not [m for m in every
+                if re.search(rb"(?im)^from:.*mailer-daemon", m)], "a bounce"
+    assert arrived(b"sick") == []
+    for title in b"well", b"late":
+        mail, = arrived(title)
+        assert mail.count(b"X-Virus-Scanned: ") == 1
+    assert len(site.daemon.log("status=CLEAN$")) == 2, "scanned again"
+    assert len(site.daemon.log("status=VIRUS:")) == 1
+
+
+def unix(data):
+    """As mail servers store it."""
+    return data.replace(b"\r\n", b"\n")

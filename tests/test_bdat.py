@@ -3,8 +3,7 @@
 
 import pytest
 
-from harness import HEADER, Hold, VIRUS, same
-from test_session import turns_noop_free
+from harness import HEADER, Hold, VIRUS, same, turns
 
 BODY = b"Subject: x\r\n\r\nLine one\r\n.line two\r\n.\r\nlast\r\n"
 
@@ -330,7 +329,7 @@ def test_a_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):
     client.send(b"BDAT 30\r\n" + b"A: b\r\n\r\n")
     noop.reached()
     client.send(b"x" * 22 + b"BDAT 0 LAST\r\nNOOP\r\n")
-    turns_noop_free(site)
+    turns(site)
     assert len(site.hop.sessions[0].commands) == 4
     noop.go()
     client.expect("250 2.0.0")

@@ -31,19 +31,6 @@ BODY = (b"Subject: through Postfix\r\nX-Own: yes\r\n\r\nfirst line\r\n"
 SICK = b"Subject: sick\r\n\r\n" + EICAR + b"\r\n"
 
 
-def quiet_port():
-    """Free, and outside the range the kernel takes ports from by itself."""
-    for _ in range(1000):
-        port = random.randrange(12000, 32000)
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                pass
-    raise harness.Failed("no free port")
-
-
 MAIN = """
 compatibility_level = 3.6
 queue_directory = {dir}/queue
@@ -73,9 +60,7 @@ virtual_gid_maps = static:{gid}
 message_size_limit = 20480000
 """
 
-# What master runs of itself, then ports for the tests: "after" filters with
-# content_filter, "before" with smtpd_proxy_filter, "back" is where filtered
-# mail comes in again, "next" takes XCLIENT.
+# What master runs of itself.
 MASTER = """
 pickup unix n - n 60 1 pickup
 cleanup unix n - n - 0 cleanup
@@ -98,26 +83,23 @@ anvil unix - - n - 1 anvil
 scache unix - - n - 1 scache
 tlsmgr unix - - n 1000? 1 tlsmgr
 postlog unix-dgram n - n - 1 postlogd
-scan unix - - n - 16 smtp
-    -o smtp_send_xforward_command=yes
-    -o disable_mime_output_conversion=yes
-127.0.0.1:{after} inet n - n - - smtpd
-    -o content_filter=scan:127.0.0.1:{filter_after}
-    -o receive_override_options=no_address_mappings
-127.0.0.1:{before} inet n - n - - smtpd
-    -o smtpd_proxy_filter=127.0.0.1:{filter_before}
-127.0.0.1:{adjust} inet n - n - - smtpd
-    -o smtpd_proxy_filter=127.0.0.1:{filter_before}
-    -o smtpd_proxy_options=speed_adjust
-127.0.0.1:{back} inet n - n - - smtpd
-    -o smtpd_authorized_xforward_hosts=127.0.0.0/8
-    -o receive_override_options=no_unknown_recipient_checks,no_header_body_checks
-127.0.0.1:{next} inet n - n - - smtpd
-    -o smtpd_helo_required=yes
-    -o smtpd_authorized_xclient_hosts=127.0.0.0/8,[::1]/128
 """
 
-PORTS = "after before adjust back next filter_after filter_before".split()
+# The services that a test needs besides those of the recipe: "smtp" is for
+# clients, where the recipe has none for them; "next" takes XCLIENT.
+BESIDES = {
+    "postfix-after-queue": """
+127.0.0.1:{smtp} inet n - n - - smtpd
+127.0.0.1:{next} inet n - n - - smtpd
+    -o content_filter=
+    -o smtpd_helo_required=yes
+    -o smtpd_authorized_xclient_hosts=127.0.0.0/8,[::1]/128
+""",
+    "postfix-before-queue": """
+127.0.0.1:{next} inet n - n - - smtpd
+    -o smtpd_proxy_filter=127.0.0.1:{filter}
+""",
+}
 
 
 class Postfix:

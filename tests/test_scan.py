@@ -1,13 +1,15 @@
 """Talking to clamd: descriptors, streams, answers, failures, limits."""
 
+import itertools
 import os
 import re
 import socket
+import threading
 
 import pytest
 
 from harness import (CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then,
-                     same, stuff, until)
+                     full_listener, same, stuff, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"
 BAD = b"Subject: x\r\n\r\nEICAR\r\n"
@@ -147,6 +149,7 @@ FOUND = [
     (b"fd[12]: Eicar(44d88612fea8a8f36de82e1278abb02f:68) FOUND\0",
      "Eicar(44d88612fea8a8f36de82e1278abb02f:68)"),
     (b"fd[12]: OK FOUND\0", "OK"),
+    (b"fd[12]: x OK FOUND\0", "x_OK"),
     (b"fd[12]: FOUND FOUND\0", "FOUND"),
     (Drip(b"stream: A.B FOUND\0"), "A.B"),
 ]
@@ -154,11 +157,12 @@ ERRORS = [
     b"fd[12]: NOTOK\0", b"NOTOK\0", b"fd[12]: OK", b"fd[12]: OK\n", b"OK\0",
     b"fd[12]: ok\0", b"fd[12]: \0", b"fd[12]:\0", b"\0", b"", b"fd[12]: FOUND\0",
     b"fd[12]:  FOUND\0", b"fd[12]: OK \0", b"fd[12]: OK extra\0",
-    b"fd[12]: Eicar: OK\0", b"fd[12]: x FOUND: OK\0", b"fd[12]: Eicar found\0",
+    b"fd[12]: Eicar: OK\0", b"fd[12]: x OK\0", b"fd[12]: x FOUND: OK\0",
+    b"fd[12]: Eicar found\0",
     b"fd[12]: Eicar FOUND", b"fd[12]: Eicar FOUN", b"fd[12]: Some reason ERROR\0",
     b"fd[12]: Can't create temporary directory ERROR\0",
     b"COMMAND READ TIMED OUT\n", b"COMMAND UNAVAILABLE\0", b"PONG\0",
-    b"x" * 200000, b"fd[12]: " + b"x" * 100000 + b" OK\0", b"fd[12]:OK\0",
+    b"x" * (1 << 20), b"fd[12]: " + b"x" * 100000 + b" OK\0", b"fd[12]:OK\0",
     b"fd[12] OK\0", b"250 ok\r\n", b"fd[12]: OK\r\n\0",
     b"fd[12]: OK\0fd[12]: X FOUND\0", b"fd[12]: OK\0\n",
     b"fd[12]: X FOUND\0fd[12]: OK\0", b"fd[12]: " + b"x" * 5000 + b" FOUND\0",
@@ -218,15 +222,19 @@ def test_clamd_that_goes_away_is_an_error(site, clamd, what):
     client.quit()
 
 
-def test_clamd_that_closes_before_it_has_read_all(site):
-    class Hasty(Clamd):
-        def serve(self, sock):
-            sock.recv(10)
-    site.clamd = Hasty()
+@pytest.mark.parametrize("unix", [True, False], ids=["unix", "tcp"])
+def test_the_reason_is_read_though_clamd_reads_no_further(site, unix):
+    """It closes with most of the stream unread: EPIPE, or a reset."""
+    class Full(Clamd):
+        def instream(self, sock, fds, end):
+            self.send(sock, b"Can't write to temporary file. ERROR\0")
+    site.clamd = Full(path=site.path("clamd.sock") if unix else None,
+                      refuse=b"UNKNOWN COMMAND\0" if unix else None)
     site.servers.append(site.clamd)
     client = site.session()
-    client.mail(body=b"A: b\r\n\r\n" + b"x" * 1000000 + b"\r\n",
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 3000000 + b"\r\n",
                 want="451 4.3.0 Local Error")
+    site.daemon.wait_log("clamd .*Can't write to temporary file. ERROR")
     assert site.hop.messages == []
     client.quit()
 
@@ -278,47 +286,100 @@ def test_clamd_that_is_not_there_is_an_error(site, clamd):
     client.quit()
 
 
-def test_clamd_that_comes_back_is_used_again(site, clamd):
-    site.start()
-    clamd.down()
-    client = site.session()
-    client.mail(want="451 4.3.0 Local Error")
-    clamd.up()
-
-    def try_again():
-        client.envelope()
-        client.cmd("DATA", "354")
-        client.send(b"A: b\r\n\r\nx\r\n.\r\n")
-        got = client.reply()
-        if got.code != "250":
-            assert got.code == "451"
-            client.cmd("RSET", "250")
-        return got.code == "250"
-    until(try_again, "clamd is used again", limit=90)
-    client.quit()
+def out_of_memory():
+    """The number is clamd's own, another one for each scan."""
+    numbers = itertools.count(10)
+    return lambda data: b"fd[%d]: Can't allocate memory ERROR\0" % next(numbers)
 
 
-def test_a_dead_clamd_is_logged_once_and_so_is_its_return(site):
+@pytest.mark.parametrize("verdict, reason", [
+    (None, "connect: No such file"),
+    (CLOSE, "closed the connection without an answer"),
+    (Then(b"fd[12]: O", CLOSE), 'answered .*O", which is no whole answer'),
+    (b"COMMAND READ TIMED OUT\n", 'answered "COMMAND READ TIMED OUT"'),
+    (b"fd[12]: x OK\0", 'answered .*x OK"'),
+    (b"x" * (1 << 20), "at too great a length"),
+    (out_of_memory(), "Can't allocate memory ERROR"),
+], ids=["absent", "closes", "half", "time-out", "x OK", "1 MiB", "numbers"])
+def test_a_failure_is_named_in_the_log_once_and_so_is_its_end(site, verdict, reason):
+    """Not once a message; and the first message of better times passes."""
     site.start(level=3)
-    name = re.escape(site.clamd.address)
-    site.clamd.down()
+    about = "^clamd " + re.escape(site.clamd.address)
+    if verdict is None:
+        site.clamd.down()
+    site.clamd.verdict = verdict
     client = site.session()
-    for _ in range(4):
-        client.mail(want="451")
-    lines = [l for l in site.daemon.log(name) if "listening" not in l]
-    assert len(lines) == 1, lines
-    site.clamd.up()
-
-    def try_again():
-        client.envelope()
-        client.cmd("DATA", "354")
-        client.send(b"A: b\r\n\r\nx\r\n.\r\n")
-        return client.reply().code == "250"
-    until(try_again, "clamd is used again", limit=90)
+    for _ in range(3):
+        client.mail(want="451 4.3.0 Local Error")
+    line, = site.daemon.log(about)
+    assert re.search(reason, line)
+    if verdict is None:
+        site.clamd.up()
+    site.clamd.verdict = None
     client.mail()
-    lines = [l for l in site.daemon.log(name) if "listening" not in l]
-    assert len(lines) == 2, lines
+    client.mail()
+    assert len(site.hop.messages) == 2
+    assert site.daemon.log(about) == [line, "clamd %s: works again"
+                                      % site.clamd.address]
     client.quit()
+
+
+@pytest.mark.parametrize("scans", [10, 2])
+def test_a_clamd_that_answers_nobody_is_named_in_the_log_once(site, clock, scans):
+    """Once each: that it is silent, and that others wait for their turn."""
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    site.start(level=3, MaxScans=scans, **clock.settings())
+    clients = [site.session() for _ in range(4)]
+    for i in 0, 2, 1, 3:                # those that wait are between the others
+        send(clients[i], BODY)
+        turns(site)
+    clock.go(site.daemon, 180)
+    for client in clients:
+        client.expect("451 4.3.0 Local Error")
+    hold.go()
+    lines = site.daemon.log("ScanTimeOut")
+    assert lines and len(lines) == len(set(lines))
+    site.clamd.wait_scans(min(scans, 4))
+    until(lambda: not site.clamd.busy, "clamd has answered")
+    clients[0].mail()
+    for client in clients:
+        client.quit()
+
+
+def test_clamd_restarted_under_load(site):
+    """Who hears 250 has delivered, who hears 451 has not; then all goes on."""
+    site.start()
+    heard, threads = [], []
+    over = threading.Event()
+
+    def work(client):
+        while not over.is_set():
+            send(client, BODY)
+            heard.append(client.reply().code)
+    for _ in range(8):
+        threads.append(threading.Thread(target=work, args=(site.session(),)))
+        threads[-1].start()
+
+    def told(code, count):
+        before = heard.count(code)
+        until(lambda: heard.count(code) >= before + count,
+              "%d more replies %s" % (count, code))
+    try:
+        told("250", 20)
+        site.clamd.down()
+        for sock in list(site.clamd.socks):
+            sock.shutdown(socket.SHUT_RDWR)
+        told("451", 20)
+        site.clamd.up()
+        told("250", 20)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert set(heard) == {"250", "451"}
+    assert len(site.hop.messages) == heard.count("250")
+    assert "451" not in heard[-8:]
 
 
 def test_clamd_away_never_stops_the_start(site):
@@ -503,20 +564,43 @@ def test_an_error_is_no_death(site):
     client.quit()
 
 
-@pytest.mark.long
-def test_a_dead_clamd_is_tried_again_while_another_is_alive(site):
-    """After half a minute."""
+def test_the_death_of_a_clamd_costs_no_mail(site):
+    """With scans under way and waiting; and then no connects to it."""
     first, second = site.new_clamd(), site.new_clamd()
-    site.start(ClamAddress=[first.address, second.address])
-    client = site.session()
-    first.down()
-    client.mail()
-    first.up()
-
-    def back():
+    hold = Hold(CLOSE)
+    first.verdict = hold
+    site.start(ClamAddress=[first.address, second.address], MaxScans="4")
+    clients = [site.session() for _ in range(6)]
+    for client in clients[:4]:
+        send(client, BODY)
+    hold.reached(4)
+    second.verdict = Hold("OK")
+    for client in clients[4:]:
+        send(client, BODY)
+    second.verdict.reached(2)
+    hold.go()
+    second.verdict.go()
+    for client in clients:
+        client.expect("250 2.0.0 queued")
         client.mail()
-        return first.scans
-    until(back, "the first clamd is used again", limit=90)
+        client.quit()
+    assert first.accepted == 4 and len(second.scans) == 12
+
+
+def test_a_dead_clamd_is_tried_again_now_and_then(site, clock):
+    """With one message every half a minute, while another is alive."""
+    first, second = site.new_clamd(verdict=CLOSE), site.new_clamd()
+    site.start(ClamAddress=[first.address, second.address], **clock.settings())
+    client = site.session()
+    for attempts in 1, 2, 3:
+        client.mail()
+        client.mail()
+        assert first.accepted == attempts
+        clock.go(site.daemon, 30)
+    first.verdict = None
+    client.mail()
+    client.mail()
+    assert (len(first.scans), len(second.scans)) == (5, 6)
     site.daemon.wait_log("works again")
     client.quit()
 
@@ -549,62 +633,38 @@ def test_a_waiting_scan_does_not_hold_up_who_could_go(site):
 def test_a_full_backlog_is_knocked_at_again(site):
     """EAGAIN of a unix socket: busy, not dead; and the loop goes on."""
     path = site.path("clamd.sock")
-    full = socket.socket(socket.AF_UNIX)
-    full.bind(path)
-    full.listen(0)
-    knocks = []
-    try:
-        while True:
-            knocks.append(socket.socket(socket.AF_UNIX))
-            knocks[-1].setblocking(False)
-            knocks[-1].connect(path)
-    except BlockingIOError:
-        pass
-    site.start(ClamAddress=path)
-    client = site.session()
-    send(client, BODY)
-    turns(site)
-    assert not client.stream.more() and not site.daemon.log("clamd.*connect")
-    for sock in [full] + knocks:
-        sock.close()
+    with full_listener(path):
+        site.start(ClamAddress=path)
+        client = site.session()
+        send(client, BODY)
+        turns(site)
+        assert not client.stream.more() and not site.daemon.log("clamd.*connect")
+        site.daemon.rests()
     site.clamd = site.new_clamd(path=path)
     client.expect("250")
     assert len(site.hop.messages) == 1
     client.quit()
 
 
-def test_a_connect_that_hangs_slows_nobody(site):
+def test_a_connect_that_hangs_slows_nobody(site, clock):
     """PROMISE 5.  Five seconds is what a connect to clamd may take."""
-    full = socket.socket()
-    full.bind(("127.0.0.1", 0))
-    full.listen(0)
-    knocks = [socket.socket() for _ in range(4)]
-    for sock in knocks:
-        sock.setblocking(False)
-        sock.connect_ex(full.getsockname())
-    site.start(ClamAddress="127.0.0.1:%d" % full.getsockname()[1])
-    client = site.session()
-    send(client, BODY)
-    for _ in range(3):
+    with full_listener() as address:
+        site.start(ClamAddress=address, **clock.settings())
+        client = site.session()
+        send(client, BODY)
         turns(site)
-    assert not client.stream.more()
-    client.expect("451 4.3.0 Local Error")
-    client.quit()
-    for sock in [full] + knocks:
-        sock.close()
+        clock.go(site.daemon, 4)
+        turns(site)
+        assert not client.stream.more()
+        clock.go(site.daemon, 1)
+        client.expect("451 4.3.0 Local Error")
+        client.quit()
 
 
 def send(client, body):
     client.envelope()
     client.cmd("DATA", "354")
     client.send(stuff(body) + b".\r\n")
-
-
-def turns(site):
-    """What was sent before this has been read by the daemon after it."""
-    other = site.session()
-    other.cmd("NOOP", "250")
-    other.quit()
 
 
 @pytest.mark.core
@@ -664,24 +724,46 @@ def test_waiting_counts_for_the_scan_time_out(site):
     two.quit()
 
 
-def test_an_abandoned_scan_counts_until_clamd_answers(site):
+def test_an_abandoned_scan_counts_until_clamd_answers(site, clock):
+    """It goes on with it, as long as a reload of its signatures takes."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
-    site.start(MaxScans="1", ScanTimeOut="1")
+    site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
     one, two = site.session(), site.session()
-    send(one, BODY)
-    one.expect("451 4.3.0")
+    for client in one, two:
+        send(client, BODY)
+        turns(site)
+        clock.go(site.daemon, 60)
+        client.expect("451 4.3.0")
     send(two, BODY)
-    two.expect("451 4.3.0")
+    turns(site)
     assert site.clamd.accepted == 1
     hold.go()
-
-    def free():
-        send(two, BODY)
-        return two.reply().code == "250"
-    until(free, "the slot is free again")
+    two.expect("250 2.0.0 queued")
     one.quit()
     two.quit()
+
+
+def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(MaxScans="1", ScanTimeOut="3600", **clock.settings())
+    one = site.session()
+    send(one, BODY)
+    hold.reached()
+    one.reset()
+    site.hop.sessions[0].wait_end()
+    clock.go(site.daemon, 300)
+    two = site.session()
+    send(two, BODY)
+    turns(site)
+    clock.go(site.daemon, 290)
+    turns(site)
+    assert site.clamd.accepted == 1
+    clock.go(site.daemon, 10)
+    two.expect("250 2.0.0 queued")
+    two.quit()
+    hold.go()
 
 
 @pytest.mark.parametrize("ending", ["reset", "half_close"])

@@ -9,10 +9,12 @@ import time
 import pytest
 
 from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream,
-                     Then, VIRUS, WAIT, free_port, has_ipv6, same, until)
+                     Then, VIRUS, WAIT, free_port, full_listener, has_ipv6, never,
+                     same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 10000      # 1 MB
+
 
 
 @pytest.fixture
@@ -27,13 +29,6 @@ def start_body(client, body=b"Subject: x\r\n\r\nsome\r\n"):
     client.envelope()
     client.cmd("DATA", "354")
     client.send(body)
-
-
-def turns(site):
-    """What was sent before this, the daemon has read after it."""
-    other = site.session()
-    other.cmd("NOOP", "250")
-    other.quit()
 
 
 # ---------------------------------------------------------------- the log
@@ -286,37 +281,162 @@ def test_client_that_is_slow_but_not_too_slow_is_waited_for(site):
     client.quit()
 
 
-@pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT"])
-def test_next_hop_silent_at_a_command_gives_421_after_time_out(site, verb):
-    site.hop.on(verb, Hold())
-    site.start(TimeOut="1")
+def silent(s, line):
+    return Hold()
+
+
+def endless(s, line):
+    """A reply of the next hop that comes in single bytes, without an end."""
+    while True:
+        s.hop.send(s.sock, b"2")
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("answer", [silent, endless])
+@pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT", "DATA"])
+def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
+        site, clock, verb, answer):
+    """PROMISE 6: TimeOut is for the whole reply, not for each of its bytes."""
+    site.hop.on(verb, answer)
+    site.start(TimeOut="300", **clock.settings())
     client = site.client()
-    client.send("EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
-    for want in {"greeting": [], "EHLO": ["220"], "MAIL": ["220", "250"],
-                 "RCPT": ["220", "250", "250"]}[verb]:
+    client.send(b"EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n" +
+                BODY + b".\r\n")
+    stages = ["greeting", "EHLO", "MAIL", "RCPT", "DATA"]
+    replies = ["220", "250", "250", "250", "354"]
+    for want in replies[:stages.index(verb) + (verb == "DATA")]:
         client.expect(want)
-    client.expect("421 4.4.2")
+    if verb == "greeting":
+        until(lambda: site.hop.accepted, "a connection to the next hop")
+        site.client()
+        site.daemon.wait_log("accepted connection", 2)      # it waits for its line
+    else:
+        until(lambda: verb in site.hop.session.verbs(), verb + " at the next hop")
+    clock.go(site.daemon, 299)
+    never(client.stream.more, "an answer before TimeOut", turns=5)
+    clock.go(site.daemon, 1)
+    client.expect("451 4.4.2" if verb == "DATA" else "421 4.4")
     client.eof()
 
 
-def test_the_reply_to_a_message_is_awaited_longer_than_time_out(site):
-    """Giving up earlier makes duplicates (RFC 5321 4.5.3.2.6)."""
-    hold = Hold()
-    site.hop.on(".", [hold])
-    site.start(TimeOut="1")
+def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
+    """Giving up earlier makes duplicates (RFC 5321 4.5.3.2.6): whatever TimeOut
+    is, since the dot of the client."""
+    scan, final = Hold("OK"), Hold()
+    site.clamd.verdict = [scan]
+    site.hop.on(".", final)
+    site.start(TimeOut="1", ScanTimeOut="600", **clock.settings())
     client = site.session()
-    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-    for want in ("250", "250", "354"):
-        client.expect(want)
-    client.send(BODY + b".\r\n")
+    start_body(client, BODY + b".\r\n")
+    scan.reached()
+    clock.go(site.daemon, 300)
+    scan.go()
+    final.reached()
+    clock.go(site.daemon, 290)
+    never(client.stream.more, "an answer before the ten minutes", turns=5)
+    clock.go(site.daemon, 10)
+    client.expect("451 4.4.2")
+    site.daemon.wait_log("whether it has the message is unknown$")
+    site.daemon.wait_log("status=ERROR$")
+    final.go()
+    site.hop.session.wait_end()
+
+
+def test_the_reply_to_a_message_may_come_late(site, clock):
+    hold = Hold()
+    site.hop.on(".", hold)
+    site.start(TimeOut="1", **clock.settings())
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
     hold.reached()
-    idle = site.client()          # runs into the same TimeOut, three times
-    for _ in range(3):
-        idle.expect("220")
-        idle.expect("421 4.4.2")
-        idle = site.client()
+    clock.go(site.daemon, 590)
     hold.go()
     client.expect("250 2.0.0 queued")
+
+
+@pytest.mark.parametrize("by", [86400 * 365, -86400 * 365], ids=["on", "back"])
+def test_the_clock_on_the_wall_changes_nothing(site, clock, by):
+    """No deadline comes sooner or later when it is set."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(TimeOut="60", Header="X-Date: %d", **clock.settings())
+    idle, client = site.session(), site.session()
+    start_body(client, BODY + b".\r\n")
+    hold.reached()
+    clock.go(site.daemon, 0, real=by)
+    turns(site)
+    assert not idle.stream.more() and not client.stream.more()
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    year = time.gmtime(time.time() + by).tm_year
+    assert b" %d " % year in site.hop.messages[0].body, "the clock was set"
+    clock.go(site.daemon, 60, real=-by)
+    for one in idle, client:
+        one.expect("421 4.4.2")
+
+
+def test_a_client_that_stays_behind_its_quit_is_left_after_five_seconds(site, clock):
+    site.start(**clock.settings())
+    client = site.session()
+    client.cmd("QUIT", "221")
+    client.eof()
+    clock.go(site.daemon, 5)
+    site.daemon.settle()
+
+
+@pytest.mark.parametrize("size", [10, 5000], ids=["short", "long"])
+def test_a_client_that_never_reads_is_left_at_time_out(site, clock, size):
+    """PROMISE 6: its replies take no more than a buffer meanwhile."""
+    site.hop.on("NOOP", "250 " + size * "x")
+    # a unix socket's buffer does not grow
+    site.start(TimeOut="100", Listen=site.path("in.sock"), **clock.settings())
+    client = site.session()
+    before = site.daemon.rss()
+    client.sock.setblocking(False)
+
+    def stuck():
+        """Nothing of what we have sent is read any more."""
+        try:
+            while True:
+                client.sock.send(b"NOOP\r\n" * 1000)
+        except BlockingIOError:
+            seen = site.hop.commands.count("NOOP")
+            turns(site)
+            return site.hop.commands.count("NOOP") == seen
+    until(stuck, "the daemon waits for the client")
+    assert site.daemon.rss() - before < 512
+    site.daemon.rests()
+    for _ in range(2):      # for the client to go on, and to take our last line
+        clock.go(site.daemon, 100)
+        turns(site)
+    site.daemon.settle()
+
+
+def test_clients_of_single_bytes_hold_up_nobody(site):
+    """PROMISE 5: fifty of them, in commands and in bodies."""
+    over = threading.Event()
+    slow = [site.session() for _ in range(50)]
+    for client in slow[:25]:
+        start_body(client)
+
+    def drip():
+        while not over.wait(0.01):
+            for client in slow:
+                client.send(b"x")
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        for _ in range(5):
+            client = site.session()
+            client.mail(body=LONG[:100000] + b"\r\n")
+            client.quit()
+    finally:
+        over.set()
+        thread.join()
+    for client in slow[:25]:
+        client.send(b"\r\n.\r\n")
+        client.expect("250 2.0.0 queued")
+    assert len(site.hop.messages) == 30
 
 
 # ---------------------------------------------------------------- KeepAlives
@@ -355,24 +475,21 @@ def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
     start_body(client, BODY + b".\r\n")
     noop.reached()
     verdict.go()
-    turns_noop_free(site)
+    turns(site)
     assert "DATA" not in site.hop.sessions[0].verbs()
     noop.go()
     client.expect("250 2.0.0 queued")
     client.quit()
 
 
-def turns_noop_free(site):
-    for _ in range(2):
-        client = site.client()
-        client.hello()
-        client.quit()
-
-
-def test_no_keepalives_by_default(site):
-    site.start(TimeOut="3")
+def test_no_keepalives_by_default(site, clock):
+    site.start(**clock.settings())
     client = site.session()
     start_body(client)
+    turns(site)
+    clock.go(site.daemon, 179)
+    turns(site)
+    clock.go(site.daemon, 1)
     client.expect("421 4.4.2")
     assert "NOOP" not in site.hop.commands
 
@@ -386,7 +503,7 @@ def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
     until(lambda: "NOOP" in site.hop.commands, "a NOOP")
     if reply != "500 what":
         site.hop.session.wait_end() if reply is CLOSE else None
-    turns_noop_free(site)
+    turns(site)
     assert not client.stream.more()
     client.send(b"NOOP\r\nend\r\n.\r\n")
     got = client.reply()
@@ -490,6 +607,8 @@ def test_next_hop_gone_at_data_or_the_dot_is_451(site, verb, ending):
     assert got.code in ("451", "421")
     client.rest()
     site.daemon.wait_log(r"status=ERROR$")
+    unknown = site.daemon.log("SERVER: .*: whether it has the message is unknown$")
+    assert len(unknown) == (verb == ".")
 
 
 def test_421_at_data_or_the_dot_is_relayed_and_ends_it(site):
@@ -573,11 +692,8 @@ def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
     client.send(LONG * 20 + b".\r\n")
     assert said.wait(WAIT)
     turns(site)
-    before = site.daemon.ticks()
-    time.sleep(0.5)                     # the thing measured: nothing to do
-    used = site.daemon.ticks() - before
+    site.daemon.rests()
     go.set()
-    assert used <= 25                   # a busy loop uses all 50
     client.expect("452 4.3.1 full")
     client.rest()
     assert site.hop.messages == []
@@ -634,18 +750,11 @@ def test_client_gone_during_the_scan_delivers_nothing(site, ending):
     start_body(client, BODY + b".\r\n")
     hold.reached()
     getattr(client, ending)()
-    turns_plain(site)
+    turns(site)
     hold.go()
     site.hop.sessions[0].wait_end()
     assert site.hop.messages == []
     assert "DATA" not in site.hop.sessions[0].verbs()
-
-
-def turns_plain(site):
-    for _ in range(2):
-        client = site.client()
-        client.hello()
-        client.quit()
 
 
 @pytest.mark.core
@@ -656,7 +765,7 @@ def test_eof_behind_the_dot_with_half_a_command_is_gone(site):
     start_body(client, BODY + b".\r\nQUI")
     hold.reached()
     client.half_close()
-    turns_plain(site)
+    turns(site)
     hold.go()
     site.hop.sessions[0].wait_end()
     assert site.hop.messages == []
@@ -670,7 +779,7 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
     start_body(client, BODY + b".\r\nQUIT\r\n")
     client.half_close()
     hold.reached()
-    turns_plain(site)
+    turns(site)
     hold.go()
     client.expect("250 2.0.0 queued")
     client.expect("221")
@@ -706,9 +815,9 @@ def test_client_gone_in_the_replay_delivers_nothing(site, narrow, ending):
     client.cmd("DATA", "354")
     client.send(LONG + b".\r\n")
     gate.reached()
-    turns_plain(site)
+    turns(site)
     getattr(client, ending)()
-    turns_plain(site)
+    turns(site)
     gate.go()
     site.hop.sessions[0].wait_end()
     assert site.hop.messages == []
@@ -724,11 +833,38 @@ def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
     start_body(client, BODY + b".\r\n")
     hold.reached()
     getattr(client, ending)()
-    turns_plain(site)
+    turns(site)
     hold.go()
     site.daemon.wait_log(r"from=a@example.com, to=b@example.com, status=CLEAN$")
     site.hop.sessions[0].wait_end()
     assert len(site.hop.messages) == 1
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_client_gone_while_the_next_hop_is_asked_to_take_it(site, ending):
+    """It says 354, and hears no more of it."""
+    hold = Hold()
+    site.hop.on("DATA", [hold])
+    client = site.session()
+    start_body(client, BODY + b".\r\n")
+    hold.reached()
+    getattr(client, ending)()
+    turns(site)
+    hold.go()
+    site.hop.sessions[0].wait_end()
+    assert site.hop.messages == [] and not site.hop.sessions[0].partial
+
+
+def test_client_gone_while_the_next_hop_does_not_accept(site, clock):
+    """Nobody listens to the client then; it is gone at TimeOut."""
+    with full_listener() as address:
+        site.start(OutAddress=address, **clock.settings())
+        clients = [site.client() for _ in range(3)]
+        site.daemon.wait_log("accepted connection", 3)
+        for client, ending in zip(clients, ENDINGS):
+            getattr(client, ending)()
+        clock.go(site.daemon, 180)
+        site.daemon.wait_log("couldn't connect", 3)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -1,0 +1,416 @@
+"""The disk, the kernel and their limits: who meets one gets an error, all
+others go on, and when there is room again so does everything."""
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import signal
+import struct
+import subprocess
+import threading
+
+import pytest
+
+from harness import (CLAMSMTPD, Hold, VIRUS, mounting, same, stuff, tmpfs, turns,
+                     until, wait_file)
+
+GOOD = b"Subject: x\r\n\r\nnothing\r\n"
+BAD = b"Subject: x\r\n\r\nEICAR\r\n"
+
+
+def inside(site, name=""):
+    """The daemon's own view of its TempDirectory."""
+    return "/proc/%d/root%s/%s" % (site.daemon.pid, site.spool, name)
+
+
+@pytest.fixture
+def small(site, mounts):
+    """TempDirectory is a file system of 256 KiB of its own."""
+    def start(**settings):
+        site.start(preexec=mounting(tmpfs(site.spool, "mode=0777,size=256k")),
+                   **settings)
+    return start
+
+
+def fill(site):
+    """Take all that is left of it; the file to be removed."""
+    with open(inside(site, "fill"), "wb", buffering=0) as file:
+        with pytest.raises(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        return file.name
+
+
+def spool(client, body=GOOD):
+    """A message that is complete; its answer is outstanding."""
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(stuff(body) + b".\r\n")
+
+
+# ---------------------------------------------------------------- no room
+
+@pytest.mark.parametrize("how", ["DATA", "BDAT"])
+def test_a_disk_that_is_full_before_a_message_is_452(site, small, how):
+    """Told when the body is over, which is never taken for commands."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.hop.ehlo.append("CHUNKING")
+    small()
+    early, late = site.session(), site.session()
+    spool(early)
+    hold.reached()
+    file = fill(site)
+    late.envelope()
+    if how == "DATA":
+        late.cmd("DATA", "354")
+        late.send(b"Subject: x\r\n\r\nNOOP\r\n")
+        turns(site)
+        site.daemon.rests()
+        late.send(b"QUIT\r\n.\r\n")
+    else:
+        late.chunk(b"Subject: x\r\n\r\nQUIT\r\n", last=True)
+    late.expect("452 4.3.1 Local Error")
+    hold.go()
+    early.expect("250 2.0.0 queued")
+    os.unlink(file)
+    late.mail(body=GOOD)
+    assert len(site.hop.messages) == 2
+    assert "NOOP" not in site.hop.commands and "QUIT" not in \
+        site.hop.sessions[1].commands
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("how", ["DATA", "BDAT"])
+def test_a_disk_that_gets_full_in_a_message_is_452(site, small, how):
+    small()
+    client = site.session()
+    client.envelope()
+    if how == "DATA":
+        client.data(b"A: b\r\n\r\n" + (b"NOOP" * 100 + b"\r\n") * 2000,
+                    "452 4.3.1 Local Error")
+    else:
+        client.chunk(b"A: b\r\n\r\n" + b"x" * 800000, last=True)
+        client.expect("452 4.3.1 Local Error")
+        client.cmd("RSET", "250")
+    assert "NOOP" not in site.hop.commands and site.hop.messages == []
+    client.mail(body=GOOD)
+    assert len(site.hop.messages) == 1
+    assert os.listdir(inside(site)) == []
+    client.quit()
+
+
+@pytest.mark.parametrize("action", ["drop", "bounce", "pass"])
+def test_no_room_for_the_quarantine_is_451_and_leaves_nothing(site, small, action):
+    """PROMISE 1: not even half of a copy; and no action is run."""
+    ran = site.path("ran")
+    small(Action=action, Quarantine="on", VirusAction=": >> %s" % ran)
+    client = site.session()
+    spool(client, BAD + b"x" * 180000 + b"\r\n")
+    client.expect("451 4.3.0 Local Error")
+    assert site.hop.messages == [] and os.listdir(inside(site)) == []
+    site.daemon.wait_log("status=ERROR$")
+    client.mail(body=GOOD)
+    assert not os.path.exists(ran)
+    client.mail(body=BAD, want="" if action == "bounce" else "250")
+    until(lambda: os.path.exists(ran), "the action for the one that was kept")
+    assert len(os.listdir(inside(site))) == 1
+    client.quit()
+
+
+@pytest.mark.parametrize("what", ["message", "quarantine"])
+def test_room_in_spools_that_wait_for_messages_is_room(site, small, what):
+    """They are kept for a while, each with the length of its last message."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold] * 3
+    small(Quarantine="on")
+    clients = [site.session() for _ in range(3)]
+    for client in clients:
+        spool(client, b"Subject: x\r\n\r\n" + b"x" * 70000 + b"\r\n")
+    hold.reached(3)
+    hold.go()
+    for client in clients:
+        client.expect("250 2.0.0 queued")
+    if what == "message":
+        client.mail(body=b"Subject: x\r\n\r\n" + b"x" * 150000 + b"\r\n")
+    else:
+        client.mail(body=BAD + b"x" * 70000 + b"\r\n", want="250 2.0.0 Virus")
+    client.quit()
+
+
+def test_spools_that_wait_are_closed_when_nothing_comes(site):
+    site.start()
+    for _ in range(3):
+        site.session().mail()
+    until(lambda: site.daemon.fds() <= site.daemon.idle + 6, "two for each client")
+
+
+def test_a_temp_directory_that_is_read_only_is_451(site, small):
+    small()
+    client = site.session()
+
+    def remount(flags):
+        subprocess.run(["true"], check=True, preexec_fn=mounting(
+            ("none", site.spool, "", 0x20 | flags, ""), of=site.daemon.pid))
+    remount(1)
+    client.mail(want="451 4.3.0 Local Error")
+    client.cmd("NOOP", "250")
+    remount(0)
+    client.mail()
+    client.quit()
+
+
+def test_a_file_above_the_limit_of_size_is_452(site):
+    """And no SIGXFSZ, which would end the daemon and all its sessions."""
+    site.start(Quarantine="on")
+    client = site.session()
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_FSIZE, (200000, 200000))
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 400000 + b"\r\n",
+                want="452 4.3.1 Local Error")
+    client.mail()
+    client.quit()
+
+
+# ---------------------------------------------------------------- less of a kernel
+
+def no_tmpfile():
+    """For preexec: a file system that knows no O_TMPFILE, by seccomp."""
+    calls = {"x86_64": [(2, 1), (257, 2)], "aarch64": [(56, 2)]}
+    if platform.machine() not in calls:
+        pytest.skip("no numbers of open() and openat() for this machine")
+    load, is_equal, has_bits, ret = 0x20, 0x15, 0x45, 0x06
+    program = [(load, 0, 0, 0)]                     # the number of the call
+    for number, flags in calls[platform.machine()]:
+        program += [(is_equal, 0, 4, number), (load, 0, 0, 16 + 8 * flags),
+                    (has_bits, 0, 1, 0o20000000),
+                    (ret, 0, 0, 0x50000 | errno.EOPNOTSUPP),
+                    (ret, 0, 0, 0x7fff0000)]        # allowed
+    program.append((ret, 0, 0, 0x7fff0000))
+    code = ctypes.create_string_buffer(
+        b"".join(struct.pack("HBBI", *line) for line in program))
+    filter = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def preexec():
+        assert libc.prctl(38, 1, 0, 0, 0) == 0      # no_new_privs
+        assert libc.prctl(22, 2, filter, 0, 0) == 0
+        assert code
+    return preexec
+
+
+def all_works(site):
+    """One clean message and a virus that is quarantined."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    client = site.session()
+    spool(client)
+    hold.reached()
+    assert os.listdir(site.spool) == [], "the spool has no name"
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    same(site.clamd.scans[0].mail, GOOD)
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    name, = os.listdir(site.spool)
+    with open(os.path.join(site.spool, name), "rb") as file:
+        same(file.read(), BAD)
+    site.daemon.allowed.add(name)
+    assert [scan.command for scan in site.clamd.scans] == ["FILDES"] * 2
+    client.quit()
+
+
+@pytest.mark.core
+def test_a_file_system_without_o_tmpfile(site):
+    site.start(Quarantine="on", preexec=no_tmpfile())
+    all_works(site)
+
+
+def test_without_proc(site, mounts):
+    with open(CLAMSMTPD, "rb") as program:
+        if b"__asan_init" in program.read():
+            pytest.skip("the address sanitizer cannot do without it")
+    site.start(Quarantine="on", preexec=mounting(tmpfs("/proc", "")))
+    all_works(site)
+
+
+# ---------------------------------------------------------------- descriptors
+
+def leave_descriptors(daemon, count):
+    """So many more it may open."""
+    used = {int(fd) for fd in os.listdir("/proc/%d/fd" % daemon.pid)}
+    limit = 0
+    while count or limit in used:
+        count -= limit not in used
+        limit += 1
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (limit, 4096))
+
+
+@pytest.mark.parametrize("left, want", [
+    (0, "452 4.3.1 Local Error"), (1, "451 4.3.0 Local Error"), (2, "250")])
+def test_out_of_descriptors_in_a_message(site, left, want):
+    """None for the spool; none for clamd; one too few to make it read-only."""
+    site.start()
+    client, other = site.session(), site.session()
+    leave_descriptors(site.daemon, left)
+    client.mail(want=want)
+    other.cmd("NOOP", "250")
+    leave_descriptors(site.daemon, 100)
+    client.mail()
+    assert len(site.hop.messages) == 1 + (want == "250")
+    client.quit()
+
+
+def test_out_of_descriptors_for_a_client(site):
+    """It waits; no busy loop meanwhile, and nothing to do when there are some."""
+    site.start()
+    client = site.session()
+    leave_descriptors(site.daemon, 0)
+    waiting = [site.client() for _ in range(5)]
+    site.daemon.wait_log("accept:.*descriptor|accept:.*files")
+    site.daemon.rests()
+    client.cmd("NOOP", "250")
+    leave_descriptors(site.daemon, 100)
+    for one in waiting:
+        one.expect("220")
+        one.cmd("QUIT", "221")
+    assert len(site.daemon.log("accept:")) == 1
+
+
+def test_out_of_descriptors_for_the_next_hop(site):
+    site.start()
+    client = site.session()
+    leave_descriptors(site.daemon, 1)
+    other = site.client()
+    other.expect("421 4.4.1")
+    client.cmd("NOOP", "250")
+    leave_descriptors(site.daemon, 100)
+    site.session().quit()
+
+
+def test_out_of_descriptors_for_a_quarantine(site):
+    hold = Hold(VIRUS + " FOUND")
+    site.clamd.verdict = [hold]
+    site.start(Quarantine="on")
+    client = site.session()
+    spool(client)
+    hold.reached()
+    leave_descriptors(site.daemon, 0)       # clamd's own is free again, then
+    hold.go()
+    client.expect("451 4.3.0 Local Error")
+    leave_descriptors(site.daemon, 100)
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    site.daemon.allowed.update(os.listdir(site.spool))
+    assert len(os.listdir(site.spool)) == 1
+    client.quit()
+
+
+def test_out_of_descriptors_for_a_virus_action(site):
+    """Its output goes nowhere, with no descriptor left for /dev/null too."""
+    hold = Hold(VIRUS + " FOUND")
+    site.clamd.verdict = [hold]
+    ran = site.path("ran")
+    site.start(VirusAction="echo this; touch " + ran)
+    client = site.session()
+    spool(client)
+    hold.reached()
+    last = max(map(int, os.listdir("/proc/%d/fd" % site.daemon.pid)))
+    resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (last, 4096))
+    hold.go()
+    client.expect("250 2.0.0 Virus Detected")
+    wait_file(ran)
+    assert not site.daemon.log("^this$")
+    client.quit()
+
+
+# ---------------------------------------------------------------- processes
+
+USER = 54321
+
+
+def allow_children(site, count):
+    """fork() fails for who has as many processes already.  Only the user may
+    set that, for all that we know of our own rights."""
+    subprocess.run(["true"], user=USER, group=USER, extra_groups=[], check=True,
+                   preexec_fn=lambda: resource.prlimit(
+                       site.daemon.pid, resource.RLIMIT_NPROC, (count, 1000)))
+
+
+def test_out_of_processes_for_a_quarantine(open_site):
+    site = open_site
+    site.start(User=USER, Quarantine="on")
+    client = site.session()
+    allow_children(site, 0)
+    client.mail(body=BAD, want="451 4.3.0 Local Error")
+    assert os.listdir(site.spool) == [] and site.hop.messages == []
+    client.mail()
+    allow_children(site, 1000)
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    site.daemon.allowed.update(os.listdir(site.spool))
+    assert len(os.listdir(site.spool)) == 1
+    client.quit()
+
+
+def test_out_of_processes_for_a_virus_action(open_site):
+    site = open_site
+    ran = os.path.join(site.spool, "ran")
+    site.start(User=USER, VirusAction="echo x >> " + ran)
+    client = site.session()
+    allow_children(site, 0)
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    site.daemon.wait_log("^100000: VirusAction: fork: ")
+    allow_children(site, 1000)
+    client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+    until(lambda: os.path.exists(ran) and os.path.getsize(ran), "the second action")
+    site.daemon.allowed.add("ran")
+    client.quit()
+
+
+def test_out_of_processes_for_a_look_up(open_site, clock):
+    """Told once in a while, and made up for."""
+    site = open_site
+    site.start(User=USER, OutAddress="localhost:%d" % site.hop.port,
+               preexec=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (0, 1000)),
+               **clock.settings())
+    for _ in range(3):
+        site.client().expect("421 4.4.1")
+    assert len(site.daemon.log("cannot start a child")) == 1
+    site.daemon.rests()
+    allow_children(site, 1000)
+    clock.go(site.daemon, 5)
+    site.session().mail()
+    assert len(site.hop.messages) == 1
+
+
+# ---------------------------------------------------------------- signals
+
+def test_a_storm_of_signals_interrupts_nothing(site):
+    """Commands, bodies both ways, scans and copies, all among signals."""
+    site.clamd = site.new_clamd(tcp=True)
+    site.start(level=3, Quarantine="on")
+    over = threading.Event()
+
+    def storm():
+        while not over.wait(0.0002):
+            site.daemon.send_signal(signal.SIGUSR1)
+            site.daemon.send_signal(signal.SIGCHLD)
+    thread = threading.Thread(target=storm)
+    thread.start()
+    good = b"Subject: x\r\n\r\n" + b"y" * 300000 + b"\r\n"
+    rounds = 0
+    try:
+        while rounds < 5 or len(site.daemon.log("^sessions=")) < 100:
+            client = site.session()
+            client.mail(body=good)
+            client.mail(body=BAD, want="250 2.0.0 Virus Detected")
+            client.mail()
+            client.quit()
+            rounds += 1
+    finally:
+        over.set()
+        thread.join()
+    assert len(site.hop.messages) == 2 * rounds
+    for message in site.hop.messages[::2]:
+        same(message.body[-300000:], good[-300000:])
+    site.daemon.allowed.update(os.listdir(site.spool))
+    assert len(os.listdir(site.spool)) == rounds

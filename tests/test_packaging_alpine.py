@@ -1,0 +1,410 @@
+"""The Alpine package.  There is no Alpine here: busybox sh runs the functions
+of APKBUILD and of the init script, abuild and OpenRC are stood in for."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from harness import CLAMSMTPD, TOP, WAIT, Daemon, until
+
+ALPINE = os.path.join(TOP, "packaging", "alpine")
+INITD = os.path.join(ALPINE, "clamsmtpd.initd")
+SOURCES = ("clamsmtpd.c", "smtp.c", "clamd.c", "conf.c", "util.c", "clamsmtpd.h",
+           "clamsmtpd.8", "clamsmtpd.conf.5", "clamsmtpd.conf", "Makefile",
+           "LICENSE", "README.md", "CHANGES")
+
+pytestmark = pytest.mark.skipif(not shutil.which("busybox"),
+                                reason="no busybox here")
+
+
+def tool(directory, name, text):
+    """A command that comes before the machine's own."""
+    path = directory / name
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+
+
+def sh(script, *args, path=None, **env):
+    env = dict(os.environ, **env)
+    if path:
+        env["PATH"] = "%s:%s" % (path, env["PATH"])
+    return subprocess.run(["busybox", "sh", "-c", script, "sh", *args], env=env,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=10 * WAIT)
+
+
+@pytest.mark.parametrize("name, exclude", [
+    # variables are for abuild or OpenRC (2034), or from them (2154)
+    ("APKBUILD", "SC2034,SC2154"),
+    ("clamsmtpd.initd", "SC2034,SC2154,SC2086"),    # 2086: options, to be split
+    ("clamsmtpd.confd", "SC2034"),
+    ("clamsmtpd.pre-install", None),
+])
+def test_the_scripts_are_of_plain_shell(name, exclude):
+    file = os.path.join(ALPINE, name)
+    subprocess.run(["busybox", "sh", "-n", file], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck here")
+    subprocess.run(["shellcheck", "-s", "sh"] +
+                   (["-e", exclude] if exclude else []) + [file], check=True)
+
+
+# ---------------------------------------------------------------- APKBUILD
+
+class Abuild:
+    """The directories of an abuild, and its functions."""
+
+    def __init__(self, home):
+        self.home = home
+        self.src, self.pkg = home / "src", home / "pkg"
+        self.tree = self.src / "clamsmtpd-2.0"
+        for directory in (self.src, self.pkg, self.tree):
+            directory.mkdir()
+        for name in SOURCES:
+            shutil.copy(os.path.join(TOP, name), self.tree)
+        (self.tree / "tests").mkdir()
+        for name in ("conftest.py", "harness.py", "test_dialogue.py"):
+            shutil.copy(os.path.join(TOP, "tests", name), self.tree / "tests")
+        for name in self.value("source").split():
+            if name.startswith("clamsmtpd."):
+                shutil.copy(os.path.join(ALPINE, name), self.src)
+
+    def call(self, function, **env):
+        return sh('''
+            # as under fakeroot, an owner is only written down
+            install() {
+                echo "$*" >>"$INSTALLED"
+                for a; do
+                    shift
+                    case $a in
+                    -o | -g) value=yes ;;
+                    *) [ "$value" ] || set -- "$@" "$a"; value= ;;
+                    esac
+                done
+                command install "$@"
+            }
+            set -e
+            umask 022
+            . "$1/APKBUILD"
+            builddir=${builddir:-$srcdir/$pkgname-$pkgver}
+            cd "$builddir"
+            $2''', ALPINE, function, path=os.path.dirname(sys.executable),
+            srcdir=str(self.src), pkgdir=str(self.pkg),
+            CC="musl-gcc" if shutil.which("musl-gcc") else "cc",
+            CHOST="x86_64-alpine-linux-musl", LDFLAGS="-Wl,--as-needed",
+            CFLAGS="-O0 -DVERSION='\"abuild\"'",
+            INSTALLED=str(self.home / "installed"), **env)
+
+    @staticmethod
+    def value(name):
+        return sh('. "$1/APKBUILD"; eval "echo \\"\\$$2\\""', ALPINE, name).stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    abuild = Abuild(tmp_path_factory.mktemp("abuild"))
+    done = abuild.call("build")
+    assert done.returncode == 0, done.stderr
+    return abuild
+
+
+def test_the_version_is_that_of_the_program():
+    with open(os.path.join(TOP, "clamsmtpd.h")) as file:
+        version = re.search(r'define VERSION\s+"(.*)"', file.read()).group(1)
+    assert Abuild.value("pkgver") == version + "\n"
+
+
+def test_build_takes_the_flags_of_the_distribution(built):
+    program = str(built.tree / "clamsmtpd")
+    said = subprocess.run([program, "-v"], capture_output=True, text=True).stdout
+    assert "clamsmtpd abuild\n" in said
+    assert "/etc/clamsmtpd.conf" in said
+    assert subprocess.run("readelf -l %s | grep -q INTERP" % program,
+                          shell=True).returncode == 0, "it is static"
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["well", "broken"])
+def test_check_runs_the_suite(built, broken):
+    program = built.tree / "clamsmtpd"
+    good = program.read_bytes()
+    try:
+        if broken:
+            tool(built.tree, "clamsmtpd", "exit 1\n")
+        with tempfile.TemporaryDirectory(prefix="clamsmtpd-test.") as home:
+            done = built.call("check", CLAMSMTPD=str(program), PYTEST_ADDOPTS=
+                              "-k greeting_text -p no:xdist --basetemp=%s/t" % home)
+    finally:
+        program.write_bytes(good)
+    assert (done.returncode != 0) == broken, done.stdout
+    assert "1 %s" % ("failed" if broken else "passed") in done.stdout
+
+
+@pytest.fixture(scope="module")
+def packaged(built):
+    done = built.call("package")
+    assert done.returncode == 0, done.stderr
+    return built
+
+
+def test_package_has_these_files(packaged):
+    found = {}
+    for path in packaged.pkg.rglob("*"):
+        mode = path.lstat().st_mode
+        if not stat.S_ISDIR(mode) or not list(path.iterdir()):
+            found[str(path.relative_to(packaged.pkg))] = stat.S_IMODE(mode)
+    assert found == {
+        "etc/clamsmtpd.conf": 0o644,
+        "etc/conf.d/clamsmtpd": 0o644,
+        "etc/init.d/clamsmtpd": 0o755,
+        "usr/sbin/clamsmtpd": 0o755,
+        "usr/share/doc/clamsmtpd/CHANGES": 0o644,
+        "usr/share/doc/clamsmtpd/README.md": 0o644,
+        "usr/share/licenses/clamsmtpd/LICENSE": 0o644,
+        "usr/share/man/man5/clamsmtpd.conf.5": 0o644,
+        "usr/share/man/man8/clamsmtpd.8": 0o644,
+        "var/spool/clamsmtp": 0o700,
+    }
+
+
+def test_the_spool_is_the_users(packaged):
+    with open(packaged.home / "installed") as file:
+        line = [l for l in file if "var/spool/clamsmtp" in l]
+    assert len(line) == 1 and "-o clamsmtp -g clamsmtp" in line[0]
+    assert Abuild.value("pkgusers") == Abuild.value("pkggroups") == "clamsmtp\n"
+
+
+def test_the_subpackages_take_what_the_main_one_need_not_have():
+    assert Abuild.value("subpackages").split() == [
+        "clamsmtpd-doc", "clamsmtpd-openrc"]
+
+
+def test_the_configuration_is_good_but_for_the_next_hop(packaged, run):
+    conf = packaged.pkg / "etc" / "clamsmtpd.conf"
+    assert "OutAddress is missing" in run("-n", "-f", str(conf)).stderr
+    mine = packaged.home / "conf"
+    mine.write_text(conf.read_text() + "OutAddress: 127.0.0.1:10026\n")
+    done = run("-n", "-f", str(mine))
+    assert done.returncode == 0, done.stderr
+    for line in ("User: clamsmtp", "TempDirectory: /var/spool/clamsmtp",
+                 "Listen: 127.0.0.1:10025"):
+        assert line in done.stdout.split("\n")
+
+
+def test_pre_install_makes_user_and_group_and_an_upgrade_finds_them(tmp_path):
+    commands = '''
+        addgroup() { echo "$*" >>"$MADE/group"; return $THERE; }
+        adduser() { echo "$*" >>"$MADE/user"; return $THERE; }
+        . "$1"'''
+    script = os.path.join(ALPINE, "clamsmtpd.pre-install")
+    for there in "01":
+        assert sh(commands, script, MADE=str(tmp_path), THERE=there).returncode == 0
+    assert (tmp_path / "group").read_text() == 2 * "-S clamsmtp\n"
+    user = (tmp_path / "user").read_text().splitlines()[0].split()
+    assert {"-S", "-D", "-H"} < set(user) and user[-1] == "clamsmtp"
+    assert user[user.index("-G") + 1] == "clamsmtp"
+    assert user[user.index("-s") + 1] == "/sbin/nologin"
+
+
+# ---------------------------------------------------------------- init script
+
+# openrc-run in small: conf.d, the script, what it requires, X_pre before X.
+OPENRC = r'''
+initd=$1 confd=$2 RC_CMD=$3
+export RC_SVCNAME=${RC_SVCNAME:-clamsmtpd}
+ebegin() { echo "* $* ..."; }
+eend() { [ "$1" = 0 ] || echo "* failed"; return "$1"; }
+checkpath() { note checkpath "$@"; }
+note() { printf '%s\037' "$@"; echo; } >>"$CALLS"
+for word in need use after before; do
+	eval "$word() { note $word \"\$@\"; }"
+done
+
+# Words of options are split, a logger is one word: so does OpenRC.
+start() {
+	eval note supervise-daemon "$RC_SVCNAME" --start --retry $retry \
+	    --pidfile $pidfile --respawn-delay $respawn_delay \
+	    --respawn-max $respawn_max ${error_log:+--stderr $error_log} \
+	    ${error_logger:+--stderr-logger \"$error_logger\"} \
+	    $command -- $command_args $command_args_foreground
+}
+stop() { note supervise-daemon "$RC_SVCNAME" --stop --pidfile $pidfile; }
+
+. "$confd"
+. "$initd"
+command=$CLAMSMTPD
+[ "$supervisor" = supervise-daemon ] || exit 100
+for file in $required_files; do
+	[ -r "$file" ] || { echo "$file is not readable"; exit 1; }
+done
+if [ "$RC_CMD" = restart ]; then set -- stop start; else set -- "$RC_CMD"; fi
+for action; do
+	if type "${action}_pre" >/dev/null 2>&1; then "${action}_pre" || exit; fi
+	"$action" || exit
+done
+'''
+
+
+class OpenRC:
+    """The service, with a configuration and a conf.d of its own."""
+
+    def __init__(self, home):
+        self.conf, self.confd = home / "clamsmtpd.conf", home / "confd"
+        self.bin, self.log = home / "bin", home / "calls"
+        self.bin.mkdir()
+        tool(self.bin, "supervise-daemon", r'''
+            { printf '%s\037' supervise-daemon "$@"; echo; } >>"$CALLS"''')
+        self.confd.write_text("cfgfile=%s\n" % self.conf)
+
+    def run(self, action, **env):
+        self.log.write_text("")
+        return sh(OPENRC, INITD, str(self.confd), action, path=self.bin,
+                  CALLS=str(self.log), CLAMSMTPD=CLAMSMTPD, **env)
+
+    def calls(self, word=""):
+        return [line.split("\x1f")[:-1]
+                for line in self.log.read_text().split("\n")
+                if line.startswith(word)]
+
+    def start(self):
+        """The options to supervise-daemon, and what it shall run."""
+        done = self.run("start")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (call,) = self.calls("supervise-daemon")
+        at = call.index(CLAMSMTPD)
+        assert call[at + 1] == "--"
+        return call[:at], [CLAMSMTPD] + call[at + 2:]
+
+
+@pytest.fixture
+def openrc(tmp_path):
+    openrc = OpenRC(tmp_path)
+    openrc.conf.write_text("OutAddress: 127.0.0.1:10026\nUser: clamsmtp\n")
+    return openrc
+
+
+def test_start_supervises_a_process_in_the_foreground(openrc):
+    options, command = openrc.start()
+    assert command == [CLAMSMTPD, "-f", str(openrc.conf), "-d", "3"]
+    assert options[:3] == ["supervise-daemon", "clamsmtpd", "--start"]
+    given = dict(zip(options[3::2], options[4::2]))
+    assert given["--pidfile"] == "/run/clamsmtpd.pid"
+    assert given["--respawn-max"] == "0" and given["--respawn-delay"] == "5"
+    # the daemon's own limit is 8 seconds
+    assert given["--retry"] == "TERM/10/KILL/5"
+
+
+def test_the_command_filters_mail(openrc, site):
+    settings = site.settings()
+    config = "".join("%s: %s\n" % setting for setting in settings.items())
+    os.mkdir(site.path("etc"))
+    conf = os.path.join(site.path("etc"), "clamsmtpd.conf")
+    openrc.confd.write_text("cfgfile=%s\n" % conf)
+    with open(conf, "w") as file:
+        file.write(config)
+    _, command = openrc.start()
+    site.daemon = Daemon(site.path("etc"), level=None, config=config,
+                         args=command[3:], **settings)
+    site.daemons.append(site.daemon)
+    assert site.daemon.command == command
+    client = site.session()
+    client.mail()
+    client.quit()
+    site.daemon.wait_log("status=CLEAN")
+
+
+def test_directories_are_made_for_the_user(openrc):
+    openrc.start()
+    assert openrc.calls("checkpath") == [
+        ["checkpath", "-d", "-m", "0700", "-o", "clamsmtp", "/var/spool/clamsmtp"],
+        ["checkpath", "-d", "-m", "0750", "-o", "clamsmtp", "/run/clamsmtp"]]
+
+
+@pytest.mark.parametrize("line, owner", [("User: clamav\n", "clamav"), ("", "root")])
+def test_directories_are_made_for_the_user_of_an_old_file(openrc, line, owner):
+    openrc.conf.write_text("OutAddress: 10026\n" + line)
+    openrc.start()
+    assert {call[5] for call in openrc.calls("checkpath")} == {owner}
+
+
+@pytest.mark.parametrize("action", ["start", "checkconfig", "reload", "restart"])
+def test_a_bad_configuration_is_told_and_nothing_is_done(openrc, action):
+    openrc.conf.write_text("OutAddress: 10026\nMaxScans: many\n")
+    done = openrc.run(action)
+    assert done.returncode != 0
+    assert 'MaxScans: "many" is not' in done.stderr
+    assert openrc.calls() == [[]]
+
+
+def test_a_missing_configuration_is_told(openrc):
+    openrc.conf.unlink()
+    done = openrc.run("start")
+    assert done.returncode != 0 and "not readable" in done.stdout
+    assert openrc.calls() == [[]]
+
+
+def test_a_bad_configuration_does_not_keep_it_from_stopping(openrc):
+    openrc.conf.write_text("MaxScans: many\n")
+    assert openrc.run("stop").returncode == 0
+    assert openrc.calls("supervise-daemon")[0][2] == "--stop"
+
+
+def test_reload_sends_hup(openrc):
+    assert openrc.run("reload").returncode == 0
+    (call,) = openrc.calls("supervise-daemon")
+    assert call[1:4] == ["clamsmtpd", "--signal", "HUP"]
+
+
+def test_it_comes_up_behind_clamd_and_before_the_mail_server(openrc):
+    openrc.run("depend")
+    assert ["need", "net"] in openrc.calls()
+    assert "antivirus" in openrc.calls("use")[0]
+    assert "mta" in openrc.calls("before")[0]
+
+
+def test_the_log_goes_to_syslog_under_one_name(openrc, tmp_path):
+    options, _ = openrc.start()
+    logger = options[options.index("--stderr-logger") + 1]
+    written = tmp_path / "written"
+    script = 'logger() { echo "$*"; cat; }; eval "$1" >"$2"'
+    with subprocess.Popen(["busybox", "sh", "-c", script, "sh", logger, str(written)],
+                          stdin=subprocess.PIPE, text=True) as process:
+        process.stdin.write("clamsmtpd: 100000: from=a, to=b, status=CLEAN\n"
+                            '{"level": "info"}\n')
+        process.stdin.flush()       # it stays open: no line may wait for more
+        until(lambda: written.exists() and written.read_text() ==
+              "-t clamsmtpd -p mail.info\n"
+              "100000: from=a, to=b, status=CLEAN\n"
+              '{"level": "info"}\n', "the log arrives")
+
+
+@pytest.mark.parametrize("setting, options", [
+    ("error_log=/var/log/clamsmtpd.log", ["--stderr", "/var/log/clamsmtpd.log"]),
+    ("error_logger='logger -t x'", ["--stderr-logger", "logger -t x"]),
+])
+def test_the_log_goes_where_conf_d_says(openrc, setting, options):
+    with openrc.confd.open("a") as file:
+        file.write(setting + "\n")
+    assert openrc.start()[0][-2:] == options
+
+
+@pytest.mark.parametrize("setting, args", [
+    ("loglevel=4", ["-d", "4"]),
+    ("OPTS='-p /run/x.pid'", ["-p", "/run/x.pid", "-d", "3"]),
+    ("command_args='-p /run/x.pid'", ["-p", "/run/x.pid", "-d", "3"]),
+])
+def test_options_come_from_conf_d(openrc, setting, args):
+    with openrc.confd.open("a") as file:
+        file.write(setting + "\n")
+    assert openrc.start()[1][3:] == args
+
+
+def test_a_link_to_the_script_is_another_service(openrc):
+    openrc.confd.write_text("")
+    done = openrc.run("start", RC_SVCNAME="clamsmtpd.out")
+    assert "/etc/clamsmtpd.out.conf is not readable" in done.stdout

@@ -1,0 +1,454 @@
+"""The OpenWrt package.  There is no OpenWrt here: busybox sh runs the init
+script, and the shell library, procd and the build system are stood in for."""
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+
+import pytest
+
+from harness import CLAMSMTPD, TOP, VIRUS, WAIT, Daemon, free_port, until
+
+OPENWRT = os.path.join(TOP, "packaging", "openwrt")
+INIT = os.path.join(OPENWRT, "files", "clamsmtpd.init")
+CONFIG = os.path.join(OPENWRT, "files", "clamsmtpd.config")
+BAD = b"A: b\r\n\r\nEICAR\r\n"
+
+pytestmark = pytest.mark.skipif(not shutil.which("busybox"),
+                                reason="no busybox here")
+
+# rc.common, /lib/functions.sh, procd.sh and validate_data in small.  What procd
+# is told goes to $CALLS.
+LIBRARY = r'''
+note() { printf '%s\037' "$@"; echo; } >>"$CALLS"
+for word in open_instance close_instance set_param add_jail add_jail_mount \
+    add_jail_mount_rw add_reload_trigger add_validation; do
+	eval "procd_$word() { note $word \"\$@\"; }"
+done
+logger() { tee -a "$LOG" >&2; }
+chown() { note chown "$@"; }
+
+reset_cb() {
+	option_cb() { :; }
+	list_cb() { :; }
+}
+config() { CONFIG_SECTION=$2; }
+option() { eval "CONFIG_${CONFIG_SECTION}_$1=\$2"; option_cb "$1" "$2"; }
+list() { list_cb "$1" "$2"; }
+config_load() {
+	CONFIG_SECTION=
+	. "$UCI/$1"
+}
+
+right_type() {
+	case $1 in
+	bool)
+		case $value in
+		0 | off | false | no) value=0 ;;
+		1 | on | true | yes) value=1 ;;
+		*) return 1 ;;
+		esac ;;
+	range*)
+		set -- ${1#range} && set -- $(echo "$1" | tr '(,)' '   ')
+		[ "$value" -ge "$1" ] && [ "$value" -le "$2" ] ;;
+	string) ;;
+	*) exit 100 ;;
+	esac 2>/dev/null
+}
+uci_load_validate() {
+	local package=$1 section=$3 function=$4 result=0 spec type value
+	shift 4
+	for spec do eval "local ${spec%%:*}"; done
+	config_load "$package"
+	for spec do
+		type=${spec#*:} type=${type%%:*}
+		eval "value=\$CONFIG_${section}_${spec%%:*}"
+		if [ -z "$value" ]; then
+			value=${spec#*:"$type"} value=${value#:}
+		elif ! right_type "$type"; then
+			echo "$package.$section.$spec: $value: false" >&2
+			result=255 value=
+		fi
+		eval "${spec%%:*}=\$value"
+	done
+	"$function" "$section" "$result"
+}
+
+start() {
+	note open_service
+	start_service
+	set -- $?
+	service_triggers
+	note close_service
+	return "$1"
+}
+reload() { reload_service; }
+
+reset_cb
+. "$1"
+PROG=$CLAMSMTPD CONF=$VAR/clamsmtpd.conf
+"$2"
+'''
+
+
+class Router:
+    """/etc/config, /var and the service of a router."""
+
+    def __init__(self, home):
+        self.uci, self.var = home / "config", home / "var"
+        self.uci.mkdir()
+        self.spool = home / "spool.new"
+        self.conf = self.var / "clamsmtpd.conf"
+        self.calls_file, self.log = home / "calls", home / "log"
+
+    def shipped(self):
+        """The configuration as it comes, with a spool of the test."""
+        with open(CONFIG) as file:
+            return file.read().replace("'/tmp/clamsmtpd'", "'%s'" % self.spool)
+
+    def configure(self, *lines, **options):
+        """The shipped one, switched on, with some lines and options besides."""
+        text = self.shipped()
+        options.setdefault("enabled", 1)
+        for name, value in options.items():
+            text = re.sub(r"\n\t(option|list) %s '.*'" % name, "", text)
+            for one in value if isinstance(value, list) else [value]:
+                text += "\t%s %s '%s'\n" % (
+                    "list" if isinstance(value, list) else "option", name, one)
+        (self.uci / "clamsmtpd").write_text("\n".join((text,) + lines) + "\n")
+
+    def run(self, action):
+        self.calls_file.write_text("")
+        env = dict(os.environ, UCI=str(self.uci), VAR=str(self.var),
+                   CALLS=str(self.calls_file), LOG=str(self.log),
+                   CLAMSMTPD=CLAMSMTPD)
+        return subprocess.run(["busybox", "sh", "-c", LIBRARY, "sh", INIT, action],
+                              env=env, stdin=subprocess.DEVNULL, text=True,
+                              capture_output=True, timeout=WAIT)
+
+    def start(self):
+        done = self.run("start")
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+    def calls(self, word):
+        """The arguments of each such call."""
+        lines = self.calls_file.read_text().split("\n")[:-1]
+        return [line.split("\x1f")[1:-1] for line in lines
+                if line.startswith(word + "\x1f")]
+
+    def params(self):
+        """What procd was told of the instance."""
+        assert len(self.calls("open_instance")) == 1
+        return {call[0]: call[1:] for call in self.calls("set_param")}
+
+
+@pytest.fixture
+def router(tmp_path):
+    router = Router(tmp_path)
+    router.configure()
+    return router
+
+
+@pytest.fixture
+def effective(router, run):
+    """The settings that the daemon reads from what was generated."""
+    def effective():
+        done = run("-n", "-f", str(router.conf))
+        assert done.returncode == 0 and not done.stderr
+        return done.stdout.split("\n")
+    return effective
+
+
+def test_the_script_is_of_plain_shell():
+    subprocess.run(["busybox", "sh", "-n", INIT], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck here")
+    # dash: it has local.  Variables are for rc.common (2034) or from
+    # uci_load_validate (2154); functions are called by the library (2317).
+    subprocess.run(["shellcheck", "-s", "dash", "-e", "SC2034,SC2154,SC2317",
+                    INIT], check=True)
+
+
+# ---------------------------------------------------------------- UCI
+
+def test_as_shipped_it_does_not_run(router):
+    (router.uci / "clamsmtpd").write_text(router.shipped())
+    router.start()
+    assert router.calls("open_service") and not router.calls("open_instance")
+    assert not router.conf.exists()
+
+
+def test_as_shipped_it_is_made_for_a_router(router, effective):
+    router.start()
+    for line in ("Listen: 192.168.1.1:10025", "OutAddress: 192.168.1.2:25",
+                 "ClamAddress: 192.168.1.2:3310", "Action: bounce",
+                 "User: clamsmtp", "TempDirectory: %s" % router.spool,
+                 "MaxConnections: 8", "MaxScans: 4", "MaxScanSize: 10485760"):
+        assert line in effective()
+
+
+def test_every_setting_can_be_an_option(router, effective):
+    router.start()
+    unset = {"VirusAction": "true", "PidFile": "/run/x.pid",
+             "ProxyFrom": "10.0.0.0/8", "StatusListen": "127.0.0.1:10080"}
+    other = {"off": "on", "drop": "pass", "tempfail": "pass", "classic": "json"}
+    options = {}
+    for line in effective()[:-1]:
+        name, value = re.match(r"(?:# )?(\w+):(?: (.*))?", line).groups()
+        if value is None:
+            value = unset[name]
+        elif value.isdigit():
+            value = int(value) + 1
+        options[name] = other.get(value, value)
+    router.configure(**options)
+    router.start()
+    assert effective()[:-1] == ["%s: %s" % option for option in options.items()]
+
+
+def test_lists_keep_their_order_and_their_blanks(router, effective):
+    router.configure(ClamAddress=["10.0.0.1:3310", "[fd00::2]:3310", "10.0.0.3"],
+                     Action=["pass PUA.* Heuristics.Phishing.*", "drop"])
+    router.start()
+    got = effective()
+    assert [l for l in got if l.startswith("ClamAddress")] == [
+        "ClamAddress: 10.0.0.1:3310", "ClamAddress: [fd00::2]:3310",
+        "ClamAddress: 10.0.0.3"]
+    assert [l for l in got if l.startswith("Action")] == [
+        "Action: pass PUA.*", "Action: pass Heuristics.Phishing.*", "Action: drop"]
+
+
+@pytest.mark.parametrize("value", [
+    r"X-Scan: %i\r\nX-Two: it'\''s \"so\" # $HOME `id` \\x", ""])
+def test_a_header_stays_as_it_was_written(router, effective, value):
+    router.configure(Header=value)
+    router.start()
+    shown, = [l for l in effective() if l.startswith("Header:")]
+    assert shown == "Header: " + value.replace(r"'\''", "'")
+
+
+def test_other_sections_are_not_its_own(router, effective):
+    router.configure("config clamsmtpd 'other'", "\toption MaxScans '9'")
+    router.start()
+    assert "MaxScans: 4" in effective()
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("MaxScans", "many", 'MaxScans: "many" is not a number from 1 to 1000'),
+    ("MaxConections", "8", '"MaxConections" is not the name of a setting'),
+    ("ClamAddress", "10.0.0.1:0", 'ClamAddress: "10.0.0.1:0" is not an address'),
+    ("OutAddress", "", "OutAddress"),
+    ("User", "a\nMaxScans: many", 'MaxScans: "many" is not'),
+])
+def test_bad_settings_are_refused_with_a_message(router, name, value, message):
+    router.configure(**{name: value})
+    done = router.run("start")
+    assert done.returncode != 0 and not router.calls("open_instance")
+    assert message in done.stderr and message in router.log.read_text()
+    assert not router.conf.exists()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("enabled", "perhaps"), ("loglevel", "5"), ("loglevel", "all"), ("jail", "2")])
+def test_its_own_options_are_validated(router, name, value):
+    router.configure(**{name: value})
+    done = router.run("start")
+    assert done.returncode != 0 and not router.calls("open_instance")
+    assert name in done.stderr and "validation failed" in router.log.read_text()
+
+
+# ---------------------------------------------------------------- procd
+
+def test_procd_runs_it_in_the_foreground(router):
+    router.configure(loglevel=2)
+    router.start()
+    assert router.params() == {
+        "command": [CLAMSMTPD, "-f", str(router.conf), "-d", "2"],
+        "file": [str(router.conf)],         # a change is a reload
+        "reload_signal": ["HUP"],
+        "respawn": ["3600", "5", "0"],      # without end
+        "term_timeout": ["10"],             # more than the daemon's 8
+        "stderr": ["1"],
+        "facility": ["mail"],
+    }
+    assert not router.calls("add_jail")
+
+
+def test_uci_changes_reload_it(router):
+    router.start()
+    assert router.calls("add_reload_trigger") == [["clamsmtpd"]]
+    assert router.calls("add_validation") == [["validate_clamsmtpd_section"]]
+
+
+def test_the_spool_is_made_for_the_user(router):
+    router.start()
+    assert stat.S_IMODE(router.spool.stat().st_mode) == 0o700
+    assert router.calls("chown") == [["clamsmtp", str(router.spool)]]
+
+
+def test_a_spool_that_is_there_is_left_alone(router):
+    router.spool.mkdir()
+    router.spool.chmod(0o1777)
+    router.start()
+    assert stat.S_IMODE(router.spool.stat().st_mode) == 0o1777
+    assert not router.calls("chown")
+
+
+def test_the_jail_has_what_the_daemon_needs(router):
+    router.configure(jail=1)
+    router.start()
+    assert router.calls("add_jail") == [["clamsmtpd", "procfs", "ronly"]]
+    assert router.calls("add_jail_mount") == [
+        [str(router.conf), "/etc/passwd", "/etc/group", "/etc/hosts",
+         "/etc/resolv.conf"]]
+    assert router.calls("add_jail_mount_rw") == [[str(router.spool)]]
+
+
+class Running:
+    """The very command that procd is given, started; clamd is remote."""
+
+    def __init__(self, router, site, **options):
+        self.router, self.site = router, site
+        self.settings = dict(
+            Listen="127.0.0.1:0", OutAddress=site.hop.address,
+            ClamAddress=site.new_clamd(tcp=True).address,
+            TempDirectory=site.spool, **options)
+        self.configure()
+        router.start()
+        command = router.params()["command"]
+        site.daemon = Daemon(router.var, level=None, args=command[3:],
+                             config=router.conf.read_bytes(), **self.settings)
+        site.daemons.append(site.daemon)
+        assert site.daemon.command == command
+
+    def configure(self, **options):
+        self.router.configure(User=str(os.geteuid()), **self.settings, **options)
+
+
+@pytest.fixture
+def running(router, site):
+    return Running(router, site)
+
+
+def test_the_command_filters_mail(running):
+    client = running.site.session()
+    client.mail()
+    client.mail(body=BAD, want="550")
+    client.quit()
+    running.site.daemon.wait_log("status=VIRUS:" + VIRUS)
+    clamd = running.site.servers[-1]
+    assert [scan.command for scan in clamd.scans] == ["INSTREAM", "INSTREAM"]
+
+
+def test_a_reload_gives_the_daemon_the_new_settings(running):
+    inode = running.router.conf.stat().st_ino
+    running.configure(Action="drop")
+    assert running.router.run("reload").returncode == 0
+    assert running.router.params()["reload_signal"] == ["HUP"]
+    # a jail has this very file
+    assert running.router.conf.stat().st_ino == inode
+    running.site.daemon.send_signal(signal.SIGHUP)
+    running.site.daemon.wait_log("read again")
+    client = running.site.session()
+    client.mail(body=BAD, want="250")
+    client.quit()
+
+
+def test_its_health_can_be_asked_for(router, site, run):
+    running = Running(router, site, StatusListen="127.0.0.1:%d" % free_port())
+    ask = ("-C", "-f", str(router.conf))
+    assert run(*ask).returncode == 0
+    site.servers[-1].down()
+    until(lambda: run(*ask).returncode == 1, "the daemon sees that clamd is gone")
+    running.site.session().quit()
+
+
+def test_a_bad_reload_leaves_all_as_it_is(router):
+    router.start()
+    before = router.conf.read_text()
+    router.configure(MaxScans="many")
+    assert router.run("reload").returncode != 0
+    assert not router.calls("open_service")     # procd hears nothing
+    assert router.conf.read_text() == before
+    assert 'MaxScans: "many"' in router.log.read_text()
+
+
+def test_a_reload_ends_what_was_disabled(router):
+    router.start()
+    router.configure(enabled=0, MaxScans="many")
+    assert router.run("reload").returncode == 0
+    assert router.calls("open_service") and not router.calls("open_instance")
+
+
+# ---------------------------------------------------------------- the Makefile
+
+RULES = """
+INCLUDE_DIR := $(TOPDIR)
+INSTALL_DIR := install -d -m0755
+INSTALL_BIN := install -m0755
+INSTALL_CONF := install -m0600
+INSTALL_DATA := install -m0644
+"""
+
+# What a package has in MAKE_FLAGS and in its environment, and its definitions.
+PACKAGE = """
+MAKE_FLAGS = CC="$(TARGET_CC)"
+define BuildPackage
+  $(eval $(Package/$(1)))
+  compile:
+	CFLAGS=-DWRONG LDFLAGS=-lwrong $(MAKE) -C $(PKG_BUILD_DIR) $(MAKE_FLAGS)
+  install:
+	$(call Package/$(1)/install,$(ROOT))
+  show:
+	@echo '$(PKG_NAME) $(PKG_VERSION) $(PKG_LICENSE) $(USERID)' \\
+	    '$(Package/$(1)/conffiles) depends:$(DEPENDS)'
+endef
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    home = tmp_path_factory.mktemp("openwrt")
+    (home / "rules.mk").write_text(RULES)
+    (home / "package.mk").write_text(PACKAGE)
+    (home / "src").mkdir()
+    for name in os.listdir(TOP):
+        if name == "Makefile" or name.endswith((".c", ".h")):
+            shutil.copy(os.path.join(TOP, name), home / "src")
+    cc = "musl-gcc" if shutil.which("musl-gcc") else "cc"
+
+    def package(target):
+        return subprocess.run(
+            ["make", "-s", "-C", OPENWRT, target, "TOPDIR=%s" % home,
+             "PKG_BUILD_DIR=%s" % (home / "src"), "ROOT=%s" % (home / "root"),
+             "TARGET_CC=" + cc, "TARGET_CFLAGS=-O0", "TARGET_LDFLAGS=-Wl,-s",
+             "TARGET_CPPFLAGS=-DVERSION='\\\"openwrt\\\"'"],
+            capture_output=True, text=True, timeout=10 * WAIT)
+    package.root = home / "root"
+    done = package("compile")
+    assert done.returncode == 0, done.stderr
+    return package
+
+
+def test_the_package_is_described(package):
+    with open(os.path.join(TOP, "clamsmtpd.h")) as file:
+        version = re.search(r'define VERSION\s+"(.*)"', file.read()).group(1)
+    assert package("show").stdout == (
+        "clamsmtpd %s ISC clamsmtp:clamsmtp /etc/config/clamsmtpd depends:\n" % version)
+
+
+def test_the_package_has_these_files_built_for_the_target(package):
+    done = package("install")
+    assert done.returncode == 0, done.stderr
+    files = {str(path.relative_to(package.root)): stat.S_IMODE(path.stat().st_mode)
+             for path in package.root.rglob("*") if path.is_file()}
+    assert files == {"usr/sbin/clamsmtpd": 0o755, "etc/init.d/clamsmtpd": 0o755,
+                     "etc/config/clamsmtpd": 0o600}
+    program = str(package.root / "usr/sbin/clamsmtpd")
+    assert "clamsmtpd openwrt\n" in subprocess.run(
+        [program, "-v"], capture_output=True, text=True).stdout
+    headers = subprocess.run(["readelf", "-lS", program], capture_output=True,
+                             text=True).stdout
+    assert "INTERP" in headers and ".symtab" not in headers

@@ -617,25 +617,33 @@ struct visitor {
 };
 static struct visitor *visitors;
 
-/* Where there are too many, the one that has been there longest goes. */
+static void on_visit(void *, int);
+
+/* Where there are too many, the one goes that has been silent longest. */
 static void
 visitor_add(int fd, const struct addr *a)
 {
-	struct visitor *v;
+	struct visitor *v, *silent = NULL;
 	int n = 0;
 
 	(void)a;
-	for (v = visitors; v != NULL; v = v->next)
-		if (++n >= MAXVISITORS)
-			v->deadline = now;
-	if ((v = calloc(1, sizeof *v)) == NULL) {
+	for (v = visitors; v != NULL; v = v->next) {
+		n += v->deadline > now;
+		if (v->deadline > now && !v->asks_health)
+			silent = v;
+	}
+	if ((n >= MAXVISITORS && silent == NULL) ||
+	    (v = calloc(1, sizeof *v)) == NULL) {
 		close(fd);
 		return;
 	}
+	if (n >= MAXVISITORS)
+		silent->deadline = now;
 	v->peer.fd = fd;
 	v->deadline = now + VISIT_TIME;
 	v->next = visitors;
 	visitors = v;
+	on_visit(v, POLLIN);		/* the request is here, mostly */
 }
 
 static uint64_t
@@ -652,11 +660,11 @@ count_messages(void)
 static void visit_say(struct visitor *, const char *, ...)
     __attribute__((format(printf, 2, 3)));
 
-/* What has no room in one buffer is left out. */
+/* What has no room in one buffer is left out.  Promise 8: text is ASCII. */
 static void
 visit_say(struct visitor *v, const char *fmt, ...)
 {
-	char line[NOTESZ];
+	char line[NOTESZ], *p;
 	va_list ap;
 	size_t n;
 
@@ -665,6 +673,9 @@ visit_say(struct visitor *v, const char *fmt, ...)
 	va_start(ap, fmt);
 	n = vformat(line, sizeof line, fmt, ap);
 	va_end(ap);
+	for (p = line; *p != '\0'; p++)
+		if ((*p < ' ' && *p != '\n' && *p != '\r') || *p > 126)
+			*p = '?';
 	if (buf_ready(&v->peer.out, n))
 		buf_put(&v->peer.out, line, n);
 }
@@ -891,14 +902,16 @@ visitors_watch(void)
 			visit_health(v);
 			visit(v);
 		}
-		if (now >= v->deadline || v->peer.eof) {
+		if (now >= v->deadline || v->peer.err || (v->peer.eof &&
+		    !v->asks_health && buf_len(&v->peer.out) == 0)) {
 			*p = v->next;
 			peer_close(&v->peer);
 			free(v);
 			continue;
 		}
-		watch(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT : POLLIN,
-		    on_visit, v);
+		if (!v->asks_health)
+			watch(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
+			    POLLIN, on_visit, v);
 		wait_until(v->deadline);
 		p = &v->next;
 	}
@@ -1083,7 +1096,8 @@ listen_on(const struct conf *c, struct target *t, int starting)
 	if (t->name != NULL && starting)
 		n = t->naddr = addr_lookup(t->name, t->port, t->addr);
 	if (n == 0) {
-		logmsg(LOG_ERR, "Listen: %s: %s", t->text, starting ?
+		logmsg(LOG_ERR, "%s: %s: %s", status ? "StatusListen" :
+		    "Listen", t->text, starting ?
 		    "no address found for this name" :
 		    "a name is looked up at the start only; give an address");
 		return -1;
@@ -1755,7 +1769,7 @@ health_answer(int fd, char *answer, size_t size)
 static int
 check_health(const struct conf *c)
 {
-	const struct target *t = c->status;
+	struct target *t = c->status;
 	char answer[NOTESZ];
 	const char *why;
 	int fd, done;
@@ -1764,6 +1778,9 @@ check_health(const struct conf *c)
 		logmsg(LOG_ERR, "StatusListen is not set: nobody to ask");
 		return 2;
 	}
+	if (t->name != NULL && (t->naddr =
+	    addr_lookup(t->name, t->port, t->addr)) == 0)
+		errno = ENOENT;
 	fd = t->naddr > 0 ? addr_connect(&t->addr[0], &done) : -1;
 	if (fd == -1 || health_answer(fd, answer, sizeof answer) == -1) {
 		logmsg(LOG_ERR, "StatusListen: %s:", t->text);

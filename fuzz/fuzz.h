@@ -67,10 +67,10 @@ struct counters count;
 
 struct child *
 child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
-    const char *scratch, void (*done)(void *, const char *, size_t), void *ctx,
-    int64_t ms)
+    const char *scratch, const char *copy,
+    void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
 {
-	(void)work, (void)arg, (void)keep1, (void)keep2, (void)scratch;
+	(void)work, (void)arg, (void)keep1, (void)keep2, (void)scratch, (void)copy;
 	(void)done, (void)ctx, (void)ms;
 	errno = EAGAIN;
 	return NULL;
@@ -103,6 +103,12 @@ void
 target_look(struct target *t, int force)
 {
 	(void)t, (void)force;
+}
+
+void
+session_wake(struct session *s)
+{
+	s->wake = 1;
 }
 
 void
@@ -201,6 +207,7 @@ new_session(struct conf *conf)
 	s->clamd.fd = s->spool = -1;
 	s->client_addr.len = sizeof s->client_addr.u.in;
 	s->client_addr.u.in.sin_family = AF_INET;
+	s->peer_addr = s->client_addr;
 	s->deadline = now + conf->timeout;
 	return s;
 }

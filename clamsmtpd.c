@@ -138,17 +138,15 @@ struct child {
 };
 static struct child *children;
 
+/* Whoever started us may have ignored some. */
 static void
 default_signals(void)
 {
-	static const int all[] = {
-		SIGCHLD, SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1, SIGXFSZ
-	};
-	size_t i;
 	sigset_t none;
+	int sig;
 
-	for (i = 0; i < sizeof all / sizeof all[0]; i++)
-		signal(all[i], SIG_DFL);
+	for (sig = 1; sig < 32; sig++)
+		signal(sig, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }

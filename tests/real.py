@@ -217,10 +217,13 @@ test_files.__test__ = False
 
 # ---------------------------------------------------------------- recipes
 
+EXAMPLES = os.path.join(TOP, "docs/examples")
+
+
 def example(path, table):
     """A file of docs/examples as it is there, with what the table says put in
     place of its ports, paths and users."""
-    with open(os.path.join(TOP, "docs/examples", path)) as file:
+    with open(os.path.join(EXAMPLES, path)) as file:
         text = file.read()
     return re.sub("|".join(map(re.escape, table)), lambda m: table[m[0]], text)
 

@@ -1,5 +1,6 @@
-"""The vectors of vectors.py through the daemon into real mail servers: as many
-messages must be in their queues as were sent, from those who sent them.
+"""The recipes for other mail servers than Postfix, as docs/examples has them; and
+the vectors of vectors.py through the daemon into all: as many messages must be in
+their queues as were sent, from those who sent them.
 
 Postfix runs as in test_real_postfix.py.  Exim and OpenSMTPD, which cannot be on
 one machine with it, are installed in an overlay over the machine (overlay.sh),
@@ -7,6 +8,7 @@ which is gone when the test ends.
 """
 
 import collections
+import contextlib
 import glob
 import os
 import re
@@ -19,7 +21,7 @@ import pytest
 import real
 import vectors
 from harness import Failed, connect, until
-from test_real_postfix import Postfix, quiet_port
+from test_real_postfix import Postfix, clamd  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -88,17 +90,12 @@ class Holding(Postfix):
     """A Postfix that keeps what it takes in its hold queue."""
 
     def __init__(self, bare_newline):
-        self.bare_newline = bare_newline
-        super().__init__()
-
-    def start(self):
-        with open(os.path.join(self.config, "main.cf"), "a") as file:
-            file.write("smtpd_forbid_bare_newline = %s\n"
-                       "smtpd_client_restrictions = "
-                       "check_client_access static:HOLD\n"
-                       "smtpd_error_sleep_time = 0\n"
-                       "smtpd_hard_error_limit = 1000\n" % self.bare_newline)
-        super().start()
+        super().__init__(
+            more="smtpd_forbid_bare_newline = %s\n"
+                 "smtpd_error_sleep_time = 0\n"
+                 "smtpd_hard_error_limit = 1000\n" % bare_newline,
+            table={"smtpd_client_restrictions=": "smtpd_client_restrictions="
+                   "check_client_access,static:HOLD"})
 
     def queued(self):
         for name in ("incoming", "active", "deferred", "hold"):
@@ -127,79 +124,43 @@ def test_postfix(site, bare_newline):
 
 # ---------------------------------------------------------------- in an overlay
 
-EXIM = """
-primary_hostname = mail.example.net
-spool_directory = {dir}/spool
-log_file_path = {dir}/log/%slog
-pid_file_path = {dir}/exim.pid
-local_interfaces = 127.0.0.1
-daemon_smtp_ports = {port}
-host_lookup =
-rfc1413_query_timeout = 0s
-queue_only = true
-acl_smtp_rcpt = anything
-tls_advertise_hosts =
-chunking_advertise_hosts = *
-smtp_max_synprot_errors = 1000
-smtp_accept_max_nonmail = 1000
-begin acl
-anything:
-  accept
-begin routers
-begin transports
-begin retry
-begin rewrite
-begin authenticators
-"""
-
-START_EXIM = """
-cp {dir}/config /etc/exim4/exim4.conf
-install -d -o Debian-exim -g Debian-exim {dir}/spool {dir}/log
-exim4 -bdf &
-"""
-
-OPENSMTPD = """
-listen on 127.0.0.1 port {port}
-action "keep" relay host smtp://127.0.0.1:9
-match from any for any action "keep"
-"""
-
-# Its scheduler keeps what it has when it may not relay.
-START_OPENSMTPD = """
-mkdir -p /var/spool/smtpd {dir}/spool
-chmod 711 /var/spool/smtpd
-cp {dir}/config /etc/smtpd.conf
-smtpd -d &
-until smtpctl pause mta; do sleep 0.1; done
-"""
-
-# Whatever line comes, the queue is told; at the end all in the namespace ends.
+# Does what it is told, a line each; at the end all in the namespace ends.
 SERVE = """
-echo started
-while read -r line; do {queue}; echo end; done
+exec 3>&1 >out 2>&1
+{start}
+echo started >&3
+while read -r line; do eval "$line" >&3; echo end >&3; done
 """
 
 
 class Overlaid:
-    """A mail server from a package that is not installed here."""
+    """A mail server from a package that is not installed here: these files are
+    in the directory where it is started."""
 
-    def __init__(self, package, config, start, queue):
+    def __init__(self, package, port, start, files):
         self.dir = real.public_directory(package)
-        self.port = quiet_port()
-        self.address = "127.0.0.1:%d" % self.port
-        what = dict(dir=self.dir, port=self.port, queue=queue.format(dir=self.dir))
-        with open(os.path.join(self.dir, "config"), "w") as file:
-            file.write(config.format(**what))
-        with open(os.path.join(self.dir, "start"), "w") as file:
-            file.write("exec 3>&1 >{dir}/out 2>&1\n".format(**what) +
-                       start.format(**what) + "exec >&3\n" +
-                       SERVE.format(**what))
+        self.port = port
+        for name, text in dict(files, serve=SERVE.format(start=start)).items():
+            path = os.path.join(self.dir, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(text)
         self.errors = open(os.path.join(self.dir, "errors"), "w+b")
         self.process = subprocess.Popen(
-            [os.path.join(HERE, "overlay.sh"), package, "--", "sh",
-             os.path.join(self.dir, "start")],
-            cwd=os.path.dirname(HERE), stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.errors, preexec_fn=real.die_with_us)
+            [os.path.join(HERE, "overlay.sh"), package, "--", "sh", "serve"],
+            cwd=self.dir, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, preexec_fn=real.die_with_us)
+
+    def __enter__(self):
+        try:
+            self.wait_started()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def wait_started(self):
         ready, _, _ = select.select([self.process.stdout], [], [], INSTALL)
@@ -211,9 +172,12 @@ class Overlaid:
             raise Failed("exit status %d: %s" % (status, self.text()))
         until(self.answers, "the mail server answers; it says " + self.text())
 
+    def address(self, _="smtp"):
+        return "127.0.0.1:%d" % self.port
+
     def answers(self):
         try:
-            with connect(self.address) as sock:
+            with connect(self.address()) as sock:
                 return sock.recv(100).startswith(b"220")
         except OSError:
             return False
@@ -227,9 +191,9 @@ class Overlaid:
                     text += file.read()[-2000:]
         return text
 
-    def queue(self):
-        """The lines that the command for it prints."""
-        self.process.stdin.write(b"queue\n")
+    def run(self, command):
+        """The lines that it prints."""
+        self.process.stdin.write(command.encode() + b"\n")
         self.process.stdin.flush()
         return list(iter(lambda: self.process.stdout.readline().decode().rstrip("\n"),
                          "end"))
@@ -247,25 +211,128 @@ class Overlaid:
             shutil.rmtree(self.dir, ignore_errors=True)
 
 
+class Exim(Overlaid):
+    def __init__(self, port, start, files):
+        super().__init__("exim4-daemon-light", port, start + "exim4 -bdf &", files)
+
+    def queued(self):
+        return [line for line in self.run("exim4 -bpr") if "<" in line]
+
+    def flush(self):
+        self.run("exim4 -qff")
+
+
+class OpenSMTPD(Overlaid):
+    def __init__(self, port, start, files):
+        super().__init__("opensmtpd", port, start + """
+            mkdir -p /var/spool/smtpd
+            chmod 711 /var/spool/smtpd
+            cp smtpd.conf /etc
+            smtpd -d &""", files)
+
+    def queued(self):
+        return self.run("smtpctl show queue")
+
+    def flush(self):
+        self.run("smtpctl schedule all")
+
+
+# ---------------------------------------------------------------- vectors
+
+EXIM = """
+primary_hostname = mail.example.net
+local_interfaces = 127.0.0.1
+daemon_smtp_ports = %d
+host_lookup =
+rfc1413_query_timeout = 0s
+queue_only = true
+acl_smtp_rcpt = anything
+tls_advertise_hosts =
+chunking_advertise_hosts = *
+smtp_max_synprot_errors = 1000
+smtp_accept_max_nonmail = 1000
+begin acl
+anything:
+  accept
+"""
+
+# The scheduler keeps what it has when it may not relay.
+OPENSMTPD = """
+listen on 127.0.0.1 port %d
+action "keep" relay host smtp://127.0.0.1:9
+match from any for any action "keep"
+"""
+
+
 def through(site, server, sender):
-    try:
-        server.wait_started()
-        want, wrong = send_all(site, server.address)
-        compare(want, wrong,
-                [re.search(sender, line)[1] for line in server.queue()])
-    finally:
-        server.close()
+    want, wrong = send_all(site, server.address())
+    compare(want, wrong,
+            [re.search(sender, line)[1] for line in server.queued()])
 
 
 @pytest.mark.skipif(not real.find("unshare"), reason="no unshare here")
 def test_exim(site):
-    through(site, Overlaid("exim4-daemon-light", EXIM, START_EXIM,
-                           "exim4 -bpr | grep '<.*@.*>'"),
-            r"<(\w+)@example\.com>")
+    port = real.quiet_port()
+    with Exim(port, "cp exim4.conf /etc/exim4\n", {"exim4.conf": EXIM % port}) as exim:
+        through(site, exim, r"<(\w+)@example\.com>")
 
 
 @pytest.mark.skipif(not real.find("unshare"), reason="no unshare here")
 def test_opensmtpd(site):
-    through(site, Overlaid("opensmtpd", OPENSMTPD, START_OPENSMTPD,
-                           "smtpctl show queue"),
-            r"\|(\w+)@example\.com\|")
+    port = real.quiet_port()
+    with OpenSMTPD(port, "", {"smtpd.conf": OPENSMTPD % port}) as opensmtpd:
+        until(lambda: opensmtpd.run("smtpctl pause mta && echo yes"), "it pauses")
+        through(site, opensmtpd, r"\|(\w+)@example\.com\|")
+
+
+# ---------------------------------------------------------------- recipes
+
+@contextlib.contextmanager
+def recipe(site, clamd, name, server, start, table):
+    """Behind the queue of this server, which delivers to the next hop."""
+    # Exim takes 127.0.0.1 for itself, and the scripted hop cannot pipeline.
+    site.hop = site.new_hop(host="127.0.0.2", ehlo=["8BITMIME"])
+    port = real.quiet_port()
+    ports = {n: str(real.quiet_port()) for n in ("10025", "10026")}
+    top = os.path.join(real.EXAMPLES, name)
+    table = dict(ports, **{
+        old: new.format(smtp=port, hop=site.hop.port) for old, new in table.items()})
+    files = {os.path.relpath(path, top): real.example(path, table)
+             for path in glob.glob(top + "/**", recursive=True) if os.path.isfile(path)}
+    with server(port, start, files) as server:
+        server.arrived = lambda: [real.unix(m.body) for m in site.hop.messages]
+        real.start_example(site, name, ports, ClamAddress=clamd.path)
+        real.behind_a_queue(site, clamd, server)
+        yield server
+
+
+@pytest.mark.skipif(not real.find("unshare"), reason="no unshare here")
+def test_exim_recipe(open_site, clamd):
+    with recipe(open_site, clamd, "exim", Exim, """
+                cp -r conf.d /etc/exim4
+                cat update-exim4.conf.conf >>/etc/exim4/update-exim4.conf.conf
+                update-exim4.conf
+                """, {"0.0.0.0.25 ; ::0.25": "127.0.0.1.{smtp}",
+                      "smarthost.example::587": "127.0.0.2::{hop}"}):
+        pass
+
+
+@pytest.mark.skipif(not real.find("unshare"), reason="no unshare here")
+def test_opensmtpd_recipe(open_site, clamd):
+    """And strangers get through to whom they should, and nowhere else."""
+    with recipe(open_site, clamd, "opensmtpd", OpenSMTPD, """
+                mkdir -p /etc/mail
+                useradd -m alice
+                echo alice@localhost >/etc/mail/recipients
+                """, {"on 0.0.0.0": "on 127.0.0.1 port {smtp}", "listen on ::": "",
+                      "outbound\" relay": "outbound\" relay host smtp://127.0.0.2:{hop}"}
+                ) as server:
+        client = real.speak(open_site, server.address(), "127.0.0.5")
+        client.cmd("MAIL FROM:<a@example.com>", "250")
+        client.cmd("RCPT TO:<b@example.com>", "550")
+        client.cmd("RCPT TO:<nobody@localhost>", "550")
+        client.cmd("RCPT TO:<alice@localhost>", "250")
+        client.data(real.titled(b"local"))
+        client.quit()
+        until(lambda: server.run("grep 'X-Virus-Scanned: ' ~alice/Maildir/new/*"),
+              "it is delivered")

@@ -1,16 +1,15 @@
 """With a real Postfix, before and behind us, in the set-ups people use.
 
-Its configuration, queue, data and log are in a private directory; it listens
-on free ports of the loopback.  What the machine's own Postfix has is left alone.
+Its configuration (that of docs/examples, behind what any Postfix has), queue,
+data and log are in a private directory; it listens on free ports of the loopback.
+What the machine's own Postfix has is left alone.
 """
 
 import glob
 import os
-import random
 import re
 import signal
 import shutil
-import socket
 import subprocess
 import threading
 
@@ -85,25 +84,25 @@ tlsmgr unix - - n 1000? 1 tlsmgr
 postlog unix-dgram n - n - 1 postlogd
 """
 
-# The services that a test needs besides those of the recipe: "smtp" is for
-# clients, where the recipe has none for them; "next" takes XCLIENT.
-BESIDES = {
-    "postfix-after-queue": """
+# Besides the services of a recipe: "smtp" for clients, where the recipe has none
+# for them, and "other", which takes XCLIENT, or filters without speed_adjust.
+BESIDES = {"postfix-after-queue": """
 127.0.0.1:{smtp} inet n - n - - smtpd
-127.0.0.1:{next} inet n - n - - smtpd
+127.0.0.1:{other} inet n - n - - smtpd
     -o content_filter=
     -o smtpd_helo_required=yes
     -o smtpd_authorized_xclient_hosts=127.0.0.0/8,[::1]/128
-""",
-    "postfix-before-queue": """
-127.0.0.1:{next} inet n - n - - smtpd
+""", "postfix-before-queue": """
+127.0.0.1:{other} inet n - n - - smtpd
     -o smtpd_proxy_filter=127.0.0.1:{filter}
-""",
-}
+"""}
 
 
 class Postfix:
-    def __init__(self):
+    """With a recipe; `more' is for main.cf, `table' for real.example()."""
+
+    def __init__(self, recipe="postfix-after-queue", more="", table=()):
+        self.recipe, self.more, self.table = recipe, more, dict(table)
         self.dir = real.public_directory("postfix")
         owner, nobody = real.user("postfix"), real.user("nobody")
         self.config = os.path.join(self.dir, "etc")
@@ -124,20 +123,30 @@ class Postfix:
             if name in ("maildrop", "public"):
                 os.chown(path, owner.pw_uid, group)
                 os.chmod(path, 0o1730 if name == "maildrop" else 0o2710)
-        with open(os.path.join(self.config, "main.cf"), "w") as file:
-            file.write(MAIN.format(dir=self.dir, uid=nobody.pw_uid,
-                                   gid=nobody.pw_gid))
         self.start()
 
+    def configure(self):
+        """What the recipe says stands behind what any Postfix has."""
+        nobody = real.user("nobody")
+        port = self.port = {name: real.quiet_port()
+                            for name in ("smtp", "filter", "back", "other")}
+        self.ports = {"10025": str(port["filter"]), "10026": str(port["back"]),
+                      "smtp      inet": "127.0.0.1:%d inet" % port["smtp"]}
+        text = {"main.cf": MAIN.format(dir=self.dir, uid=nobody.pw_uid,
+                                       gid=nobody.pw_gid) + self.more,
+                "master.cf": MASTER + BESIDES[self.recipe].format(**port)}
+        for path in glob.glob("%s/%s/*.cf" % (real.EXAMPLES, self.recipe)):
+            text[os.path.basename(path)] += real.example(
+                path, dict(self.ports, **self.table))
+        for name in text:
+            with open(os.path.join(self.config, name), "w") as file:
+                file.write(text[name])
+
     def start(self):
-        directory = subprocess.run(
-            ["postconf", "-c", self.config, "-h", "daemon_directory"],
-            capture_output=True, text=True, check=True).stdout.strip()
         for _ in range(5):
             # Some other program may have taken a port meanwhile.
-            self.port = {name: quiet_port() for name in PORTS}
-            with open(os.path.join(self.config, "master.cf"), "w") as file:
-                file.write(MASTER.format(**self.port))
+            self.configure()
+            directory = self.run("postconf", "-h", "daemon_directory").strip()
             with open(os.path.join(self.dir, "stderr"), "ab") as err:
                 self.master = subprocess.Popen(
                     [os.path.join(directory, "master"), "-d", "-c", self.config],
@@ -150,9 +159,13 @@ class Postfix:
                 return
         raise harness.Failed("Postfix does not start:\n" + self.text())
 
+    def run(self, command, *args):
+        return subprocess.run([command, "-c", self.config, *args], check=True,
+                              capture_output=True, text=True).stdout
+
     def answers(self):
         try:
-            with harness.connect(self.address("next")) as sock:
+            with harness.connect(self.address("back")) as sock:
                 return sock.recv(100).startswith(b"220")
         except OSError:
             return False
@@ -185,6 +198,17 @@ class Postfix:
             found.append((head + b"\n", body))
         return found
 
+    # -- for real.behind_a_queue()
+
+    def arrived(self):
+        return [b"\n".join(message) for message in self.delivered()]
+
+    def queued(self):
+        return self.run("postqueue", "-j").splitlines()
+
+    def flush(self):
+        self.run("postqueue", "-f")
+
     def wait_delivered(self, subject, count=1):
         want = b"Subject: %s\n" % subject
         try:
@@ -208,32 +232,41 @@ class Postfix:
 
 @pytest.fixture(scope="session")
 def postfix():
+    """Filters behind its queue."""
     postfix = Postfix()
     yield postfix
     postfix.close()
 
 
-def to_postfix(site, postfix, name, source=None):
-    """A client that talks to Postfix itself."""
-    client = Client(postfix.address(name), source)
-    site.clients.append(client)
-    client.expect("220")
-    client.cmd("EHLO client.example", "250")
-    return client
+@pytest.fixture(scope="session")
+def before():
+    """A Postfix that filters before its queue."""
+    before = Postfix("postfix-before-queue")
+    yield before
+    before.close()
 
 
-def unix(data):
-    """As Postfix stores it."""
-    return data.replace(b"\r\n", b"\n")
+@pytest.fixture
+def clamd():
+    """A real one, which the test may kill."""
+    if not real.find("clamd"):
+        pytest.skip("no clamd installed")
+    clamd = real.RealClamd()
+    yield clamd
+    clamd.close()
+
+
+def to_postfix(site, postfix, name="smtp", source=None):
+    return real.speak(site, postfix.address(name), source)
 
 
 def check(message, body, header=HEADER):
     """The mail is what was sent, with our header."""
     head, text = message
-    wanted, _, wanted_text = unix(body).partition(b"\n\n")
-    assert unix(header) in head, head
+    wanted, _, wanted_text = real.unix(body).partition(b"\n\n")
+    assert real.unix(header) in head, head
     own = head[head.index(b"\nSubject: ") + 1:]
-    harness.same(own, wanted + b"\n" + unix(header), "the headers")
+    harness.same(own, wanted + b"\n" + real.unix(header), "the headers")
     harness.same(text, wanted_text, "the body")
 
 
@@ -241,7 +274,7 @@ def check(message, body, header=HEADER):
 
 def test_next_hop(site, postfix):
     """Its EHLO list, its replies, several mails in a session."""
-    site.start(OutAddress=postfix.address("next"))
+    site.start(OutAddress=postfix.address("other"))
     client = site.client()
     assert client.expect("220").text == "220 smtp.passthru"
     words = [k.split()[0] for k in
@@ -267,7 +300,7 @@ def test_next_hop(site, postfix):
 
 def test_next_hop_chunks(site, postfix):
     """BDAT on both sides."""
-    site.start(OutAddress=postfix.address("next"))
+    site.start(OutAddress=postfix.address("other"))
     client = site.session()
     body = BODY.replace(b"through", b"chunked")
     client.envelope()
@@ -281,7 +314,7 @@ def test_next_hop_chunks(site, postfix):
 
 
 def test_long_mail(site, postfix):
-    site.start(OutAddress=postfix.address("next"))
+    site.start(OutAddress=postfix.address("other"))
     client = site.session()
     count = 500 if os.environ.get("TEST_BYTES") else 8000
     body = b"Subject: long\r\n\r\n" + b"".join(
@@ -317,15 +350,19 @@ def test_no_second_mail(site, postfix, end):
 
 # ---------------------------------------------------------------- after queue
 
-def start_after(site, postfix, **settings):
-    """The usual recipe: a port alone as OutAddress leads back to Postfix."""
-    site.start(Listen="127.0.0.1:%d" % postfix.port["filter_after"],
-               OutAddress=str(postfix.port["back"]), **settings)
+def start(site, postfix, **settings):
+    real.start_example(site, postfix.recipe, postfix.ports, **settings)
 
 
-def test_after_queue(site, postfix):
-    start_after(site, postfix)
-    client = to_postfix(site, postfix, "after", "127.0.0.5")
+def test_after_queue(open_site, postfix, clamd):
+    start(open_site, postfix, ClamAddress=clamd.path)
+    real.behind_a_queue(open_site, clamd, postfix)
+
+
+def test_after_queue_bytes(open_site, postfix):
+    site = open_site
+    start(site, postfix)
+    client = to_postfix(site, postfix, source="127.0.0.5")
     body = BODY.replace(b"through", b"after")
     client.mail(body=body)
     client.quit()
@@ -335,10 +372,12 @@ def test_after_queue(site, postfix):
     site.daemon.wait_log("status=CLEAN$")
 
 
-def test_after_queue_utf8(site, postfix):
-    """An address that needs SMTPUTF8 is not bounced."""
-    start_after(site, postfix)
-    client = to_postfix(site, postfix, "after")
+def test_after_queue_utf8(open_site, postfix):
+    """An address that needs SMTPUTF8 is not bounced.  And the way of the old
+    guides: a port alone as OutAddress leads back to Postfix."""
+    site = open_site
+    start(site, postfix, OutAddress=str(postfix.port["back"]))
+    client = to_postfix(site, postfix)
     body = BODY.replace(b"through", b"utf8")
     client.cmd("MAIL FROM:<m\xfcller@example.com> SMTPUTF8 BODY=8BITMIME"
                .encode("utf-8"), "250")
@@ -348,21 +387,22 @@ def test_after_queue_utf8(site, postfix):
     check(postfix.wait_delivered(b"utf8 Postfix")[0], body)
 
 
-def test_after_queue_virus(site, postfix, tmp_path):
+def test_after_queue_virus(open_site, postfix):
     """The VirusAction hears of the client before Postfix."""
-    out = tmp_path / "environment"
-    start_after(site, postfix, Action="drop",
-                VirusAction="env >%s.new; mv %s.new %s" % (out, out, out))
-    client = to_postfix(site, postfix, "after", "127.0.0.5")
+    site = open_site
+    out = os.path.join(site.spool, "environment")
+    start(site, postfix, VirusAction=harness.finish_file("env", out))
+    client = to_postfix(site, postfix, source="127.0.0.5")
     client.mail("sick@example.com", ["b@example.com", "c@example.com"], SICK)
     client.quit()
     postfix.wait_log(r"relay=127.0.0.1.*status=sent "
                      r"\(250 2.0.0 Virus Detected; Discarded Email\)")
-    until(out.exists, "the VirusAction runs")
-    lines = out.read_text().splitlines()
+    lines = harness.wait_file(out).decode().splitlines()
+    site.daemon.allowed.add("environment")
     for line in ("REMOTE=127.0.0.5", "REMOTE_HELO=client.example",
                  "CLIENT=127.0.0.1", "SERVER=127.0.0.1", "VIRUS=" + VIRUS,
-                 "SENDER=sick@example.com", "TMPDIR=" + site.spool):
+                 "SENDER=sick@example.com", "TMPDIR=" + site.spool,
+                 "EMAIL=" + real.quarantined(site)):
         assert line in lines, "\n".join(lines)
     at = lines.index("RECIPIENTS=b@example.com")
     assert lines[at + 1] == "c@example.com"
@@ -371,26 +411,12 @@ def test_after_queue_virus(site, postfix, tmp_path):
     assert not [m for m in postfix.delivered() if b"Subject: sick\n" in m[0]]
 
 
-def test_after_queue_no_clamd(site, postfix):
-    """Postfix keeps the mail and tries again."""
-    site.clamd.down()
-    start_after(site, postfix)
-    client = to_postfix(site, postfix, "after")
-    body = BODY.replace(b"through", b"deferred")
-    queued = client.mail("deferred@example.com", body=body).text.split()[-1]
-    client.quit()
-    postfix.wait_log(queued + r": .*status=deferred \(.*451 4.3.0 Local Error")
-    site.clamd.up()
-    subprocess.run(["postqueue", "-c", postfix.config, "-i", queued], check=True)
-    check(postfix.wait_delivered(b"deferred Postfix")[0], body)
-
-
-def test_after_queue_many(site, postfix):
-    start_after(site, postfix)
+def test_after_queue_many(open_site, postfix):
+    start(open_site, postfix)
     body = BODY.replace(b"through", b"many")
 
     def one(number):
-        client = to_postfix(site, postfix, "after")
+        client = to_postfix(open_site, postfix)
         for turn in range(3):
             client.mail("%d.%d@example.com" % (number, turn), body=body)
         client.quit()
@@ -406,40 +432,56 @@ def test_after_queue_many(site, postfix):
 
 # ---------------------------------------------------------------- before queue
 
-def start_before(site, postfix, **settings):
-    site.start(Listen="127.0.0.1:%d" % postfix.port["filter_before"],
-               OutAddress=postfix.address("back"), **settings)
+def test_before_queue(open_site, before, clamd):
+    """The sender itself hears what becomes of its mail, and nobody else."""
+    site = open_site
+    start(site, before, ClamAddress=clamd.path)
+    client = to_postfix(site, before)
+    client.mail(body=real.titled(b"well"))
+    client.mail(body=real.titled(b"sick", real.EICAR), want="550 5.7.1 Virus "
+                "Detected; Content Rejected (%s)" % real.EICAR_NAME)
+    clamd.kill()
+    client.mail(body=real.titled(b"late"), want="451 4.3.0 Local Error (clamd: ")
+    clamd.start()
+    client.mail(body=real.titled(b"late"))
+    client.quit()
+    for title in b"well", b"late":
+        mail, = before.wait_delivered(title)
+        assert mail[0].count(b"X-Virus-Scanned: ") == 1
+    until(lambda: not before.queued(), "nothing is queued")
+    assert not [m for m in before.arrived()
+                if b"Subject: sick\n" in m or b"MAILER-DAEMON" in m]
 
 
-@pytest.mark.parametrize("port", ["before", "adjust"])
-def test_before_queue(site, postfix, port):
-    start_before(site, postfix, Action="bounce")
-    client = to_postfix(site, postfix, port, "127.0.0.6")
+@pytest.mark.parametrize("port", ["smtp", "other"])
+def test_before_queue_bytes(open_site, before, port):
+    site = open_site
+    start(site, before)
+    client = to_postfix(site, before, port, "127.0.0.6")
     body = BODY.replace(b"through", port.encode())
     client.mail(body=body)
-    # The sender itself hears of the virus.
-    client.mail(body=SICK.replace(b"sick", b"sick" + port.encode()),
-                want="550 5.7.1 Virus Detected; Content Rejected (%s)" % VIRUS)
+    client.mail(body=SICK, want="550 5.7.1 Virus Detected; Content Rejected (%s)"
+                % VIRUS)
     client.mail(body=body)
     client.quit()
-    for message in postfix.wait_delivered(port.encode() + b" Postfix", 2):
+    for message in before.wait_delivered(port.encode() + b" Postfix", 2):
         check(message, body)
-    postfix.wait_log(r"client=\S*\[127.0.0.1\], .*orig_client=\S*\[127.0.0.6\]")
+    before.wait_log(r"client=\S*\[127.0.0.1\], .*orig_client=\S*\[127.0.0.6\]")
 
 
-def test_before_queue_no_clamd(site, postfix):
-    site.clamd.down()
-    start_before(site, postfix)
-    client = to_postfix(site, postfix, "before")
-    client.mail(body=BODY, want="451 4.3.0 ")
-    client.quit()
+def test_before_queue_times(before):
+    """Postfix waits longer for us than we for clamd."""
+    with open(real.EXAMPLES + "/postfix-before-queue/clamsmtpd.conf") as file:
+        ours = int(re.search(r"^ScanTimeOut: (\d+)$", file.read(), re.M)[1])
+    assert before.run("postconf", "-h", "smtpd_proxy_timeout") == "100s\n"
+    assert ours < 100
 
 
 # ---------------------------------------------------------------- XCLIENT
 
 def test_xclient(site, postfix):
     """Postfix takes the mail as from our client; HELO is needed again."""
-    site.start(OutAddress=postfix.address("next"), XClient="on")
+    site.start(OutAddress=postfix.address("other"), XClient="on")
     client = site.session(source="127.0.0.7")
     body = BODY.replace(b"through", b"xclient")
     queued = client.mail(body=body).text.split()[-1]
@@ -452,7 +494,7 @@ def test_xclient(site, postfix):
 
 
 def test_xclient_helo(site, postfix):
-    site.start(OutAddress=postfix.address("next"), XClient="on")
+    site.start(OutAddress=postfix.address("other"), XClient="on")
     client = site.client(source="127.0.0.8")
     client.expect("220 smtp.passthru")
     client.cmd("HELO old.example", "250 smtp.passthru")
@@ -464,7 +506,7 @@ def test_xclient_helo(site, postfix):
 def test_xclient_ipv6(site, postfix):
     if not harness.has_ipv6():
         pytest.skip("no IPv6 here")
-    site.start(Listen="[::1]:0", OutAddress=postfix.address("next"), XClient="on")
+    site.start(Listen="[::1]:0", OutAddress=postfix.address("other"), XClient="on")
     client = site.session()
     queued = client.mail(body=BODY).text.split()[-1]
     client.quit()
@@ -478,25 +520,3 @@ def test_xclient_not_allowed(site, postfix):
     queued = client.mail(body=BODY).text.split()[-1]
     client.quit()
     postfix.wait_log(r"%s: client=\S*\[127.0.0.1\]" % queued)
-
-
-# ---------------------------------------------------------------- all real
-
-@pytest.mark.skipif(not real.find("clamd"), reason="no clamd installed")
-def test_everything_real(site, postfix):
-    clamd = real.RealClamd()
-    try:
-        start_after(site, postfix, ClamAddress=clamd.path, Quarantine="on")
-        client = to_postfix(site, postfix, "after")
-        client.mail(body=real.attached(real.EICAR, headers=b"Subject: eicar\r\n"))
-        clean = real.attached(b"harmless", headers=b"Subject: harmless\r\n")
-        client.mail(body=clean)
-        client.quit()
-        postfix.wait_delivered(b"harmless")
-        line, = site.daemon.wait_log("quarantined virus file as: ")
-        site.daemon.allowed.add(os.path.basename(line.split(": ")[-1]))
-        site.daemon.wait_log("status=VIRUS:" + real.EICAR_NAME)
-        assert not [m for m in postfix.delivered()
-                    if b"Subject: eicar\n" in m[0]]
-    finally:
-        clamd.close()

@@ -1,4 +1,4 @@
-"""TransparentProxy behind real nftables rules, and the loopback feature.
+"""TransparentProxy behind the rules of docs/examples, and the loopback feature.
 
 Three network namespaces, held by nothing but our descriptors, so that they
 are gone when we are, however we end:
@@ -15,6 +15,7 @@ import pytest
 
 import harness
 import real
+from test_real_postfix import clamd  # noqa: F401 (a fixture)
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NEWNET = 0x40000000
@@ -23,7 +24,6 @@ SERVER = {4: "10.9.2.2", 6: "fd09:2::2"}
 CLIENT = {4: "10.9.1.2", 6: "fd09:1::2"}
 GATEWAY = {4: "10.9.1.1", 6: "fd09:1::1"}
 BEHIND = {4: "10.9.2.1", 6: "fd09:2::1"}
-ANY = ["0.0.0.0:%d" % PORT, "[::]:%d" % PORT]
 
 
 def call(name, *args):
@@ -115,35 +115,26 @@ def rules(net, text):
         pytest.skip("rules refused: %s" % error)
 
 
-def redirect(net, hook="prerouting", more='iifname "to1"'):
-    rules(net, """
-        table inet mail {
-            chain nat {
-                type nat hook %s priority -100
-                %s tcp dport 25 redirect to :%d
-            }
-        }""" % (hook, more, PORT))
+def example(name):
+    return real.example("transparent/" + name, {"lan0": "to1"})
+
+
+def routes(net, what):
+    net.gateway.run("sh", "-s", what, stdin=example("tproxy-routes"))
+
+
+def redirect(net):
+    rules(net, example("redirect.nft"))
 
 
 def tproxy(net):
-    rules(net, """
-        table inet mail {
-            chain divert {
-                type filter hook prerouting priority -150
-                iifname "to1" meta nfproto ipv4 tcp dport 25 tproxy ip to :%d meta mark set 1 accept
-                iifname "to1" meta nfproto ipv6 tcp dport 25 tproxy ip6 to :%d meta mark set 1 accept
-            }
-        }""" % (PORT, PORT))
-    for family, everything in ("-4", "0.0.0.0/0"), ("-6", "::/0"):
-        net.gateway.ip("%s rule add fwmark 1 lookup 100" % family)
-        net.gateway.ip("%s route add local %s dev lo table 100"
-                       % (family, everything))
+    rules(net, example("tproxy.nft"))
+    routes(net, "add")
 
 
-def start(site, net, **settings):
+def start(site, net, listeners=2, **settings):
     with net.gateway:
-        site.start(TransparentProxy="on", OutAddress=None,
-                   **dict(dict(Listen=ANY), **settings))
+        real.start_example(site, "transparent", {}, listeners, **settings)
 
 
 def listen(site, net, family, port=25):
@@ -163,41 +154,71 @@ def client(site, net, address):
 BODY = b"Subject: hello\r\n\r\nworld\r\n"
 
 
-def passes(site, net, family):
-    """A mail to the server goes through us, a virus does not."""
+def passes(site, net, family, clamd):
+    """A mail to the server goes through us, a virus does not; while clamd is away
+    nothing does."""
+    listen(site, net, family)
+    start(site, net, ClamAddress=clamd.path)
     c = client(site, net, at(SERVER[family]))
     c.hello()
     c.mail(body=BODY)
-    c.mail(body=b"Subject: sick\r\n\r\n" + harness.EICAR + b"\r\n",
-           want="550 5.7.1 Virus Detected; Content Rejected")
+    c.mail(body=real.titled(b"sick", real.EICAR), want="550 5.7.1 Virus Detected; "
+           "Content Rejected (%s)" % real.EICAR_NAME)
+    clamd.kill()
+    c.mail(body=BODY, want="451 4.3.0 Local Error (clamd: ")
+    clamd.start()
+    c.mail(body=BODY)
     c.quit()
-    message, = site.hop.messages
-    assert harness.HEADER in message.body
+    assert len(site.hop.messages) == 2
+    for message in site.hop.messages:
+        assert harness.HEADER in message.body
     site.daemon.wait_log(r"^\w+: accepted connection from: %s$"
                          % CLIENT[family].replace(".", r"\."))
     assert len(site.hop.sessions) == 1
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_redirect(site, net, family):
+def test_redirect(open_site, net, family, clamd):
     """SO_ORIGINAL_DST tells where the client wanted to go."""
     redirect(net)
-    listen(site, net, family)
-    start(site, net, Action="bounce")
-    passes(site, net, family)
-
-
-def test_redirect_of_ipv4_to_a_listener_of_both_kinds(site, net):
-    """There the client's address, and ours, are IPv4 in IPv6 clothes."""
-    redirect(net)
-    listen(site, net, 4)
-    start(site, net, Action="bounce", Listen=["[::]:%d" % PORT])
-    passes(site, net, 4)
+    passes(open_site, net, family, clamd)
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_redirect_two_servers(site, net, family):
+def test_tproxy(open_site, net, family, clamd):
+    """The local address of the connection is where the client wanted to go;
+    the listener takes such connections without being root, too."""
+    tproxy(net)
+    passes(open_site, net, family, clamd)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_turned_off(open_site, net, family):
+    """As the page says; the client gets to the server itself."""
+    tproxy(net)
+    routes(net, "del")
+    net.gateway.run("nft", "delete", "table", "inet", "clamsmtpd")
+    listen(open_site, net, family)
+    client(open_site, net, at(SERVER[family])).expect("220 next.hop ")
+
+
+def test_redirect_of_ipv4_to_a_listener_of_both_kinds(open_site, net):
+    """There the client's address, and ours, are IPv4 in IPv6 clothes."""
+    redirect(net)
+    listen(open_site, net, 4)
+    start(open_site, net, 1, Listen="[::]:%d" % PORT)
+    c = client(open_site, net, at(SERVER[4]))
+    c.hello()
+    c.mail(body=BODY)
+    c.quit()
+    assert len(open_site.hop.messages) == 1
+    open_site.daemon.wait_log(r"accepted connection from: %s$" % CLIENT[4])
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_redirect_two_servers(open_site, net, family):
     """Each session goes to its own destination."""
+    site = open_site
     redirect(net)
     other = {4: "10.9.2.3", 6: "fd09:2::3"}[family]
     net.server.ip("addr add %s/%d dev gw%s" % (
@@ -216,78 +237,47 @@ def test_redirect_two_servers(site, net, family):
     assert [m.mail for m in second.messages] == ["MAIL FROM:<1@example.com>"]
 
 
-@pytest.mark.parametrize("user", [None, "nobody"])
 @pytest.mark.parametrize("family", [4, 6])
-def test_tproxy(site, net, family, user):
-    """The local address of the connection is where the client wanted to go;
-    the listener can take such connections without being root, too."""
-    tproxy(net)
-    listen(site, net, family)
-    if user:
-        if not real.user(user):
-            pytest.skip("no user nobody")
-        # its TempDirectory must be reachable for it
-        spool = real.public_directory("spool")
-        os.chown(spool, real.user(user).pw_uid, real.user(user).pw_gid)
-        sock = os.path.join(spool, "clamd")
-        site.clamd = site.new_clamd(path=sock)
-        try:
-            start(site, net, Action="bounce", User=user, TempDirectory=spool)
-            site.daemon.allowed.add("clamd")
-            passes(site, net, family)
-            site.daemon.stop()
-        finally:
-            site.clamd.down()
-            os.rmdir(spool)
-    else:
-        start(site, net, Action="bounce")
-        passes(site, net, family)
-
-
-@pytest.mark.parametrize("family", [4, 6])
-def test_nobody_there(site, net, family):
+def test_nobody_there(open_site, net, family):
     redirect(net)
-    start(site, net)
-    c = client(site, net, at(SERVER[family]))
+    start(open_site, net)
+    c = client(open_site, net, at(SERVER[family]))
     c.expect("421 4.4.1")
     c.eof()
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_loop(site, net, family):
+def test_loop(open_site, net, family):
     """Rules that lead our own connections back to us: refused, not repeated."""
+    redirect(net)
     rules(net, """
-        table inet mail {
-            chain nat {
-                type nat hook prerouting priority -100
-                iifname "to1" tcp dport 25 redirect to :%d
-            }
+        table inet more {
             chain own {
                 type nat hook output priority -100
                 tcp dport 25 redirect to :%d
             }
-        }""" % (PORT, PORT))
-    listen(site, net, family)
-    start(site, net)
+        }""" % PORT)
+    listen(open_site, net, family)
+    start(open_site, net)
     for turn in range(1, 4):
-        c = client(site, net, at(SERVER[family]))
+        c = client(open_site, net, at(SERVER[family]))
         c.expect("421 ")
         c.eof()
-        site.daemon.wait_log("(?i)loop", turn)
-    assert site.hop.sessions == []
-    assert len(site.daemon.log("accepted connection from: ")) <= 6
+        open_site.daemon.wait_log("(?i)loop", turn)
+    assert open_site.hop.sessions == []
+    assert len(open_site.daemon.log("accepted connection from: ")) <= 6
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_loop_to_the_listener(site, net, family):
+def test_loop_to_the_listener(open_site, net, family):
     """A client that was not redirected leads to ourselves as well."""
     redirect(net)
-    start(site, net)
-    c = client(site, net, at(GATEWAY[family], PORT))
+    start(open_site, net)
+    c = client(open_site, net, at(GATEWAY[family], PORT))
     c.expect("421 ")
     c.eof()
-    site.daemon.wait_log("(?i)loop")
-    assert len(site.daemon.log("accepted connection from: ")) <= 2
+    open_site.daemon.wait_log("(?i)loop")
+    assert len(open_site.daemon.log("accepted connection from: ")) <= 2
 
 
 # ---------------------------------------------------------------- loopback

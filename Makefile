@@ -1,5 +1,6 @@
-# CC, CFLAGS, LDFLAGS, PREFIX, SYSCONFDIR, DESTDIR and VERSION are yours to set.
-# Without CC: musl-gcc where there is one, else cc; both make a static binary.
+# CC, CFLAGS, LDFLAGS, PREFIX, SYSCONFDIR and DESTDIR are yours to set.
+# Without CC: musl-gcc where there is one, else cc.  The binary is static but with
+# glibc, whose getpwnam(3) would load its libraries at run time nevertheless.
 .POSIX:
 
 PREFIX = /usr/local
@@ -11,7 +12,9 @@ BIN = clamsmtpd
 CC = $$(command -v musl-gcc || echo cc)
 # Small: a router has no room for page-aligned sections, nor for relocations.
 CFLAGS = -Os -fno-pie -no-pie
-LDFLAGS = -static -s -Wl,--gc-sections,-z,noseparate-code,-z,norelro \
+STATIC = $$(echo '\#include <limits.h>' | $(CC) -E -dM - | \
+	grep -q __GLIBC__ || echo -static)
+LDFLAGS = $(STATIC) -s -Wl,--gc-sections,-z,noseparate-code,-z,norelro \
 	-Wl,-z,common-page-size=64
 
 ALL_CFLAGS = -std=c99 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 \

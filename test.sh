@@ -213,11 +213,15 @@ if have clang; then
 else
 	skip clang "not installed"
 fi
-check static static clamsmtpd
-if [ "$(uname -m)" = x86_64 ]; then
+if have musl-gcc || have apk; then
+	check static static clamsmtpd
+else
+	skip static "no musl here"
+fi
+if [ "$(uname -m)" = x86_64 ] && have musl-gcc; then
 	check size size_below 131072 clamsmtpd
 else
-	skip size "the limit is for x86_64"
+	skip size "the limit is for x86_64 and musl"
 fi
 scripts=
 for f in test.sh demo.sh .ci/run tests/*.sh bench/* fuzz/run; do

@@ -194,6 +194,11 @@ show clean "a clean mail: it passes, with one header more"
 show eicar "a mail with the EICAR test file attached: refused"
 show zipped "the same, with the file in a zip archive: refused"
 echo
+echo "== beside the original and a TCP proxy (make bench; bench/results has more)"
+echo
+awk -F '|' '/^\|/ { if ($2 !~ /--/) print " " $2 $3 $4 $5; table = 1; next }
+    table { exit }' bench/results/bench.md
+echo
 
 [ "$keep" ] || exit 0
 trap - EXIT HUP INT TERM

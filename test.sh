@@ -2,11 +2,11 @@
 # usage: ./test.sh [full] [pytest arguments, as -k EXPRESSION]
 #
 # Installs what is missing, builds, runs the tests; the last line says how many
-# passed and failed.  About three minutes on two cores.
+# passed and failed.  About five minutes on two cores.
 #
 #   ./test.sh           the whole suite; a core of it again with the sanitizers,
 #                       and with a program that reads and writes single bytes;
-#                       warnings, manual pages, scripts, size
+#                       a short soak; warnings, manual pages, scripts, size
 #   ./test.sh full      the whole suite in all three builds, and the long cases
 #   ./test.sh -k quarantine     only these, in the normal build
 #

@@ -1897,7 +1897,6 @@ static void
 options_read(struct options *o, char **argv)
 {
 	const char *p, *arg;
-	int i;
 
 	while (*++argv != NULL && (*argv)[0] == '-' && (*argv)[1] != '\0') {
 		if (strcmp(*argv, "--") == 0) {
@@ -1917,10 +1916,30 @@ options_read(struct options *o, char **argv)
 		usage();
 	if (*argv != NULL)
 		old_flag("OutAddress", *argv);
+}
+
+/* Warnings are lines of the log, too: LogFormat has to be known before. */
+static void
+learn_log_format(void)
+{
+	int level = log_limit(-1);
+	struct conf *c = conf_load(conf_path, flags, nflags, pid_option);
+
+	if (c != NULL)
+		log_format(c->json);
+	conf_put(c);
+	log_limit(level);
+}
+
+static void
+flags_warn(const char *file)
+{
+	int i;
+
 	for (i = 0; i < nflags; i++)
 		logmsg(LOG_WARNING, "command line: this way to set %s will go; "
 		    "put \"%s: %s\" into %s", flags[i][0], flags[i][0],
-		    flags[i][1], o->file);
+		    flags[i][1], file);
 }
 
 /* A reload happens in another directory. */
@@ -1993,7 +2012,8 @@ check_tempdir(const struct conf *c)
 
 	if (fd == -1)
 		die(1, "TempDirectory: %s cannot be written to by user %ld; it "
-		    "must be there and belong to that user:", c->tempdir,
+		    "must be there and belong to that user (in a container, "
+		    "mount a tmpfs there):", c->tempdir,
 		    (long)geteuid());
 	close(fd);
 }
@@ -2028,6 +2048,9 @@ main(int argc, char **argv)
 		log_open(o.level, 1);
 	if ((conf_path = absolute(o.file)) == NULL)
 		die(1, "%s:", o.file);
+	if (!o.check && !o.health)
+		learn_log_format();
+	flags_warn(o.file);
 	conf = conf_load(conf_path, flags, nflags, pid_option);
 	if (conf == NULL)
 		return 2;
@@ -2037,7 +2060,6 @@ main(int argc, char **argv)
 	}
 	if (o.health)
 		return check_health(conf);
-	log_format(conf->json);
 	/* systemd wants to hear from the process that it has started. */
 	if (o.level < 0 && getenv("NOTIFY_SOCKET") == NULL)
 		ready = detach();

@@ -47,7 +47,8 @@
 #define ADDRTEXT	128		/* an address as text */
 #define NAMESZ		160		/* the name of a virus */
 #define LOGSZ		1000		/* a line of the log, */
-#define JSONSZ		4000		/* and of LogFormat: json */
+#define JSONSZ		4000		/* and of LogFormat: json; */
+#define JSONFIELD	500		/* a field of that which tells of a mail */
 #define RCPTSZ		65536		/* all recipients kept for the VirusAction */
 
 /* The most bytes that one system call moves; 1 in a test build. */
@@ -454,13 +455,13 @@ void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 void die(int status, const char *fmt, ...)
     __attribute__((format(printf, 2, 3), noreturn));
-void log_limit(int level);			/* the LOG_ level that is the last */
+int log_limit(int level);			/* the last LOG_ level; it was that */
 int log_wants(int level);
 void log_format(int json);			/* from now on */
 int log_is_json(void);
 
-/* A line of JSON with more in it than a message: json_begin, fields, json_end.
- * What does not fit is left out; of the lines of a list p the last ones. */
+/* A line of JSON that tells of a mail: json_begin, fields, json_end.  A text is
+ * cut with "..."; and the lines of a list p: the last of them is "..." then. */
 void json_begin(const struct session *, int level);
 void json_text(const char *name, const char *p, size_t n);
 void json_number(const char *name, long long);

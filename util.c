@@ -185,10 +185,13 @@ log_open(int level, int console)
 		log_fd = -1;
 }
 
-void
+int
 log_limit(int level)
 {
+	int before = log_level;
+
 	log_level = level;
+	return before;
 }
 
 void
@@ -264,13 +267,14 @@ log_write(int level, const char *text, size_t n)
 static void
 log_line(int level, const char *text, size_t n)
 {
-	char lost[64];
+	char lost[128];
 	int len;
 
 	if (log_lost > 0) {
 		len = format(lost, sizeof lost, log_json ?
-		    "{\"level\":\"warning\",\"lost\":%lu}" :
-		    "%lu lines of the log were lost", log_lost);
+		    "{\"level\":\"warning\",\"message\":\"%lu%s\",\"time\":\"%s\"}" :
+		    "%lu%s", log_lost, " lines of the log were lost",
+		    rfc3339_date(time(NULL)));
 		if (log_write(LOG_WARNING, lost, len) == 0)
 			log_lost = 0;
 	}
@@ -300,23 +304,23 @@ utf8_length(const char *p, size_t n)
 }
 
 /*
- * A JSON object in the making.  What does not fit any more is left out.
+ * A JSON object in the making.
  */
 static char json[JSONSZ];
 static size_t json_n;
 
-/* Promise 8: p as a JSON string, behind the text before; -1: there is no room
- * for it, and nothing has changed. */
-static int
-json_string(const char *before, const char *p, size_t n)
+/* Promise 8: p as a JSON string, which ends before json[end], cut with "..." if
+ * need be. */
+static void
+json_string(const char *p, size_t n, size_t end)
 {
-	size_t at = json_n, len;
+	size_t len;
 
-	json_n += format(json + at, sizeof json - at, "%s\"", before);
+	json[json_n++] = '"';
 	for (; n > 0; p += len, n -= len) {
-		if (json_n > sizeof json - 16) {
-			json_n = at;
-			return -1;
+		if (json_n > end - 12) {
+			json_n += format(json + json_n, 4, "...");
+			break;
 		}
 		len = utf8_length(p, n);
 		if (len == 0 || (unsigned char)*p < ' ' || *p == 127) {
@@ -331,43 +335,46 @@ json_string(const char *before, const char *p, size_t n)
 		json_n += len;
 	}
 	json[json_n++] = '"';
-	return 0;
+}
+
+static void
+json_name(const char *name)
+{
+	json_n += format(json + json_n, 32, ",\"%s\":", name);
 }
 
 void
 json_text(const char *name, const char *p, size_t n)
 {
-	char before[32];
-
-	format(before, sizeof before, ",\"%s\":", name);
-	json_string(before, p, n);
+	json_name(name);
+	json_string(p, n, json_n + JSONFIELD);
 }
 
 void
 json_number(const char *name, long long v)
 {
-	if (json_n < sizeof json - 64)
-		json_n += format(json + json_n, 64, ",\"%s\":%lld", name, v);
+	json_name(name);
+	json_n += format(json + json_n, 32, "%lld", v);
 }
 
-/* Half of the line is for what comes behind them. */
+/* The last third of the line is for what comes behind them. */
 void
 json_lines(const char *name, const char *p)
 {
-	char before[32];
+	char separator = '[';
 	const char *end;
 
 	if (p == NULL || *p == '\0')
 		return;
-	format(before, sizeof before, ",\"%s\":[", name);
-	for (; *p != '\0'; p = end + 1) {
+	json_name(name);
+	for (; *p != '\0'; p = end + 1, separator = ',') {
 		end = strchr(p, '\n');
-		if (json_n + 6 * (end - p) > sizeof json / 2) {
-			json_string(before, "...", 3);
+		json[json_n++] = separator;
+		if (json_n + 6 * (end - p) > sizeof json * 2 / 3) {
+			json_string("...", 3, sizeof json);
 			break;
 		}
-		json_string(before, p, end - p);
-		format(before, sizeof before, ",");
+		json_string(p, end - p, sizeof json);
 	}
 	json[json_n++] = ']';
 }
@@ -410,7 +417,8 @@ vlog(const struct session *s, int level, const char *fmt, va_list ap)
 		n += format(line + n, sizeof line - n, " %s", strerror(err));
 	if (log_json) {
 		json_begin(s, level);
-		json_text("message", line, n);
+		json_name("message");
+		json_string(line, n, sizeof json - 4);
 		json_end(level);
 	} else
 		log_line(level, line, n);

@@ -38,6 +38,12 @@ package_of()
 	mandoc)		echo mandoc mandoc ;;
 	shellcheck)	echo shellcheck shellcheck ;;
 	busybox)	echo busybox - ;;
+	# for what tests the packages
+	crun)		echo crun crun ;;
+	strace)		echo strace strace ;;
+	systemd-analyze)	echo systemd - ;;
+	py:yaml)	echo python3-yaml py3-yaml ;;
+	dpkg-buildpackage)	echo dpkg-dev - ;;
 	# not ip: that of busybox cannot do what the tests need
 	ss)		echo iproute2 iproute2 ;;
 	nft)		echo nftables nftables ;;

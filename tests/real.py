@@ -231,12 +231,14 @@ def example(path, table):
 def start_example(site, recipe, ports, listeners=1, **settings):
     """The daemon as the recipe has it, with these settings besides; the site
     must be one for all users."""
-    settings.setdefault("ClamAddress", site.clamd.address)
+    if "ClamAddress" not in settings:
+        settings["ClamAddress"] = site.clamd.address
     table = dict(ports, **{"User: clamsmtp": "User: nobody",
                            "/var/spool/clamsmtp": site.spool})
     return site.start(
         config=example(recipe + "/clamsmtpd.conf", table),
-        Listen=["in the file"] * listeners, OutAddress=None, ClamAddress=None,
+        Listen=[None] * listeners,      # so many are waited for
+        OutAddress=None, ClamAddress=None,
         env={"CLAMSMTPD_" + name.upper(): value
              for name, value in settings.items()})
 
@@ -260,6 +262,17 @@ def speak(site, address, source=None):
 
 def titled(name, attachment=b"harmless"):
     return attached(attachment, headers=b"Subject: %s\r\n" % name)
+
+
+def insist(action, condition, what):
+    """Do it again and again until it has helped: once may be too early."""
+    def helped():
+        action()
+        try:
+            return until(condition, what, 1)
+        except Failed:
+            return None
+    return until(helped, what)
 
 
 def behind_a_queue(site, clamd, server):
@@ -293,13 +306,7 @@ def behind_a_queue(site, clamd, server):
     assert not arrived(b"late")
     clamd.start()
 
-    def flushed():
-        server.flush()
-        try:
-            return until(lambda: arrived(b"late"), "", 1)
-        except Failed:
-            return None         # it was not in the queue yet, or still is
-    until(flushed, "what has waited arrives")
+    insist(server.flush, lambda: arrived(b"late"), "what has waited arrives")
     until(empty, "nothing is queued")
 
     every = server.arrived()

@@ -17,7 +17,7 @@ import pytest
 
 import harness
 import real
-from harness import Client, EICAR, HEADER, VIRUS, until
+from harness import EICAR, HEADER, VIRUS, until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="Postfix needs root"),
@@ -61,7 +61,7 @@ message_size_limit = 20480000
 
 # What master runs of itself.
 MASTER = """
-pickup unix n - n 60 1 pickup
+pickup unix n - n 1 1 pickup
 cleanup unix n - n - 0 cleanup
 qmgr unix n - n 300 1 qmgr
 rewrite unix - - n - - trivial-rewrite
@@ -428,6 +428,23 @@ def test_after_queue_many(open_site, postfix):
         thread.join()
     for message in postfix.wait_delivered(b"many Postfix", 24):
         check(message, body)
+
+
+def test_after_queue_turned_off(site):
+    """As the page says; what waits for the filter goes on without it."""
+    postfix = Postfix()
+    try:
+        client = to_postfix(site, postfix)
+        client.mail(body=BODY)
+        client.quit()
+        postfix.wait_log("status=deferred .*Connection refused")
+        postfix.run("postconf", "-X", "content_filter", "receive_override_options")
+        postfix.run("postfix", "reload")
+        message, = real.insist(lambda: postfix.run("postsuper", "-r", "ALL"),
+                               postfix.delivered, "what was queued is delivered")
+        assert b"X-Virus-Scanned" not in message[0]
+    finally:
+        postfix.close()
 
 
 # ---------------------------------------------------------------- before queue

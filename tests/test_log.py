@@ -1,0 +1,529 @@
+"""LogFormat: json; what reads the classic log: fail2ban, logcheck."""
+
+import codecs
+import fcntl
+import json
+import os
+import re
+import signal
+import shutil
+import subprocess
+import time
+
+import pytest
+
+import real
+from harness import CLOSE, Hold, Site, TOP, VIRUS, WAIT, until
+from test_injection import TEXTS
+from test_run import READ_AGAIN, background, reload, syslog  # noqa: F401 (fixtures)
+from test_status import debian_package
+
+GOOD = b"Subject: x\r\n\r\nnothing\r\n"
+BAD = b"Subject: x\r\n\r\nEICAR\r\n"
+LOGS = os.path.join(TOP, "packaging", "logs")
+LEVELS = ("error", "warning", "notice", "info", "debug")
+PIPE_BUF = 4096             # what is written to a pipe in one piece
+
+codecs.register_error("latin-1", lambda error: (
+    error.object[error.start:error.start + 1].decode("latin-1"), error.start + 1))
+
+
+def as_text(data):
+    """As JSON has what a peer said: bytes that are no UTF-8 one by one."""
+    return data.decode("utf-8", "latin-1")
+
+
+def unique(pairs):
+    assert len(dict(pairs)) == len(pairs), "a name twice: %s" % pairs
+    return dict(pairs)
+
+
+def parsed(line):
+    """A line of the log, which has to be one JSON object."""
+    assert len(line) < PIPE_BUF, len(line)
+    assert re.search(rb"[\x00-\x1f\x7f]", line) is None, line
+    try:
+        found = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+    except ValueError as error:
+        raise AssertionError("%s: %r" % (error, line)) from None
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["time"]), line
+    assert found["level"] in LEVELS, line
+    assert re.fullmatch("[0-9A-F]{6}", found.get("session", "100000")), line
+    assert isinstance(found.get("message", ""), str)
+    return found
+
+
+def lines(daemon):
+    with open(daemon.stderr, "rb") as file:
+        return [parsed(line) for line in file.read().split(b"\n")[:-1]]
+
+
+def told(daemon, text):
+    """Lines whose message has this in it."""
+    return [line for line in lines(daemon) if text in line.get("message", "")]
+
+
+def mails(daemon, count=1):
+    """The lines of messages, when there are so many of them."""
+    return until(lambda: (lambda found: found if len(found) >= count else None)(
+        [line for line in lines(daemon) if line.get("event") == "mail"]),
+        "%d lines of messages" % count)
+
+
+def start(site, **settings):
+    settings["LogFormat"] = "json"
+    daemon = site.start(wait=False, **settings)
+    daemon.listening = lambda: [line["message"].split(" on ")[1]
+                                for line in told(daemon, "listening on ")]
+    daemon.wait_listening()
+    return daemon
+
+
+# ---------------------------------------------------------------- fields
+
+@pytest.mark.core
+def test_the_line_of_a_message(site):
+    before = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    daemon = start(site)
+    client = site.session(source="127.0.0.7")
+    client.mail(sender="a@example.com", to=["b@example.com", "c@example.com"], body=GOOD)
+    mail, = mails(daemon)
+    assert before <= mail.pop("time") <= time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    for name in ("scan_ms", "ms"):
+        assert 0 <= mail.pop(name) < 1000 * WAIT
+    assert mail == {
+        "level": "info", "session": "100000", "event": "mail", "status": "clean",
+        "client": "127.0.0.7", "helo": "client.example", "from": "a@example.com",
+        "to": ["b@example.com", "c@example.com"], "size": len(GOOD),
+        "reply": "250 2.0.0 queued as 4711"}
+
+
+@pytest.mark.core
+def test_the_line_of_a_virus(site):
+    daemon = start(site, Quarantine="on", Action="bounce")
+    client = site.session()
+    client.mail(body=BAD, want="550")
+    mail, = mails(daemon)
+    name, = os.listdir(site.spool)
+    daemon.allowed.add(name)
+    assert (mail["status"], mail["virus"]) == ("virus", VIRUS)
+    assert mail["quarantine"] == os.path.join(site.spool, name)
+    assert mail["reply"].startswith("550 5.7.1 Virus Detected") and "reason" not in mail
+
+
+def test_the_other_verdicts(site):
+    daemon = start(site, MaxScanSize="1000")
+    client = site.session()
+    client.mail(body=GOOD + b"x" * 2000 + b"\r\n", want="552")
+    site.clamd.verdict = ["sick ERROR"]
+    client.mail(want="451")
+    site.hop.on(".", ["554 5.7.1 no", CLOSE])
+    client.mail(want="554")
+    client.mail(want="451")
+    found = mails(daemon, 4)
+    assert [(m["status"], m["reply"][:3]) for m in found] == [
+        ("oversize", "552"), ("clamd_error", "451"), ("clean", "554"), ("error", "451")]
+    assert found[1]["reason"] == 'it answered "sick ERROR"'
+    assert "scan_ms" not in found[0] and "scan_ms" in found[2]
+    assert not any("virus" in mail for mail in found)
+
+
+def test_a_message_that_passes_unscanned(site):
+    site.clamd.verdict = ["sick ERROR"]
+    daemon = start(site, ScanFailure="pass")
+    site.session().mail()
+    mail, = mails(daemon)
+    assert (mail["status"], mail["reply"][:3]) == ("unscanned", "250")
+    assert mail["reason"] == 'it answered "sick ERROR"'
+
+
+def test_the_null_sender_and_helo(site):
+    daemon = start(site)
+    client = site.client()
+    client.expect("220")
+    client.cmd("HELO [192.0.2.9]", "250")
+    client.mail(sender="")
+    mail, = mails(daemon)
+    assert mail["from"] in ("", "<>") and mail["helo"] == "[192.0.2.9]"
+
+
+def test_times_are_those_of_scan_and_next_hop(site, clock):
+    scan, hop = Hold(), Hold()
+    site.clamd.verdict = [scan]
+    site.hop.on(".", [hop])
+    daemon = start(site, **clock.settings())
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(GOOD + b".\r\n")
+    scan.reached()
+    clock.go(daemon, 3)
+    scan.go()
+    hop.reached()
+    clock.go(daemon, 5)
+    hop.go()
+    client.expect("250")
+    mail, = mails(daemon)
+    assert mail["scan_ms"] >= 3000 and mail["ms"] >= mail["scan_ms"] + 5000
+
+
+@pytest.mark.core
+def test_every_other_line_has_level_and_message(site):
+    """And the session that it is about."""
+    daemon = start(site, ClamAddress="/no/such/socket")
+    client = site.session()
+    client.mail(want="451")
+    client.cmd("XCLIENT ADDR=192.0.2.1", "554")
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(b"x\r\n")
+    client.reset()
+    until(lambda: told(daemon, "CLIENT: "), "it is gone")
+    found = {(line["level"], line.get("session"), line["message"])
+             for line in lines(daemon) if "message" in line}
+    for level, session, message in (
+            ("error", None, "clamd /no/such/socket: connect: No such file or directory"),
+            ("warning", "100000", "client attempted use of privileged XCLIENT feature"),
+            ("info", "100000", "accepted connection from: 127.0.0.1"),
+            ("debug", "100000", "CLIENT < XCLIENT ADDR=192.0.2.1")):
+        assert (level, session, message) in found
+    assert {level for level, _, _ in found} == set(LEVELS)
+
+
+# ---------------------------------------------------------------- hostile text
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_line_parses_whatever_a_client_says(site, name):
+    """PROMISE 8.  What fits is there, character for character."""
+    text = TEXTS[name]
+    daemon = start(site)
+    client = site.client()
+    client.expect("220")
+    client.cmd(b"EHLO " + text, "250")
+    client.cmd(b"XFORWARD NAME=" + text, "250")
+    client.line(text)
+    client.reply()
+    for command in (b"MAIL FROM:<" + text + b">", b"RCPT TO:<" + text + b">",
+                    b"RCPT TO:<b@example.com>"):
+        client.cmd(command, "250")
+    client.data(text + b"\r\n", "250")
+    mail, = mails(daemon)
+    assert mail["status"] == "clean"
+    if "10 KB" not in name:
+        assert mail["helo"] == mail["from"] == as_text(text)
+        assert mail["to"] == [as_text(text), "b@example.com"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_line_parses_whatever_the_servers_say(site, name):
+    text = TEXTS[name]
+    site.hop.on("RCPT", [b"250-x\r\n250 " + text + b"\r\n"])
+    site.hop.on(".", [b"250 " + text + b"\r\n", b"550-x\r\n550 " + text + b"\r\n"])
+    daemon = start(site, Action="pass")
+    client = site.session()
+    client.mail()
+    client.envelope()
+    site.clamd.verdict = [b"fd[3]: " + text + b" FOUND\0", b"fd[3]: " + text + b" ERROR\0"]
+    client.cmd("DATA", "354")
+    client.send(GOOD + b".\r\n")
+    client.reply()
+    client.mail(want="451")
+    found = mails(daemon, 3)
+    assert [mail["status"] for mail in found][::2] == ["clean", "clamd_error"]
+
+
+LONG = [b"a" * 11000, b"\xff" * 11000, b"\x01" * 11000, b"\\" * 11000,
+        "\u20ac".encode() * 3500]
+
+
+@pytest.mark.parametrize("text", LONG, ids=["a", "FF", "01", "backslash", "euro"])
+def test_what_is_too_long_is_cut_and_not_left_out(site, text):
+    """The beginning is what one looks for."""
+    daemon = start(site)
+    client = site.session(source="127.0.0.7")
+    client.cmd(b"X" + text, "500")
+    client.cmd(b"EHLO " + text, "250")
+    client.cmd(b"MAIL FROM:<" + text + b">", "250")
+    client.cmd("RCPT TO:<b@example.com>", "250")
+    client.data(GOOD)
+    mail, = mails(daemon)
+    for name in ("helo", "from"):
+        assert mail[name][:20] == as_text(text)[:20]
+    assert mail["to"][0] in ("b@example.com", "...") and mail["client"] == "127.0.0.7"
+    assert mail["reply"] == "250 2.0.0 queued as 4711" and mail["size"] == len(GOOD)
+    assert all("message" in line for line in lines(daemon) if "event" not in line)
+
+
+def test_senders_of_every_length(site):
+    """Where the line is full, wherever in a field that is."""
+    lengths = range(3300, 4000, 7)
+    daemon = start(site, level=3)
+    client = site.session()
+    for length in lengths:
+        client.mail(sender="s" * length, to=["r" * 60, "r"])
+    assert len(mails(daemon, len(lengths))) == len(lengths)
+
+
+@pytest.mark.parametrize("size", [10, 60, 250])
+def test_ten_thousand_recipients(site, size):
+    """As many as fit, whole; then that there were more."""
+    rcpts = ["%05d%s@example.com" % (i, "r" * size) for i in range(10000)]
+    daemon = start(site, level=3)
+    client = site.session()
+    client.cmd("MAIL FROM:<a@example.com>", "250")
+    for at in range(0, 10000, 500):
+        client.send("".join("RCPT TO:<%s>\r\n" % r for r in rcpts[at:at + 500]))
+        for _ in range(500):
+            client.expect("250")
+    client.data(GOOD)
+    mail, = mails(daemon)
+    assert mail["to"][-1] == "..." and len(mail["to"]) > 1
+    assert mail["to"][:-1] == rcpts[:len(mail["to"]) - 1]
+    assert mail["reply"] == "250 2.0.0 queued as 4711"
+
+
+# ---------------------------------------------------------------- from the first line on
+
+@pytest.mark.parametrize("settings, env, message", [
+    ({"Bounce": "on"}, {}, "Bounce is an old name"),
+    ({"TimeOut": ["5", "6"]}, {}, "TimeOut is set twice"),
+    ({}, {"CLAMSMTPD_PORT": "tcp://10.0.0.1:25"}, '"PORT" is not the name'),
+])
+def test_what_is_said_of_the_settings_is_json_too(site, settings, env, message):
+    """As a collector of logs reads it from a container's first line on."""
+    daemon = start(site, env=env, **settings)
+    assert told(daemon, message)
+
+
+def test_a_start_that_is_refused_is_told_in_json(site):
+    daemon = site.start(wait=False, LogFormat="json", Listen=site.hop.address)
+    assert daemon.wait_exit() == 1
+    daemon.stopped = True
+    assert told(daemon, "Listen: %s: Address" % site.hop.address)
+
+
+def test_by_the_environment(site):
+    daemon = site.start(wait=False, env={"CLAMSMTPD_LOGFORMAT": "JSON"})
+    until(lambda: told(daemon, "listening on "), "it listens")
+
+
+def test_sighup_changes_the_format(site):
+    listen = site.path("in.sock")
+    daemon = site.start(Listen=listen)
+    reload(site, Listen=listen, LogFormat="json")
+    site.session().mail()
+    text = daemon.text().splitlines()
+    first, = (i for i, line in enumerate(text) if re.search(READ_AGAIN, line))
+    assert [parsed(line.encode())["level"] for line in text[first:]]
+    assert not any(line.startswith("{") for line in text[:first])
+    daemon.write(site.settings(Listen=listen))
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: daemon.log("^[^{].*read again$"), "the classic one again")
+
+
+def test_lines_that_were_lost_are_counted(site):
+    """PROMISE 5: nobody reads it for a while; what comes out is whole lines."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
+    listen = site.path("in.sock")
+    site.start(wait=False, Listen=listen, LogFormat="json",
+               preexec=lambda: os.dup2(write, 2))
+    os.close(write)
+    data = bytearray()
+
+    def drain():
+        data.extend(os.read(read, 1 << 16))
+        return b"listening on" in data
+    until(drain, "it listens")
+    client = site.session(address=listen)
+    client.mail(to=["%d@example.com" % i for i in range(100)])
+    os.set_blocking(read, False)
+
+    def lost():
+        client.cmd("NOOP", "250")
+        data.extend(os.read(read, 1 << 16))
+        found = [parsed(line) for line in bytes(data).split(b"\n")[:-1]]
+        return sum(int(line["message"].split()[0]) for line in found
+                   if "were lost" in line.get("message", "")) > 50
+    until(lost, "it tells of lost lines")
+    client.quit()
+    os.close(read)
+
+
+@pytest.mark.usefixtures("mounts")
+def test_json_in_syslog(site, background, syslog):  # noqa: F811
+    log, preexec = syslog
+    one = background(preexec=preexec, LogFormat="json")
+    client = site.session(address=one.socket)
+    client.mail()
+    client.quit()
+    one.end()
+    log.setblocking(False)
+    found = []
+    while True:
+        try:
+            line = log.recv(65536)
+        except BlockingIOError:
+            break
+        priority, rest = re.fullmatch(rb"<(\d+)>clamsmtpd: (.*)", line).groups()
+        found.append(parsed(rest))
+        assert int(priority) == 2 << 3 | 3 + LEVELS.index(found[-1]["level"])
+    assert [line["status"] for line in found if "event" in line] == ["clean"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("settings", [{}, {"LogFormat": "classic"}], ids=str)
+def test_classic_is_as_ever(site, settings):
+    """PROMISE 9: to the letter."""
+    site.start(level=3, Quarantine="on", **settings)
+    client = site.session()
+    client.mail()
+    client.mail(sender="", to=["b@c", "d@e"], body=BAD, want="250 2.0.0 Virus")
+    client.quit()
+    name, = os.listdir(site.spool)
+    site.daemon.allowed.add(name)
+    assert [line for line in site.daemon.text().split("\n") if "100000" in line] == [
+        "clamsmtpd: 100000: accepted connection from: 127.0.0.1",
+        "clamsmtpd: 100000: from=a@example.com, to=b@example.com, status=CLEAN",
+        "clamsmtpd: 100000: quarantined virus file as: %s/%s" % (site.spool, name),
+        "clamsmtpd: 100000: from=<>, to=b@c, to=d@e, status=VIRUS:" + VIRUS]
+
+
+# ---------------------------------------------------------------- its readers
+
+PREFIXES = ["Nov  2 13:14:15 mail ", "2026-11-22T13:14:15.123456+01:00 mail.example.com "]
+
+
+def syslogged(daemon, file, prefix):
+    """Its log as syslogd writes it."""
+    with open(daemon.stderr, errors="surrogateescape") as log, \
+            open(file, "w", errors="surrogateescape") as out:
+        for line in log:
+            out.write(prefix + ("" if line.startswith("clamsmtpd: ") else "clamsmtpd: ") +
+                      line)
+
+
+@pytest.fixture(scope="module")
+def fail2ban(tmp_path_factory):
+    """fail2ban("client"/"regex", arguments) with our filter and jail."""
+    programs, config = "/usr", "/etc/fail2ban"
+    top = str(tmp_path_factory.mktemp("fail2ban"))
+    if not real.find("fail2ban-regex"):
+        if not real.find("apt-get"):
+            pytest.skip("no fail2ban here")
+        programs = os.path.join(debian_package("fail2ban", top), "usr")
+        config = os.path.join(top, "etc/fail2ban")
+    ours = os.path.join(top, "config")
+    shutil.copytree(config, ours, ignore=shutil.ignore_patterns("*.local", "jail.d"))
+    os.mkdir(os.path.join(ours, "jail.d"))
+    shutil.copy(os.path.join(LOGS, "fail2ban-filter.conf"), ours + "/filter.d/clamsmtpd.conf")
+    shutil.copy(os.path.join(LOGS, "fail2ban-jail.conf"), ours + "/jail.d/clamsmtpd.conf")
+    env = dict(os.environ, PYTHONPATH=programs + "/lib/python3/dist-packages",
+               PYTHONDONTWRITEBYTECODE="1")
+
+    def fail2ban(program, *arguments):
+        return subprocess.run(["/usr/bin/python3", "%s/bin/fail2ban-%s" % (programs, program),
+                               "-c", ours, *arguments], env=env, capture_output=True, text=True)
+    fail2ban.config = ours
+    return fail2ban
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"level": 3}, {"LogFormat": "json"}], ids=str)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_fail2ban_finds_who_sends_viruses(site, fail2ban, prefix, settings):
+    """And nobody else, whatever they say."""
+    daemon = (start if settings.get("LogFormat") else Site.start)(site, **settings)
+    bad, good, sly = (site.session(source="127.0.0." + n) for n in "678")
+    good.mail()
+    bad.mail(body=BAD, want="250 2.0.0 Virus")
+    for sender in ("x, to=y, status=VIRUS:z", "x\\, to=y, status=VIRUS:z",
+                   "status=VIRUS:z", '","status":"virus","client":"127.0.0.7"'):
+        sly.cmd('MAIL FROM:<"%s"@example.com>' % sender, "250")
+        sly.cmd("RCPT TO:<b@example.com>", "250")
+        sly.data(GOOD)
+    sly.cmd("100001: accepted connection from: 127.0.0.7", "500")
+    sly.cmd("EHLO 100001: from=a, to=b, status=VIRUS:z", "250")
+    bad.mail(to=["a@b", "c@d"], body=BAD, want="250 2.0.0 Virus")
+    file = site.path("mail.log")
+    syslogged(daemon, file, prefix)
+    got = fail2ban("regex", "-o", "ip", file, "clamsmtpd")
+    assert got.stdout.split() == ["127.0.0.6", "127.0.0.6"], got
+
+
+def test_fail2ban_takes_the_jail(site, fail2ban):
+    log = site.path("mail.log")
+    open(log, "w").close()
+    with open(fail2ban.config + "/jail.d/clamsmtpd.local", "w") as file:
+        file.write("[clamsmtpd]\nlogpath = %s\n" % log)
+    got = fail2ban("client", "-d")
+    assert got.returncode == 0 and "['start', 'clamsmtpd']" in got.stdout, got
+    for setting in (["maxretry", 3], ["findtime", "1d"], ["bantime", "1d"]):
+        assert str(["set", "clamsmtpd", *setting]) in got.stdout
+
+
+def logcheck(daemon, file, prefix):
+    """What its mail would say: lines that no pattern of ours is for."""
+    syslogged(daemon, file, prefix)
+    got = subprocess.run(["grep", "-E", "-v", "-f", os.path.join(LOGS, "logcheck"), file],
+                         capture_output=True, text=True)
+    return [line[len(prefix + "clamsmtpd: "):] for line in got.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_logcheck_is_silent_in_everyday_life(site, prefix):
+    listen = [site.path("in.sock"), "127.0.0.1:0"]
+    daemon = site.start(level=3, Listen=listen, Quarantine="on", MaxScanSize="1000",
+                        StatusListen=site.path("status.sock"))
+    site.hop.on(".", [None, "550 5.7.1 no, %s" % ("really " * 40)])
+    client = site.session()
+    client.mail()
+    client.mail(sender="", to=["b@c"] * 50, want="550")
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    client.mail(body=GOOD + b"x" * 2000 + b"\r\n", want="552")
+    client.envelope()
+    client.reset()
+    reload(site, Listen=listen[0])
+    daemon.allowed.update(os.listdir(site.spool))
+    client.close()
+    daemon.settle()
+    daemon.stop()
+    left = logcheck(daemon, site.path("mail.log"), prefix)
+    assert [line for line in left if "running as root" not in line] == []
+    assert len(daemon.log()) > 12
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_logcheck_tells_of_what_somebody_should_see(site, prefix):
+    site.clamd.verdict = ["sick ERROR"]
+    daemon = site.start(level=3, MaxConnections="2", Listen=["127.0.0.1:0"],
+                        OutAddress=site.hop.address)
+    client, other = site.session(), site.session()
+    site.client().expect("421")
+    client.mail(want="451")
+    client.mail()
+    client.cmd("XCLIENT ADDR=192.0.2.1", "554")
+    site.hop.on(".", [CLOSE])
+    client.mail(want="451")
+    other.quit()
+    daemon.write(site.settings(TimeOut="x"))
+    daemon.send_signal(signal.SIGHUP)
+    daemon.wait_log("not taken")
+    left = "\n".join(logcheck(daemon, site.path("mail.log"), prefix))
+    for want in ("MaxConnections", "status=CLAMAV-ERROR", "status=ERROR", "sick ERROR",
+                 "works again", "XCLIENT", "SERVER: ", '"x" is not', "not taken"):
+        assert want in left, want
+    assert "CLEAN" not in left and "accepted" not in left
+
+
+def test_logcheck_is_not_deceived(site):
+    """A sender cannot make an alarm look like an everyday line."""
+    site.clamd.verdict = ["sick ERROR"]
+    daemon = site.start(level=3)
+    client = site.session()
+    client.cmd('MAIL FROM:<"x, to=y, status=CLEAN"@example.com>', "250")
+    client.cmd("RCPT TO:<b@example.com>", "250")
+    client.data(GOOD, "451")
+    left = logcheck(daemon, site.path("mail.log"), PREFIXES[0])
+    assert [line for line in left if "status=CLAMAV-ERROR" in line]

@@ -1,0 +1,121 @@
+"""Configurations as the distributions shipped them with ClamSMTP 1.10: -n reads
+them, and with their addresses replaced by ones of ours each relays mail.
+
+Where the settings are from: Debian's is in its package; Alpine's APKBUILD puts
+two into the sample of the original; Fedora's file was seen in a Puppet module
+for it only, its directories in the spec; the FreeBSD port has the sample as it
+is, and -p in its start script.
+"""
+
+import os
+
+import pytest
+
+from harness import HEADER, VIRUS
+from test_config import effective
+
+GOOD = b"Subject: x\r\n\r\nnothing\r\n"
+BAD = b"Subject: x\r\n\r\nEICAR\r\n"
+
+# What the sample of the original offers in comments.
+SAMPLE = {
+    "MaxConnections": "64", "TimeOut": "180", "KeepAlives": "0", "XClient": "off",
+    "Listen": "0.0.0.0:10025", "ClamAddress": "/var/run/clamav/clamd",
+    "Header": "X-Virus-Scanned: ClamAV using ClamSMTP", "TempDirectory": "/tmp",
+    "Action": "drop", "Quarantine": "off", "TransparentProxy": "off", "User": "clamav",
+    "VirusAction": "/path/to/some/script.sh",
+}
+
+# name: (settings, those in comments, command line)
+FILES = {
+    "Debian": (
+        {"OutAddress": "10025", "Listen": "127.0.0.1:10026",
+         "ClamAddress": "/var/run/clamav/clamd.ctl",
+         "TempDirectory": "/var/spool/clamsmtp",
+         "PidFile": "/var/run/clamsmtp/clamsmtpd.pid", "User": "clamsmtp"},
+        {"MaxConnections": "64", "TimeOut": "180", "Bounce": "off", "Quarantine": "off",
+         "Header": "X-AV-Checked: ClamAV using ClamSMTP", "TransparentProxy": "off"},
+        []),
+    "Alpine": (
+        {"OutAddress": "10026", "ClamAddress": "/var/run/clamav/clamd.sock",
+         "User": "clamav"},
+        SAMPLE, []),
+    "Fedora": (
+        {"OutAddress": "10026", "ClamAddress": "/var/run/clamd.clamsmtp/clamd.sock",
+         "TempDirectory": "/var/lib/clamd.clamsmtp",
+         "PidFile": "/var/run/clamsmtpd/clamsmtpd.pid", "User": "clamsmtp"},
+        SAMPLE, []),
+    "FreeBSD": (
+        {"OutAddress": "10026"},
+        SAMPLE, ["-p", "/var/run/clamav/clamsmtpd.pid"]),
+    # names that came before Header and Action
+    "older": (
+        {"OutAddress": "127.0.0.1:10026", "ClamAddress": "127.0.0.1:3310",
+         "ScanHeader": "X-AV-Checked: ClamAV using ClamSMTP", "Bounce": "on"},
+        SAMPLE, []),
+}
+OLD_NAMES = {"ScanHeader": "Header", "Bounce": "Action"}
+MEANS = {("Bounce", "on"): "bounce", ("Bounce", "off"): "drop"}
+
+
+@pytest.fixture(params=FILES)
+def shipped(request):
+    return FILES[request.param]
+
+
+def text_of(settings):
+    return "".join("%s: %s\n" % item for item in settings.items())
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("all_of_it", [False, True], ids=["as it is", "comments too"])
+def test_n_shows_what_is_in_effect(run, tmp_path, shipped, all_of_it):
+    """And what is called otherwise now; nothing else is said."""
+    settings, offered, args = shipped
+    if all_of_it:
+        settings = {**{n: v for n, v in offered.items()
+                       if OLD_NAMES.get(n, n) not in [OLD_NAMES.get(s, s) for s in settings]},
+                    **settings}
+    file = tmp_path / "clamsmtpd.conf"
+    file.write_text("# as shipped\n\n" + text_of(settings))
+    got = run("-n", "-f", str(file), *args)
+    shown = effective(got)
+    for name, value in settings.items():
+        want = MEANS.get((name, value), value)
+        assert shown[OLD_NAMES.get(name, name).lower()] == [want], name
+    if args:
+        assert shown["pidfile"] == [args[1]]
+    told = got.stderr.splitlines()
+    used = [name for name in OLD_NAMES if name in settings]
+    assert len(told) == len(used)
+    for name in used:
+        line, = (l for l in told if " %s is an old name; %s " % (name, OLD_NAMES[name]) in l)
+        line_number = text_of(settings).split("\n").index(
+            "%s: %s" % (name, settings[name])) + 3
+        assert "%s:%d: " % (file, line_number) in line
+
+
+@pytest.mark.core
+def test_it_relays_mail(site, shipped):
+    """A port alone stays what it is: back to the client's address."""
+    settings, _, args = shipped
+    ours = {
+        "Listen": "127.0.0.1:0", "ClamAddress": site.clamd.address,
+        "TempDirectory": site.spool, "User": None, "PidFile": None,
+        "OutAddress": str(site.hop.port) if settings["OutAddress"].isdigit()
+        else site.hop.address,
+    }
+    if "PidFile" in settings:
+        ours["PidFile"] = site.path("pid")
+    site.start(args=["-p", site.path("pid")] if args else [], **{**settings, **ours})
+    assert os.path.exists(site.path("pid")) == bool(args or "PidFile" in settings)
+    client = site.session()
+    client.mail(body=GOOD)
+    header = settings.get("ScanHeader")
+    added = b"%s\r\n" % header.encode() if header else HEADER
+    assert site.hop.messages[0].body == GOOD.replace(b"\r\n\r\n", b"\r\n" + added + b"\r\n", 1)
+    client.mail(body=BAD, want="550" if settings.get("Bounce") == "on" else
+                "250 2.0.0 Virus Detected; Discarded Email")
+    client.quit()
+    assert len(site.hop.messages) == 1
+    site.daemon.wait_log("status=VIRUS:%s$" % VIRUS)

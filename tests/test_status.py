@@ -1,0 +1,743 @@
+"""StatusListen: the page, /healthz, /metrics; and -C, which asks for it."""
+
+import glob
+import os
+import re
+import socket
+import stat
+import subprocess
+import time
+
+import pytest
+
+import real
+from harness import (CLOSE, WAIT, Clamd, Failed, Hold, Server, connect, free_port,
+                     full_listener, reset, turns, until)
+from test_run import reload
+
+GOOD = b"Subject: x\r\n\r\nnothing\r\n"
+BAD = b"Subject: x\r\n\r\nEICAR\r\n"
+VERDICTS = ("clean", "virus", "unscanned", "oversize", "clamd_error", "error")
+VISITORS = 8                # that are served at once
+
+
+class Answer:
+    """What came over HTTP until the daemon closed."""
+
+    def __init__(self, raw):
+        head, blank, body = raw.partition(b"\r\n\r\n")
+        assert blank, "no whole head: %r" % raw
+        first, *fields = head.decode().split("\r\n")
+        self.status = int(re.fullmatch(r"HTTP/1\.0 (\d{3}) [A-Za-z ]+", first)[1])
+        self.fields = dict(field.split(": ", 1) for field in fields)
+        self.text = body.decode()
+
+
+def read_all(sock):
+    data = b""
+    while True:
+        got = sock.recv(65536)
+        if not got:
+            return data
+        data += got
+
+
+def ask(address, request, half_close=False):
+    with connect(address) as sock:
+        sock.sendall(request)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        return Answer(read_all(sock))
+
+
+def get(address, path="/", method="GET"):
+    return ask(address, ("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())
+
+
+def status_on(daemon):
+    """Where it says that it listens."""
+    return daemon.wait_log("^status on ")[-1].split(" on ")[1]
+
+
+def start(site, **settings):
+    site.start(StatusListen="127.0.0.1:0", **settings)
+    return status_on(site.daemon)
+
+
+def metrics(address):
+    """{name with labels: value}, the names without clamsmtpd_, in their order."""
+    text = get(address, "/metrics").text
+    return {name: float(value) for name, value in re.findall(
+        r"^clamsmtpd_(\w+(?:\{.*\})?) (\S+)$", text, re.M)}
+
+
+def messages(address):
+    """The counts that are not 0."""
+    got = metrics(address)
+    counts = {v: got['messages_total{verdict="%s"}' % v] for v in VERDICTS}
+    return {v: n for v, n in counts.items() if n}
+
+
+# ---------------------------------------------------------------- the page
+
+@pytest.mark.core
+def test_the_page_tells_a_person_how_it_is(site, run):
+    hold = Hold()
+    address = start(site, MaxScans="1", MaxConnections="7")
+    site.session().mail()
+    site.session().mail(body=BAD)
+    site.clamd.verdict = hold
+    for client in (site.session(), site.session()):
+        client.envelope()
+        client.cmd("DATA", "354")
+        client.send(GOOD + b".\r\n")
+    text = until(lambda: (lambda page: page if "1 waiting" in page else None)(
+        get(address).text), "a scan waits")
+    version = run("-v").stdout.split("\n")[0]
+    assert re.match(re.escape(version) + r", up since 20\d\d-\d\d-\d\dT[\d:]+Z\n", text)
+    assert re.search(r"^sessions: 4 now, 4 at most so far, 7 allowed; 4 in all, "
+                     r"0 refused$", text, re.M)
+    assert re.search(r"^messages: 2, 1 clean, 1 virus, ", text, re.M)
+    assert re.search(r"^clamd %s: well" % re.escape(site.clamd.address), text, re.M)
+    assert re.search(r"^scans: 1 running, 1 waiting$", text, re.M)
+    hold.go()
+
+
+def test_the_page_names_what_is_wrong_with_clamd(site):
+    """PROMISE 8: and what it said is text."""
+    site.clamd.verdict = b"fd[3]: \x1b[2J\x07 \r<b> ERROR\0"
+    address = start(site, ClamAddress=["/no/such/socket", site.clamd.address])
+    site.session().mail(want="451")
+    text = get(address).text
+    assert re.search("^clamd /no/such/socket: connect: No such file", text, re.M)
+    assert re.search(r'^clamd %s: it answered "\\x1B\[2J\\x07 ' %
+                     re.escape(site.clamd.address), text, re.M)
+    assert re.fullmatch(r"[ -~\n]+", text)
+
+
+def test_it_is_off_unless_asked_for(site):
+    site.start()
+    assert not site.daemon.log("^status on ")
+
+
+@pytest.mark.parametrize("form, where", [
+    ("PORT", "127.0.0.1:PORT"), ("127.77.0.3", "127.77.0.3:10080"),
+    ("localhost:PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),
+])
+def test_forms_of_the_address(site, form, where):
+    port = str(free_port())
+    try:
+        site.start(StatusListen=form.replace("PORT", port))
+    except Failed:
+        if "Cannot assign" in site.daemon.text():
+            pytest.skip("no such address here")
+        raise
+    where = where.replace("PORT", port)
+    assert "status on " + where in site.daemon.log()
+    assert get(where).status == 200
+
+
+@pytest.mark.core
+def test_a_unix_socket(site):
+    path = site.path("status")
+    site.start(StatusListen=path)
+    site.daemon.own.add(path)           # stop() looks whether it is gone
+    assert status_on(site.daemon) == path
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+    assert get(path, "/healthz").text == "ok\n"
+
+
+# ---------------------------------------------------------------- /healthz
+
+@pytest.mark.core
+def test_ready_is_a_clamd_that_answers_a_ping(site):
+    address = start(site)
+    answer = get(address, "/healthz")
+    assert (answer.status, answer.text) == (200, "ok\n")
+    assert site.clamd.pings == 1 and site.clamd.commands == [b"zPING\0"]
+
+
+def silent(site):
+    """The address of a clamd that accepts and says nothing, and its socket."""
+    path = site.path("silent.sock")
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    sock.listen(100)
+    return path, sock
+
+
+# name: (address, clamd's answer, the reason that is given)
+SICK = {
+    "no socket": ("/no/such/socket", None, "No such file"),
+    "nobody listens": ("127.0.0.1:PORT", None, "cannot be reached|refused"),
+    "another word": (None, b"PANG\0", '"PANG'),
+    "an error": (None, b"UNKNOWN COMMAND\0", '"UNKNOWN COMMAND'),
+    "more": (None, b"PONG\0PONG\0", '"PONG'),
+    "a longer word": (None, b"PONGO\0", '"PONGO'),
+    "no end": (None, b"PONG", '"PONG"'),
+    "nothing": (None, b"", '""'),
+    "escapes": (None, b"\x1b[2J\r\n\xff\0", r'"\\x1B\[2J\\x0D\\x0A'),
+}
+
+
+@pytest.fixture(params=SICK)
+def sick(request, site):
+    address, site.clamd.deny_all, reason = SICK[request.param]
+    address = (address or site.clamd.address).replace("PORT", str(free_port()))
+    return address, reason
+
+
+def test_not_ready_has_a_reason(site, sick):
+    """In one line, with the name of the clamd."""
+    clamd, reason = sick
+    answer = get(start(site, ClamAddress=clamd), "/healthz")
+    assert answer.status == 503
+    line, = answer.text.splitlines()
+    assert re.match("clamd %s: .*(%s)" % (re.escape(clamd), reason), line), line
+
+
+def test_one_that_answers_is_enough(site, sick):
+    well = site.new_clamd()
+    address = start(site, ClamAddress=[sick[0], well.address])
+    assert get(address, "/healthz").status == 200
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_clamd_that_hangs(site, clock, others):
+    """Five seconds are for all of them."""
+    path, sock = silent(site)
+    with sock:
+        clamds = [path] + [site.clamd.address] * others
+        address = start(site, ClamAddress=clamds, **clock.settings())
+        with connect(address) as probe:
+            probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            with sock.accept()[0]:              # it has asked
+                clock.go(site.daemon, 3 if others else 5)
+                answer = Answer(read_all(probe))
+    assert answer.status == (200 if others else 503)
+    assert others or "no answer to PING" in answer.text
+
+
+def test_when_all_are_well_again_it_is_ready_again(site):
+    address = start(site)
+    site.clamd.down()
+    until(lambda: get(address, "/healthz").status == 503, "it is not ready")
+    site.clamd.up()
+    until(lambda: get(address, "/healthz").status == 200, "it is ready")
+
+
+def test_a_ping_needs_no_free_slot(site):
+    hold = Hold()
+    site.clamd.verdict = [hold]
+    address = start(site, MaxScans="1")
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(GOOD + b".\r\n")
+    hold.reached()
+    assert get(address, "/healthz").status == 200
+    hold.go()
+    client.expect("250")
+
+
+def test_all_who_ask_meanwhile_hear_of_one_ping(site):
+    path, sock = silent(site)
+    address = start(site, ClamAddress=path)
+    probes = [connect(address) for _ in range(5)]
+    for probe in probes:
+        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+    turns(site)
+    clamd, _ = sock.accept()
+    with sock, clamd:
+        assert clamd.recv(100) == b"zPING\0"
+        clamd.sendall(b"PONG\0")
+        for probe in probes:
+            with probe:
+                assert Answer(read_all(probe)).status == 200
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            sock.accept()
+
+
+@pytest.mark.skipif(not real.find("clamd"), reason="no clamd installed")
+def test_a_real_clamd(site):
+    clamd = real.RealClamd()
+    try:
+        for where in (clamd.path, clamd.tcp):
+            address = start(site, ClamAddress=where)
+            assert get(address, "/healthz").status == 200
+        clamd.kill()
+        until(lambda: get(address, "/healthz").status == 503, "it is not ready")
+        clamd.start()
+        until(lambda: get(address, "/healthz").status == 200, "it is ready")
+    finally:
+        clamd.close()
+
+
+# ---------------------------------------------------------------- HTTP
+
+@pytest.mark.core
+@pytest.mark.parametrize("request_", [
+    b"GET / HTTP/1.0\r\n\r\n", b"GET / HTTP/1.0\n\n", b"GET /?a=b&c HTTP/1.0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive\r\n\r\n",
+    b"GET / HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc",
+    b"GET / HTTP/1.0\r\nX: " + b"x" * 4000 + b"\r\n\r\n",
+], ids=range(6))
+def test_requests_that_are_understood(site, request_):
+    answer = ask(start(site), request_)
+    assert answer.status == 200 and answer.text.startswith("clamsmtpd ")
+    assert answer.fields["Content-Type"].startswith("text/plain; version=0.0.4")
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/metrics"])
+def test_a_request_in_pieces_from_one_who_then_says_no_more(site, path):
+    """As `printf ... | nc` does."""
+    address = start(site)
+    request = b"GET %s HTTP/1.0\r\n\r\n" % path.encode()
+    assert ask(address, request, half_close=True).status == 200
+    with connect(address) as sock:
+        for i in range(len(request)):
+            sock.sendall(request[i:i + 1])
+        assert Answer(read_all(sock)).status == 200
+
+
+@pytest.mark.parametrize("path, status", [
+    ("/", 200), ("/metrics", 200), ("/healthz", 200), ("/x", 404)])
+def test_head_is_get_without_a_body(site, path, status):
+    address = start(site)
+    head, whole = get(address, path, "HEAD"), get(address, path)
+    assert head.text == "" and head.status == whole.status == status
+    assert head.fields == whole.fields
+
+
+def test_head_of_one_that_is_not_ready(site):
+    head = get(start(site, ClamAddress="/no/such/socket"), "/healthz", "HEAD")
+    assert (head.status, head.text) == (503, "")
+
+
+@pytest.mark.parametrize("path", [
+    "/x", "//", "/metrics/", "/healthzz", "/health", "/HEALTHZ", "/./", "*", "",
+    "/" + "x" * 3000])
+def test_404(site, path):
+    assert get(start(site), path).status == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "get", "GETS",
+                                    "EHLO"])
+def test_405(site, method):
+    assert get(start(site), "/", method).status == 405
+
+
+@pytest.mark.parametrize("request_", [
+    b"GET /" + b"x" * 5000 + b" HTTP/1.0\r\n\r\n", b"x" * 4096,
+    b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 200000 + b"\r\n"], ids=range(3))
+def test_400_for_a_head_that_has_no_end(site, request_):
+    """It is read all the same, so that the answer is not lost in a reset."""
+    assert ask(start(site), request_).status == 400
+
+
+# ---------------------------------------------------------------- /metrics
+
+@pytest.mark.core
+def test_messages_are_counted_by_verdict(site):
+    address = start(site, MaxScanSize="1000", ScanFailure="tempfail")
+    assert messages(address) == {}
+    client = site.session()
+    client.mail()
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    client.mail()
+    client.mail(body=GOOD + b"x" * 2000 + b"\r\n", want="552")
+    site.clamd.verdict = ["sick ERROR"]
+    client.mail(want="451")
+    site.hop.on(".", [CLOSE])
+    client.mail(want="451")
+    assert messages(address) == {
+        "clean": 2, "virus": 1, "oversize": 1, "clamd_error": 1, "error": 1}
+    assert sum(metrics(address)[name] for name in metrics(address)
+               if name.startswith("messages_total")) == 6
+
+
+def test_messages_that_pass_unscanned_are_counted(site):
+    address = start(site, MaxScanSize="1000", ScanFailure="pass")
+    client = site.session()
+    client.mail(body=GOOD + b"x" * 2000 + b"\r\n")
+    site.clamd.verdict = ["sick ERROR"]
+    client.mail()
+    assert messages(address) == {"unscanned": 2}
+
+
+def test_what_the_next_hop_refuses_is_counted_once(site):
+    site.hop.on(".", ["550 5.7.1 no"])
+    address = start(site)
+    client = site.session()
+    client.mail(want="550")
+    client.mail()
+    assert messages(address) == {"clean": 2}
+
+
+def test_bytes_of_messages(site):
+    address = start(site)
+    client = site.session()
+    client.mail(body=GOOD)
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    assert metrics(address)["message_bytes_total"] == len(GOOD) + len(BAD)
+
+
+def test_sessions(site):
+    address = start(site, MaxConnections="2")
+    first, second = site.session(), site.session()
+    site.client().expect("421")
+    got = metrics(address)
+    assert (got["sessions"], got["sessions_total"],
+            got["sessions_refused_total"]) == (2, 2, 1)
+    first.quit()
+    second.quit()
+    until(lambda: metrics(address)["sessions"] == 0, "no session")
+    assert metrics(address)["sessions_total"] == 2
+
+
+def test_version_and_start(site, run):
+    before = int(time.time())
+    got = metrics(start(site))
+    version = run("-v").stdout.split()[1]
+    assert got['build_info{version="%s"}' % version] == 1
+    assert before <= got["start_time_seconds"] <= time.time()
+
+
+def test_scans_running_and_waiting(site):
+    hold = Hold()
+    site.clamd.verdict = hold
+    address = start(site, MaxScans="2")
+    clients = [site.session() for _ in range(5)]
+    for client in clients:
+        client.envelope()
+        client.cmd("DATA", "354")
+        client.send(GOOD + b".\r\n")
+    until(lambda: (metrics(address)["scans_running"],
+                   metrics(address)["scans_waiting"]) == (2, 3), "2 and 3 scans")
+    hold.go()
+    for client in clients:
+        client.expect("250")
+    got = metrics(address)
+    assert (got["scans_running"], got["scans_waiting"]) == (0, 0)
+
+
+def test_health_of_each_clamd(site):
+    address = start(site, ClamAddress=["/no/such/socket", site.clamd.address])
+    got = metrics(address)
+    assert got['clamd_up{address="%s"}' % site.clamd.address] == 1
+    assert got['clamd_failures_total{address="/no/such/socket"}'] == 0
+    site.session().mail()
+    got = metrics(address)
+    assert got['clamd_up{address="/no/such/socket"}'] == 0
+    assert got['clamd_failures_total{address="/no/such/socket"}'] == 1
+    assert got['clamd_up{address="%s"}' % site.clamd.address] == 1
+    assert got['clamd_failures_total{address="%s"}' % site.clamd.address] == 0
+
+
+def histogram(address):
+    """[(le, count)], count, sum."""
+    got = metrics(address)
+    buckets = [(float(re.search('"(.*)"', name)[1]), n) for name, n in got.items()
+               if name.startswith("scan_seconds_bucket")]
+    return buckets, got["scan_seconds_count"], got["scan_seconds_sum"]
+
+
+def test_the_histogram_has_what_clamd_judged(site):
+    address = start(site, ScanFailure="pass")
+    client = site.session()
+    for _ in range(3):
+        client.mail()
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    site.clamd.verdict = ["sick ERROR"]
+    client.mail()
+    buckets, count, total = histogram(address)
+    limits, counts = zip(*buckets)
+    assert list(limits) == sorted(set(limits)) and limits[-1] == float("inf")
+    assert list(counts) == sorted(counts)
+    assert counts[-1] == count == 4 and total >= 0
+
+
+def test_the_histogram_has_the_time_from_the_dot_to_the_verdict(site, clock):
+    hold = Hold()
+    site.clamd.verdict = [hold]
+    address = start(site, **clock.settings())
+    client = site.session()
+    client.envelope()
+    client.cmd("DATA", "354")
+    client.send(GOOD + b".\r\n")
+    hold.reached()
+    clock.go(site.daemon, 2)
+    hold.go()
+    client.expect("250")
+    buckets, count, total = histogram(address)
+    assert count == 1 and total >= 2
+    for limit, n in buckets:
+        assert n == (limit >= total), (limit, n, total)
+
+
+def debian_package(name, directory):
+    """What a package of Debian's has in it, without installing it; or skip."""
+    got = subprocess.run(["apt-get", "-q", "download", name], cwd=directory,
+                         capture_output=True, text=True)
+    for package in glob.glob(os.path.join(directory, name + "_*.deb")):
+        subprocess.run(["dpkg", "-x", package, directory], check=True)
+        os.unlink(package)
+        return directory
+    pytest.skip("%s is not to be had: %s" % (name, got.stderr.strip()[-200:]))
+
+
+@pytest.fixture(scope="module")
+def promtool(tmp_path_factory):
+    if not real.find("apt-get") and not real.find("promtool"):
+        pytest.skip("no promtool here")
+    return real.find("promtool") or os.path.join(debian_package(
+        "prometheus", str(tmp_path_factory.mktemp("prometheus"))), "usr/bin/promtool")
+
+
+def test_promtool_misses_nothing_but_help(site, promtool):
+    """HELP lines are optional, and a kilobyte of program.  An address that has
+    to be quoted is among the labels."""
+    address = start(site, ClamAddress=['/a"b\\c\\', site.clamd.address])
+    site.session().mail()
+    text = get(address, "/metrics").text
+    got = subprocess.run([promtool, "check", "metrics"], input=text,
+                         capture_output=True, text=True)
+    complaints = (got.stdout + got.stderr).splitlines()
+    assert complaints and got.returncode in (0, 3)
+    assert [c for c in complaints if not c.endswith(" no help text")] == [], text
+
+
+# ---------------------------------------------------------------- hostile clients
+
+def megabyte(sock):
+    try:
+        sock.sendall(b"x" * (1 << 20))
+    except OSError:
+        pass                # it was turned out for the next one
+
+
+def asks_and_goes(sock):
+    sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+    reset(sock)
+
+
+HOSTILE = {
+    "silent": lambda sock: None,
+    "half a request": lambda sock: sock.sendall(b"GET / HTTP/1.0\r\nX: "),
+    "never reads": lambda sock: sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n"),
+    "a megabyte": megabyte,
+    "reset": reset,
+    "asks and is gone": asks_and_goes,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
+    """PROMISES 5 and 6."""
+    address = start(site)
+    get(address, "/metrics")            # whatever is got at the first visit
+    before = site.daemon.rss()
+    socks = []
+    for _ in range(100):
+        socks.append(connect(address))
+        HOSTILE[kind](socks[-1])
+    assert get(address, "/healthz").status == 200
+    until(lambda: site.daemon.fds() <= site.daemon.idle + VISITORS,
+          "few descriptors are held")
+    assert site.daemon.rss() - before < 512
+    site.session().mail()
+    for sock in socks:
+        sock.close()
+
+
+@pytest.mark.parametrize("kind", ["silent", "half a request", "never reads"])
+def test_nobody_stays_longer_than_ten_seconds(site, clock, kind):
+    """A byte now and then buys no time."""
+    address = start(site, **clock.settings())
+    with connect(address) as sock:
+        HOSTILE[kind](sock)
+        for _ in range(3):
+            turns(site)
+            clock.go(site.daemon, 3)
+            if kind == "half a request":
+                sock.sendall(b"y")
+        assert get(address).status == 200
+        assert site.daemon.fds() > site.daemon.idle, "it has been turned out early"
+        clock.go(site.daemon, 1)
+        until(lambda: site.daemon.fds() == site.daemon.idle, "it is turned out")
+
+
+def test_a_crowd_in_one_instant_does_not_crowd_out_a_probe(site):
+    """They come in the same turn as the probe, and after it."""
+    address = start(site)
+    site.daemon.pause()
+    with connect(address) as probe:
+        probe.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        crowd = [connect(address) for _ in range(50)]
+        site.daemon.resume()
+        assert Answer(read_all(probe)).status == 200
+    for sock in crowd:
+        sock.close()
+
+
+def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
+    path, sock = silent(site)
+    address = start(site, ClamAddress=path)
+    with connect(address) as probe:
+        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        clamd, _ = sock.accept()
+        crowd = [connect(address) for _ in range(50)]
+        turns(site)
+        with sock, clamd:
+            clamd.sendall(b"PONG\0")
+            assert Answer(read_all(probe)).status == 200
+    for one in crowd:
+        one.close()
+
+
+# ---------------------------------------------------------------- SIGHUP
+
+def listens(address):
+    try:
+        connect(address).close()
+        return True
+    except OSError:
+        return False
+
+
+def test_sighup_adds_moves_and_removes_it(site):
+    listen = site.path("in.sock")
+    a, b = ("127.0.0.1:%d" % free_port() for _ in "ab")
+    site.start(Listen=listen)
+    reload(site, Listen=listen, StatusListen=a)
+    site.session().mail()
+    assert messages(a) == {"clean": 1}
+    reload(site, Listen=listen, StatusListen=b)
+    assert messages(b) == {"clean": 1} and not listens(a)
+    reload(site, Listen=listen)
+    assert not listens(b)
+    site.session().mail()
+
+
+def test_sighup_with_an_address_that_is_taken_changes_nothing(site):
+    listen = site.path("in.sock")
+    address = start(site, Listen=listen)
+    site.daemon.write(site.settings(Listen=listen, StatusListen=site.hop.address))
+    site.daemon.send_signal(1)
+    site.daemon.wait_log("^StatusListen: %s: Address" % site.hop.address)
+    site.daemon.wait_log("not taken")
+    assert get(address).status == 200
+
+
+def test_sighup_changes_whom_it_asks(site):
+    listen = site.path("in.sock")
+    status = "127.0.0.1:%d" % free_port()
+    site.start(Listen=listen, StatusListen=status)
+    assert get(status, "/healthz").status == 200
+    reload(site, Listen=listen, StatusListen=status, ClamAddress="/no/such/socket")
+    until(lambda: get(status, "/healthz").status == 503, "the new one is asked")
+    assert "/no/such/socket" in get(status, "/metrics").text
+
+
+# ---------------------------------------------------------------- -C
+
+def silent_and(status, result):
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", "")
+
+
+def one_line_and(status, result):
+    assert (result.returncode, result.stdout) == (status, "")
+    line, = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT", "localhost:PORT",
+                                   "0.0.0.0:PORT"])
+def test_C_is_silent_when_all_is_well(site, run, where):
+    where = where.replace("PORT", str(free_port("0.0.0.0"))).replace("PATH", site.path("s"))
+    daemon = site.start(StatusListen=where)
+    silent_and(0, run("-C", "-f", daemon.file))
+
+
+def test_C_by_the_environment_alone(site, run):
+    path = site.path("status")
+    daemon = site.start(StatusListen=path)
+    env = dict(os.environ, CLAMSMTPD_STATUSLISTEN=path, CLAMSMTPD_OUTADDRESS="25")
+    silent_and(0, run("-C", "-f", "/no/such/file", env=env))
+    site.clamd.down()
+    assert site.clamd.address in until(
+        lambda: run("-C", "-f", "/no/such/file", env=env).stderr, "it complains")
+    del env["CLAMSMTPD_STATUSLISTEN"]
+    one_line_and(2, run("-C", "-f", "/no/such/file", env=env))
+    daemon.stop()
+
+
+def test_C_gives_the_reason(site, run):
+    daemon = site.start(StatusListen=site.path("s"), ClamAddress="/no/such/socket")
+    line = one_line_and(1, run("-C", "-f", daemon.file))
+    assert re.search("clamd /no/such/socket: No such file", line)
+
+
+@pytest.mark.parametrize("where, why", [
+    ("127.0.0.1:PORT", "Connection refused"), ("PORT", "Connection refused"),
+    ("/no/such/status", "No such file or directory")])
+def test_C_when_there_is_no_daemon(site, run, where, why):
+    where = where.replace("PORT", str(free_port()))
+    file = site.path("conf")
+    with open(file, "w") as conf:
+        conf.write("OutAddress: 25\nStatusListen: %s\n" % where)
+    line = one_line_and(1, run("-C", "-f", file))
+    assert where in line and why in line
+
+
+class Fake(Server):
+    """Something else at the address of StatusListen."""
+
+    answer = b""
+
+    def serve(self, sock):
+        sock.recv(4096)
+        self.send(sock, self.answer)
+
+
+@pytest.mark.parametrize("answer", [
+    b"", b"220 smtp.passthru\r\n", b"HTTP/1.1 500 Oops\r\n\r\n\x1b[2Jbad\r\nthings\n",
+    b"HTTP/1.0 2", b"x" * 100000], ids=range(5))
+def test_C_when_somebody_else_answers(site, run, answer):
+    server = Fake()
+    server.answer = answer
+    site.servers.append(server)
+    file = site.path("conf")
+    with open(file, "w") as conf:
+        conf.write("OutAddress: 25\nStatusListen: %s\n" % server.address)
+    line = one_line_and(1, run("-C", "-f", file))
+    assert re.fullmatch("[ -~]+", line)
+    server.errors.clear()               # it goes before it has read everything
+
+
+def test_C_does_not_wait_for_ever(site, run):
+    with full_listener(site.path("s")):
+        file = site.path("conf")
+        with open(file, "w") as conf:
+            conf.write("OutAddress: 25\nStatusListen: %s\n" % site.path("s"))
+        one_line_and(1, run("-C", "-f", file))
+
+
+@pytest.mark.long
+def test_C_does_not_wait_for_ever_for_an_answer(site, run):
+    path, sock = silent(site)
+    with sock:
+        file = site.path("conf")
+        with open(file, "w") as conf:
+            conf.write("OutAddress: 25\nStatusListen: %s\n" % path)
+        one_line_and(1, run("-C", "-f", file, timeout=max(WAIT, 60)))
+
+
+@pytest.mark.parametrize("text", ["", "StatusListen: x:y\n", "TimeOut: x\n"])
+def test_C_without_anybody_to_ask_is_a_wrong_use(site, run, text):
+    file = site.path("conf")
+    with open(file, "w") as conf:
+        conf.write("OutAddress: 25\n" + text)
+    one_line_and(2, run("-C", "-f", file))

@@ -1,13 +1,16 @@
 #!/bin/sh
-# usage: ./test.sh [full] [pytest arguments, as -k EXPRESSION]
+# usage: ./test.sh [full | cross] [pytest arguments, as -k EXPRESSION]
 #
 # Installs what is missing, builds, runs the tests; the last line says how many
 # passed and failed.  About five minutes on two cores.
 #
-#   ./test.sh           the whole suite; a core of it again with the sanitizers,
-#                       and with a program that reads and writes single bytes;
-#                       a short soak; warnings, manual pages, scripts, size
-#   ./test.sh full      the whole suite in all three builds, and the long cases
+#   ./test.sh           the whole suite; a core of it again with clang and
+#                       this system's libc, with the sanitizers, and with a
+#                       program that reads and writes single bytes; a short
+#                       soak; warnings, manual pages, scripts, size
+#   ./test.sh full      the whole suite in all four builds, the long cases, and
+#                       the core for other CPUs: an hour
+#   ./test.sh cross     the whole suite for other CPUs, mostly in qemu: an hour
 #   ./test.sh -k quarantine     only these, in the normal build
 #
 # Leaves nothing behind but ./clamsmtpd and, when a case failed, its files.
@@ -20,11 +23,13 @@ cd "$(dirname "$0")" || exit 1
 # shellcheck source=tests/install.sh
 . tests/install.sh
 
-full=
-if [ "${1-}" = full ]; then
-	full=yes
-	shift
-fi
+full='' cross=''
+case ${1-} in
+full)	full=yes
+	shift ;;
+cross)	cross=yes
+	shift ;;
+esac
 # With arguments of its own somebody looks at a few cases, not at everything.
 few=
 [ $# = 0 ] || few=yes
@@ -156,6 +161,16 @@ count()
 	EOF
 }
 
+# other_cpus PYTEST-ARGUMENT...: tests/cross.sh builds the program
+other_cpus()
+{
+	for cpu in arm64 armhf i386 mips s390x clang; do
+		prefix="tests/cross.sh $cpu $tmp/cross"
+		suite "$cpu" "$normal" --ignore-glob='*packaging*' "$@" tests
+	done
+	prefix=''
+}
+
 # ---------------------------------------------------------------- the run
 
 if [ "$(id -u)" = 0 ]; then
@@ -192,6 +207,10 @@ check make make -s
 normal=$tmp/clamsmtpd
 cp clamsmtpd "$normal"		# whatever make does meanwhile
 
+if [ "$cross" ]; then
+	other_cpus -m 'not long' "$@"
+	finish
+fi
 if [ "$few" ] && [ ! "$full" ]; then
 	where=tests
 	for arg do
@@ -225,7 +244,7 @@ else
 	skip size "the limit is for x86_64 and musl"
 fi
 scripts=
-for f in test.sh demo.sh .ci/run tests/*.sh bench/* fuzz/run; do
+for f in test.sh demo.sh .ci/run tests/*.sh fuzz/run; do
 	if [ -f "$f" ] && head -n 1 "$f" | grep -q '^#!.*sh$'; then
 		scripts="$scripts $f"
 	fi
@@ -261,9 +280,14 @@ if ! have postfix && [ -f "$postfix" ]; then
 fi
 suite normal "$normal" -m 'not long' $ignore "$@" tests
 
+check soak soak/run --seed 1 --messages 2000 --program "$normal"
+
 # -- and in special ones
 
 if [ "$full" ]; then part='not long'; else part=core; fi
+if have clang; then
+	suite clang "$tmp/build-clang/clamsmtpd" -m "$part" $ignore "$@" tests
+fi
 for cc in gcc clang; do
 	# where gcc has no sanitizer library, as on Alpine, clang may
 	echo 'int main(void) { return 0; }' >"$tmp/try.c"
@@ -276,6 +300,8 @@ if [ "$cc" ]; then
 	check sanitize build sanitize CC="$cc" LDFLAGS="$sanitize" \
 	    CFLAGS="-O1 -g -fno-omit-frame-pointer $sanitize"
 	check fuzz env CC="$cc" fuzz/run replay
+	check soak-sanitizers soak/run --seed 1 --messages 1000 \
+	    --program "$tmp/build-sanitize/clamsmtpd"
 	suite sanitizers "$tmp/build-sanitize/clamsmtpd" -m "$part" $ignore "$@" tests
 else
 	skip sanitizers "no compiler has them here"
@@ -287,5 +313,6 @@ bytes=
 
 if [ "$full" ]; then
 	suite long "$normal" -m long "$@" tests
+	other_cpus -m core "$@"
 fi
 finish

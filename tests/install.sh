@@ -47,6 +47,15 @@ package_of()
 	# not ip: that of busybox cannot do what the tests need
 	ss)		echo iproute2 iproute2 ;;
 	nft)		echo nftables nftables ;;
+	# for tests/cross.sh
+	dpkg-source)	echo dpkg-dev - ;;
+	qemu-*)		echo qemu-user - ;;
+	*-linux-gnu*-gcc)	echo "gcc-${1%-gcc}" - ;;
+	/usr/aarch64-linux-gnu/*)	echo libc6-dev-arm64-cross - ;;
+	/usr/arm-linux-gnueabihf/*)	echo libc6-dev-armhf-cross - ;;
+	/usr/i686-linux-gnu/*)	echo libc6-dev-i386-cross - ;;
+	/usr/mips-linux-gnu/*)	echo libc6-dev-mips-cross - ;;
+	/usr/s390x-linux-gnu/*)	echo libc6-dev-s390x-cross - ;;
 	esac
 }
 

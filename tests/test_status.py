@@ -173,7 +173,7 @@ SICK = {
     "another word": (None, b"PANG\0", '"PANG'),
     "an error": (None, b"UNKNOWN COMMAND\0", '"UNKNOWN COMMAND'),
     "more": (None, b"PONG\0PONG\0", '"PONG'),
-    "a longer word": (None, b"PONGO\0", '"PONGO'),
+    "a longer word": (None, b"PONGO", '"PONGO'),
     "no end": (None, b"PONG", '"PONG"'),
     "nothing": (None, b"", '""'),
     "escapes": (None, b"\x1b[2J\r\n\xff\0", r'"\\x1B\[2J\\x0D\\x0A'),
@@ -543,8 +543,8 @@ def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
         socks.append(connect(address))
         HOSTILE[kind](socks[-1])
     assert get(address, "/healthz").status == 200
-    until(lambda: site.daemon.fds() <= site.daemon.idle + VISITORS,
-          "few descriptors are held")
+    turns(site)                         # two sessions may be on their way out
+    assert site.daemon.fds() <= site.daemon.idle + VISITORS + 4
     assert site.daemon.rss() - before < 512
     site.session().mail()
     for sock in socks:
@@ -557,15 +557,18 @@ def test_nobody_stays_longer_than_ten_seconds(site, clock, kind):
     address = start(site, **clock.settings())
     with connect(address) as sock:
         HOSTILE[kind](sock)
-        for _ in range(3):
-            turns(site)
-            clock.go(site.daemon, 3)
+
+        def one_more():
             if kind == "half a request":
                 sock.sendall(b"y")
-        assert get(address).status == 200
-        assert site.daemon.fds() > site.daemon.idle, "it has been turned out early"
+            turns(site)
+            return site.daemon.fds()
+        for _ in range(3):
+            one_more()
+            clock.go(site.daemon, 3)
+        until(lambda: one_more() == site.daemon.idle + 1, "it is still there")
         clock.go(site.daemon, 1)
-        until(lambda: site.daemon.fds() == site.daemon.idle, "it is turned out")
+        until(lambda: one_more() == site.daemon.idle, "it is turned out")
 
 
 def test_a_crowd_in_one_instant_does_not_crowd_out_a_probe(site):

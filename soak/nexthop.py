@@ -1,0 +1,169 @@
+"""The next hop: a strict SMTP server that fails as planned."""
+
+import re
+import socket
+import time
+
+from conn import Gone, Server
+
+EARLY = ("450", "550", "250", "354")    # replies that do not wait for the end
+
+
+class NextHop(Server):
+    def serve(self, c, _):
+        # Nobody yet: the client came by a unix socket, EHLO will tell.
+        s = self.world.session_at(c.sock.getsockname()[0])
+        m, mail, rcpts = None, False, 0
+        if s and any(m.leave == "replay" or "body" in m.hop for m in s.messages):
+            c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self.say(c, s, m, "greeting", b"220 next.hop ESMTP\r\n")
+        while True:
+            line = c.line()
+            verb = line[:4].upper()
+            if verb in (b"EHLO", b"HELO"):
+                s = self.world.sessions[int(re.search(rb" s(\d+)\.", line)[1])]
+                self.say(c, s, m, "EHLO", hello(s, verb))
+            elif verb == b"MAIL" and not mail:
+                m = self.message(line)
+                mail = self.say(c, s, m, "MAIL", b"250 2.1.0 ok\r\n")
+            elif line == b"RCPT TO:<b@soak>\r\n":
+                if mail:
+                    rcpts += self.say(c, s, m, "RCPT", b"250 2.1.5 ok\r\n")
+                else:
+                    c.send(b"503 5.5.1 no MAIL\r\n")
+            elif verb in (b"DATA", b"BDAT") and m and rcpts:
+                self.message_comes(c, s, m, line)
+                m, mail, rcpts = None, False, 0
+            elif verb in (b"RSET", b"NOOP"):
+                self.say(c, s, m, verb.decode(), b"250 2.0.0 ok\r\n")
+                if verb == b"RSET":
+                    m, mail, rcpts = None, False, 0
+            elif verb == b"QUIT":
+                c.send(b"221 2.0.0 bye\r\n")
+                return
+            else:
+                self.accounts.fail("invented", "the next hop is told %r after %s"
+                                   % (line[:200], m))
+                c.send(b"503 5.5.1 soak\r\n")
+
+    def message(self, line):
+        number = re.match(rb"MAIL FROM:<(\d+)@soak>\r\n\Z", line)
+        if number:
+            return self.world.messages[int(number[1])]
+        if line != b"MAIL FROM:<twice@soak>\r\n":
+            self.accounts.fail("invented", "nobody said %r" % line)
+        return None
+
+    # -- replies
+
+    def say(self, c, s, m, stage, usual):
+        """A reply, or what is planned instead; whether all is well."""
+        kind = (m.hop if m else s.hop if s else {}).get(stage)
+        if kind:
+            self.misbehave(c, s, m, stage, kind)
+            return False
+        if s and s.style == "drip":
+            c.drip(usual)
+        elif s and s.style == "lines" and usual[3:4] == b" ":
+            c.send(usual[:3] + b"-one\r\n" + usual[:3] + b"-two\r\n" + usual)
+        else:
+            c.send(usual)
+        return True
+
+    def misbehave(self, c, s, m, stage, kind, before=b""):
+        """before: what goes out in one piece with it."""
+        self.accounts.inject("next hop: %s at %s" % (kind, stage))
+        number = m.number if m else s.messages[0].number
+        if kind in ("450", "550", "421"):
+            text = b"%s-4.0.0 soak %d refused\r\n%s 4.0.0 at %s\r\n" % (
+                kind.encode(), number, kind.encode(), stage.encode())
+        elif kind == "half":
+            text = b"250-soak %d took" % number
+        elif kind == "250" or kind == "odd" and stage == "DATA":
+            text = b"250 soak %d took\r\n" % number
+        elif kind in ("354", "odd"):
+            text = b"354 soak odd\r\n"
+        else:
+            text = b""
+        c.send(before + text)
+        if kind in (*EARLY, "odd"):
+            return
+        if kind == "stall":
+            c.wait_end(4 if s.impatient() else .5)
+        elif kind == "reset":
+            c.reset()
+        raise Gone
+
+    # -- the message
+
+    def message_comes(self, c, s, m, line):
+        self.accounts.forwarded(m)
+        kind, early, size = m.hop.get("body"), None, None
+        if line[:4] == b"BDAT":
+            size = int(re.match(rb"BDAT (\d+) LAST\r\n\Z", line)[1])
+            if m.leave == "hop":
+                m.here.set()
+        elif m.leave == "hop":
+            m.gone_first = m.client_goes()
+        if size is None and kind in EARLY and m.cut < .5:
+            # Even a small message is in the middle then.
+            self.misbehave(c, s, m, "body", kind, b"354 go ahead\r\n")
+            early, kind = kind, None
+        elif size is None and not self.say(c, s, m, "DATA", b"354 go ahead\r\n"):
+            return
+        content, later = self.body(c, s, m, size, kind)
+        if size is None:
+            content = re.sub(rb"(\A|\r\n)\.", rb"\1", content)
+        header = self.accounts.content(m, content, size is not None)
+        kind = early or later or m.hop.get("dot")
+        if kind not in ("450", "550", "421"):
+            m.answered = kind is None
+            m.taken.append(header)
+        if not (early or later):
+            self.say(c, s, m, "dot", b"250 2.0.0 soak %d took\r\n" % m.number)
+
+    def body(self, c, s, m, size, kind):
+        """All of it, without the dot; and the reply that did not wait for it."""
+        early, seen, most = None, 0, 1 << 18
+        length = len(m.base())
+        while True:
+            if kind and len(c.ahead) >= m.cut * length:
+                if kind == "slow":
+                    self.accounts.inject("next hop: slow reader")
+                    most = 700
+                else:
+                    self.misbehave(c, s, m, "body", kind)
+                    early = kind
+                kind = None
+            if m.leave == "replay" and len(c.ahead) > 100000 and not m.gone_first:
+                left = length - len(c.ahead)
+                m.gone_first = m.client_goes() and left > self.world.in_flight
+            at = end_of_data(c.ahead, seen) if size is None else \
+                size if len(c.ahead) >= size else -1
+            if at >= 0:
+                content = c.take(at)
+                c.take(3 if size is None else 0)
+                return content, early
+            seen = len(c.ahead)
+            c.fill(most)
+            if most == 700:
+                time.sleep(.0005)
+                most = 700 if seen < 50000 else 1 << 18
+
+
+def hello(s, verb):
+    if verb == b"HELO":
+        return b"250 next.hop\r\n"
+    words = [b"next.hop", b"8BITMIME", b"DSN", b"STARTTLS"]
+    words += [b"CHUNKING"] if s.chunking else []
+    words += [b"SIZE %d" % (s.limit or 100 << 20)]
+    return b"".join(b"250-%s\r\n" % w for w in words[:-1]) + \
+        b"250 %s\r\n" % words[-1]
+
+
+def end_of_data(data, seen):
+    """Where its dot stands; -1: there is none yet.  None stood before seen."""
+    if data.startswith(b".\r\n"):
+        return 0
+    at = data.find(b"\r\n.\r\n", max(0, seen - 4))
+    return at + 2 if at >= 0 else -1

@@ -1,0 +1,356 @@
+"""What shall happen: all of it follows from the seed and a number.
+
+A session has the number n, its messages n * 8, n * 8 + 1 ...; settings and
+daemons are numbered as they come.
+"""
+
+import random
+import re
+import threading
+import time
+
+EICAR = (rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-STANDARD-"
+         rb"ANTIVIRUS-TEST-FILE!$H+H*")
+MIB = 1 << 20
+
+# What clamd does to a scan; only the first line are verdicts.
+VERDICTS = ("ok", "virus")
+CLAMD = {
+    "error": 12, "close": 4, "half": 6, "timed out": 6, "newline": 6, "bare": 6,
+    "behind": 6, "x ok": 6, "lines": 6, "megabyte": 2, "late": 1, "hang": 1,
+    "refuse": 10, "denied": 4, "limit": 6, "reset": 4,
+}
+# What goes wrong at the next hop, and when.
+REPLIES = {"450": 4, "550": 4, "421": 2, "close": 2, "reset": 2, "half": 2,
+           "stall": 1, "odd": 1}
+STAGES = {"MAIL": 2, "RCPT": 2, "DATA": 4, "body": 7, "dot": 8, "RSET": 2,
+          "NOOP": 1}
+IN_BODY = {"450": 2, "550": 2, "250": 2, "354": 1, "close": 2, "reset": 2,
+           "stall": 1, "slow": 3}
+# Where a client goes away: up to "almost" before all of it was sent.
+LEAVES = {"MAIL": 1, "RCPT": 1, "DATA": 2, "body": 3, "almost": 4, "silent": 1,
+          "dot": 5, "partial": 2, "scan": 6, "flood": 3, "hop": 3, "deaf": 2}
+
+TEXTS = (
+    b"The quick brown fox", b"jumps over the lazy dog", b"", b"", b"bye",
+    b"Name: value", b" indented", b"\ttab", b"From here", b"--=-parts",
+    b".", b"..", b".dot", b".\0", b"\0.", b"\0\0..x", b"\0", b"in\0side",
+    b"\xe4\xf6\xfc \xff\xfe\x80", b"\x7f\x1b[1m", b"x" * 998, b"y" * 5000,
+    b"QUIT", b"DATA", b"RSET",
+)
+ENDS = (b"\r\n",) * 24 + (b"\n", b"\r", b"\r\r\n", b"\n\r", b"\r\0\n", b"\n\n",
+                          b"\r\n\0", b"\n.\n", b"\r.\r\n")
+
+
+def dice(seed, what, number):
+    return random.Random("%s %s %d" % (seed, what, number))
+
+
+def pick(r, weights):
+    return r.choices(list(weights), list(weights.values()))[0]
+
+
+def chance(r, percent):
+    return r.random() * 100 < percent
+
+
+# ---------------------------------------------------------------- content
+
+HEADER_SECTION = re.compile(
+    rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
+
+
+def stuff(raw):
+    """Dots at the start of a line doubled; a line is what ends in CRLF."""
+    return re.sub(rb"(\A|\r\n)\.", rb"\1..", raw)
+
+
+def received(raw, as_data):
+    """What a message is to be, by TRANSPARENCY in clamsmtpd(8): raw is what
+    its sender meant, without dots for DATA."""
+    if not as_data:
+        return raw
+    body = re.sub(rb"\r*\n", b"\r\n", raw)
+    body = re.sub(rb"\r(?!\n)", b" ", body)
+    if body and not body.endswith(b"\r\n"):
+        body += b"\r\n"
+    return re.sub(rb"(\A|\r\n)\0+(?=\.)", rb"\1", body)
+
+
+def head(r, number):
+    """The header section, with or without the blank line; or none."""
+    mark = b"soak-%d-" % number
+    usual = (b"Received: from somewhere by here;\r\n\tThu, 1 Jan 1970 00:00:00 +0000"
+             b"\r\nFrom: a@example.com\r\nSubject: %s\r\n" % mark)
+    return r.choices((
+        usual + b"\r\n", b"\r\n%s\r\n" % mark, mark + b" no header\r\n",
+        usual + b"no blank line\r\n", b"Subject: one\r\nX : " + mark + b"\r\n\r\n",
+        b"." + mark + b"\r\n", b"Subject: %s\nX: y\r\r\n\n" % mark,
+    ), (70, 5, 5, 5, 5, 5, 5))[0]
+
+
+class Message:
+    """A message, what is done to it (the plan), and what came of it."""
+
+    def __init__(self, seed, session, index):
+        self.session = session
+        self.number = session.number * 8 + index
+        r = dice(seed, "message", self.number)
+        self.virus = chance(r, 6)
+        self.bdat = chance(r, 35)
+        self.pace = pick(r, {"steps": 4, "pipelined": 5, "burst": 4, "drip": 1})
+        self.begin_twice = chance(r, 5)
+        self.plan_faults(r)
+        self.plan_body(r)
+        # what came of it
+        self.begun = False
+        self.told = None            # the reply that settled it for the client,
+        self.told_at = None         # and to what; "body": to the whole message
+        self.sent_all = False
+        self.left = False           # the client did not wait for the reply,
+        self.sure = True            # and the daemon can know that
+        self.gone_first = False     # surely before the next hop was to have it
+        self.scans = 0
+        self.said = set()           # by clamd, of VERDICTS and CLAMD
+        self.asked = 0              # the next hop, to take it
+        self.taken = []             # by the next hop, under which header
+        self.answered = False       # and its 2xx went out whole
+
+    def plan_faults(self, r):
+        self.leave, self.leave_how = None, pick(r, {"fin": 1, "rst": 1})
+        self.hop = {}               # stage: fault
+        self.cut = r.random()       # where in the body it happens
+        self.clamd = []             # for the first scans; then the truth
+        kind = pick(r, {"none": 52, "client": 15, "hop": 16, "clamd": 12,
+                        "both": 5})
+        if kind == "client":
+            self.leave = pick(r, LEAVES)
+        if kind in ("hop", "both"):
+            stage = pick(r, STAGES)
+            self.hop[stage] = pick(r, IN_BODY if stage == "body" else REPLIES)
+        if kind in ("clamd", "both"):
+            self.clamd = [pick(r, CLAMD) for _ in range(r.choice((1, 1, 2, 4)))]
+        if self.leave == "flood" and self.session.unix:
+            self.leave = "scan"         # there is no reset on a unix socket
+        if self.pace == "burst" and not self.bdat and \
+                (self.hop.keys() & {"MAIL", "RCPT"} or self.leave):
+            self.pace = "pipelined"     # a body must not become commands
+
+    def plan_body(self, r):
+        """raw is first + block * times."""
+        self.first, self.block, self.times = b"", b"", 0
+        size = pick(r, {"empty": 1, "small": 92, "large": 6, "huge": .25}
+                    if "body" not in self.hop else
+                    {"small": 70, "large": 25, "huge": 5})
+        if chance(r, .04):
+            self.leave, self.hop, self.clamd, size = "replay", {}, [], "huge"
+        self.leave_stage()
+        self.cuts = sorted(r.random() for _ in range(r.randrange(4)))
+        if size == "empty":
+            self.virus = False
+            return
+        lines = r.choices(TEXTS, k=r.randrange(60))
+        if self.pace == "drip":
+            lines = lines[:8]
+        ends = r.choices(ENDS, k=len(lines))
+        text = b"".join(a + b for a, b in zip(lines, ends))
+        self.first = head(r, self.number)
+        if self.virus:
+            text += b"\r\n" + EICAR + b"\r\n"
+        if size == "small" or self.pace == "drip":
+            self.first += text
+        else:
+            self.block = (text or b"x") + b"\r\n"
+            most = {"large": 100000, "huge": 3 * MIB}[size]
+            if self.leave == "replay":
+                most = 8 * MIB
+            self.times = most // len(self.block)
+        if not self.bdat or self.times or chance(r, 80):
+            self.first += b"" if self.first.endswith(b"\r\n") else b"\r\n"
+
+    def leave_stage(self):
+        if self.leave == "DATA" and self.bdat:
+            self.leave = "body"
+        if self.leave in ("flood", "partial"):
+            self.leave_how = "rst" if self.leave == "flood" else "fin"
+        # The step of it within which the client goes; None: behind the last.
+        self.leave_at = "body" if self.leave in ("body", "almost", "silent") else \
+            self.leave if self.leave in ("MAIL", "RCPT", "DATA") else None
+        self.here = self.gone = None    # now it may go; it has gone
+        if self.leave in ("scan", "flood", "hop", "replay"):
+            self.here, self.gone = threading.Event(), threading.Event()
+
+    def client_goes(self):
+        """At a moment of its servers' choice; whether it surely has gone."""
+        self.here.set()
+        gone = self.gone.wait(20) and self.sure
+        if self.leave_how == "rst":
+            time.sleep(.05)     # nothing tells when a reset has arrived
+        return gone
+
+    def leave_cut(self, part):
+        """How much of that step is still sent."""
+        if self.leave == "almost":
+            return len(part) - 1 - int(self.cut * 4)
+        return len(part) // 2 if self.leave_at == "body" else len(part)
+
+    def raw(self):
+        return self.first + self.block * self.times
+
+    def wire(self):
+        """For DATA, up to the dot."""
+        return stuff(self.first) + stuff(self.block) * self.times
+
+    def base(self):
+        """What clamd and the next hop are to get."""
+        as_data = not self.as_chunks()
+        return received(self.first, as_data) + \
+            received(self.block, as_data) * self.times
+
+    def as_chunks(self):
+        """It leaves by BDAT."""
+        return self.bdat and self.session.chunking
+
+    def header_at(self, base):
+        return HEADER_SECTION.match(base).end()
+
+    def chunks(self):
+        raw = self.raw()
+        at = [0, *(int(len(raw) * c) for c in self.cuts), len(raw)]
+        return [raw[a:b] for a, b in zip(at, at[1:])]
+
+    def faultless(self):
+        return self.session.faultless() and \
+            not (self.leave or self.hop or self.clamd)
+
+    def __str__(self):
+        plan = ["BDAT" if self.bdat else "DATA", self.pace, "%d bytes" % (
+            len(self.first) + len(self.block) * self.times)]
+        plan += ["virus"] * self.virus
+        plan += ["client leaves: %s, %s" % (self.leave, self.leave_how)] \
+            if self.leave else []
+        plan += ["next hop: %s %s" % f
+                 for f in {**self.session.hop, **self.hop}.items()]
+        plan += ["clamd: " + ", ".join(self.clamd)] if self.clamd else []
+        facts = "told %r%s%s, clamd said %s, next hop asked %d times, took %s%s" % (
+            self.told, "" if self.sent_all else ", not sent whole",
+            ", left" + " first" * self.gone_first if self.left else "",
+            sorted(self.said) or "nothing", self.asked, self.taken or "nothing",
+            "" if self.answered or not self.taken else " without a whole 2xx")
+        return "message %d (%s): %s; meanwhile: %s" % (
+            self.number, "; ".join(plan), facts,
+            sorted(self.session.windows) or "nothing")
+
+
+class Session:
+    """A connection of a client, and the next hop behind it."""
+
+    def __init__(self, seed, number):
+        self.number = number
+        r = dice(seed, "session", number)
+        # The client's address is the number; OutAddress is a port alone, so
+        # the next hop is called under that address and knows whom it serves.
+        self.unix = chance(r, 5)
+        self.proxy = r.choices((0, 1, 2), (8, 1, 1))[0] * (not self.unix)
+        self.address = "127.%d.%d.%d" % (
+            1 + (number >> 16) | (self.proxy and 128), number >> 8 & 255, number & 255)
+        self.hello = r.choices(("EHLO", "HELO"), (19, 1))[0]
+        self.chunking = chance(r, 50) and self.hello == "EHLO"
+        self.limit = r.choices((0, 20000), (29, 1))[0] if self.hello == "EHLO" else 0
+        self.style = pick(r, {"plain": 6, "lines": 2, "drip": 1})
+        self.hop = {}
+        if chance(r, 4) and not self.unix:
+            self.hop[r.choice(("greeting", "EHLO"))] = pick(r, REPLIES)
+        self.leave = r.choices((None, "greeting", "EHLO"), (98, 1, 1))[0]
+        self.end = pick(r, {"quit": 4, "half": 2, "close": 1})
+        count = r.choices((1, 2, 3, 8), (5, 3, 2, 1))[0]
+        self.messages = [Message(seed, self, i) for i in range(count)]
+        self.settings = []          # those that it may have begun with
+        self.windows = set()        # what the daemon went through meanwhile
+
+    def faultless(self):
+        return not (self.hop or self.leave)
+
+    def ip(self):
+        """As the daemon knows its client."""
+        if self.proxy:
+            return b"203.0.113.%d" % (self.number & 255)
+        return b"local" if self.unix else self.address.encode()
+
+    def proxy_header(self):
+        """What a load balancer in front of the daemon sends, in two versions."""
+        if self.proxy == 1:
+            return b"PROXY TCP4 %s 192.0.2.1 4711 25\r\n" % self.ip()
+        if self.proxy == 2:
+            return b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes(
+                (203, 0, 113, self.number & 255, 192, 0, 2, 1, 18, 103, 0, 25))
+        return b""
+
+    def impatient(self):
+        return any(s.timeout < 10 for s in self.settings)
+
+
+# ---------------------------------------------------------------- settings
+
+HEADERS = {     # as configured: as sent
+    None: b"X-Virus-Scanned: ClamAV using ClamSMTP\r\n",
+    "": b"",
+    "X-Soak: %i": b"X-Soak: %s\r\n",
+    r"X-Soak: one\r\n\ttwo 100%%": b"X-Soak: one\r\n\ttwo 100%%\r\n",
+    "Received: by soak for %i": b"Received: by soak for %s\r\n",
+}
+
+
+class Settings:
+    """What the daemon's file says."""
+
+    def __init__(self, seed, number, clients, scripts, has_real):
+        """scripts: None, or one that is quick and one that may hang."""
+        r = dice(seed, "settings", number)
+        self.number = number
+        self.actions = [(r.choice(("drop", "bounce", "pass")), None)]
+        if chance(r, 50):
+            self.actions.insert(0, (r.choice(("drop", "bounce", "pass")), "PUA.*"))
+        self.quarantine = chance(r, 50)
+        self.scan_failure = r.choices(("tempfail", "pass"), (4, 1))[0]
+        self.timeout, self.scan_timeout = r.choices(((60, 2), (2, 1)), (8, 1))[0]
+        self.max_scans = r.choices((2, 10, 50), (1, 3, 3))[0]
+        self.max_connections = r.choices((500, clients * 3 // 4), (9, 1))[0]
+        self.keepalives = r.choices((0, 1), (2, 1))[0]
+        self.max_scan_size = r.choices((0, 50000), (4, 1))[0]
+        self.header = r.choice(list(HEADERS))
+        self.port = r.randrange(2)              # the next hop has two
+        self.listeners = r.choice((2, 3))
+        self.real = chance(r, 15) and has_real
+        self.clamds = r.choices(
+            (["a"], ["b"], ["tcp"], ["dead", "a"], ["a", "b"], ["tcp", "dead", "a"],
+             ["a", "dead", "tcp", "b"]))[0]
+        self.script = scripts and scripts[self.timeout < 10]
+
+    def action(self, virus):
+        return next(action for action, pattern in self.actions
+                    if pattern is None or virus.startswith(pattern[:-1]))
+
+    def header_line(self, session):
+        line = HEADERS[self.header]
+        return line % session.ip() if b"%s" in line else line.replace(b"%%", b"%")
+
+    def text(self, listen, hop_ports, clamds, fixed):
+        """listen: addresses; clamds: name to address; fixed: never change."""
+        lines = fixed + ["ProxyFrom: 127.128.0.0/9"]
+        lines += ["Listen: " + a for a in listen[:self.listeners]]
+        lines += ["ClamAddress: " + clamds[c]
+                  for c in ["real"] * self.real + self.clamds]
+        lines += ["Action: " + " ".join(filter(None, a)) for a in self.actions]
+        if self.header is not None:
+            lines.append("Header: " + self.header)
+        if self.script:
+            lines.append("VirusAction: " + self.script)
+        return "\n".join(lines + [
+            "OutAddress: %d" % hop_ports[self.port],
+            "Quarantine: " + ("on" if self.quarantine else "off"),
+            "ScanFailure: " + self.scan_failure, "TimeOut: %d" % self.timeout,
+            "ScanTimeOut: %d" % self.scan_timeout, "MaxScans: %d" % self.max_scans,
+            "MaxConnections: %d" % self.max_connections,
+            "KeepAlives: %d" % self.keepalives,
+            "MaxScanSize: %d" % self.max_scan_size, ""])

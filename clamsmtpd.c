@@ -885,7 +885,9 @@ on_visit(void *arg, int revents)
 {
 	struct visitor *v = arg;
 
-	if (revents & POLLIN)
+	if (revents & POLLERR)
+		v->peer.err = 1;
+	else if (revents & POLLIN)
 		peer_fill(&v->peer);
 	visit(v);
 }
@@ -907,9 +909,8 @@ visitors_watch(void)
 			free(v);
 			continue;
 		}
-		if (!v->asks_health)
-			watch(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
-			    POLLIN, on_visit, v);
+		watch(v->peer.fd, v->asks_health ? 0 :
+		    buf_len(&v->peer.out) > 0 ? POLLOUT : POLLIN, on_visit, v);
 		wait_until(v->deadline);
 		p = &v->next;
 	}

@@ -118,9 +118,11 @@ class Accounts:
         for line in map(json.loads, text.splitlines()):
             if line.get("event") != "mail" or line["from"] == "twice@soak":
                 continue
-            m = messages[int(line["from"].split("@")[0])]
-            if m.told_at == "body" and not m.told.startswith(line["reply"].encode()):
-                self.fail("unexplained", "the log says %r: %s" % (line["reply"], m))
+            number = line["from"].split("@")[0]
+            m = messages.get(int(number) if number.isdigit() else None)
+            if m is None or m.told_at == "body" and \
+                    not m.told.startswith(line["reply"].encode()):
+                self.fail("unexplained", "the log says %s: %s" % (line, m))
 
     def judge(self, m, copies):
         """copies: numbers of the messages in quarantine."""

@@ -237,7 +237,6 @@ def test_a_copy_that_nobody_waits_for_is_logged(site):
     assert site.hop.messages == []
 
 
-@pytest.mark.core
 def test_the_end_while_a_copy_is_made_leaves_none(site):
     """The client heard no 2xx: it comes again, and so will the copy."""
     site.start(Quarantine="on")

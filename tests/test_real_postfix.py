@@ -104,6 +104,12 @@ class Postfix:
     def __init__(self, recipe="postfix-after-queue", more="", table=()):
         self.recipe, self.more, self.table = recipe, more, dict(table)
         self.dir = real.public_directory("postfix")
+        # When we are gone: master changes its user now and then, and with that
+        # it forgets die_with_us().
+        self.watch = subprocess.Popen(
+            ["sh", "-c", 'while read -r p; do pid=$p; done; kill -KILL "-$pid";'
+             'rm -rf "$1"', "sh", self.dir],
+            stdin=subprocess.PIPE, start_new_session=True)
         owner, nobody = real.user("postfix"), real.user("nobody")
         self.config = os.path.join(self.dir, "etc")
         self.log = os.path.join(self.dir, "maillog")
@@ -152,7 +158,9 @@ class Postfix:
                     [os.path.join(directory, "master"), "-d", "-c", self.config],
                     stdin=subprocess.DEVNULL, stdout=err, stderr=err,
                     env=dict(os.environ, MAIL_CONFIG=self.config),
-                    start_new_session=True, preexec_fn=real.die_with_us)
+                    start_new_session=True)
+            self.watch.stdin.write(b"%d\n" % self.master.pid)
+            self.watch.stdin.flush()
             until(lambda: self.answers() or self.master.poll() is not None,
                   "Postfix answers")
             if self.master.poll() is None:
@@ -221,6 +229,9 @@ class Postfix:
                 failed, self.text()[-3000:])) from None
 
     def close(self):
+        self.watch.kill()
+        self.watch.wait()
+        self.watch.stdin.close()
         for number in signal.SIGTERM, signal.SIGKILL:
             try:
                 os.killpg(self.master.pid, number)

@@ -80,6 +80,8 @@ done
 rm -f "$dir/root/usr/sbin/policy-rc.d"
 printf '#!/bin/sh\nexit 101\n' >"$dir/root/usr/sbin/policy-rc.d"
 chmod 755 "$dir/root/usr/sbin/policy-rc.d"
+# An index of all manual pages, which nobody reads here, takes longest.
+rm -f "$dir/root/var/lib/man-db/auto-update"
 
 # shellcheck disable=SC2016
 exec chroot "$dir/root" /bin/sh -c '

@@ -53,6 +53,12 @@ def test_any_split_arrives_as_one_bdat_last(site, chunky, chunks):
     chunky.quit()
 
 
+def test_a_message_that_ends_within_a_folded_header(site, chunky):
+    """Ours goes before that header, not into it."""
+    send_chunks(chunky, [b"A: b\r\nC: d\r\n e"])
+    same(site.hop.messages[0].body, b"A: b\r\n" + HEADER + b"C: d\r\n e")
+
+
 @pytest.mark.core
 def test_chunks_pipelined_in_one_packet(site, chunky):
     chunky.send(b"MAIL FROM:<a@b> BODY=8BITMIME\r\nRCPT TO:<c@d>\r\n"

@@ -250,6 +250,16 @@ def test_clients_of_a_unix_listener(site, networks, name):
     assert accepted(site) == [name]
 
 
+def test_networks_of_the_environment_take_the_place_of_the_files(site):
+    site.start(ProxyFrom="127.0.0.1",
+               env={"CLAMSMTPD_PROXYFROM": "10.0.0.0/8\n127.0.0.9"})
+    for source in ("127.0.0.9", "127.0.0.1"):
+        client = site.client(source=source)
+        client.send(v1())
+        client.expect("220")
+    assert accepted(site) == [V4, "127.0.0.1"]
+
+
 def test_sighup_changes_whom_it_believes(site):
     listen = site.path("in.sock")
     site.start(Listen=listen, ProxyFrom="unix")

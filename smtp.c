@@ -1709,11 +1709,12 @@ header_eat(struct session *s, const char *p, size_t n)
 	for (; n > 0 && s->header != H_DONE; p++, n--, at++)
 		switch (s->header) {
 		case H_LINE:
-			s->header_at = at;
-			if ((*p == ' ' || *p == '\t') && at > 0)
+			if ((*p == ' ' || *p == '\t') && at > 0) {
 				s->header = H_REST;
-			else
-				s->header = is_name_char(*p) ? H_NAME : H_DONE;
+				break;
+			}
+			s->header_at = at;
+			s->header = is_name_char(*p) ? H_NAME : H_DONE;
 			break;
 		case H_NAME:
 			if (is_name_char(*p))

@@ -5,6 +5,7 @@ PROMISE 3: one message in, at most one out.
 """
 
 import email.utils
+import os
 import random
 import re
 import time
@@ -172,6 +173,7 @@ def test_what_is_held_back_has_a_limit(site, plain):
     plain.quit()
 
 
+@pytest.mark.skipif("TEST_QEMU" in os.environ, reason="CPU time is qemu's, too")
 def test_bare_crs_cost_no_more_than_other_bytes(site, plain):
     """PROMISE 5: no search for a line's end is done twice."""
     def cost(body):

@@ -849,7 +849,9 @@ def ehlo_size(got):
 
 @pytest.mark.core
 @pytest.mark.parametrize("offered, limit, want", [
-    ("SIZE 50000", "10000", "SIZE 10000"), ("SIZE 5000", "10000", "SIZE 5000"),
+    ("SIZE 50000", "10000", "SIZE 10000"),
+    ("SIZE 4294967297", "0", "SIZE 4294967297"), ("SIZE 5000", "4294967297", "SIZE 5000"),
+    ("SIZE 5000", "10000", "SIZE 5000"),
     ("SIZE 0", "10000", "SIZE 10000"), ("SIZE", "10000", "SIZE 10000"),
     ("SIZE 50000", "0", "SIZE 50000"), ("SIZE 50000", "10K", "SIZE 10240"),
 ])

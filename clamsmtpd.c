@@ -290,7 +290,6 @@ child_reaped(pid_t pid)
 static void
 child_stop(struct child *c)
 {
-	c->ctx = NULL;
 	c->n = 0;
 	if (c->pid != 0) {
 		kill(c->pid, SIGKILL);

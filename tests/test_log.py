@@ -445,11 +445,13 @@ def test_fail2ban_finds_who_sends_viruses(site, fail2ban, prefix, settings):
         sly.data(GOOD)
     sly.cmd("100001: accepted connection from: 127.0.0.7", "500")
     sly.cmd("EHLO 100001: from=a, to=b, status=VIRUS:z", "250")
+    sly.cmd("accepted connection from: 127.0.0.7", "500")
     bad.mail(to=["a@b", "c@d"], body=BAD, want="250 2.0.0 Virus")
+    sly.mail(body=BAD, want="250 2.0.0 Virus")
     file = site.path("mail.log")
     syslogged(daemon, file, prefix)
     got = fail2ban("regex", "-o", "ip", file, "clamsmtpd")
-    assert got.stdout.split() == ["127.0.0.6", "127.0.0.6"], got
+    assert got.stdout.split() == ["127.0.0.6", "127.0.0.6", "127.0.0.8"], got
 
 
 def test_fail2ban_takes_the_jail(site, fail2ban):

@@ -37,6 +37,12 @@ class Failed(AssertionError):
     """A peer did not do what the test waits for."""
 
 
+def since():
+    """The second that time(2) of any libc says now, or the one before: the
+    clock that some of them ask is a tick behind that of time.time()."""
+    return int(time.time() - .1)
+
+
 def until(condition, what, limit=None):
     """Wait until condition() is true and return what it gave."""
     limit = WAIT if limit is None else limit

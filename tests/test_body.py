@@ -13,7 +13,7 @@ import time
 import pytest
 
 import vectors
-from harness import HEADER, same, stuff
+from harness import HEADER, same, since, stuff
 
 NEAR = range(-3, 4)
 
@@ -366,7 +366,7 @@ def test_header_escapes(site):
 def test_header_date_is_an_rfc_5322_date(site):
     site.start(Header="X-Date: %d")
     client = site.session()
-    before = int(time.time())
+    before = since()
     client.mail(body=b"A: b\r\n\r\nx\r\n")
     after = int(time.time())
     line = site.hop.messages[0].body.split(b"\r\n")[1].decode()

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import real
-from harness import CLOSE, Hold, Site, TOP, VIRUS, WAIT, until
+from harness import CLOSE, Hold, Site, TOP, VIRUS, WAIT, since, until
 from test_injection import TEXTS
 from test_run import READ_AGAIN, background, reload, syslog  # noqa: F401 (fixtures)
 from test_status import debian_package
@@ -79,16 +79,20 @@ def start(site, **settings):
     return daemon
 
 
+def utc(seconds):
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
 # ---------------------------------------------------------------- fields
 
 @pytest.mark.core
 def test_the_line_of_a_message(site):
-    before = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    before = utc(since())
     daemon = start(site)
     client = site.session(source="127.0.0.7")
     client.mail(sender="a@example.com", to=["b@example.com", "c@example.com"], body=GOOD)
     mail, = mails(daemon)
-    assert before <= mail.pop("time") <= time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    assert before <= mail.pop("time") <= utc(time.time())
     for name in ("scan_ms", "ms"):
         assert 0 <= mail.pop(name) < 1000 * WAIT
     assert mail == {
@@ -343,10 +347,11 @@ def test_lines_that_were_lost_are_counted(site):
     def lost():
         client.cmd("NOOP", "250")
         data.extend(os.read(read, 1 << 16))
-        found = [parsed(line) for line in bytes(data).split(b"\n")[:-1]]
-        return sum(int(line["message"].split()[0]) for line in found
-                   if "were lost" in line.get("message", "")) > 50
-    until(lost, "it tells of lost lines")
+        found = [parsed(line)["message"] for line in bytes(data).split(b"\n")[:-1]
+                 if b"were lost" in line]
+        return sum(int(message.split()[0]) for message in found)
+    count = until(lambda: (lambda n: n > 50 and n)(lost()), "it tells of lost lines")
+    assert [lost() for _ in range(3)] == [count] * 3, "and tells it once"
     client.quit()
     os.close(read)
 

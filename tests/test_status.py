@@ -13,7 +13,7 @@ import pytest
 
 import real
 from harness import (CLOSE, WAIT, Clamd, Failed, Hold, Server, connect, free_port,
-                     full_listener, reset, turns, until)
+                     full_listener, reset, since, turns, until)
 from test_run import reload
 
 GOOD = b"Subject: x\r\n\r\nnothing\r\n"
@@ -398,7 +398,7 @@ def test_sessions(site):
 
 
 def test_version_and_start(site, run):
-    before = int(time.time())
+    before = since()
     got = metrics(start(site))
     version = run("-v").stdout.split()[1]
     assert got['build_info{version="%s"}' % version] == 1

@@ -15,8 +15,9 @@ import sys
 
 import pytest
 
-from harness import (CLAMSMTPD, HEADER, Hold, Names, VIRUS, WAIT, finish_file,
-                     full_listener, mounting, processes, until, wait_file)
+from harness import (CLAMSMTPD, FREED_AT_ONCE, HEADER, Hold, Names, VIRUS, WAIT,
+                     finish_file, full_listener, mounting, processes, until,
+                     wait_file)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 BAD = b"A: b\r\n\r\nEICAR\r\n"
@@ -1101,9 +1102,7 @@ def test_a_next_hop_that_does_not_answer_a_connect_holds_up_nobody(site):
 
 def test_buffers_of_idle_sessions_are_given_back(site):
     """A busy time leaves little behind."""
-    # the address sanitizer keeps what is freed; not here, where it is counted
-    site.start(MaxConnections="100", env={
-        "ASAN_OPTIONS": "quarantine_size_mb=0:thread_local_quarantine_size_kb=0"})
+    site.start(MaxConnections="100", env=FREED_AT_ONCE)
     client = site.session()
     client.mail()
     before = site.daemon.rss()

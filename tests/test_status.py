@@ -12,8 +12,8 @@ import time
 import pytest
 
 import real
-from harness import (CLOSE, WAIT, Clamd, Failed, Hold, Server, connect, free_port,
-                     full_listener, reset, since, turns, until)
+from harness import (CLOSE, FREED_AT_ONCE, WAIT, Clamd, Failed, Hold, Server, connect,
+                     free_port, full_listener, reset, since, turns, until)
 from test_run import reload
 
 GOOD = b"Subject: x\r\n\r\nnothing\r\n"
@@ -536,7 +536,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
     """PROMISES 5 and 6."""
-    address = start(site)
+    address = start(site, env=FREED_AT_ONCE)
     get(address, "/metrics")            # whatever is got at the first visit
     before = site.daemon.rss()
     socks = []

@@ -701,7 +701,7 @@ visit_page(struct visitor *v)
 	visit_say(v, "clamsmtpd " VERSION ", up since %s\n",
 	    rfc3339_date(started));
 	visit_say(v, "sessions: %d now, %d at most so far, %d allowed; %llu in "
-	    "all, %llu refused\n", nsessions, most_sessions, conf->maxconn,
+	    "all, %llu refused\n", nsessions, most_sessions, (int)conf->maxconn,
 	    (unsigned long long)count.sessions,
 	    (unsigned long long)count.refused);
 	visit_say(v, "messages: %llu", (unsigned long long)count_messages());
@@ -950,7 +950,8 @@ session_add(int fd, const struct addr *a)
 
 	if (nsessions >= conf->maxconn) {
 		logmsg(LOG_WARNING, "%06X: refused %s: MaxConnections (%d) "
-		    "reached", next_id++, addr_text(a), conf->maxconn);
+		    "reached", next_id++, addr_text(a),
+		    (int)conf->maxconn);
 		count.refused++;
 		session_refuse(fd);
 		return;
@@ -1173,7 +1174,7 @@ set_limits(const struct conf *c)
 {
 	struct rlimit r = { 1, 1 };
 	rlim_t clamds = c->clamd_default ? 1 : c->nclamd;
-	rlim_t want = 3 * (rlim_t)c->maxconn + c->maxscans * clamds + 64;
+	rlim_t want = 3 * c->maxconn + c->maxscans * clamds + 64;
 
 	/* Mail does not belong on the disk, nor in the pipe of a crash handler,
 	 * which 0 would not keep away (core(5)). */
@@ -1187,8 +1188,8 @@ set_limits(const struct conf *c)
 		return 0;
 	getrlimit(RLIMIT_NOFILE, &r);
 	logmsg(LOG_ERR, "MaxConnections: %d needs %lu descriptors, and the limit "
-	    "is %lu: raise it (ulimit -n) or lower MaxConnections", c->maxconn,
-	    (unsigned long)want, (unsigned long)r.rlim_max);
+	    "is %lu: raise it (ulimit -n) or lower MaxConnections",
+	    (int)c->maxconn, (unsigned long)want, (unsigned long)r.rlim_max);
 	return -1;
 }
 

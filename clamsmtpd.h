@@ -172,8 +172,8 @@ struct conf {
 	int	 nlisten;
 	struct target *listen[MAXLISTEN];
 	int	 json;			/* LogFormat */
-	int	 maxconn;
-	int	 maxscans;
+	int64_t	 maxconn;
+	int64_t	 maxscans;
 	int64_t	 maxscansize;		/* bytes; 0: none */
 	struct target *out;
 	char	*pidfile;

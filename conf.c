@@ -152,24 +152,7 @@ number(const char *v, int suffixes)
 }
 
 static const char *
-set_int(struct conf *c, const struct keyword *k, const char *v)
-{
-	int64_t n = number(v, 0);
-
-	if (n < k->min || n > k->max)
-		return not_a_number(k);
-	*(int *)field(c, k) = n;
-	return NULL;
-}
-
-static void
-show_int(const struct conf *c, const struct keyword *k)
-{
-	put("%s: %d\n", k->name, *(int *)field(c, k));
-}
-
-static const char *
-set_int64(struct conf *c, const struct keyword *k, const char *v)
+set_number(struct conf *c, const struct keyword *k, const char *v)
 {
 	int64_t n = number(v, k->max == BYTES);
 
@@ -180,7 +163,7 @@ set_int64(struct conf *c, const struct keyword *k, const char *v)
 }
 
 static void
-show_int64(const struct conf *c, const struct keyword *k)
+show_number(const struct conf *c, const struct keyword *k)
 {
 	put("%s: %lld\n", k->name,
 	    (long long)(*(int64_t *)field(c, k) / k->unit));
@@ -818,18 +801,19 @@ static const struct keyword keywords[] = {
 	  .off = FIELD(virusaction) },
 	{ .name = "ScanFailure", .set = set_scanfailure,
 	  .show = show_scanfailure, .def = "tempfail" },
-	{ .name = "ScanTimeOut", .set = set_int64, .show = show_int64,
+	{ .name = "ScanTimeOut", .set = set_number, .show = show_number,
 	  .off = FIELD(scantimeout), .min = 1, .max = 86400, .unit = SECOND },
-	{ .name = "MaxScans", .set = set_int, .show = show_int,
-	  .off = FIELD(maxscans), .def = "10", .min = 1, .max = 1000 },
-	{ .name = "MaxScanSize", .set = set_int64, .show = show_int64,
+	{ .name = "MaxScans", .set = set_number, .show = show_number,
+	  .off = FIELD(maxscans), .def = "10", .min = 1, .max = 1000, .unit = 1 },
+	{ .name = "MaxScanSize", .set = set_number, .show = show_number,
 	  .off = FIELD(maxscansize), .def = "0", .max = BYTES, .unit = 1 },
-	{ .name = "MaxConnections", .set = set_int, .show = show_int,
-	  .off = FIELD(maxconn), .def = "64", .min = 2, .max = 65535 },
-	{ .name = "TimeOut", .set = set_int64, .show = show_int64,
+	{ .name = "MaxConnections", .set = set_number, .show = show_number,
+	  .off = FIELD(maxconn), .def = "64", .min = 2, .max = 65535,
+	  .unit = 1 },
+	{ .name = "TimeOut", .set = set_number, .show = show_number,
 	  .off = FIELD(timeout), .def = "180", .min = 1, .max = 86400,
 	  .unit = SECOND },
-	{ .name = "KeepAlives", .set = set_int64, .show = show_int64,
+	{ .name = "KeepAlives", .set = set_number, .show = show_number,
 	  .off = FIELD(keepalives), .def = "0", .max = 86400, .unit = SECOND },
 	{ .name = "XClient", .set = set_bool, .show = show_bool,
 	  .off = FIELD(xclient) },

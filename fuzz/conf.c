@@ -76,8 +76,8 @@ check(const struct conf *c)
 {
 	int i;
 
-	CHECK(c->maxconn >= 2 && c->maxconn <= 65535, "%d", c->maxconn);
-	CHECK(c->maxscans >= 1 && c->maxscans <= 1000, "%d", c->maxscans);
+	CHECK(c->maxconn >= 2 && c->maxconn <= 65535, "%d", (int)c->maxconn);
+	CHECK(c->maxscans >= 1 && c->maxscans <= 1000, "%d", (int)c->maxscans);
 	CHECK(c->maxscansize >= 0, "MaxScanSize");
 	CHECK(c->timeout >= SECOND && c->timeout <= 86400 * SECOND, "TimeOut");
 	CHECK(c->scantimeout >= SECOND && c->scantimeout <= 86400 * SECOND,

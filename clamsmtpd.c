@@ -643,10 +643,10 @@ visitor_add(int fd, const struct addr *a)
 	on_visit(v, POLLIN);		/* the request is here, mostly */
 }
 
-static uint64_t
+static unsigned long long
 count_messages(void)
 {
-	uint64_t n = 0;
+	unsigned long long n = 0;
 	int f;
 
 	for (f = 0; f < NFATES; f++)
@@ -702,12 +702,10 @@ visit_page(struct visitor *v)
 	    rfc3339_date(started));
 	visit_say(v, "sessions: %d now, %d at most so far, %d allowed; %llu in "
 	    "all, %llu refused\n", nsessions, most_sessions, (int)conf->maxconn,
-	    (unsigned long long)count.sessions,
-	    (unsigned long long)count.refused);
-	visit_say(v, "messages: %llu", (unsigned long long)count_messages());
+	    count.sessions, count.refused);
+	visit_say(v, "messages: %llu", count_messages());
 	for (i = 0; i < NFATES; i++)
-		visit_say(v, ", %llu %s",
-		    (unsigned long long)count.messages[i], fates[i]);
+		visit_say(v, ", %llu %s", count.messages[i], fates[i]);
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		running += c->running;
@@ -719,11 +717,19 @@ visit_page(struct visitor *v)
 }
 
 static void
-metric(struct visitor *v, const char *name, const char *type,
+metric_head(struct visitor *v, const char *name, const char *type,
+    const char *help)
+{
+	visit_say(v, "# HELP clamsmtpd_%s %s\n# TYPE clamsmtpd_%s %s\n", name,
+	    help, name, type);
+}
+
+static void
+metric(struct visitor *v, const char *name, const char *type, const char *help,
     unsigned long long n)
 {
-	visit_say(v, "# TYPE clamsmtpd_%s %s\nclamsmtpd_%s %llu\n", name, type,
-	    name, n);
+	metric_head(v, name, type, help);
+	visit_say(v, "clamsmtpd_%s %llu\n", name, n);
 }
 
 /* A label's value: what is in a configuration file has no control characters. */
@@ -748,7 +754,8 @@ visit_scans(struct visitor *v)
 	unsigned long long n = 0;
 	int i, ms;
 
-	visit_say(v, "# TYPE clamsmtpd_scan_seconds histogram\n");
+	metric_head(v, "scan_seconds", "histogram",
+	    "From the final dot to the verdict.");
 	for (i = 0; i < NBUCKETS - 1; i++) {
 		ms = scan_limits[i];
 		n += count.scans[i];
@@ -758,8 +765,7 @@ visit_scans(struct visitor *v)
 	n += count.scans[i];
 	visit_say(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n", n);
 	visit_say(v, "clamsmtpd_scan_seconds_sum %llu.%03d\n"
-	    "clamsmtpd_scan_seconds_count %llu\n",
-	    (unsigned long long)count.scan_ms / 1000,
+	    "clamsmtpd_scan_seconds_count %llu\n", count.scan_ms / 1000,
 	    (int)(count.scan_ms % 1000), n);
 }
 
@@ -769,31 +775,34 @@ visit_metrics(struct visitor *v)
 	const struct clamd *c;
 	int i, running = 0;
 
-	visit_say(v, "# TYPE clamsmtpd_build_info gauge\n"
-	    "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
-	metric(v, "start_time_seconds", "gauge", started);
-	metric(v, "sessions", "gauge", nsessions);
-	metric(v, "sessions_total", "counter", count.sessions);
-	metric(v, "sessions_refused_total", "counter", count.refused);
-	metric(v, "message_bytes_total", "counter", count.bytes);
-	visit_say(v, "# TYPE clamsmtpd_messages_total counter\n");
+	metric_head(v, "build_info", "gauge", "Its version.");
+	visit_say(v, "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
+	metric(v, "start_time_seconds", "gauge", "Since 1970.", started);
+	metric(v, "sessions", "gauge", "Open now.", nsessions);
+	metric(v, "sessions_total", "counter", "Accepted.", count.sessions);
+	metric(v, "sessions_refused_total", "counter",
+	    "Above MaxConnections.", count.refused);
+	metric(v, "message_bytes_total", "counter", "Of all messages.",
+	    count.bytes);
+	metric_head(v, "messages_total", "counter", "By what became of them.");
 	for (i = 0; i < NFATES; i++)
 		visit_say(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
-		    fates[i], (unsigned long long)count.messages[i]);
-	visit_say(v, "# TYPE clamsmtpd_clamd_up gauge\n");
+		    fates[i], count.messages[i]);
+	metric_head(v, "clamd_up", "gauge", "0: left alone for a while.");
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		running += c->running;
 		visit_say(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
 		    label(c->target->text), c->dead_until <= now);
 	}
-	visit_say(v, "# TYPE clamsmtpd_clamd_failures_total counter\n");
+	metric_head(v, "clamd_failures_total", "counter",
+	    "Scans without a verdict.");
 	for (i = 0; i < conf->nclamd; i++)
 		visit_say(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
 		    "%llu\n", label(conf->clamd[i]->target->text),
-		    (unsigned long long)conf->clamd[i]->failures);
-	metric(v, "scans_running", "gauge", running);
-	metric(v, "scans_waiting", "gauge", clamd_waiting());
+		    conf->clamd[i]->failures);
+	metric(v, "scans_running", "gauge", "At clamd now.", running);
+	metric(v, "scans_waiting", "gauge", "For MaxScans.", clamd_waiting());
 	visit_scans(v);
 }
 
@@ -1285,7 +1294,7 @@ drop_privileges(const char *user)
 
 #if defined(SYS_landlock_create_ruleset)
 static int
-landlock_allow(int ruleset, const char *path, int is_dir)
+landlock_allow(int ruleset, uint64_t access, const char *path, int is_dir)
 {
 	struct { uint64_t access; int32_t fd; } __attribute__((packed)) rule;
 	char dir[PATH_MAX], *slash;
@@ -1294,10 +1303,8 @@ landlock_allow(int ruleset, const char *path, int is_dir)
 	format(dir, sizeof dir, "%s", path);
 	if (!is_dir && (slash = strrchr(dir, '/')) != NULL)
 		slash[slash == dir] = '\0';
-	rule.access = LL_WRITE_FILE | LL_REMOVE_FILE | LL_MAKE_REG |
-	    (is_dir ? 0 : LL_MAKE_SOCK) |
-	    (syscall(SYS_landlock_create_ruleset, NULL, 0, 1) >= 3 ?
-	    LL_TRUNCATE : 0);
+	rule.access = access & (LL_WRITE_FILE | LL_REMOVE_FILE | LL_MAKE_REG |
+	    LL_TRUNCATE | (is_dir ? 0 : LL_MAKE_SOCK));
 	rule.fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (rule.fd == -1)
 		return -1;
@@ -1320,14 +1327,14 @@ landlock(const struct conf *c)
 	set = syscall(SYS_landlock_create_ruleset, &access, sizeof access, 0);
 	if (set == -1)
 		return -1;
-	r = landlock_allow(set, c->tempdir, 1);
+	r = landlock_allow(set, access, c->tempdir, 1);
 	if (c->pidfile != NULL)
-		r |= landlock_allow(set, c->pidfile, 0);
+		r |= landlock_allow(set, access, c->pidfile, 0);
 	for (i = 0; i < c->nlisten; i++)
 		if (c->listen[i]->text[0] == '/')
-			r |= landlock_allow(set, c->listen[i]->text, 0);
+			r |= landlock_allow(set, access, c->listen[i]->text, 0);
 	if (c->status != NULL && c->status->text[0] == '/')
-		r |= landlock_allow(set, c->status->text, 0);
+		r |= landlock_allow(set, access, c->status->text, 0);
 	if (r == 0)
 		r = syscall(SYS_landlock_restrict_self, set, 0);
 	close(set);
@@ -1402,19 +1409,17 @@ signals_open(void)
 static void
 log_counters(void)
 {
-	const uint64_t *n = count.messages;
+	char line[NOTESZ];
+	size_t n;
+	int i;
 
-	logmsg(LOG_NOTICE, "sessions=%d of %llu refused=%llu messages=%llu "
-	    "bytes=%llu clean=%llu viruses=%llu clamav-errors=%llu "
-	    "unscanned=%llu oversize=%llu errors=%llu", nsessions,
-	    (unsigned long long)count.sessions,
-	    (unsigned long long)count.refused,
-	    (unsigned long long)count_messages(),
-	    (unsigned long long)count.bytes,
-	    (unsigned long long)n[F_CLEAN], (unsigned long long)n[F_VIRUS],
-	    (unsigned long long)n[F_CLAMD_ERROR],
-	    (unsigned long long)n[F_UNSCANNED],
-	    (unsigned long long)n[F_OVERSIZE], (unsigned long long)n[F_ERROR]);
+	n = format(line, sizeof line, "sessions=%d of %llu refused=%llu "
+	    "messages=%llu bytes=%llu", nsessions, count.sessions,
+	    count.refused, count_messages(), count.bytes);
+	for (i = 0; i < NFATES; i++)
+		n += format(line + n, sizeof line - n, " %s=%llu", fates[i],
+		    count.messages[i]);
+	logmsg(LOG_NOTICE, "%s", line);
 }
 
 static int

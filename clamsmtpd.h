@@ -140,7 +140,7 @@ struct clamd {
 	int	 running;		/* scans, the abandoned ones too */
 	int64_t	 dead_until;		/* 0: alive, as far as we know */
 	int	 no_fildes;		/* it refused descriptors: INSTREAM */
-	uint64_t failures;
+	unsigned long long failures;
 	char	 complaint[NOTESZ / 4];	/* logged last; empty: all is well */
 	struct clamd *next;
 };
@@ -322,9 +322,9 @@ extern const char *const fates[NFATES];	/* as the metrics call them (smtp.c) */
 #define NBUCKETS 9
 
 struct counters {			/* since the start */
-	uint64_t sessions, refused, messages[NFATES], bytes;
-	uint64_t scans[NBUCKETS];	/* that took so long (scan_limits) */
-	uint64_t scan_ms;		/* all together */
+	unsigned long long sessions, refused, messages[NFATES], bytes;
+	unsigned long long scans[NBUCKETS];	/* took so long (scan_limits) */
+	unsigned long long scan_ms;		/* all together */
 };
 extern struct counters count;
 extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */

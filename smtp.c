@@ -846,7 +846,7 @@ begin(struct session *s)
 	slog(s, LOG_ERR, "mail loop: %s is our own connection to a next hop; "
 	    "check OutAddress or the firewall's redirection",
 	    addr_full(&s->peer_addr));
-	say(s, "%s", r_loop);
+	say(s, r_loop);
 	finish(s);
 }
 
@@ -1084,7 +1084,7 @@ take_mail(struct session *s, char *line, size_t n)
 			return 0;
 		}
 		if (strncasecmp(p, "BODY=BINARYMIME", 15) == 0) {
-			say(s, "%s", r_binary);
+			say(s, r_binary);
 			return 0;
 		}
 	}
@@ -1161,7 +1161,7 @@ take_starttls(struct session *s, char *line, size_t n)
 {
 	(void)line;
 	(void)n;
-	say(s, "%s", r_no_tls);
+	say(s, r_no_tls);
 	return 0;
 }
 
@@ -1171,7 +1171,7 @@ take_xclient(struct session *s, char *line, size_t n)
 	(void)line;
 	(void)n;
 	slog(s, LOG_WARNING, "client attempted use of privileged XCLIENT feature");
-	say(s, "%s", r_xclient);
+	say(s, r_xclient);
 	return 0;
 }
 
@@ -1179,7 +1179,7 @@ static int
 take_xforward(struct session *s, char *line, size_t n)
 {
 	if (s->mail)
-		say(s, "%s", r_sequence);
+		say(s, r_sequence);
 	else if (str_set(&s->pending, line, n) == 0)
 		return 1;
 	else
@@ -1484,13 +1484,13 @@ client_line(struct session *s, char **line, size_t *n)
 	if (s->skipping || *n > LINESZ) {
 		s->skipping = 0;
 		buf_eat(in, nl + 1 - p);
-		say(s, "%s", r_long);
+		say(s, r_long);
 		return -1;
 	}
 	p[*n] = '\0';
 	if (memchr(p, '\0', *n) != NULL || memchr(p, '\r', *n) != NULL) {
 		buf_eat(in, nl + 1 - p);
-		say(s, "%s", r_control);
+		say(s, r_control);
 		return -1;
 	}
 	in->r += nl + 1 - p;	/* not buf_eat(): the line must stay */
@@ -1517,11 +1517,11 @@ command(struct session *s, char *line, size_t n)
 
 	log_command(s, "CLIENT <", v, line, n);
 	if (v == NULL) {
-		say(s, "%s", r_unknown);
+		say(s, r_unknown);
 		return 1;
 	}
 	if (s->bdat && !v->in_chunks) {
-		say(s, "%s", r_sequence);
+		say(s, r_sequence);
 		return 1;
 	}
 	if (v->take != NULL && !v->take(s, line, n))
@@ -1915,7 +1915,7 @@ body_eat(struct session *s, const char *p, size_t n, int *end)
 			break;
 		}
 	if (s->pending_bytes > MAXPENDING)
-		remember(s, "%s", r_flood);
+		remember(s, r_flood);
 	return q - p;
 }
 
@@ -1970,15 +1970,15 @@ take_data(struct session *s, char *line, size_t n)
 {
 	(void)n;
 	if (line[4 + strspn(line + 4, " \t")] != '\0') {
-		say(s, "%s", r_no_args);
+		say(s, r_no_args);
 		return 0;
 	}
 	if (!s->mail || s->rcpts == 0) {
-		say(s, "%s", r_no_rcpt);
+		say(s, r_no_rcpt);
 		return 0;
 	}
 	message_begin(s);
-	say(s, "%s", r_ready);
+	say(s, r_ready);
 	enter_body(s, S_BODY);
 	return 0;
 }
@@ -2045,7 +2045,7 @@ take_bdat(struct session *s, char *line, size_t n)
 	last = strcasecmp(p, "LAST") == 0;
 	if (size == -1 || size == INT64_MAX || (*p != '\0' && !last)) {
 		/* Where the next command begins nobody knows. */
-		say(s, "%s", r_bad_size);
+		say(s, r_bad_size);
 		finish(s);
 		return 0;
 	}
@@ -2056,7 +2056,7 @@ take_bdat(struct session *s, char *line, size_t n)
 	if (!s->bdat) {
 		if (!s->mail || s->rcpts == 0) {
 			s->error = 1;
-			hold(s, "%s", r_no_rcpt);
+			hold(s, r_no_rcpt);
 		} else
 			message_begin(s);
 		s->bdat = 1;
@@ -2293,7 +2293,7 @@ virus_found(struct session *s)
 	if (s->action == BOUNCE)
 		hold(s, r_virus_bounce, s->virus);
 	else
-		hold(s, "%s", r_virus_drop);
+		hold(s, r_virus_drop);
 	turn_away(s);
 }
 
@@ -2727,7 +2727,7 @@ timed_out(struct session *s)
 	case S_BODY:
 	case S_CHUNK:
 		slog(s, LOG_WARNING, "CLIENT: network read operation timed out");
-		say(s, "%s", r_idle);
+		say(s, r_idle);
 		finish(s);
 		break;
 	case S_SCAN:
@@ -2924,7 +2924,7 @@ session_shutdown(struct session *s, int at_once)
 		if (!at_once)
 			return;
 	}
-	say(s, "%s", r_stopping);
+	say(s, r_stopping);
 	finish(s);
 	session_run(s);
 }

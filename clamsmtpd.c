@@ -597,10 +597,6 @@ jobs_kill(void)
 }
 
 /*
- * Listeners and sessions.
- */
-
-/*
  * The status page: HTTP/1.0, one request a connection.
  */
 
@@ -923,6 +919,10 @@ visitors_watch(void)
 		p = &v->next;
 	}
 }
+
+/*
+ * Listeners and sessions.
+ */
 
 struct listener {
 	int	 fd;

@@ -81,7 +81,8 @@ static const char
 /* The attributes of XCLIENT that we have values for. */
 enum { X_NAME = 1, X_ADDR = 2, X_PORT = 4 };
 
-static int st_proxy(struct session *), st_connect(struct session *), st_greeting(struct session *),
+static int st_proxy(struct session *), st_connect(struct session *),
+    st_greeting(struct session *),
     st_command(struct session *), st_reply(struct session *),
     st_auth(struct session *), st_body(struct session *),
     st_chunk(struct session *), st_scan(struct session *),
@@ -541,9 +542,12 @@ reply_code(const char *p, size_t n)
 }
 
 /*
- * The whole reply that the next hop owes us, all its lines.  1: it is there
- * (reply_eat() takes it away); 0: wait; -1: none will come, the hop is lost.
+ * The whole reply that the next hop owes us, all its lines.  REPLY: it is there
+ * (reply_eat() takes it away).  Else what a step returns: 0, wait; 1, none will
+ * come, the hop is lost.
  */
+#define REPLY	2
+
 static int
 reply_get(struct session *s, struct reply *r)
 {
@@ -559,26 +563,18 @@ reply_get(struct session *s, struct reply *r)
 			break;
 		code = reply_code(line, nl + 1 - line);
 		r->code = reply_code(r->text, buf_len(in));
-		if (code == 0 || code != r->code) {
-			hop_lost(s, "it does not speak SMTP");
-			return -1;
-		}
+		if (code == 0 || code != r->code)
+			return hop_lost(s, "it does not speak SMTP");
 		s->reply_seen = nl + 1 - r->text;
 		if (line[3] != '-' && s->reply_seen <= REPLYSZ) {
 			r->len = s->reply_seen;
 			log_dialogue(s, "SERVER <", r->text, r->len);
-			return 1;
+			return REPLY;
 		}
 	}
-	if (buf_len(in) > REPLYSZ) {		/* promise 6 */
-		hop_lost(s, "its reply is too long");
-		return -1;
-	}
-	if (s->server.eof) {
-		hop_lost(s, "it closed the connection");
-		return -1;
-	}
-	return 0;
+	if (buf_len(in) > REPLYSZ)		/* promise 6 */
+		return hop_lost(s, "its reply is too long");
+	return s->server.eof ? hop_lost(s, "it closed the connection") : 0;
 }
 
 static void
@@ -636,11 +632,8 @@ hop_listen(struct session *s)
 
 	while (s->server.fd != -1 &&
 	    (buf_len(&s->server.in) > 0 || s->server.eof)) {
-		switch (reply_get(s, &r)) {
-		case -1:
-		case 0:
+		if (reply_get(s, &r) != REPLY)
 			return 0;
-		}
 		if (s->noop && r.code / 100 == 2) {
 			s->noop = 0;
 			s->noop_at = now + s->conf->keepalives;
@@ -971,15 +964,12 @@ static int
 st_greeting(struct session *s)
 {
 	struct reply r;
+	int got;
 
 	if (!client_ready(s))
 		return 0;
-	switch (reply_get(s, &r)) {
-	case 0:
-		return 0;
-	case -1:
-		return 1;
-	}
+	if ((got = reply_get(s, &r)) != REPLY)
+		return got;
 	if (r.code / 100 == 3)
 		return hop_lost(s, "its greeting makes no sense");
 	if (r.code / 100 == 2)
@@ -1540,13 +1530,10 @@ static int
 hop_farewell(struct session *s)
 {
 	struct reply r;
+	int got;
 
-	switch (reply_get(s, &r)) {
-	case 0:
-		return 0;
-	case -1:
-		return 1;
-	}
+	if ((got = reply_get(s, &r)) != REPLY)
+		return got;
 	slog(s, LOG_NOTICE, "SERVER: said unasked: %s",
 	    first_line(&r));
 	if (r.code < 400)	/* not to be taken for an answer to anything */
@@ -1593,16 +1580,12 @@ static int
 st_reply(struct session *s)
 {
 	struct reply r;
-	int auth = verb_is(s, "AUTH"), quit = verb_is(s, "QUIT"), done;
+	int auth = verb_is(s, "AUTH"), quit = verb_is(s, "QUIT"), got, done;
 
 	if (!client_ready(s))
 		return 0;
-	switch (reply_get(s, &r)) {
-	case 0:
-		return 0;
-	case -1:
-		return 1;
-	}
+	if ((got = reply_get(s, &r)) != REPLY)
+		return got;
 	s->asked = 0;
 	if (r.code / 100 == 3 && !(auth && r.code == 334))
 		return hop_lost(s, "its reply makes no sense");
@@ -1818,10 +1801,9 @@ plain_text(const char *p, const char *stop)
 
 /*
  * Promise 3, the body automaton: from what the client sends between 354 and
- * CRLF.CRLF to what
- * stands in the spool, every line of which ends in CRLF and has no other CR or
- * LF.  (A next hop that took another line end for one could read a second end
- * of data into the body: CVE-2023-51764 and its like.)
+ * CRLF.CRLF to what stands in the spool, every line of which ends in CRLF and
+ * has no other CR or LF.  (A next hop that took another line end for one could
+ * read a second end of data into the body: CVE-2023-51764 and its like.)
  *
  *	CRLF.CRLF	the end, and nothing else is: *end is set to 1
  *	CRLF.		the dot was stuffed: gone.  Not so behind a bare LF, which
@@ -2406,7 +2388,7 @@ st_data(struct session *s)
 {
 	struct reply r;
 	char line[64];
-	int n;
+	int n, got;
 
 	if (!s->asked) {
 		if (client_gone(s))
@@ -2429,12 +2411,8 @@ st_data(struct session *s)
 	}
 	if (!client_ready(s))
 		return 0;
-	switch (reply_get(s, &r)) {
-	case 0:
-		return 0;
-	case -1:
-		return 1;
-	}
+	if ((got = reply_get(s, &r)) != REPLY)
+		return got;
 	if (r.code == 354) {
 		reply_eat(s, &r);
 		begin_replay(s);
@@ -2462,13 +2440,10 @@ static int
 early_reply(struct session *s)
 {
 	struct reply r;
+	int got;
 
-	switch (reply_get(s, &r)) {
-	case 0:
-		return 0;
-	case -1:
-		return 1;
-	}
+	if ((got = reply_get(s, &r)) != REPLY)
+		return got;
 	if (r.code < 400)
 		return hop_lost(s, "it accepted a message that it did not have");
 	log_refusal(s, &r);
@@ -2608,15 +2583,12 @@ static int
 st_final(struct session *s)
 {
 	struct reply r;
+	int got;
 
 	if (!client_ready(s))
 		return 0;
-	switch (reply_get(s, &r)) {
-	case 0:
-		return 0;
-	case -1:
-		return 1;
-	}
+	if ((got = reply_get(s, &r)) != REPLY)
+		return got;
 	if (r.code / 100 == 3)
 		return hop_lost(s, "its reply makes no sense");
 	s->asked = 0;
@@ -2625,7 +2597,8 @@ st_final(struct session *s)
 		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
-	if (r.code / 100 == 2 && !s->conf->debug_files) {
+	/* A scan that was given up may still read it. */
+	if (r.code / 100 == 2 && s->verdict == CLEAN && !s->conf->debug_files) {
 		spool_done(s->spool, s->spooled);
 		s->spool = -1;
 	}
@@ -2646,7 +2619,7 @@ static int
 st_reset(struct session *s)
 {
 	struct reply r;
-	int ok;
+	int ok, got;
 
 	if (!client_ready(s))
 		return 0;
@@ -2662,12 +2635,8 @@ st_reset(struct session *s)
 		}
 		return s->asked = hop_put(s, "RSET\r\n", 6);
 	}
-	switch (reply_get(s, &r)) {
-	case 0:
-		return 0;
-	case -1:
-		return 1;
-	}
+	if ((got = reply_get(s, &r)) != REPLY)
+		return got;
 	ok = r.code / 100 == 2;
 	reply_eat(s, &r);
 	s->asked = 0;

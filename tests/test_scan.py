@@ -829,6 +829,20 @@ def test_scanfailure_pass_forwards_unscanned_and_says_so(site, failure):
     hold.go()
 
 
+def test_a_spool_that_clamd_may_still_read_serves_no_other_message(site):
+    """PROMISE 2.  Its scan was given up, and the message forwarded."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(ScanFailure="pass", ScanTimeOut="1")
+    client = site.session()
+    client.mail()
+    client.mail()
+    first, second = site.clamd.wait_scans(2)
+    assert first.inode.st_ino != second.inode.st_ino
+    client.quit()
+    hold.go()
+
+
 @pytest.mark.core
 def test_scanfailure_pass_still_stops_a_virus(site):
     site.start(ScanFailure="pass")

@@ -204,6 +204,13 @@ def rate(what, result, limit):
         limit, "at least %g of no filter" % limit, operator.ge)
 
 
+def rates(client, results):
+    return [rate("messages/s, %s (%s)" % (what, client), result, 0.35)
+            for what, result in zip(("2 KB, 10 at once, a session each",
+                                     "2 KB, 10 at once, sessions stay open",
+                                     "1 MB, 10 at once, a session each"), results)]
+
+
 def plain(what, values, unit="", limit=None, reach="", holds=operator.le):
     return goal(what, values, lambda name: number(values[name]) + unit, limit, reach, holds)
 
@@ -234,9 +241,8 @@ def goals(r):
         cost("CPU a message, 2 KB, sessions stay open", many, 1.8),
         cost("CPU a MB, 1 MB messages", large, 2),
         cost("CPU a MB, 10 MB messages", huge, 2, 10),
-        rate("messages/s, 2 KB, 10 at once, a session each", each, 0.35),
-        rate("messages/s, 2 KB, 10 at once, sessions stay open", many, 0.35),
-        rate("messages/s, 1 MB, 10 at once, a session each", large, 0.35),
+        *rates("smtp-source", [r.cells[cell] for cell in r.by_source]),
+        *rates("load.c", (each, many, large)),
         plain("one session, one after the other, ordinary TCP (smtp-source)", alone,
               "/s", 1000, "over 1,000 a second", operator.gt)]
     if r.instructions:

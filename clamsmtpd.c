@@ -621,8 +621,10 @@ visitor_add(int fd, const struct addr *a)
 
 	(void)a;
 	for (v = visitors; v != NULL; v = v->next) {
-		n += v->deadline > now;
-		if (v->deadline > now && !v->asks_health)
+		if (now >= v->deadline || peer_reset(&v->peer))
+			continue;
+		n++;
+		if (!v->asks_health)
 			silent = v;
 	}
 	if ((n >= MAXVISITORS && silent == NULL) ||
@@ -889,9 +891,7 @@ on_visit(void *arg, int revents)
 {
 	struct visitor *v = arg;
 
-	if (revents & POLLERR)
-		v->peer.err = 1;
-	else if (revents & POLLIN)
+	if (revents & POLLIN)
 		peer_fill(&v->peer);
 	visit(v);
 }
@@ -913,8 +913,9 @@ visitors_watch(void)
 			free(v);
 			continue;
 		}
-		watch(v->peer.fd, v->asks_health ? 0 :
-		    buf_len(&v->peer.out) > 0 ? POLLOUT : POLLIN, on_visit, v);
+		if (!v->asks_health)
+			watch(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
+			    POLLIN, on_visit, v);
 		wait_until(v->deadline);
 		p = &v->next;
 	}

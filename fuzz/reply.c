@@ -35,7 +35,7 @@ ref_is_line(const char *p, size_t n)
 	return n == 3 || p[3] == ' ' || p[3] == '-' || p[3] == '\r';
 }
 
-/* The reply that p begins with: 1, *n bytes; 0: not whole; -1: none. */
+/* What reply_get() has to say of p, and how long a REPLY is. */
 static int
 ref_reply(const char *p, size_t len, size_t *n, int *code)
 {
@@ -47,12 +47,12 @@ ref_reply(const char *p, size_t len, size_t *n, int *code)
 		if (k == len)
 			return 0;
 		if (!ref_is_line(p + i, k - i) || memcmp(p, p + i, 3) != 0)
-			return -1;
+			return 1;
 		if (k - i < 4 || p[i + 3] != '-') {
 			*n = k + 1;
 			*code = (p[0] - '0') * 100 + (p[1] - '0') * 10 +
 			    p[2] - '0';
-			return 1;
+			return REPLY;
 		}
 	}
 }
@@ -228,13 +228,13 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		do {
 			got = reply_get(s, &r);
 			want = ref_reply(in.p + at, sent - at, &n, &code);
-			if (want == 1 && n > REPLYSZ)
-				want = -1;
+			if (want == REPLY && n > REPLYSZ)
+				want = 1;
 			if (want == 0 && (sent - at > REPLYSZ || eof))
-				want = -1;
+				want = 1;
 			CHECK(got == want, "reply_get: %d, reference: %d", got,
 			    want);
-			if (got == 1) {
+			if (got == REPLY) {
 				CHECK(r.code == code, "code %d", r.code);
 				check_reply(s, &r, in.p + at, n, flags);
 				reply_eat(s, &r);
@@ -242,8 +242,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				CHECK(buf_len(&s->server.in) == sent - at,
 				    "not all of it was eaten");
 			}
-			lost = got == -1;
-		} while (got == 1);
+			lost = got == 1;
+		} while (got == REPLY);
 		CHECK(!lost || s->server.fd == -1, "the hop is not closed");
 	}
 	session_free(s);

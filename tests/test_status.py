@@ -598,15 +598,24 @@ def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
         one.close()
 
 
-def test_those_who_asked_and_went_take_no_room(site):
+@pytest.mark.parametrize("together", [False, True])
+def test_those_who_asked_and_went_take_no_room(site, together):
+    """together: in one turn with the probe, of which nobody has told yet."""
     path, sock = silent(site)
     address = start(site, ClamAddress=path)
-    crowd = [connect(address) for _ in range(VISITORS + 1)]
+    crowd = [connect(address) for _ in range(VISITORS)]
     for one in crowd:
-        asks_and_goes(one)
+        one.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
     clamd, _ = sock.accept()            # somebody has asked
+    turns(site)
+    if together:
+        site.daemon.pause()
+    for one in crowd:
+        reset(one)
     with sock, clamd, connect(address) as probe:
         probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        if together:
+            site.daemon.resume()
         turns(site)
         clamd.sendall(b"PONG\0")
         assert Answer(read_all(probe)).status == 200

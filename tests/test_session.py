@@ -317,6 +317,7 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
     clock.go(site.daemon, 1)
     client.expect("451 4.4.2" if verb == "DATA" else "421 4.4")
     client.eof()
+    clock.go(site.daemon, 300)      # the other one's greeting may be due later
 
 
 def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):

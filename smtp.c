@@ -2051,8 +2051,6 @@ take_bdat(struct session *s, char *line, size_t n)
 	}
 	s->chunk_left = size;
 	s->chunk_last = last;
-	if (s->conf->keepalives > 0)
-		s->noop_at = now + s->conf->keepalives;
 	if (!s->bdat) {
 		if (!s->mail || s->rcpts == 0) {
 			s->error = 1;
@@ -2099,7 +2097,6 @@ st_chunk(struct session *s)
 	if (s->chunk_left == 0) {
 		if (s->noop)		/* commands go on when it is answered */
 			return 0;
-		s->noop_at = 0;
 		chunk_end(s);
 		return 1;
 	}

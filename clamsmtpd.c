@@ -884,10 +884,10 @@ on_visit(void *arg, int revents)
 {
 	struct visitor *v = arg;
 
-	if (revents & POLLERR)
-		v->peer.err = 1;
-	else if (revents & POLLIN)
+	if (revents & POLLIN)
 		peer_fill(&v->peer);
+	else if (!(revents & POLLOUT))	/* it has asked, and is gone */
+		v->peer.err = 1;
 	visit(v);
 }
 

@@ -615,6 +615,21 @@ def test_those_who_asked_and_went_take_no_room(site):
         assert Answer(read_all(probe)).status == 200
 
 
+def test_who_asks_and_hangs_up_a_unix_socket_costs_no_cpu(site):
+    """PROMISE 6: poll() reports that, asked or not, until it is let go."""
+    path, sock = silent(site)
+    status = site.path("status")
+    site.start(ClamAddress=path, StatusListen=status)
+    until(lambda: os.path.exists(status), "it listens")
+    with connect(status) as one:
+        one.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        clamd, _ = sock.accept()
+    with sock, clamd:
+        assert clamd.recv(100) == b"zPING\0"
+        until(lambda: site.daemon.fds() <= site.daemon.idle + 1, "it is let go")
+        clamd.sendall(b"PONG\0")        # who pings still listens
+
+
 # ---------------------------------------------------------------- SIGHUP
 
 def listens(address):

@@ -1505,7 +1505,7 @@ log_command(struct session *s, const char *who, const struct verb *v,
 	size_t i = n > 5 ? 5 + strcspn(p + 5, " \t") : n;
 
 	if (v != NULL && strcmp(v->name, "AUTH") == 0 && i < n)
-		slog(s, LOG_DEBUG, "%s %.*s ***", who, (int)i, p);
+		slog(s, LOG_DEBUG, "%s %s ***", who, printable(p, i));
 	else
 		log_dialogue(s, who, p, n);
 }

@@ -2791,7 +2791,7 @@ session_run(struct session *s)
 	do {
 		while (s->state != S_DEAD && states[s->state].step(s))
 			;
-	} while (s->state != S_DEAD && flush(s));
+	} while (s->state != S_DEAD && flush(s) && s->budget > 0);
 	s->wake = 0;
 	if (peer_settle(&s->client) + peer_settle(&s->server) +
 	    peer_settle(&s->clamd) != 0 && s->state != S_DEAD) {

@@ -2622,7 +2622,8 @@ st_final(struct session *s)
 		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
-	if (r.code / 100 == 2 && !s->conf->debug_files) {
+	/* After any other verdict clamd may be reading it still. */
+	if (r.code / 100 == 2 && s->verdict == CLEAN && !s->conf->debug_files) {
 		spool_done(s->spool, s->spooled);
 		s->spool = -1;
 	}

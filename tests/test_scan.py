@@ -766,6 +766,31 @@ def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
     hold.go()
 
 
+def test_an_abandoned_scan_never_gets_to_see_another_message(site):
+    """clamd reads on when nobody waits for its verdict any more."""
+    held, spools = Hold(), []
+
+    class Reader(Clamd):
+        def fildes(self, sock, fds, end):
+            self.get(sock, fds)
+            spools.append(os.dup(fds[0]))
+            if len(spools) == 1:
+                held.wait(self)
+            self.send(sock, b"fd[3]: OK\0")
+
+    clamd = Reader(path=site.path("reader.sock"))
+    site.servers.append(clamd)
+    site.start(ClamAddress=clamd.address, ScanTimeOut="1", ScanFailure="pass")
+    client = site.session()
+    client.mail(body=BODY)
+    client.mail(body=b"Subject: y\r\n\r\nsomebody else's\r\n")
+    client.quit()
+    held.go()
+    with open(spools[0], "rb") as spool:
+        assert spool.read().endswith(BODY)
+    os.close(spools[1])
+
+
 @pytest.mark.parametrize("ending", ["reset", "half_close"])
 def test_a_waiting_scan_whose_client_goes_is_dropped(site, ending):
     hold = Hold("OK")

@@ -969,7 +969,7 @@ session_add(int fd, const struct addr *a)
 		session_refuse(fd);
 		return;
 	}
-	next_id = next_id == 0xFFFFFF ? FIRST_ID : next_id + 1;
+	next_id = next_id >= 0xFFFFFF ? FIRST_ID : next_id + 1;
 	count.sessions++;
 	s->wake = s->busy = 1;
 	if (nbusy < nsessions)

@@ -286,7 +286,7 @@ struct session {
 	enum header header;
 	off_t	 header_at;		/* the end of the header section */
 	int	 error;			/* held has the first error: store no more */
-	int64_t	 dot_at;		/* when the final dot had come, */
+	int64_t	 dot_at;		/* when the final dot or chunk had come, */
 	int64_t	 judged_at;		/* and clamd's verdict; 0: none came */
 
 	struct scan scan;

@@ -1990,7 +1990,6 @@ message_end(struct session *s)
 	int64_t max = s->conf->maxscansize;
 
 	body_end(s);
-	s->dot_at = now;
 	if (s->error) {
 		turn_away(s);
 		return;
@@ -2019,8 +2018,10 @@ st_body(struct session *s)
 		n = body_eat(s, buf_head(in), buf_len(in), &end);
 		spool_flush(s);
 		buf_eat(in, n);
-		if (end)
+		if (end) {
+			s->dot_at = now;
 			message_end(s);
+		}
 		return 1;
 	}
 	if (s->client.eof)
@@ -2070,6 +2071,7 @@ take_bdat(struct session *s, char *line, size_t n)
 static void
 chunk_end(struct session *s)
 {
+	s->dot_at = now;
 	if (s->rcpts == 0 && s->server.fd != -1) {	/* there was none to end */
 		say_held(s);
 		s->bdat = s->error = 0;

@@ -210,7 +210,7 @@ enum header { H_LINE, H_NAME, H_BLANK, H_REST, H_DONE };
 
 /* The scan of a session's message; clamd.c's alone. */
 struct scan {
-	/* SC_QUEUE ends when another session's scan does: in queue_run(). */
+	/* SC_QUEUE ends when a clamd has a slot again: in queue_run(). */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
 	struct clamd *at;		/* we hold one of its slots; or NULL */
 	int	 addr;			/* which of the target's addresses */

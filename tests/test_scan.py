@@ -605,6 +605,27 @@ def test_a_dead_clamd_is_tried_again_now_and_then(site, clock):
     client.quit()
 
 
+def test_who_waits_gets_a_clamd_that_is_no_longer_dead(site, clock):
+    """Though no other scan ends, and no other message comes."""
+    hold = Hold("OK")
+    first, second = site.new_clamd(), site.new_clamd()
+    first.verdict = ["Broken ERROR", hold]
+    second.down()
+    site.start(ClamAddress=[first.address, second.address], MaxScans="1",
+               **clock.settings())
+    running, waiting = site.session(), site.session()
+    running.mail(want="451")            # the second is found dead
+    second.up()
+    send(running, BODY)
+    hold.reached()
+    send(waiting, BODY)
+    turns(site)
+    clock.go(site.daemon, 30)
+    waiting.expect("250 2.0.0 queued")
+    hold.go()
+    running.expect("250 2.0.0 queued")
+
+
 def test_a_waiting_scan_does_not_hold_up_who_could_go(site):
     """It has tried the first clamd and waits for the second; the one behind
     it in the queue may use the first."""

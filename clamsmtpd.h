@@ -301,6 +301,7 @@ struct session {
 	off_t	 insert_at;
 	int	 inserted;
 	off_t	 sent;			/* of size */
+	int64_t	 final_at;		/* the last word on it has to be here */
 	int	 at_bol;		/* the next byte begins a line */
 	int	 dotted;		/* the final dot is queued */
 	int	 budget;		/* pieces it may still send in this turn */

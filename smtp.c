@@ -2380,19 +2380,23 @@ st_quarantine(struct session *s)
 	return 1;
 }
 
-/* TimeOut for the next piece, and no more than ten minutes for all of it. */
+/* TimeOut for the next piece, and no more than there is for all of it. */
 static void
 replay_moves(struct session *s)
 {
 	s->deadline = now + s->conf->timeout;
-	if (s->deadline > s->dot_at + FINAL_TIME)
-		s->deadline = s->dot_at + FINAL_TIME;
+	if (s->deadline > s->final_at)
+		s->deadline = s->final_at;
 }
 
+/* The client waits for ten minutes; for longer, if it has done so already. */
 static void
 begin_replay(struct session *s)
 {
 	enter(s, S_REPLAY);
+	s->final_at = s->dot_at + FINAL_TIME;
+	if (s->final_at < now + s->conf->timeout)
+		s->final_at = now + s->conf->timeout;
 	replay_moves(s);
 }
 
@@ -2582,7 +2586,7 @@ st_replay(struct session *s)
 {
 	if (is_all_out(s)) {
 		enter(s, S_FINAL);
-		s->deadline = s->dot_at + FINAL_TIME;
+		s->deadline = s->final_at;
 		return 1;
 	}
 	if (is_all_queued(s))

@@ -343,6 +343,25 @@ def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
     site.hop.session.wait_end()
 
 
+@pytest.mark.parametrize("body", [BODY, LONG], ids=["short", "long"])
+def test_after_a_long_scan_the_reply_is_awaited_too(site, clock, body):
+    """PROMISE 1: or each try delivers it and is told to come again."""
+    scan, final = Hold("OK"), Hold()
+    site.clamd.verdict = [scan]
+    site.hop.on(".", final)
+    site.start(ScanTimeOut="3600", **clock.settings())
+    client = site.session()
+    start_body(client, body + b".\r\n")
+    scan.reached()
+    clock.go(site.daemon, 700)
+    scan.go()
+    final.reached()
+    clock.go(site.daemon, 170)
+    never(client.stream.more, "an answer before TimeOut", turns=5)
+    final.go()
+    client.expect("250 2.0.0 queued")
+
+
 def test_the_reply_to_a_message_may_come_late(site, clock):
     hold = Hold()
     site.hop.on(".", hold)

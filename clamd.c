@@ -827,7 +827,16 @@ void
 clamd_watch(void)
 {
 	struct abandoned *a, **p = &abandoned;
+	struct clamd *c;
 
+	/* One that is dead no longer may serve those that wait. */
+	for (c = clamds; c != NULL && queue != NULL; c = c->next) {
+		wait_until(c->dead_until);
+		if (now >= c->dead_until && c->dead_until != 0) {
+			c->dead_until = 0;
+			queue_run();
+		}
+	}
 	while ((a = *p) != NULL) {
 		if (now >= a->until) {
 			*p = a->next;

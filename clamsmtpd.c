@@ -612,6 +612,17 @@ static struct visitor *visitors;
 
 static void on_visit(void *, int);
 
+/* Reset, or hung up, though nobody has looked at it yet. */
+static int
+visitor_gone(struct visitor *v)
+{
+	struct pollfd p = { v->peer.fd, 0, 0 };
+
+	if (poll(&p, 1, 0) == 1)
+		v->peer.err = 1;
+	return v->peer.err;
+}
+
 /* Where there are too many, the one goes that has been silent longest. */
 static void
 visitor_add(int fd, const struct addr *a)
@@ -621,7 +632,7 @@ visitor_add(int fd, const struct addr *a)
 
 	(void)a;
 	for (v = visitors; v != NULL; v = v->next) {
-		if (now >= v->deadline || peer_reset(&v->peer))
+		if (now >= v->deadline || visitor_gone(v))
 			continue;
 		n++;
 		if (!v->asks_health)
@@ -980,7 +991,7 @@ session_add(int fd, const struct addr *a)
 		session_refuse(fd);
 		return;
 	}
-	next_id = next_id == 0xFFFFFF ? FIRST_ID : next_id + 1;
+	next_id = next_id >= 0xFFFFFF ? FIRST_ID : next_id + 1;
 	count.sessions++;
 	s->wake = s->busy = 1;
 	if (nbusy < nsessions)

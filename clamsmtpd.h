@@ -210,7 +210,7 @@ enum header { H_LINE, H_NAME, H_BLANK, H_REST, H_DONE };
 
 /* The scan of a session's message; clamd.c's alone. */
 struct scan {
-	/* SC_QUEUE ends when another session's scan does: in queue_run(). */
+	/* SC_QUEUE ends when a clamd has a slot again: in queue_run(). */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
 	struct clamd *at;		/* we hold one of its slots; or NULL */
 	int	 addr;			/* which of the target's addresses */
@@ -286,7 +286,7 @@ struct session {
 	enum header header;
 	off_t	 header_at;		/* the end of the header section */
 	int	 error;			/* held has the first error: store no more */
-	int64_t	 dot_at;		/* when the final dot had come, */
+	int64_t	 dot_at;		/* when the final dot or chunk had come, */
 	int64_t	 judged_at;		/* and clamd's verdict; 0: none came */
 
 	struct scan scan;
@@ -301,6 +301,7 @@ struct session {
 	off_t	 insert_at;
 	int	 inserted;
 	off_t	 sent;			/* of size */
+	int64_t	 final_at;		/* the last word on it has to be here */
 	int	 at_bol;		/* the next byte begins a line */
 	int	 dotted;		/* the final dot is queued */
 	int	 budget;		/* pieces it may still send in this turn */

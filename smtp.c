@@ -1495,7 +1495,7 @@ log_command(struct session *s, const char *who, const struct verb *v,
 	size_t i = n > 5 ? 5 + strcspn(p + 5, " \t") : n;
 
 	if (v != NULL && strcmp(v->name, "AUTH") == 0 && i < n)
-		slog(s, LOG_DEBUG, "%s %.*s ***", who, (int)i, p);
+		slog(s, LOG_DEBUG, "%s %s ***", who, printable(p, i));
 	else
 		log_dialogue(s, who, p, n);
 }
@@ -1972,7 +1972,6 @@ message_end(struct session *s)
 	int64_t max = s->conf->maxscansize;
 
 	body_end(s);
-	s->dot_at = now;
 	if (s->error) {
 		turn_away(s);
 		return;
@@ -2001,8 +2000,10 @@ st_body(struct session *s)
 		n = body_eat(s, buf_head(in), buf_len(in), &end);
 		spool_flush(s);
 		buf_eat(in, n);
-		if (end)
+		if (end) {
+			s->dot_at = now;
 			message_end(s);
+		}
 		return 1;
 	}
 	if (s->client.eof)
@@ -2033,8 +2034,6 @@ take_bdat(struct session *s, char *line, size_t n)
 	}
 	s->chunk_left = size;
 	s->chunk_last = last;
-	if (s->conf->keepalives > 0)
-		s->noop_at = now + s->conf->keepalives;
 	if (!s->bdat) {
 		if (!s->mail || s->rcpts == 0) {
 			s->error = 1;
@@ -2054,6 +2053,7 @@ take_bdat(struct session *s, char *line, size_t n)
 static void
 chunk_end(struct session *s)
 {
+	s->dot_at = now;
 	if (s->rcpts == 0 && s->server.fd != -1) {	/* there was none to end */
 		say_held(s);
 		s->bdat = s->error = 0;
@@ -2081,7 +2081,6 @@ st_chunk(struct session *s)
 	if (s->chunk_left == 0) {
 		if (s->noop)		/* commands go on when it is answered */
 			return 0;
-		s->noop_at = 0;
 		chunk_end(s);
 		return 1;
 	}
@@ -2363,19 +2362,23 @@ st_quarantine(struct session *s)
 	return 1;
 }
 
-/* TimeOut for the next piece, and no more than ten minutes for all of it. */
+/* TimeOut for the next piece, and no more than there is for all of it. */
 static void
 replay_moves(struct session *s)
 {
 	s->deadline = now + s->conf->timeout;
-	if (s->deadline > s->dot_at + FINAL_TIME)
-		s->deadline = s->dot_at + FINAL_TIME;
+	if (s->deadline > s->final_at)
+		s->deadline = s->final_at;
 }
 
+/* The client waits for ten minutes; for longer, if it has done so already. */
 static void
 begin_replay(struct session *s)
 {
 	enter(s, S_REPLAY);
+	s->final_at = s->dot_at + FINAL_TIME;
+	if (s->final_at < now + s->conf->timeout)
+		s->final_at = now + s->conf->timeout;
 	replay_moves(s);
 }
 
@@ -2558,7 +2561,7 @@ st_replay(struct session *s)
 {
 	if (is_all_out(s)) {
 		enter(s, S_FINAL);
-		s->deadline = s->dot_at + FINAL_TIME;
+		s->deadline = s->final_at;
 		return 1;
 	}
 	if (is_all_queued(s))
@@ -2597,7 +2600,7 @@ st_final(struct session *s)
 		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
-	/* A scan that was given up may still read it. */
+	/* After any other verdict clamd may be reading it still. */
 	if (r.code / 100 == 2 && s->verdict == CLEAN && !s->conf->debug_files) {
 		spool_done(s->spool, s->spooled);
 		s->spool = -1;
@@ -2763,8 +2766,8 @@ session_run(struct session *s)
 	do {
 		while (s->state != S_DEAD && states[s->state].step(s))
 			;
-	} while (s->state != S_DEAD && flush(s));
-	s->wake = 0;
+	} while (s->state != S_DEAD && flush(s) && s->budget > 0);
+	s->wake = s->budget <= 0;	/* its turn is over, not its work */
 	if (peer_settle(&s->client) + peer_settle(&s->server) +
 	    peer_settle(&s->clamd) != 0 && s->state != S_DEAD) {
 		slog(s, LOG_ERR, "out of memory: session ends");

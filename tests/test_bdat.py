@@ -3,7 +3,7 @@
 
 import pytest
 
-from harness import HEADER, Hold, VIRUS, same, turns
+from harness import HEADER, Hold, VIRUS, same, turns, until
 
 BODY = b"Subject: x\r\n\r\nLine one\r\n.line two\r\n.\r\nlast\r\n"
 
@@ -342,6 +342,37 @@ def test_a_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):
     client.expect("250 2.0.0 queued as 4711")
     client.expect("250 2.0.0 noop")
     assert len(site.hop.messages) == 1
+    client.quit()
+
+
+def test_keepalives_while_the_chunks_are_scanned(site):
+    hold = Hold()
+    site.clamd.verdict = [hold]
+    site.hop = site.new_hop(chunking=True)
+    site.start(KeepAlives="1")
+    client = site.session()
+    client.envelope()
+    client.chunk(BODY, last=True)
+    hold.reached()
+    until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    client.quit()
+
+
+def test_keepalives_between_many_small_chunks(site, clock):
+    """Each of them comes before a NOOP would be due if it were the first."""
+    site.hop = site.new_hop(chunking=True)
+    site.start(KeepAlives="60", **clock.settings())
+    client = site.session()
+    client.envelope()
+    for _ in range(5):
+        client.chunk(b"x")
+        client.expect("250 2.0.0")
+        clock.go(site.daemon, 50)
+    assert site.hop.commands.count("NOOP") >= 2
+    client.chunk(b"\r\n", last=True)
+    client.expect("250 2.0.0 queued")
     client.quit()
 
 

@@ -680,6 +680,14 @@ def test_auth_secrets_in_a_bad_line_are_not_logged(site, how, control):
     assert "c2VjcmV0T05F" not in site.daemon.text()
 
 
+def test_the_mechanism_of_auth_is_text(site):
+    """PROMISE 8."""
+    client = site.session()
+    client.cmd(b"AUTH \x1b[2J\x7f c2VjcmV0", "235")
+    for line in "CLIENT <", "SERVER >":
+        assert "100000: " + line + r" AUTH \x1B[2J\x7F ***" in site.daemon.log()
+
+
 @pytest.mark.parametrize("ending", ["time-out", "half_close", "reset"])
 def test_auth_broken_off_sends_no_quit_for_an_answer(site, ending):
     """Behind a 334 it would be a failed login in the next hop's log."""

@@ -508,3 +508,29 @@ def test_a_copy_that_is_not_on_the_disk_is_none(scene):
         run = scene.run("fsync:%d:0:%d" % (n, errno.EIO))
         told = [a.said for a in run.attempts if a.mail.infected]
         assert sorted(told) == ["250", "250", "451"]
+
+
+class Replay(Run):
+    """Mail with lines that begin with a dot, and much of it."""
+
+    def live(self):
+        judged = harness.Hold("OK")
+        self.scene.clamd.verdict = [judged]
+        self.start()
+        self.address = self.path("listen")
+        with futures.ThreadPoolExecutor() as pool:
+            mail = pool.submit(self.deliver, Mail("DATA", b".\r\n" + 50 * LINES))
+            judged.reached()
+            before = self.calls("pread"), self.calls("poll")
+            judged.go()
+        mail.result()
+        self.pieces = self.calls("pread") - before[0]
+        self.turns = self.calls("poll") - before[1]
+        self.finish()
+
+
+def test_a_fast_next_hop_leaves_the_others_their_turns(scene):
+    """PROMISE 5."""
+    run = scene.run(kind=Replay)
+    assert run.pieces > 200 and run.turns > run.pieces / 5, \
+        "%d pieces in %d turns" % (run.pieces, run.turns)

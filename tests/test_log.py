@@ -171,6 +171,19 @@ def test_times_are_those_of_scan_and_next_hop(site, clock):
     assert mail["scan_ms"] >= 3000 and mail["ms"] >= mail["scan_ms"] + 5000
 
 
+def test_the_time_of_a_chunk_that_is_refused(site, clock):
+    """There is no final dot to count from."""
+    site.hop = site.new_hop(ehlo=["SIZE 100"], chunking=True)
+    daemon = start(site, **clock.settings())
+    client = site.session()
+    client.envelope()
+    clock.go(daemon, 100)
+    client.chunk(b"x" * 200)
+    client.expect("552 5.3.4")
+    mail, = mails(daemon)
+    assert mail["status"] == "oversize" and mail["ms"] < 100000
+
+
 @pytest.mark.core
 def test_every_other_line_has_level_and_message(site):
     """And the session that it is about."""

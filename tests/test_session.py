@@ -317,6 +317,7 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
     clock.go(site.daemon, 1)
     client.expect("451 4.4.2" if verb == "DATA" else "421 4.4")
     client.eof()
+    clock.go(site.daemon, 300)      # the other one's greeting may be due later
 
 
 def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
@@ -340,6 +341,25 @@ def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
     site.daemon.wait_log("status=ERROR$")
     final.go()
     site.hop.session.wait_end()
+
+
+@pytest.mark.parametrize("body", [BODY, LONG], ids=["short", "long"])
+def test_after_a_long_scan_the_reply_is_awaited_too(site, clock, body):
+    """PROMISE 1: or each try delivers it and is told to come again."""
+    scan, final = Hold("OK"), Hold()
+    site.clamd.verdict = [scan]
+    site.hop.on(".", final)
+    site.start(ScanTimeOut="3600", **clock.settings())
+    client = site.session()
+    start_body(client, body + b".\r\n")
+    scan.reached()
+    clock.go(site.daemon, 700)
+    scan.go()
+    final.reached()
+    clock.go(site.daemon, 170)
+    never(client.stream.more, "an answer before TimeOut", turns=5)
+    final.go()
+    client.expect("250 2.0.0 queued")
 
 
 def test_the_reply_to_a_message_may_come_late(site, clock):

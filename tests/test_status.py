@@ -599,10 +599,14 @@ def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_those_who_asked_and_went_take_no_room(site, together):
-    """together: in one turn with the probe, of which nobody has told yet."""
+@pytest.mark.parametrize("family", ["inet", "unix"])
+def test_those_who_asked_and_went_take_no_room(site, family, together):
+    """together: in one turn with the probe.  PROMISE 6: poll() tells of them,
+    asked or not, as long as they are there."""
     path, sock = silent(site)
-    address = start(site, ClamAddress=path)
+    status = {"inet": "127.0.0.1:0", "unix": site.path("status")}[family]
+    site.start(ClamAddress=path, StatusListen=status)
+    address = status_on(site.daemon)
     crowd = [connect(address) for _ in range(VISITORS)]
     for one in crowd:
         one.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
@@ -612,6 +616,8 @@ def test_those_who_asked_and_went_take_no_room(site, together):
         site.daemon.pause()
     for one in crowd:
         reset(one)
+    if not together:
+        site.daemon.rests()
     with sock, clamd, connect(address) as probe:
         probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         if together:

@@ -85,7 +85,7 @@ def mounts(as_root):
 @pytest.fixture(scope="session")
 def clock_build(tmp_path_factory):
     path = tmp_path_factory.mktemp("clock") / "clamsmtpd"
-    return harness.Clock.build(str(path))
+    return harness.build(str(path), CC="cc", CFLAGS="-O0", LDFLAGS="tests/clock.c")
 
 
 @pytest.fixture

@@ -1093,33 +1093,48 @@ def processes(mark):
     return found
 
 
+def build(program, **make):
+    """A build of the daemon for tests, as CLAMSMTPD was built as far as sanitizers
+    and single bytes go."""
+    with open(CLAMSMTPD, "rb") as file:
+        theirs = file.read()
+    if b"__asan" in theirs:
+        flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+        make.update(CC="gcc" if b"libasan" in theirs else "clang",
+                    CFLAGS="-O1 -g -fno-omit-frame-pointer " + flags,
+                    LDFLAGS=flags + " " + make.get("LDFLAGS", ""))
+    if os.environ.get("TEST_BYTES"):
+        make["CPPFLAGS"] = make.get("CPPFLAGS", "") + " -DIO_MAX=1"
+    subprocess.run(["make", "-s", "-C", TOP, "BIN=" + program] +
+                   ["%s=%s" % item for item in make.items()], check=True)
+    return program
+
+
 class Clock:
     """Both clocks of a daemon, which must be a build with clock.c."""
 
     def __init__(self, directory, program):
         self.program = program
         self.file = os.path.join(str(directory), "clock")
+        self.real, self.monotonic = 0, 1000
         with open(self.file, "wb+") as file:
             file.truncate(16)
-            self.ahead = mmap.mmap(file.fileno(), 16)
-        self.real = self.monotonic = 0
+            self.memory = mmap.mmap(file.fileno(), 16)
+        self.set()
 
-    @staticmethod
-    def build(program):
-        subprocess.run(["make", "-s", "-C", TOP, "BIN=" + program, "CC=cc",
-                        "CFLAGS=-O0", "LDFLAGS=tests/clock.c"], check=True)
-        return program
+    def set(self):
+        struct.pack_into("qq", self.memory, 0, self.real, self.monotonic)
 
     def settings(self):
         """For Site.start()."""
         return {"binary": self.program, "env": {"CLOCK": self.file}}
 
     def go(self, daemon, seconds, real=None):
-        """The time goes by; and the clock on the wall (as the other one, if
-        nothing is said) is put forward, or back."""
+        """The time goes by, and in no other way; and the clock on the wall (as the
+        other one, if nothing is said) is put forward, or back."""
         self.monotonic += seconds
         self.real += seconds if real is None else real
-        struct.pack_into("qq", self.ahead, 0, self.real, self.monotonic)
+        self.set()
         daemon.send_signal(signal.SIGUSR1)      # it looks at its clock again
 
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
 from concurrent import futures
 
 import pytest
@@ -432,20 +431,6 @@ class Scene:
         assert not broken, "\n\n".join(broken)
 
 
-def build(program):
-    """As CLAMSMTPD was built, as far as sanitizers go."""
-    with open(harness.CLAMSMTPD, "rb") as file:
-        theirs = file.read()
-    how = []
-    if b"__asan" in theirs:
-        flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-        how = ["CC=gcc" if b"libasan" in theirs else "CC=clang",
-               "CFLAGS=-O1 -g -fno-omit-frame-pointer " + flags,
-               "LDFLAGS=" + flags]
-    subprocess.run(["make", "-s", "-C", harness.TOP, "BIN=" + program,
-                    "CPPFLAGS=-include tests/faults.h"] + how, check=True)
-
-
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
     if os.environ.get("TEST_BYTES"):
@@ -457,7 +442,7 @@ def program(tmp_path_factory):
     with open(program + ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(program):
-            build(program)
+            harness.build(program, CPPFLAGS="-include tests/faults.h")
     return program
 
 

@@ -153,11 +153,19 @@ def has_ipv6():
         return False
 
 
-def free_port(host="127.0.0.1"):
-    """A port that was free a moment ago; where port 0 is of no use."""
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return sock.getsockname()[1]
+def hold_port(host="127.0.0.1", port=0):
+    """A socket that keeps the port from all programs but one that asks for just this
+    port, as servers do, with SO_REUSEADDR.  Who connects before that is refused."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    return sock
+
+
+def own_host(last):
+    """A loopback address of this process's own, for ports that are given."""
+    pid = os.getpid()
+    return "127.%d.%d.%s" % (64 + (pid >> 8 & 63), pid & 255, last)
 
 
 def reset(sock):
@@ -336,7 +344,11 @@ class Server:
     family = "server"
 
     def __init__(self, path=None, host="127.0.0.1", port=0, backlog=1024):
-        self.path, self.host, self.port, self.backlog = path, host, port, backlog
+        self.path, self.host, self.backlog = path, host, backlog
+        self.held = None             # the port is ours while we are down, too
+        if not path:
+            self.held = hold_port(host, port)
+            self.port = self.held.getsockname()[1]
         self.closing = False
         self.errors = []             # what went wrong in the threads
         self.accepted = 0
@@ -356,13 +368,9 @@ class Server:
             os.chmod(self.path, 0o666)
             self.address = self.path
         else:
-            v6 = ":" in self.host
-            sock = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((self.host, self.port))
-            self.port = sock.getsockname()[1]
-            self.address = "%s:%d" % ("[%s]" % self.host if v6 else self.host,
-                                      self.port)
+            sock = hold_port(self.host, self.port)
+            self.address = "%s:%d" % ("[%s]" % self.host if ":" in self.host
+                                      else self.host, self.port)
         sock.listen(self.backlog)
         self.listener = sock
         thread = threading.Thread(target=self._accept, args=(sock,), daemon=True)
@@ -384,6 +392,8 @@ class Server:
     def close(self):
         self.closing = True
         self.down()
+        if self.held:
+            self.held.close()
         with self.lock:
             for sock in list(self.socks):
                 try:
@@ -897,8 +907,7 @@ class Names:
 
     def __init__(self, directory):
         self.addresses = ["127.0.0.1"]
-        pid = os.getpid()
-        self.host = "127.77.%d.%d" % (pid >> 8 & 255, pid & 255)
+        self.host = own_host(53)
         self.asked = threading.Event()
         self._go = threading.Event()
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -1372,9 +1381,15 @@ class Site:
         self._hop = self._clamd = None
         self.daemon = None
         self.daemons, self.servers, self.clients = [], [], []
+        self.held = []
 
     def path(self, name):
         return os.path.join(self.dir, name)
+
+    def port(self, host="127.0.0.1"):
+        """One that nobody else gets during the test; where 0 is of no use."""
+        self.held.append(hold_port(host))
+        return self.held[-1].getsockname()[1]
 
     # -- peers
 
@@ -1464,8 +1479,8 @@ class Site:
                 if not daemon.stopped:
                     daemon.stop()
         finally:
-            for server in self.servers:
-                server.close()
+            for one in self.servers + self.held:
+                one.close()
             for daemon in self.daemons:
                 daemon.kill()
         for daemon in self.daemons:     # those that a test has ended, too

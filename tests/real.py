@@ -8,17 +8,15 @@ import hashlib
 import io
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import tempfile
 import zipfile
 
-from harness import TOP, Client, Failed, WAIT, connect, free_port, until
+from harness import TOP, Client, Failed, WAIT, connect, hold_port, until
 
 # In two parts, or a scanner would find this file.
 EICAR = (rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-STANDARD-"
@@ -44,19 +42,6 @@ def user(name):
 
 def find(program):
     return shutil.which(program)
-
-
-def quiet_port():
-    """Free, and outside the range the kernel takes ports from by itself."""
-    for _ in range(1000):
-        port = random.randrange(12000, 32000)
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                pass
-    raise Failed("no free port")
 
 
 def public_directory(prefix):
@@ -88,10 +73,13 @@ class RealClamd:
                            % (hashlib.sha256(exe).hexdigest(), len(exe)))
         except FileNotFoundError:
             pass
+        self.held = hold_port()
+        port = self.held.getsockname()[1]
+        self.tcp = "127.0.0.1:%d" % port
         self.settings = dict(
             DatabaseDirectory=database, LocalSocket=self.path,
             LocalSocketMode="666", FixStaleSocket="yes", Foreground="yes",
-            TCPAddr="127.0.0.1", TemporaryDirectory=self.dir,
+            TCPAddr="127.0.0.1", TCPSocket=port, TemporaryDirectory=self.dir,
             # one of clamav-testfiles is as deep as the default allows, and a
             # mail around it is deeper
             MaxRecursion="60", MaxThreads="20", SelfCheck="0")
@@ -106,18 +94,6 @@ class RealClamd:
         self.start()
 
     def start(self):
-        for _ in range(5):
-            # Some other program may have taken the port meanwhile.
-            if "TCPSocket" not in self.settings:
-                self.settings["TCPSocket"] = str(free_port())
-            self.tcp = "127.0.0.1:" + self.settings["TCPSocket"]
-            if self.try_start():
-                return
-            del self.settings["TCPSocket"]
-        with open(self.log, errors="replace") as log:
-            raise Failed("clamd does not start:\n" + log.read()[-2000:])
-
-    def try_start(self):
         config = os.path.join(self.dir, "clamd.conf")
         with open(config, "w") as file:
             for name, value in self.settings.items():
@@ -132,7 +108,9 @@ class RealClamd:
                 stdout=log, stderr=log, preexec_fn=die_with_us, **who)
         until(lambda: self.answers() or self.process.poll() is not None,
               "clamd answers")
-        return self.process.poll() is None
+        if self.process.poll() is not None:
+            with open(self.log, errors="replace") as log:
+                raise Failed("clamd does not start:\n" + log.read()[-2000:])
 
     def answers(self):
         try:
@@ -172,6 +150,7 @@ class RealClamd:
                 self.process.wait(WAIT)
             except subprocess.TimeoutExpired:
                 self.kill()
+        self.held.close()
         shutil.rmtree(self.dir, ignore_errors=True)
 
 

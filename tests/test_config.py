@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from harness import has_ipv6, until
+from harness import has_ipv6, own_host, until
 
 MINIMAL = "OutAddress: 10026\n"
 
@@ -546,8 +546,7 @@ def test_every_form_of_an_address_is_taken(check, name, value):
 @pytest.mark.parametrize("name, port", [
     ("OutAddress", 25), ("ClamAddress", 3310), ("Listen", 10025)])
 def test_default_port_of_an_address_alone(site, name, port):
-    """On a loopback address that nobody else will use."""
-    host = "127.%d.%d.%d" % (os.getpid() % 250 + 1, os.getpid() // 250 % 250, 77)
+    host = own_host(77)
     try:
         if name == "OutAddress":
             site.hop = site.new_hop(host=host, port=port)

@@ -209,8 +209,8 @@ def test_health_is_well_while_clamd_answers(container):
     assert container.site.clamd.address in ill.stderr
 
 
-def test_health_of_no_daemon_is_a_refused_connection(run, tmp_path):
-    env = {"CLAMSMTPD_STATUSLISTEN": "127.0.0.1:%d" % harness.free_port(),
+def test_health_of_no_daemon_is_a_refused_connection(site, run, tmp_path):
+    env = {"CLAMSMTPD_STATUSLISTEN": "127.0.0.1:%d" % site.port(),
            "CLAMSMTPD_OUTADDRESS": "127.0.0.1:25"}
     got = run("-f", str(tmp_path / "none"), "-C", env=env)
     assert got.returncode == 1

@@ -338,7 +338,7 @@ def runs(open_site):
     """runs(machine): the installed daemon is started as the unit says, for
     User, and takes a mail."""
     def runs(machine):
-        port = harness.free_port()
+        port = open_site.port()
         machine.does(
             "sed -i -e 's/^Listen:.*/Listen: 127.0.0.1:%d/' -e "
             "'s/^OutAddress:.*/OutAddress: %s/' -e 's,^ClamAddress:.*,,' "

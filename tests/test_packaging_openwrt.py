@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from harness import CLAMSMTPD, TOP, VIRUS, WAIT, Daemon, free_port, until
+from harness import CLAMSMTPD, TOP, VIRUS, WAIT, Daemon, until
 
 OPENWRT = os.path.join(TOP, "packaging", "openwrt")
 INIT = os.path.join(OPENWRT, "files", "clamsmtpd.init")
@@ -357,7 +357,7 @@ def test_a_reload_gives_the_daemon_the_new_settings(running):
 
 
 def test_its_health_can_be_asked_for(router, site, run):
-    running = Running(router, site, StatusListen="127.0.0.1:%d" % free_port())
+    running = Running(router, site, StatusListen="127.0.0.1:%d" % site.port())
     ask = ("-C", "-f", str(router.conf))
     assert run(*ask).returncode == 0
     site.servers[-1].down()

@@ -13,8 +13,8 @@ import threading
 import pytest
 
 import real
-from harness import (Client, Failed, Hold, NextHop, RESET, TOP, connect, free_port,
-                     has_ipv6, never, until)
+from harness import (Client, Failed, Hold, NextHop, RESET, TOP, connect,
+                     has_ipv6, never, own_host, until)
 from test_action import BAD, environment
 from test_run import reload
 from test_xclient import OFFER, xclients
@@ -295,7 +295,7 @@ def test_a_header_cannot_make_a_loop(site):
 
 
 def test_a_header_cannot_hide_a_loop(site):
-    port = free_port()
+    port = site.port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port,
                ProxyFrom="127.0.0.9")
     client = site.client(source="127.0.0.9")
@@ -427,7 +427,7 @@ def test_haproxy_names_the_client(site, haproxy, options, source):
     site.hop.ehlo = [OFFER]
     site.start(ProxyFrom="127.0.0.1", XClient="on")
     host = "[::1]" if ":" in source else "127.0.0.1"
-    address = "%s:%d" % (host, free_port())
+    address = "%s:%d" % (host, site.port(host.strip("[]")))
     proxy = haproxy(address, ONE % (address, site.daemon.address, options))
     client = site.session(address=proxy.address, source=source)
     client.mail()
@@ -443,7 +443,7 @@ def test_haproxy_names_the_client(site, haproxy, options, source):
 def test_haproxy_checks_health(site, haproxy, options):
     """By EHLO; its own connections have its own address."""
     site.start(ProxyFrom="127.0.0.1")
-    address = "127.0.0.1:%d" % free_port()
+    address = "127.0.0.1:%d" % site.port()
     proxy = haproxy(address, ONE % (address, site.daemon.address,
                                     options + " check check-send-proxy inter 100ms"))
     until(lambda: len(site.hop.sessions) >= 3, "some checks")
@@ -457,7 +457,7 @@ def test_haproxy_checks_health(site, haproxy, options):
 @needs_haproxy
 def test_haproxy_over_a_unix_socket(site, haproxy):
     site.start(Listen=site.path("in.sock"), ProxyFrom="unix")
-    address = "127.0.0.1:%d" % free_port()
+    address = "127.0.0.1:%d" % site.port()
     proxy = haproxy(address, ONE % (address, site.path("in.sock"), "send-proxy-v2"))
     client = site.session(address=proxy.address, source="127.0.0.42")
     client.mail()
@@ -484,16 +484,15 @@ class Recipe:
         self.site = site
         site.hop.ehlo = [OFFER]
         self.clamds = [site.new_clamd(tcp=True) for _ in range(2)]
-        self.address = "127.0.0.1:%d" % free_port()
-        pid = os.getpid()
+        self.address = "127.0.0.1:%d" % site.port()
         self.places = {
             r"\b10\.0\.0\.20:25$": site.hop.address,
             r"\b10\.0\.0\.31:3310$": self.clamds[0].address,
             r"\b10\.0\.0\.32:3310$": self.clamds[1].address,
             r"\b10\.0\.0\.1$": "127.0.0.1",
-            r"\b10\.0\.0\.(1[123]):": "127.%d.%d.\\1:" % (64 + (pid >> 8 & 63), pid & 255),
-            r"\b10025\b": str(free_port()),
-            r"\b10080\b": str(free_port()),
+            r"\b10\.0\.0\.(1[123]):": own_host(r"\1:"),
+            r"\b10025\b": str(site.port()),
+            r"\b10080\b": str(site.port()),
             r"bind :25$": "bind " + self.address,
             r"log /dev/log mail$": "",
         }

@@ -273,13 +273,13 @@ def through(site, server, sender):
 
 
 def test_exim(site):
-    port = real.quiet_port()
+    port = site.port()
     with Exim(port, "cp exim4.conf /etc/exim4\n", {"exim4.conf": EXIM % port}) as exim:
         through(site, exim, r"<(\w+)@example\.com>")
 
 
 def test_opensmtpd(site):
-    port = real.quiet_port()
+    port = site.port()
     with OpenSMTPD(port, "", {"smtpd.conf": OPENSMTPD % port}) as opensmtpd:
         until(lambda: opensmtpd.run("smtpctl pause mta && echo yes"), "it pauses")
         through(site, opensmtpd, r"\|(\w+)@example\.com\|")
@@ -292,8 +292,8 @@ def recipe(site, clamd, name, server, start, table, mailbox):
     alice; strangers get through to whom they should, and nowhere else."""
     # Exim takes 127.0.0.1 for itself, and the scripted hop cannot pipeline.
     site.hop = site.new_hop(host="127.0.0.2", ehlo=["8BITMIME"])
-    port = real.quiet_port()
-    ports = {n: str(real.quiet_port()) for n in ("10025", "10026")}
+    port = site.port()
+    ports = {n: str(site.port()) for n in ("10025", "10026")}
     top = os.path.join(real.EXAMPLES, name)
     table = dict(ports, **{
         old: new.format(smtp=port, hop=site.hop.port) for old, new in table.items()})

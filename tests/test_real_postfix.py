@@ -110,6 +110,9 @@ class Postfix:
             ["sh", "-c", 'while read -r p; do pid=$p; done; kill -KILL "-$pid";'
              'rm -rf "$1"', "sh", self.dir],
             stdin=subprocess.PIPE, start_new_session=True)
+        self.held = {name: harness.hold_port()
+                     for name in ("smtp", "filter", "back", "other")}
+        self.port = {name: sock.getsockname()[1] for name, sock in self.held.items()}
         owner, nobody = real.user("postfix"), real.user("nobody")
         self.config = os.path.join(self.dir, "etc")
         self.log = os.path.join(self.dir, "maillog")
@@ -133,9 +136,7 @@ class Postfix:
 
     def configure(self):
         """What the recipe says stands behind what any Postfix has."""
-        nobody = real.user("nobody")
-        port = self.port = {name: real.quiet_port()
-                            for name in ("smtp", "filter", "back", "other")}
+        nobody, port = real.user("nobody"), self.port
         self.ports = {"10025": str(port["filter"]), "10026": str(port["back"]),
                       "smtp      inet": "127.0.0.1:%d inet" % port["smtp"]}
         text = {"main.cf": MAIN.format(dir=self.dir, uid=nobody.pw_uid,
@@ -149,23 +150,20 @@ class Postfix:
                 file.write(text[name])
 
     def start(self):
-        for _ in range(5):
-            # Some other program may have taken a port meanwhile.
-            self.configure()
-            directory = self.run("postconf", "-h", "daemon_directory").strip()
-            with open(os.path.join(self.dir, "stderr"), "ab") as err:
-                self.master = subprocess.Popen(
-                    [os.path.join(directory, "master"), "-d", "-c", self.config],
-                    stdin=subprocess.DEVNULL, stdout=err, stderr=err,
-                    env=dict(os.environ, MAIL_CONFIG=self.config),
-                    start_new_session=True)
-            self.watch.stdin.write(b"%d\n" % self.master.pid)
-            self.watch.stdin.flush()
-            until(lambda: self.answers() or self.master.poll() is not None,
-                  "Postfix answers")
-            if self.master.poll() is None:
-                return
-        raise harness.Failed("Postfix does not start:\n" + self.text())
+        self.configure()
+        directory = self.run("postconf", "-h", "daemon_directory").strip()
+        with open(os.path.join(self.dir, "stderr"), "ab") as err:
+            self.master = subprocess.Popen(
+                [os.path.join(directory, "master"), "-d", "-c", self.config],
+                stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+                env=dict(os.environ, MAIL_CONFIG=self.config),
+                start_new_session=True)
+        self.watch.stdin.write(b"%d\n" % self.master.pid)
+        self.watch.stdin.flush()
+        until(lambda: self.answers() or self.master.poll() is not None,
+              "Postfix answers")
+        if self.master.poll() is not None:
+            raise harness.Failed("Postfix does not start:\n" + self.text())
 
     def run(self, command, *args):
         return subprocess.run([command, "-c", self.config, *args], check=True,
@@ -238,6 +236,8 @@ class Postfix:
                 self.master.wait(5)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
+        for sock in self.held.values():
+            sock.close()
         shutil.rmtree(self.dir, ignore_errors=True)
 
 

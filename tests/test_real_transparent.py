@@ -336,7 +336,7 @@ def test_back_to_a_mapped_client(site):
 
 
 def test_back_to_nobody(site):
-    site.start(OutAddress=str(harness.free_port()))
+    site.start(OutAddress=str(site.port()))
     c = site.client()
     c.expect("421 4.4.1")
     c.eof()

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream,
-                     Then, VIRUS, WAIT, free_port, full_listener, has_ipv6, never,
+                     Then, VIRUS, WAIT, full_listener, has_ipv6, never,
                      same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
@@ -911,7 +911,7 @@ def test_loopback_over_ipv6(site):
 
 def test_a_loop_is_refused(site):
     """An OutAddress that is ourselves."""
-    port = free_port()
+    port = site.port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port)
     client = site.client()
     client.expect("421")

@@ -13,7 +13,7 @@ import pytest
 
 import real
 from harness import (CLOSE, FREED_AT_ONCE, WAIT, Clamd, Failed, Hold, Server, connect,
-                     free_port, full_listener, reset, since, turns, until)
+                     full_listener, own_host, reset, since, turns, until)
 from test_run import reload
 
 GOOD = b"Subject: x\r\n\r\nnothing\r\n"
@@ -122,20 +122,21 @@ def test_it_is_off_unless_asked_for(site):
 
 
 @pytest.mark.parametrize("form, where", [
-    ("PORT", "127.0.0.1:PORT"), ("127.77.0.3", "127.77.0.3:10080"),
+    ("PORT", "127.0.0.1:PORT"), ("HOST", "HOST:10080"),
     ("localhost:PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),
 ])
 def test_forms_of_the_address(site, form, where):
-    port = str(free_port())
+    def here(text):
+        return text.replace("PORT", port).replace("HOST", own_host(80))
+    port = str(site.port())
     try:
-        site.start(StatusListen=form.replace("PORT", port))
+        site.start(StatusListen=here(form))
     except Failed:
         if "Cannot assign" in site.daemon.text():
             pytest.skip("no such address here")
         raise
-    where = where.replace("PORT", port)
-    assert "status on " + where in site.daemon.log()
-    assert get(where).status == 200
+    assert "status on " + here(where) in site.daemon.log()
+    assert get(here(where)).status == 200
 
 
 @pytest.mark.core
@@ -184,7 +185,7 @@ SICK = {
 @pytest.fixture(params=SICK)
 def sick(request, site):
     address, site.clamd.deny_all, reason = SICK[request.param]
-    address = (address or site.clamd.address).replace("PORT", str(free_port()))
+    address = (address or site.clamd.address).replace("PORT", str(site.port()))
     return address, reason
 
 
@@ -627,7 +628,7 @@ def listens(address):
 
 def test_sighup_adds_moves_and_removes_it(site):
     listen = site.path("in.sock")
-    a, b = ("127.0.0.1:%d" % free_port() for _ in "ab")
+    a, b = ("127.0.0.1:%d" % site.port() for _ in "ab")
     site.start(Listen=listen)
     reload(site, Listen=listen, StatusListen=a)
     site.session().mail()
@@ -651,7 +652,7 @@ def test_sighup_with_an_address_that_is_taken_changes_nothing(site):
 
 def test_sighup_changes_whom_it_asks(site):
     listen = site.path("in.sock")
-    status = "127.0.0.1:%d" % free_port()
+    status = "127.0.0.1:%d" % site.port()
     site.start(Listen=listen, StatusListen=status)
     assert get(status, "/healthz").status == 200
     reload(site, Listen=listen, StatusListen=status, ClamAddress="/no/such/socket")
@@ -675,7 +676,7 @@ def one_line_and(status, result):
 @pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT", "localhost:PORT",
                                    "0.0.0.0:PORT"])
 def test_C_is_silent_when_all_is_well(site, run, where):
-    where = where.replace("PORT", str(free_port("0.0.0.0"))).replace("PATH", site.path("s"))
+    where = where.replace("PORT", str(site.port("0.0.0.0"))).replace("PATH", site.path("s"))
     daemon = site.start(StatusListen=where)
     silent_and(0, run("-C", "-f", daemon.file))
 
@@ -703,7 +704,7 @@ def test_C_gives_the_reason(site, run):
     ("127.0.0.1:PORT", "Connection refused"), ("PORT", "Connection refused"),
     ("/no/such/status", "No such file or directory")])
 def test_C_when_there_is_no_daemon(site, run, where, why):
-    where = where.replace("PORT", str(free_port()))
+    where = where.replace("PORT", str(site.port()))
     file = site.path("conf")
     with open(file, "w") as conf:
         conf.write("OutAddress: 25\nStatusListen: %s\n" % where)

@@ -1,5 +1,6 @@
 """Fixtures: `site` is a daemon with scripted peers around it (harness.py)."""
 
+import fcntl
 import os
 import subprocess
 import tempfile
@@ -82,10 +83,30 @@ def mounts(as_root):
         pytest.skip("no mount namespace of our own here")
 
 
+def build(tmp_path_factory, name, **make):
+    """Of several workers the first one builds for all."""
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+    program = str(top / name)
+    with open(program + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(program):
+            harness.build(program, **make)
+    return program
+
+
 @pytest.fixture(scope="session")
 def clock_build(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clock") / "clamsmtpd"
-    return harness.build(str(path), CC="cc", CFLAGS="-O0", LDFLAGS="tests/clock.c")
+    return build(tmp_path_factory, "clamsmtpd-clock", CC="cc", CFLAGS="-O0",
+                 LDFLAGS="tests/clock.c")
+
+
+@pytest.fixture(scope="session")
+def faulty_build(tmp_path_factory):
+    """Each of its system calls can fail or halt (faults.h)."""
+    return build(tmp_path_factory, "clamsmtpd-faulty",
+                 CPPFLAGS="-include tests/faults.h")
 
 
 @pytest.fixture

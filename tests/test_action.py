@@ -6,12 +6,11 @@ import ctypes
 import os
 import re
 import signal
-import time
 
 import pytest
 
-from harness import (CLOSE, HEADER, Hold, VIRUS, WAIT, finish_file, never,
-                     processes, same, until, wait_file)
+from harness import (CLOSE, HEADER, Hold, VIRUS, finish_file, never, processes, same,
+                     turns, until, wait_file)
 
 BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
 GOOD = b"Subject: x\r\n\r\nnothing\r\n"
@@ -190,45 +189,41 @@ def test_a_quarantine_that_fails_is_451(site, action):
     client.quit()
 
 
+@pytest.fixture
+def start_halting(site, faulty_build):
+    """A daemon whose children halt when all is done but the copy's name."""
+    def start(**settings):
+        site.start(Quarantine="on", binary=faulty_build, env={"FAULT": "link:1:0:-1"},
+                   **settings)
+    return start
+
+
 @contextlib.contextmanager
 def copy_halted(site):
-    """The child that makes the copy does not go on until the end of the block
-    (unless it was too quick for us: then there is nothing to wait for)."""
-    made = "quarantined virus file as: "
-
-    def tell(number):
+    """Such a child goes on at the end of the block."""
+    def halted():
         for pid in site.daemon.children():
-            os.kill(pid, number)
-            return True
-        return site.daemon.log(made)
-    end = time.monotonic() + WAIT
-    while not tell(signal.SIGSTOP):     # it has some milliseconds to live
-        assert time.monotonic() < end, "no copy is made"
+            with open("/proc/%d/stat" % pid) as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "T":
+                    return pid
+    pid = until(halted, "a copy is made")
     try:
         yield
     finally:
-        tell(signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
-LARGE = b"Subject: x\r\n\r\n" + b"x" * (20 << 20) + b"\r\n"
-
-
-def test_a_copy_that_nobody_waits_for_is_logged(site):
+def test_a_copy_that_nobody_waits_for_is_logged(site, start_halting):
     """The client goes while the copy is made: no file without its line."""
-    verdict = Hold(VIRUS + " FOUND")
-    site.clamd.verdict = [verdict]
-    site.start(Quarantine="on")
+    start_halting()
     client = site.session()
     client.envelope()
     client.cmd("DATA", "354")
-    client.send(LARGE + b".\r\n")
-    verdict.reached()
-    verdict.go()
+    client.send(BAD + b".\r\n")
     with copy_halted(site):
         client.reset()
-        other = site.session()          # the daemon has seen it
-        other.cmd("NOOP", "250")
-        other.quit()
+        turns(site)                     # the daemon has seen it
     until(lambda: not site.daemon.children(), "the copy is done")
     until(lambda: len(os.listdir(site.spool)) ==
           len(site.daemon.log("quarantined virus file as: ")),
@@ -237,16 +232,16 @@ def test_a_copy_that_nobody_waits_for_is_logged(site):
     assert site.hop.messages == []
 
 
-def test_the_end_while_a_copy_is_made_leaves_none(site):
+def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
     """The client heard no 2xx: it comes again, and so will the copy."""
-    site.start(Quarantine="on")
+    start_halting()
     client = site.session()
     client.envelope()
     client.cmd("DATA", "354")
-    client.send(b"EICAR" + LARGE + b".\r\n")
+    client.send(BAD + b".\r\n")
     with copy_halted(site):
         site.daemon.send_signal(signal.SIGTERM)
-        until(lambda: site.daemon.log("stopping when"), "the first signal")
+        site.daemon.wait_log("stopping when")
         site.daemon.send_signal(signal.SIGTERM)
         assert client.reply().code == "421"
     site.daemon.stop()
@@ -276,16 +271,17 @@ def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
     assert len(os.listdir(site.spool)) == 1 and site.hop.messages == []
 
 
-def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(site):
+def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(
+        site, start_halting):
     noop = Hold("421 4.3.2 bye")
     verdict = Hold(VIRUS + " FOUND")
     site.hop.on("NOOP", [noop])
     site.clamd.verdict = [verdict]
-    site.start(Quarantine="on", KeepAlives="1")
+    start_halting(KeepAlives="1")
     client = site.session()
     client.envelope()
     client.cmd("DATA", "354")
-    client.send(LARGE + b".\r\n")
+    client.send(GOOD + b".\r\n")
     noop.reached()
     verdict.reached()
     verdict.go()
@@ -506,13 +502,13 @@ def test_at_most_sixty_four_actions_wait(site):
     assert open(out).read().count("e") == 8 + 64
 
 
-def test_the_process_group_is_stopped_at_time_out(site):
+def test_the_process_group_is_stopped_at_time_out(site, clock):
     started = site.path("started")
-    site.start(TimeOut="1", VirusAction="sleep 1000 & : > %s; sleep 1000" % started)
-    client = site.session()
-    client.mail(body=BAD, want="250 2.0.0 Virus")
+    site.start(VirusAction="sleep 1000 & : > %s; sleep 1000" % started,
+               **clock.settings())
+    site.session().mail(body=BAD, want="250 2.0.0 Virus")
     wait_file(started)
-    client.close()
+    clock.go(site.daemon, 180)
     until(lambda: processes(site.daemon.mark) == [site.daemon.pid],
           "the action and its own child are gone")
 

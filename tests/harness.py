@@ -1057,6 +1057,12 @@ class Client:
         for rcpt in to:
             self.cmd("RCPT TO:<%s>" % rcpt, "250")
 
+    def begin(self, wire=b""):
+        """An envelope, DATA, and these bytes behind it as they are."""
+        self.envelope()
+        self.cmd("DATA", "354")
+        self.send(wire)
+
     def data(self, body, *want):
         """DATA, the body (stuffed here), the dot; the final reply."""
         self.cmd("DATA", "354")

@@ -391,12 +391,18 @@ def test_clamd_away_never_stops_the_start(site):
 
 
 @pytest.mark.core
-def test_scan_time_out_gives_451(site, clamd):
+def test_scan_time_out_gives_451(site, clamd, clock):
     hold = Hold("OK")
     clamd.verdict = [hold]
-    site.start(ScanTimeOut="1")
+    site.start(ScanTimeOut="60", **clock.settings())
     client = site.session()
-    client.mail(want="451 4.3.0 Local Error")
+    send(client, BODY)
+    hold.reached()
+    clock.go(site.daemon, 59)
+    turns(site)
+    assert not client.stream.more()
+    clock.go(site.daemon, 1)
+    client.expect("451 4.3.0 Local Error")
     assert site.hop.messages == []
     site.daemon.wait_log(r"status=CLAMAV-ERROR$")
     client.mail()
@@ -404,24 +410,27 @@ def test_scan_time_out_gives_451(site, clamd):
     hold.go()
 
 
-def test_time_out_is_the_scan_time_out_where_none_is_set(site):
+def test_time_out_is_the_scan_time_out_where_none_is_set(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
-    site.start(TimeOut="1")
+    site.start(TimeOut="60", **clock.settings())
     client = site.session()
-    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-    client.send(b"A: b\r\n\r\nx\r\n.\r\n")
-    for want in ("250", "250", "354", "451 4.3.0"):
-        client.expect(want)
+    send(client, BODY)
+    hold.reached()
+    clock.go(site.daemon, 60)
+    client.expect("451 4.3.0")
     hold.go()
 
 
-def test_a_verdict_after_the_time_out_is_not_used(site):
+def test_a_verdict_after_the_time_out_is_not_used(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
-    site.start(ScanTimeOut="1")
+    site.start(**clock.settings())
     client = site.session()
-    client.mail(want="451")
+    send(client, BODY)
+    hold.reached()
+    clock.go(site.daemon, 180)
+    client.expect("451")
     hold.go()
     client.cmd("NOOP", "250")
     assert site.hop.messages == []
@@ -710,13 +719,15 @@ def test_waiting_scans_begin_in_the_order_of_their_dots(site):
     assert [int(s.mail[9:10]) for s in site.clamd.scans] == [0, 1, 2, 3, 4]
 
 
-def test_waiting_counts_for_the_scan_time_out(site):
+def test_waiting_counts_for_the_scan_time_out(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = hold
-    site.start(MaxScans="1", ScanTimeOut="1")
+    site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
     one, two = site.session(), site.session()
     send(one, BODY)
     send(two, BODY)
+    turns(site)
+    clock.go(site.daemon, 60)
     one.expect("451 4.3.0")
     two.expect("451 4.3.0")
     hold.go()
@@ -808,16 +819,19 @@ def test_a_slow_scan_slows_nobody(site):
 
 @pytest.mark.core
 @pytest.mark.parametrize("failure", ["down", "error", "time-out"])
-def test_scanfailure_pass_forwards_unscanned_and_says_so(site, failure):
+def test_scanfailure_pass_forwards_unscanned_and_says_so(site, clock, failure):
     hold = Hold("OK")
     if failure == "down":
         site.clamd.down()
     else:
         site.clamd.verdict = {"error": CLOSE, "time-out": hold}[failure]
-    site.start(ScanFailure="pass", ScanTimeOut="1" if failure == "time-out"
-               else "60")
+    site.start(ScanFailure="pass", **clock.settings())
     client = site.session()
-    client.mail(body=b"Subject: x\r\n\r\nhi\r\n")
+    send(client, b"Subject: x\r\n\r\nhi\r\n")
+    if failure == "time-out":
+        hold.reached()
+        clock.go(site.daemon, 180)
+    client.expect("250")
     message, = site.hop.messages
     assert HEADER not in message.body
     head = message.body.split(b"\r\n\r\n")[0]

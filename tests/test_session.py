@@ -206,78 +206,72 @@ def test_the_421_of_a_busy_server_is_not_lost_to_a_reset(site):
 
 
 @pytest.mark.core
-def test_idle_client_gets_421_after_time_out(site):
-    site.start(TimeOut="1")
+def test_idle_client_gets_421_after_time_out(site, clock):
+    site.start(**clock.settings())
     client = site.session()
+    clock.go(site.daemon, 179)
+    turns(site)
+    assert not client.stream.more()
+    clock.go(site.daemon, 1)
     client.expect("421 4.4.2")
     client.eof()
-    site.hop.session.wait_end()
+    site.hop.sessions[0].wait_end()
 
 
-def test_a_command_that_never_ends_gets_421_after_time_out(site):
+def test_a_command_that_never_ends_gets_421_after_time_out(site, clock):
     """PROMISE 6: TimeOut is for the whole line, not for each of its bytes."""
-    site.start(TimeOut="1")
+    site.start(**clock.settings())
     client = site.session()
-
-    def drip():
-        try:
-            client.send(b"N")
-        except OSError:
-            return True
-        return client.stream.more()
-    until(drip, "the daemon loses patience")
+    for _ in range(2):
+        client.send(b"N")
+        turns(site)
+        clock.go(site.daemon, 90)
     client.expect("421 4.4.2")
 
 
-def test_client_silent_in_the_body_gets_421(site):
-    site.start(TimeOut="1")
+def test_client_silent_in_the_body_gets_421(site, clock):
+    site.start(**clock.settings())
     client = site.session()
-    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n")
-    for want in ("250", "250", "354", "421 4.4.2"):
-        client.expect(want)
+    client.begin(b"Subject: x\r\n")
+    turns(site)
+    clock.go(site.daemon, 180)
+    client.expect("421 4.4.2")
     client.eof()
-    site.hop.session.wait_end()
+    site.hop.sessions[0].wait_end()
     assert site.hop.messages == []
 
 
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
-def test_client_slower_than_100_bytes_a_second_gets_421(site, how):
+def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
     """PROMISE 6: one byte at a time keeps no session open."""
-    site.start(TimeOut="2")
+    site.start(**clock.settings())
     client = site.session()
     client.envelope()
     if how == "DATA":
         client.cmd("DATA", "354")
     else:
         client.line("BDAT 100000 LAST")
-
-    def drip():
-        try:
-            client.send(b"x")
-        except OSError:
-            return True
-        return client.stream.more()
-    until(drip, "the daemon loses patience")
+    for _ in range(2):
+        client.send(b"x")
+        turns(site)
+        clock.go(site.daemon, 90)
     client.expect("421 4.4.2")
     assert site.hop.messages == []
 
 
-def test_client_that_is_slow_but_not_too_slow_is_waited_for(site):
-    """Some hundred bytes a second, for longer than TimeOut."""
-    site.start(TimeOut="1")
+def test_client_that_is_slow_but_not_too_slow_is_waited_for(site, clock):
+    """A bit more than a hundred bytes a second, for longer than TimeOut."""
+    site.start(TimeOut="10", **clock.settings())
     client = site.session()
-    start_body(client)
-    end = time.monotonic() + 1.7
-    sent = []
-
-    def slowly():
-        client.send(b"%078d\r\n" % len(sent))
-        sent.append(b"%078d\r\n" % len(sent))
-        return time.monotonic() > end
-    until(slowly, "more than TimeOut has gone")
+    client.begin()
+    for _ in range(5):
+        client.send(b"%0508d\r\n" % 0)
+        turns(site)
+        clock.go(site.daemon, 5)
+        turns(site)
     client.send(b".\r\n")
     client.expect("250 2.0.0 queued")
-    assert site.hop.messages[0].body.endswith(b"some\r\n" + b"".join(sent))
+    assert site.hop.messages[0].body.endswith(5 * (b"%0508d\r\n" % 0))
     client.quit()
 
 
@@ -648,22 +642,21 @@ def test_a_slow_next_hop_gets_it_all(site, narrow):
     client.quit()
 
 
-def test_a_replay_that_moves_is_not_late(site, narrow):
-    """It takes three seconds, TimeOut is two: each piece has its own."""
-    def slowly(s):
-        until(lambda: pull(s) or time.monotonic() > end, "time goes by")
-        return read(s)
+def test_a_replay_that_moves_is_not_late(site, narrow, clock):
+    """TimeOut is for each piece: here it would be over after two of them."""
+    # more than goes out in one turn, into a buffer
+    piece = 300_000 if os.environ.get("TEST_BYTES") else 2_000_000
 
-    def pull(s):
-        s.stream.fill()
+    def slowly(s):
+        for count in 1, 2, 3:
+            while len(s.stream.ahead) < count * piece:
+                s.stream.fill()
+            clock.go(site.daemon, 100)
+        return read(s)
     read, narrow.data = narrow.data, slowly
-    site.start(TimeOut="2")
+    site.start(**clock.settings())
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    end = time.monotonic() + 3
-    times = 1 if os.environ.get("TEST_BYTES") else 20
-    client.send(LONG * times + b".\r\n")
+    client.begin(LONG * (4 * piece // len(LONG)) + b".\r\n")
     client.expect("250 2.0.0 queued")
     assert len(site.hop.messages) == 1
     client.quit()

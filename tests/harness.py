@@ -25,6 +25,9 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CLAMSMTPD = os.path.abspath(
     os.environ.get("CLAMSMTPD", os.path.join(TOP, "clamsmtpd")))
 
+READ_AGAIN = "clamsmtpd.conf: read again"
+GOOD = b"Subject: x\r\n\r\nnothing\r\n"
+BAD = b"Subject: x\r\n\r\nEICAR\r\n"
 EICAR = b"EICAR"            # what the scripted clamd calls a virus
 VIRUS = "Eicar-Test-Signature"
 HEADER = b"X-Virus-Scanned: ClamAV using ClamSMTP\r\n"
@@ -79,6 +82,34 @@ def wait_file(path):
     until(lambda: os.path.exists(path), "somebody makes " + path)
     with open(path, "rb") as file:
         return file.read()
+
+
+NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
+        "SERVER", "TMPDIR", "VIRUS"]
+
+
+def environment(site, **settings):
+    """A daemon whose action keeps its environment: a function that gives it."""
+    out = site.path("env")
+    site.start(VirusAction=finish_file("cat /proc/self/environ", out), **settings)
+
+    def result():
+        return dict(item.split("=", 1) for item in
+                    wait_file(out).decode("utf-8", "surrogateescape").split("\0")
+                    if item)
+    return result
+
+
+def effective(result):
+    """What -n has printed: {lower-case name: [values]}."""
+    assert result.returncode == 0, result.stderr
+    settings = {}
+    for line in result.stdout.splitlines():
+        if line.startswith("#"):            # not set
+            continue
+        name, value = re.match(r"(\w+):?\s*(.*)$", line).groups()
+        settings.setdefault(name.lower(), []).append(value)
+    return settings
 
 
 def turns(site):
@@ -513,6 +544,9 @@ class HopSession:
         return bytes(self.stream.all)
 
 
+XCLIENT = "XCLIENT NAME ADDR PROTO HELO PORT LOGIN DESTADDR"
+
+
 class NextHop(Server):
     """A strict SMTP server that does what it is told.
 
@@ -577,6 +611,10 @@ class NextHop(Server):
         """The newest session."""
         until(lambda: self.sessions, "a connection to the next hop")
         return self.sessions[-1]
+
+    def told(self, verb):
+        """The commands with this verb, as they came."""
+        return [c for c in self.commands if c.split(" ")[0].upper() == verb]
 
     def wait_messages(self, count):
         until(lambda: len(self.messages) >= count,
@@ -1063,6 +1101,10 @@ class Client:
         self.cmd("DATA", "354")
         self.send(wire)
 
+    def submit(self, body):
+        """A whole message (stuffed here); its reply is outstanding."""
+        self.begin(stuff(as_bytes(body)) + b".\r\n")
+
     def data(self, body, *want):
         """DATA, the body (stuffed here), the dot; the final reply."""
         self.cmd("DATA", "354")
@@ -1455,6 +1497,13 @@ class Site:
             daemon.wait_listening()
         return daemon
 
+    def reload(self, **settings):
+        """Write new settings, SIGHUP, wait for the log to say so."""
+        before = len(self.daemon.log(READ_AGAIN))
+        self.daemon.write(self.settings(**settings))
+        self.daemon.send_signal(signal.SIGHUP)
+        self.daemon.wait_log(READ_AGAIN, before + 1)
+
     def client(self, source=None, address=None):
         """A connected client; starts the daemon if need be."""
         if address is None:
@@ -1513,3 +1562,25 @@ class Site:
             if server.errors:
                 yield ("complaints", "\n".join(server.errors))
         yield ("files", self.dir)
+
+
+class Background:
+    """A clamsmtpd that has made itself a daemon, listening on a unix socket."""
+
+    def __init__(self, site, log=None, **settings):
+        self.site = site
+        self.socket = site.path("in.sock")
+        self.pidfile = site.path("pid")
+        settings.setdefault("Listen", self.socket)
+        settings.setdefault("PidFile", self.pidfile)
+        self.daemon = site.start(level=None, wait=False, **settings)
+        self.daemon.stopped = True          # finish() is not for this one
+        self.status = self.daemon.wait_exit()
+
+    def pid(self):
+        with open(self.pidfile) as file:
+            return int(file.read())
+
+    def end(self, number=signal.SIGTERM):
+        os.kill(self.pid(), number)
+        until(lambda: not processes(self.daemon.mark), "the daemon ends")

@@ -9,11 +9,10 @@ import signal
 
 import pytest
 
-from harness import (CLOSE, HEADER, Hold, VIRUS, finish_file, never, processes, same,
-                     turns, until, wait_file)
+from harness import (CLOSE, GOOD, HEADER, Hold, NINE, VIRUS, environment, finish_file,
+                     never, processes, same, turns, until, wait_file)
 
 BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
-GOOD = b"Subject: x\r\n\r\nnothing\r\n"
 
 
 # ---------------------------------------------------------------- Action
@@ -175,9 +174,7 @@ def test_a_quarantine_that_fails_is_451(site, action):
     site.clamd.verdict = [hold]
     site.start(Action=action, Quarantine="on")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(b"A: b\r\n\r\nx\r\n.\r\n")
+    client.begin(b"A: b\r\n\r\nx\r\n.\r\n")
     hold.reached()
     os.rename(site.spool, site.spool + ".away")
     hold.go()
@@ -218,9 +215,7 @@ def test_a_copy_that_nobody_waits_for_is_logged(site, start_halting):
     """The client goes while the copy is made: no file without its line."""
     start_halting()
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(BAD + b".\r\n")
+    client.begin(BAD + b".\r\n")
     with copy_halted(site):
         client.reset()
         turns(site)                     # the daemon has seen it
@@ -236,9 +231,7 @@ def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
     """The client heard no 2xx: it comes again, and so will the copy."""
     start_halting()
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(BAD + b".\r\n")
+    client.begin(BAD + b".\r\n")
     with copy_halted(site):
         site.daemon.send_signal(signal.SIGTERM)
         site.daemon.wait_log("stopping when")
@@ -259,9 +252,7 @@ def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
     site.clamd.verdict = [verdict]
     site.start(Action=action, Quarantine="on", KeepAlives="1")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(GOOD + b".\r\n")
+    client.begin(GOOD + b".\r\n")
     noop.reached()
     verdict.go()
     site.daemon.wait_log("status=VIRUS")
@@ -279,9 +270,7 @@ def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(
     site.clamd.verdict = [verdict]
     start_halting(KeepAlives="1")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(GOOD + b".\r\n")
+    client.begin(GOOD + b".\r\n")
     noop.reached()
     verdict.reached()
     verdict.go()
@@ -318,22 +307,6 @@ def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
 
 
 # ---------------------------------------------------------------- VirusAction
-
-NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
-        "SERVER", "TMPDIR", "VIRUS"]
-
-
-def environment(site, **settings):
-    """A daemon whose action keeps its environment: a function that gives it."""
-    out = site.path("env")
-    site.start(VirusAction=finish_file("cat /proc/self/environ", out), **settings)
-
-    def result():
-        return dict(item.split("=", 1) for item in
-                    wait_file(out).decode("utf-8", "surrogateescape").split("\0")
-                    if item)
-    return result
-
 
 @pytest.mark.core
 def test_action_variables(site):

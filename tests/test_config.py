@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from harness import has_ipv6, own_host, until
+from harness import effective, has_ipv6, own_host, until
 
 MINIMAL = "OutAddress: 10026\n"
 
@@ -19,18 +19,6 @@ def check(tmp_path, run):
             file.write(text if isinstance(text, bytes) else text.encode())
         return run("-n", "-f", check.file, *flags)
     return check
-
-
-def effective(result):
-    """What -n has printed: {lower-case name: [values]}."""
-    assert result.returncode == 0, result.stderr
-    settings = {}
-    for line in result.stdout.splitlines():
-        if line.startswith("#"):            # not set
-            continue
-        name, value = re.match(r"(\w+):?\s*(.*)$", line).groups()
-        settings.setdefault(name.lower(), []).append(value)
-    return settings
 
 
 DEFAULTS = [

@@ -15,7 +15,6 @@ import pytest
 
 import harness
 from harness import CLAMSMTPD, EICAR, TOP, WAIT, Client, until
-from test_run import syslog     # a fixture
 
 SYSTEMD = os.path.join(TOP, "packaging", "systemd")
 UNIT = os.path.join(SYSTEMD, "clamsmtpd.service")

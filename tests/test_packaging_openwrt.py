@@ -10,12 +10,11 @@ import subprocess
 
 import pytest
 
-from harness import CLAMSMTPD, TOP, VIRUS, WAIT, Daemon, until
+from harness import BAD, CLAMSMTPD, Daemon, TOP, VIRUS, WAIT, until
 
 OPENWRT = os.path.join(TOP, "packaging", "openwrt")
 INIT = os.path.join(OPENWRT, "files", "clamsmtpd.init")
 CONFIG = os.path.join(OPENWRT, "files", "clamsmtpd.config")
-BAD = b"A: b\r\n\r\nEICAR\r\n"
 
 pytestmark = pytest.mark.skipif(not shutil.which("busybox"),
                                 reason="no busybox here")

@@ -13,11 +13,8 @@ import threading
 import pytest
 
 import real
-from harness import (Client, Failed, Hold, NextHop, RESET, TOP, connect,
-                     has_ipv6, never, own_host, until)
-from test_action import BAD, environment
-from test_run import reload
-from test_xclient import OFFER, xclients
+from harness import (BAD, Client, Failed, Hold, NextHop, RESET, TOP, XCLIENT, connect,
+                     environment, has_ipv6, never, own_host, until)
 
 V4, V6, PORT = "192.0.2.7", "2001:db8::7", 4711
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -105,13 +102,13 @@ def test_a_header_in_single_bytes_and_one_with_commands_behind_it(site, header):
 
 @pytest.mark.parametrize("name, said", [(V4, V4), (V6, "IPV6:" + V6)])
 def test_it_is_named_everywhere(site, name, said):
-    site.hop.ehlo = [OFFER]
+    site.hop.ehlo = [XCLIENT]
     env = environment(site, ProxyFrom="127.0.0.1", XClient="on",
                       Header="X-From: %i to %l")
     client = proxied(site, v2(name))
     client.mail()
     client.mail(body=BAD, want="250 2.0.0 Virus")
-    assert xclients(site) == [
+    assert site.hop.told("XCLIENT") == [
         "XCLIENT NAME=[UNAVAILABLE] ADDR=%s PORT=%d" % (said, PORT)]
     assert b"\r\nX-From: %s to 127.0.0.1\r\n" % name.encode() in \
         site.hop.messages[0].body
@@ -134,12 +131,12 @@ NOBODY = {
 @pytest.mark.parametrize("header", NOBODY.values(), ids=list(NOBODY))
 def test_a_header_that_names_nobody(site, header):
     """As of a proxy's own health check: the client is who connected."""
-    site.hop.ehlo = [OFFER]
+    site.hop.ehlo = [XCLIENT]
     site.start(ProxyFrom="127.0.0.9", XClient="on")
     client = proxied(site, header, source="127.0.0.9")
     client.mail()
     assert accepted(site) == ["127.0.0.9"]
-    assert xclients(site) == ["XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9 PORT=%d"
+    assert site.hop.told("XCLIENT") == ["XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9 PORT=%d"
                               % client.sock.getsockname()[1]]
     client.quit()
 
@@ -264,7 +261,7 @@ def test_sighup_changes_whom_it_believes(site):
     listen = site.path("in.sock")
     site.start(Listen=listen, ProxyFrom="unix")
     early = site.client()
-    reload(site, Listen=listen)
+    site.reload(Listen=listen)
     site.session().mail()
     early.send(v1())                    # it began under the old settings
     early.hello()
@@ -425,7 +422,7 @@ backend out
 def test_haproxy_names_the_client(site, haproxy, options, source):
     if ":" in source and not has_ipv6():
         pytest.skip("no IPv6 here")
-    site.hop.ehlo = [OFFER]
+    site.hop.ehlo = [XCLIENT]
     site.start(ProxyFrom="127.0.0.1", XClient="on")
     host = "[::1]" if ":" in source else "127.0.0.1"
     address = "%s:%d" % (host, site.port(host.strip("[]")))
@@ -434,7 +431,7 @@ def test_haproxy_names_the_client(site, haproxy, options, source):
     client.mail()
     port = client.sock.getsockname()[1]
     assert source in accepted(site)     # the fixture looked at the port, too
-    assert xclients(site)[-1] == "XCLIENT NAME=[UNAVAILABLE] ADDR=%s%s PORT=%d" % (
+    assert site.hop.told("XCLIENT")[-1] == "XCLIENT NAME=[UNAVAILABLE] ADDR=%s%s PORT=%d" % (
         "IPV6:" if ":" in source else "", source, port)
     client.quit()
 
@@ -483,7 +480,7 @@ class Recipe:
 
     def __init__(self, site, haproxy):
         self.site = site
-        site.hop.ehlo = [OFFER]
+        site.hop.ehlo = [XCLIENT]
         self.clamds = [site.new_clamd(tcp=True) for _ in range(2)]
         self.address = "127.0.0.1:%d" % site.port()
         self.places = {
@@ -598,7 +595,7 @@ def test_recipe_one_of_three_ends_under_load_and_no_mail_is_lost(site, recipe, n
 def test_recipe_names_the_client_to_the_next_hop(site, recipe):
     client = site.session(address=recipe.address, source="127.0.0.42")
     client.mail()
-    sent, = xclients(site)
+    sent, = site.hop.told("XCLIENT")
     assert " ADDR=127.0.0.42 " in sent
 
 
@@ -611,9 +608,7 @@ def test_recipe_clamds_have_slots_and_stand_in_for_each_other(site, recipe):
     one.verdict = hold = Hold(RESET)
     clients = [site.session(address=recipe.address) for _ in range(slots + 1)]
     for client in clients:
-        client.envelope()
-        client.cmd("DATA", "354")
-        client.send(b"Subject: x\r\n\r\nhello\r\n.\r\n")
+        client.begin(b"Subject: x\r\n\r\nhello\r\n.\r\n")
     other.wait_scans(1)
     one.wait_scans(slots)
     never(lambda: len(one.scans) > slots, "more scans than slots")

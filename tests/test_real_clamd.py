@@ -361,9 +361,7 @@ def test_soak(site, clamd):
                 client.mail(body=big)
                 sent[number] += 1
             elif kind == 2:     # gone in the middle of a body
-                client.envelope()
-                client.cmd("DATA", "354")
-                client.send(big[:100000])
+                client.begin(big[:100000])
                 client.reset()
                 return
             elif kind == 3:     # gone without a word

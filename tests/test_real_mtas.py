@@ -20,7 +20,6 @@ import pytest
 import real
 import vectors
 from harness import Failed, connect, until
-from test_real_postfix import Postfix, clamd  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -85,7 +84,7 @@ def compare(want, wrong, queued):
 
 # ---------------------------------------------------------------- Postfix
 
-class Holding(Postfix):
+class Holding(real.Postfix):
     """A Postfix that keeps what it takes in its hold queue."""
 
     def __init__(self, bare_newline):
@@ -314,8 +313,8 @@ def recipe(site, clamd, name, server, start, table, mailbox):
         until(lambda: server.run("grep X-Virus-Scanned: " + mailbox), "alice has it")
 
 
-def test_exim_recipe(open_site, clamd):
-    recipe(open_site, clamd, "exim", Exim, """
+def test_exim_recipe(open_site, real_clamd):
+    recipe(open_site, real_clamd, "exim", Exim, """
            cp -r conf.d /etc/exim4
            cat update-exim4.conf.conf >>/etc/exim4/update-exim4.conf.conf
            update-exim4.conf
@@ -323,8 +322,8 @@ def test_exim_recipe(open_site, clamd):
                  "smarthost.example::587": "127.0.0.2::{hop}"}, "/var/mail/alice")
 
 
-def test_opensmtpd_recipe(open_site, clamd):
-    recipe(open_site, clamd, "opensmtpd", OpenSMTPD, """
+def test_opensmtpd_recipe(open_site, real_clamd):
+    recipe(open_site, real_clamd, "opensmtpd", OpenSMTPD, """
            mkdir -p /etc/mail
            echo alice@localhost >/etc/mail/recipients
            """, {"on 0.0.0.0": "on 127.0.0.1 port {smtp}", "listen on ::": "",

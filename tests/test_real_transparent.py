@@ -15,7 +15,6 @@ import pytest
 
 import harness
 import real
-from test_real_postfix import clamd  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(
     "TEST_QEMU" in os.environ,
@@ -182,18 +181,18 @@ def passes(site, net, family, clamd):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_redirect(open_site, net, family, clamd):
+def test_redirect(open_site, net, family, real_clamd):
     """SO_ORIGINAL_DST tells where the client wanted to go."""
     redirect(net)
-    passes(open_site, net, family, clamd)
+    passes(open_site, net, family, real_clamd)
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_tproxy(open_site, net, family, clamd):
+def test_tproxy(open_site, net, family, real_clamd):
     """The local address of the connection is where the client wanted to go;
     the listener takes such connections without being root, too."""
     tproxy(net)
-    passes(open_site, net, family, clamd)
+    passes(open_site, net, family, real_clamd)
 
 
 @pytest.mark.parametrize("rules", [redirect, tproxy])

@@ -13,8 +13,8 @@ from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream,
                      same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
+SOME = b"Subject: x\r\n\r\nsome\r\n"
 LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 10000      # 1 MB
-
 
 
 @pytest.fixture
@@ -23,12 +23,6 @@ def narrow(site):
     a unix socket's buffer does not grow."""
     site.hop = site.new_hop(path=site.path("hop.sock"))
     return site.hop
-
-
-def start_body(client, body=b"Subject: x\r\n\r\nsome\r\n"):
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(body)
 
 
 # ---------------------------------------------------------------- the log
@@ -311,6 +305,7 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
     clock.go(site.daemon, 1)
     client.expect("451 4.4.2" if verb == "DATA" else "421 4.4")
     client.eof()
+    clock.go(site.daemon, 300)          # for whom the greeting is late, too
 
 
 def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
@@ -321,7 +316,7 @@ def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
     site.hop.on(".", final)
     site.start(TimeOut="1", ScanTimeOut="600", **clock.settings())
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     scan.reached()
     clock.go(site.daemon, 300)
     scan.go()
@@ -341,7 +336,7 @@ def test_the_reply_to_a_message_may_come_late(site, clock):
     site.hop.on(".", hold)
     site.start(TimeOut="1", **clock.settings())
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     clock.go(site.daemon, 590)
     hold.go()
@@ -355,7 +350,7 @@ def test_the_clock_on_the_wall_changes_nothing(site, clock, by):
     site.clamd.verdict = [hold]
     site.start(TimeOut="60", Header="X-Date: %d", **clock.settings())
     idle, client = site.session(), site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     clock.go(site.daemon, 0, real=by)
     turns(site)
@@ -411,7 +406,7 @@ def test_clients_of_single_bytes_hold_up_nobody(site):
     over = threading.Event()
     slow = [site.session() for _ in range(50)]
     for client in slow[:25]:
-        start_body(client)
+        client.begin(SOME)
 
     def drip():
         while not over.wait(0.01):
@@ -439,7 +434,7 @@ def test_clients_of_single_bytes_hold_up_nobody(site):
 def test_keepalives_while_the_client_is_slow(site):
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
     client.send(b"end\r\n.\r\n")
     client.expect("250 2.0.0 queued")
@@ -453,7 +448,7 @@ def test_keepalives_while_clamd_is_slow(site):
     site.clamd.verdict = [hold]
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
     hold.go()
     client.expect("250 2.0.0 queued")
@@ -466,7 +461,7 @@ def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
     site.hop.on("NOOP", [noop])
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     noop.reached()
     verdict.go()
     turns(site)
@@ -479,7 +474,7 @@ def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
 def test_no_keepalives_by_default(site, clock):
     site.start(**clock.settings())
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     turns(site)
     clock.go(site.daemon, 179)
     turns(site)
@@ -493,7 +488,7 @@ def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
     site.hop.on("NOOP", reply)
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     until(lambda: "NOOP" in site.hop.commands, "a NOOP")
     if reply != "500 what":
         site.hop.session.wait_end() if reply is CLOSE else None
@@ -512,7 +507,7 @@ def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
 def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
     """PROMISE 1, and the body is never taken for commands."""
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     sock = site.hop.session.sock
     if what == "close":
         sock.shutdown(2)
@@ -557,9 +552,7 @@ def test_a_reply_in_the_middle_of_the_replay(site, narrow, reply, want):
     """4xx and 5xx are the verdict; nothing else is, and no dot is sent."""
     site.hop.on("body", [Early(reply, after=1000)])
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     got = client.reply()
     if want:
         assert got.text == want
@@ -577,9 +570,7 @@ def test_a_reply_in_the_middle_of_the_replay(site, narrow, reply, want):
 def test_next_hop_gone_in_the_replay_is_451(site, narrow, ending, after):
     site.hop.on("body", [Early(ending, after=after)])
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     got = client.reply()
     assert got.code in ("451", "421")
     assert site.hop.messages == []
@@ -630,9 +621,7 @@ def stall(hop):
 def test_a_slow_next_hop_gets_it_all(site, narrow):
     gate = stall(narrow)
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     gate.reached()
     turns(site)
     gate.go()
@@ -680,9 +669,7 @@ def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
             s.stream.fill()
     narrow.data = half
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG * 20 + b".\r\n")
+    client.begin(LONG * 20 + b".\r\n")
     assert said.wait(WAIT)
     turns(site)
     site.daemon.rests()
@@ -698,9 +685,7 @@ def test_a_spool_cut_short_is_451_at_once(site):
     site.hop.on("DATA", [hold])
     site.start(DebugFiles="on")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     hold.reached()
     name, = os.listdir(site.spool)
     site.daemon.allowed.add(name)
@@ -726,7 +711,7 @@ ENDINGS = ["reset", "close", "half_close"]
 def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
     """PROMISE 1: no final dot for who went away before it."""
     client = site.session()
-    start_body(client, sent)
+    client.begin(sent)
     getattr(client, ending)()
     site.hop.session.wait_end()
     assert site.hop.messages == [] and site.clamd.scans == []
@@ -740,7 +725,7 @@ def test_client_gone_during_the_scan_delivers_nothing(site, ending):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     getattr(client, ending)()
     turns(site)
@@ -755,7 +740,7 @@ def test_eof_behind_the_dot_with_half_a_command_is_gone(site):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    start_body(client, BODY + b".\r\nQUI")
+    client.begin(BODY + b".\r\nQUI")
     hold.reached()
     client.half_close()
     turns(site)
@@ -769,7 +754,7 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    start_body(client, BODY + b".\r\nQUIT\r\n")
+    client.begin(BODY + b".\r\nQUIT\r\n")
     client.half_close()
     hold.reached()
     turns(site)
@@ -790,7 +775,7 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
 def test_a_half_closed_client_hears_all_replies(site, tail, want):
     """A lost 250 makes a duplicate."""
     client = site.session()
-    start_body(client, BODY + b".\r\n" + tail.encode())
+    client.begin(BODY + b".\r\n" + tail.encode())
     client.half_close()
     for line in ["250 2.0.0 queued"] + want:
         client.expect(line)
@@ -804,9 +789,7 @@ def test_client_gone_in_the_replay_delivers_nothing(site, narrow, ending):
     """The next hop has stopped reading: the dot has not left."""
     gate = stall(narrow)
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     gate.reached()
     turns(site)
     getattr(client, ending)()
@@ -823,7 +806,7 @@ def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
     hold = Hold()
     site.hop.on(".", [hold])
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     getattr(client, ending)()
     turns(site)
@@ -839,7 +822,7 @@ def test_client_gone_while_the_next_hop_is_asked_to_take_it(site, ending):
     hold = Hold()
     site.hop.on("DATA", [hold])
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     getattr(client, ending)()
     turns(site)

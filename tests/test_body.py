@@ -221,17 +221,6 @@ def test_newline_rules(site, plain, wire, want):
 
 # ---------------------------------------------------------------- the end
 
-@pytest.mark.parametrize("dots", [b".\0.", b"\0..\0"], ids=repr)
-def test_dots_among_nuls_between_line_ends_of_any_kind(site, plain, dots):
-    """PROMISE 3.  What stands around a dot otherwise: test_smuggling.py."""
-    for before, after in vectors.PAIRS:
-        wire = vectors.Vector(before, after, vectors.SECOND, dots).body + b"\r\n"
-        message = relay(site, plain, wire)
-        same(message.body, model(wire), "for %s %s: bytes" % (before, after))
-        assert not vectors.smuggled(message.wire + b".\r\n")
-    plain.quit()
-
-
 def test_a_real_end_of_data_ends_it(site, plain):
     """The second envelope is then a second message, and answered as one."""
     plain.begin(b"Subject: first\r\n\r\nfirst\r\n.\r\n" + vectors.SECOND +

@@ -1,5 +1,6 @@
 """The configuration file, the command line, addresses."""
 
+import functools
 import os
 import re
 
@@ -482,41 +483,31 @@ def test_several_listeners(site):
     assert len(site.hop.messages) == 3
 
 
-@pytest.mark.parametrize("kind", ["unix", "ipv4", "ipv6", "name"])
-def test_outaddress_forms(site, kind):
+@pytest.fixture(params=["unix", "ipv4", "ipv6", "name"])
+def place(request, site):
+    """place(new): a new server of this kind, and what it is called in a setting."""
+    kind = request.param
     if kind == "ipv6" and not has_ipv6():
         pytest.skip("no IPv6 loopback here")
-    if kind == "unix":
-        site.hop = site.new_hop(path=site.path("hop.sock"))
-    elif kind == "ipv6":
-        site.hop = site.new_hop(host="::1")
-    out = site.hop.address
-    if kind == "name":
-        out = "localhost:%d" % site.hop.port
-    site.start(OutAddress=out)
-    client = site.session()
-    client.mail()
-    client.quit()
+
+    def place(new):
+        server = new(**{"unix": {"path": site.path("peer.sock")},
+                        "ipv6": {"host": "::1"}}.get(kind, {}))
+        return server, "localhost:%d" % server.port if kind == "name" else server.address
+    return place
+
+
+def test_outaddress_forms(site, place):
+    site.hop, address = place(site.new_hop)
+    site.start(OutAddress=address)
+    site.session().mail()
     assert len(site.hop.messages) == 1
 
 
-@pytest.mark.parametrize("kind", ["unix", "ipv4", "ipv6", "name"])
-def test_clamaddress_forms(site, kind):
-    if kind == "ipv6" and not has_ipv6():
-        pytest.skip("no IPv6 loopback here")
-    site.clamd = {
-        "unix": lambda: site.new_clamd(),
-        "ipv4": lambda: site.new_clamd(tcp=True),
-        "ipv6": lambda: site.new_clamd(tcp=True, host="::1"),
-        "name": lambda: site.new_clamd(tcp=True),
-    }[kind]()
-    address = site.clamd.address
-    if kind == "name":
-        address = "localhost:%d" % site.clamd.port
+def test_clamaddress_forms(site, place):
+    site.clamd, address = place(functools.partial(site.new_clamd, tcp=True))
     site.start(ClamAddress=address)
-    client = site.session()
-    client.mail()
-    client.quit()
+    site.session().mail()
     assert len(site.clamd.scans) == 1
 
 
@@ -568,11 +559,3 @@ def test_a_name_that_cannot_be_looked_up_does_not_stop_the_start(site):
     client = site.client()
     client.expect("421 4.4.1")
     client.eof()
-
-
-def test_bind_failure_is_told_and_fatal(site):
-    site.start()
-    other = site.start(Listen=site.daemon.address, wait=False)
-    assert other.wait_exit() not in (0, None)
-    assert other.log(re.escape(site.daemons[0].address))
-    other.stopped = True

@@ -217,12 +217,19 @@ def test_health_of_no_daemon_is_a_refused_connection(site, run, tmp_path):
     assert "Connection refused" in got.stderr
 
 
-def test_sigterm_lets_the_message_under_way_finish(container):
+@pytest.fixture
+def busy(container):
+    """A container with a message at clamd: it, its client, the scan."""
     one = container()
     scan = container.site.clamd.verdict = Hold()
     client = container.site.session(address=one.address())
     client.begin(b"\r\nlast words\r\n.\r\n")
     scan.reached()
+    return one, client, scan
+
+
+def test_sigterm_lets_the_message_under_way_finish(container, busy):
+    one, client, scan = busy
     one.terminate()
     until(lambda: one.log("stopping when"), "SIGTERM is heard")
     scan.go()
@@ -233,12 +240,8 @@ def test_sigterm_lets_the_message_under_way_finish(container):
 
 
 @pytest.mark.long
-def test_sigterm_ends_it_even_if_clamd_hangs(container):
-    one = container()
-    scan = container.site.clamd.verdict = Hold()
-    client = container.site.session(address=one.address())
-    client.begin(b"\r\nlast words\r\n.\r\n")
-    scan.reached()
+def test_sigterm_ends_it_even_if_clamd_hangs(busy):
+    one, client, _ = busy
     one.terminate()
     assert one.process.wait(max(WAIT, 20)) == 0
     client.expect("421")

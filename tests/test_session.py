@@ -8,9 +8,8 @@ import time
 
 import pytest
 
-from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream,
-                     Then, VIRUS, WAIT, full_listener, has_ipv6, never,
-                     same, turns, until)
+from harness import (CLOSE, Client, Early, HEADER, Hold, RESET, Stream, Then, VIRUS,
+                     WAIT, full_listener, has_ipv6, never, same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -702,6 +701,15 @@ def test_a_spool_cut_short_is_451_at_once(site):
 ENDINGS = ["reset", "close", "half_close"]
 
 
+def leaves(site, client, ending, hold):
+    """The client goes; then whoever is halted goes on, and it all ends."""
+    hold.reached()
+    getattr(client, ending)()
+    turns(site)
+    hold.go()
+    site.hop.sessions[0].wait_end()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("sent", [b"", b"Subject: x\r\n\r\nhalf a bo",
@@ -726,11 +734,7 @@ def test_client_gone_during_the_scan_delivers_nothing(site, ending):
     site.clamd.verdict = hold
     client = site.session()
     client.begin(BODY + b".\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    turns(site)
-    hold.go()
-    site.hop.sessions[0].wait_end()
+    leaves(site, client, ending, hold)
     assert site.hop.messages == []
     assert "DATA" not in site.hop.sessions[0].verbs()
 
@@ -741,11 +745,7 @@ def test_eof_behind_the_dot_with_half_a_command_is_gone(site):
     site.clamd.verdict = hold
     client = site.session()
     client.begin(BODY + b".\r\nQUI")
-    hold.reached()
-    client.half_close()
-    turns(site)
-    hold.go()
-    site.hop.sessions[0].wait_end()
+    leaves(site, client, "half_close", hold)
     assert site.hop.messages == []
 
 
@@ -792,10 +792,7 @@ def test_client_gone_in_the_replay_delivers_nothing(site, narrow, ending):
     client.begin(LONG + b".\r\n")
     gate.reached()
     turns(site)
-    getattr(client, ending)()
-    turns(site)
-    gate.go()
-    site.hop.sessions[0].wait_end()
+    leaves(site, client, ending, gate)
     assert site.hop.messages == []
 
 
@@ -807,12 +804,8 @@ def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
     site.hop.on(".", [hold])
     client = site.session()
     client.begin(BODY + b".\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    turns(site)
-    hold.go()
+    leaves(site, client, ending, hold)
     site.daemon.wait_log(r"from=a@example.com, to=b@example.com, status=CLEAN$")
-    site.hop.sessions[0].wait_end()
     assert len(site.hop.messages) == 1
 
 
@@ -823,11 +816,7 @@ def test_client_gone_while_the_next_hop_is_asked_to_take_it(site, ending):
     site.hop.on("DATA", [hold])
     client = site.session()
     client.begin(BODY + b".\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    turns(site)
-    hold.go()
-    site.hop.sessions[0].wait_end()
+    leaves(site, client, ending, hold)
     assert site.hop.messages == [] and not site.hop.sessions[0].partial
 
 
@@ -850,39 +839,57 @@ def test_client_gone_while_a_command_is_out(site, verb, ending):
     site.hop.on(verb, [hold])
     client = site.client()
     client.send("EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    hold.go()
-    site.hop.session.wait_end()
+    leaves(site, client, ending, hold)
     assert site.hop.messages == []
 
 
 # ---------------------------------------------------------------- loopback
 
-def test_outaddress_port_alone_goes_back_to_the_clients_address(site):
-    here = site.new_hop(host="127.0.0.1")
-    there = NextHop(host="127.0.0.77", port=here.port)
-    site.servers.append(there)
-    site.start(Listen="0", OutAddress=str(here.port))
-    client = site.session(source="127.0.0.77")
-    client.mail()
-    client.quit()
-    assert (len(here.messages), len(there.messages)) == (0, 1)
-    client = site.session()
-    client.mail()
-    client.quit()
-    assert (len(here.messages), len(there.messages)) == (1, 1)
+def test_back_to_the_client(site):
+    """A port alone as OutAddress: back to the address the client came from."""
+    first = site.new_hop(host="127.0.0.2")
+    second = site.new_hop(host="127.0.0.3", port=first.port)
+    site.start(OutAddress=str(first.port))
+    for hop, address in (first, "127.0.0.2"), (second, "127.0.0.3"):
+        client = site.session(source=address)
+        client.mail("from@%s.example" % address)
+        client.quit()
+        message, = hop.messages
+        assert message.mail == "MAIL FROM:<from@%s.example>" % address
+        site.daemon.wait_log("accepted connection from: %s$" % address)
 
 
-def test_loopback_over_ipv6(site):
+def test_back_to_the_client_ipv6(site):
     if not has_ipv6():
-        pytest.skip("no IPv6 loopback here")
-    site.hop = site.new_hop(host="::1")
-    site.start(Listen="[::1]:0", OutAddress=str(site.hop.port))
+        pytest.skip("no IPv6 here")
+    hop = site.new_hop(host="::1")
+    site.start(Listen="[::1]:0", OutAddress=str(hop.port))
     client = site.session()
     client.mail()
     client.quit()
-    assert len(site.hop.messages) == 1
+    assert len(hop.messages) == 1
+    site.daemon.wait_log("accepted connection from: ::1$")
+
+
+def test_back_to_a_mapped_client(site):
+    """An IPv4 client of an IPv6 listener is an IPv4 client."""
+    if not has_ipv6():
+        pytest.skip("no IPv6 here")
+    hop = site.new_hop(host="127.0.0.2")
+    site.start(Listen="[::]:0", OutAddress=str(hop.port))
+    port = site.daemon.address.rpartition(":")[2]
+    client = site.session(address="127.0.0.1:" + port, source="127.0.0.2")
+    client.mail()
+    client.quit()
+    assert len(hop.messages) == 1
+    site.daemon.wait_log("accepted connection from: 127.0.0.2$")
+
+
+def test_back_to_nobody(site):
+    site.start(OutAddress=str(site.port()))
+    client = site.client()
+    client.expect("421 4.4.1")
+    client.eof()
 
 
 def test_a_loop_is_refused(site):

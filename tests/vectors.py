@@ -16,7 +16,7 @@ PAIRS = list(itertools.product(ENDS, ENDS))
 HEAD = b"Subject: first\r\n\r\ntext"
 # The dot in a header, and on the very first line.
 OTHER_HEADS = (b"Subject: first", b"")
-OTHER_DOTS = (b"..", b"\0.", b".\0")
+OTHER_DOTS = (b"..", b"\0.", b".\0", b".\0.", b"\0..\0")
 NOTHING = b""
 SECOND = (b"MAIL FROM:<evil@example.com>\r\nRCPT TO:<victim@example.com>\r\n"
           b"DATA\r\nSubject: smuggled\r\n\r\nsmuggled")

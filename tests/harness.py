@@ -119,6 +119,12 @@ def turns(site):
         client.quit()
 
 
+def report_in(text):
+    """What a sanitizer, or an assertion, has to say."""
+    found = REPORT.search(text)
+    return text[text.rfind("\n", 0, found.start()) + 1:][:3000] if found else None
+
+
 def as_bytes(text):
     return text if isinstance(text, bytes) else text.encode("utf-8",
                                                             "surrogateescape")
@@ -1400,11 +1406,9 @@ class Daemon:
 
     def check_report(self):
         """No sanitizer has complained, of a leak at the end neither."""
-        text = self.text()
-        found = REPORT.search(text)
-        if found:
-            start = text.rfind("\n", 0, found.start()) + 1
-            raise Failed("a report in the log: " + text[start:start + 3000])
+        report = report_in(self.text())
+        if report:
+            raise Failed("a report in the log: " + report)
 
     def kill(self):
         """Whatever is still there."""

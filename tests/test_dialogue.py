@@ -395,16 +395,14 @@ COMMANDS = ["MAIL FROM:<a@b>", "RCPT TO:<c@d>", "RSET", "NOOP", "VRFY x",
 @pytest.mark.core
 @pytest.mark.parametrize("command", COMMANDS)
 def test_multi_line_reply_is_relayed_whole(site, command):
+    """But for the names in the one to HELO."""
     verb = command.split(" ")[0]
     code = "221" if verb == "QUIT" else "250"
     reply = "%s-one\n%s-two: three\n%s four" % (code, code, code)
     site.hop.on(verb, reply)
     client = site.session()
     got = client.cmd(command, code)
-    if verb == "HELO":
-        assert len(got.lines) >= 1
-    else:
-        assert got.text == reply
+    assert got.text == ("250 smtp.passthru" if verb == "HELO" else reply)
     if verb != "QUIT":
         client.cmd("NOOP")
         client.cmd("QUIT", "221")

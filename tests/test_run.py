@@ -524,13 +524,11 @@ def test_sigusr1_writes_the_counters(site):
     client.mail()
     client.mail(body=BAD, want="250 2.0.0 Virus")
     client.quit()
-    before = len(site.daemon.log())
+    site.daemon.settle()
     site.daemon.send_signal(signal.SIGUSR1)
-    lines = until(lambda: site.daemon.log()[before:], "the counters")
-    until(lambda: re.search(r"\b3\b", "\n".join(site.daemon.log()[before:])),
-          "three messages are counted in %s" % lines)
-    text = "\n".join(site.daemon.log()[before:])
-    assert re.search(r"\b2\b", text) and re.search(r"\b1\b", text)
+    site.daemon.wait_log(
+        r"^sessions=0 of 1 refused=0 messages=3 bytes=\d+ clean=2 viruses=1 "
+        "clamav-errors=0 unscanned=0 oversize=0 errors=0$")
 
 
 # ---------------------------------------------------------------- the user
@@ -621,7 +619,7 @@ def test_the_pid_file_is_emptied_where_it_cannot_be_removed(open_site):
     with open(path) as file:
         assert int(file.read()) == site.daemon.pid
     site.daemon.stop()
-    assert not os.path.exists(path) or os.stat(path).st_size == 0
+    assert os.stat(path).st_size == 0
 
 
 def test_quarantine_and_action_as_the_user(open_site):
@@ -813,7 +811,8 @@ def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):
 def test_warning_of_an_open_door(site):
     """Beyond loopback with a port-only OutAddress: anybody's relay."""
     site.start(Listen="0.0.0.0:0", OutAddress=str(site.hop.port))
-    assert [l for l in site.daemon.log("(?i)warn|OutAddress|anybody|beyond|loopback")]
+    assert site.daemon.log(r"^0\.0\.0\.0:\d+ can be reached from other hosts, "
+                           "and OutAddress is a port alone")
 
 
 # ---------------------------------------------------------------- names

@@ -19,6 +19,7 @@ import struct
 import subprocess
 import threading
 import time
+from concurrent import futures
 
 WAIT = float(os.environ.get("TEST_WAIT", "30"))  # seconds; never a measure
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -71,6 +72,13 @@ def never(condition, what, turns=20):
     for _ in range(turns):
         assert not condition(), "this must not happen: " + what
         time.sleep(0.01)
+
+
+def at_once(work, count):
+    """work(0), work(1) ... each in a thread of its own; what they return, or the
+    exception that one of them has met."""
+    with futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
 
 
 def finish_file(command, path):

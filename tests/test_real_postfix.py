@@ -7,7 +7,6 @@ What the machine's own Postfix has is left alone.
 
 import os
 import re
-import threading
 
 import pytest
 
@@ -205,11 +204,7 @@ def test_after_queue_many(open_site, postfix):
             client.mail("%d.%d@example.com" % (number, turn), body=body)
         client.quit()
 
-    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    harness.at_once(one, 8)
     for message in postfix.wait_delivered(b"many Postfix", 24):
         check(message, body)
 

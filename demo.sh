@@ -49,14 +49,14 @@ fail()
 	exit 1
 }
 
-# wait_for WHAT COMMAND...: until the command succeeds, ten seconds at most
+# wait_for WHAT COMMAND...: until the command succeeds, a minute at most
 wait_for()
 {
 	what=$1 turn=0
 	shift
 	until "$@" 2>/dev/null; do
 		turn=$((turn + 1))
-		[ "$turn" -lt 100 ] || fail "$what did not start; it said:"
+		[ "$turn" -lt 600 ] || fail "$what did not start; it said:"
 		sleep 0.1
 	done
 }

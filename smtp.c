@@ -2767,7 +2767,7 @@ session_run(struct session *s)
 		while (s->state != S_DEAD && states[s->state].step(s))
 			;
 	} while (s->state != S_DEAD && flush(s) && s->budget > 0);
-	s->wake = s->budget <= 0;	/* its turn is over, not its work */
+	s->wake = 0;
 	if (peer_settle(&s->client) + peer_settle(&s->server) +
 	    peer_settle(&s->clamd) != 0 && s->state != S_DEAD) {
 		slog(s, LOG_ERR, "out of memory: session ends");

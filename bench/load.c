@@ -18,22 +18,8 @@
  * from the final dot to the answer, in microseconds.
  */
 
-#include <sys/epoll.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
+#include "common.h"
 
-#include <errno.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-
-#define EVENTS	256
 #define GREETINGS	4
 #define SILENCE	20000		/* ms; then the program is taken for hung */
 
@@ -63,54 +49,20 @@ struct conn {
 	size_t		 len;
 };
 
-static struct sockaddr_in to = { .sin_family = AF_INET };
 static uint64_t *took;
 static size_t todo, done;
-static int epfd, sessions, working, ungreeted;
+static int port, sessions, working, ungreeted;
 static char mode;			/* the first letter of its name */
-
-static void
-die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint64_t
-now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static void
-watch(struct conn *c, int op, unsigned events)
-{
-	struct epoll_event ev;
-
-	ev.events = events;
-	ev.data.ptr = c;
-	if (epoll_ctl(epfd, op, c->fd, &ev) == -1)
-		die("epoll_ctl");
-}
 
 static void
 start(void)
 {
 	struct conn *c;
-	int one = 1;
 
 	if ((c = calloc(1, sizeof(*c))) == NULL)
 		die("calloc");
-	if ((c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0)) == -1)
-		die("socket");
-	setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
-	if (connect(c->fd, (struct sockaddr *)&to, sizeof(to)) == -1 &&
-	    errno != EINPROGRESS)
-		die("connect");
-	watch(c, EPOLL_CTL_ADD, EPOLLIN);
+	c->fd = begin_connect(port);
+	watch(c->fd, c, EPOLL_CTL_ADD, EPOLLIN);
 	todo--;
 	working++;
 	ungreeted++;
@@ -127,12 +79,12 @@ send_step(struct conn *c)
 	if (n > 0)
 		c->at += n;
 	if (c->at < s->len)
-		watch(c, EPOLL_CTL_MOD, EPOLLOUT);
+		watch(c->fd, c, EPOLL_CTL_MOD, EPOLLOUT);
 	else {
 		if (c->step == BODY)
 			c->dot = now();
 		if (n < (ssize_t)s->len)	/* not in one go */
-			watch(c, EPOLL_CTL_MOD, EPOLLIN);
+			watch(c->fd, c, EPOLL_CTL_MOD, EPOLLIN);
 	}
 }
 
@@ -195,20 +147,12 @@ receive(struct conn *c)
 static void
 load(const char *path)
 {
-	struct stat st;
-	FILE *file;
-	char *p;
+	size_t size;
+	char *p = read_file(path, 3, &size);
 
-	if ((file = fopen(path, "r")) == NULL || fstat(fileno(file), &st) == -1)
-		die(path);
-	if ((p = malloc(st.st_size + 3)) == NULL)
-		die("malloc");
-	if (fread(p, 1, st.st_size, file) != (size_t)st.st_size)
-		die(path);
-	fclose(file);
-	memcpy(p + st.st_size, ".\r\n", 3);
+	memcpy(p + size, ".\r\n", 3);
 	steps[BODY].text = p;
-	steps[BODY].len = st.st_size + 3;
+	steps[BODY].len = size + 3;
 }
 
 static int
@@ -229,8 +173,7 @@ main(int argc, char *argv[])
 	if (argc != 6)
 		return 2;
 	signal(SIGPIPE, SIG_IGN);
-	to.sin_port = htons(atoi(argv[1]));
-	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	port = atoi(argv[1]);
 	load(argv[2]);
 	sessions = atoi(argv[3]);
 	todo = messages = atol(argv[4]);

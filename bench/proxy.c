@@ -5,20 +5,9 @@
  * Standard input is a listening socket; each connection is taken on to PORT.
  */
 
-#include <sys/epoll.h>
-#include <sys/socket.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-
-#include <errno.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
+#include "common.h"
 
 #define BUFSZ	65536
-#define EVENTS	256
 
 /* One end of a connection; its other end lies beside it. */
 struct end {
@@ -31,31 +20,12 @@ struct end {
 
 static struct end *dead[EVENTS];	/* at the end of a turn */
 static size_t ndead;
-static int epfd;
-
-static void
-die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static void
-watch(struct end *e, int op, unsigned events)
-{
-	struct epoll_event ev;
-
-	ev.events = events;
-	ev.data.ptr = e;
-	if (epoll_ctl(epfd, op, e->fd, &ev) == -1)
-		die("epoll_ctl");
-}
 
 /* What can be awaited: room while something waits, else bytes. */
 static void
 interest(struct end *e)
 {
-	watch(e, EPOLL_CTL_MOD, (e->len > 0 ? EPOLLOUT : 0) |
+	watch(e->fd, e, EPOLL_CTL_MOD, (e->len > 0 ? EPOLLOUT : 0) |
 	    (e->eof || e->other->len > 0 ? 0 : EPOLLIN));
 }
 
@@ -135,52 +105,41 @@ writable(struct end *e)
 }
 
 static void
-take(int client, struct sockaddr_in *to)
+take(int client, int port)
 {
 	struct end *e;
-	int one = 1;
+	int i, one = 1;
 
 	if ((e = calloc(2, sizeof(*e))) == NULL)
 		die("calloc");
 	e[0].other = &e[1];
 	e[1].other = &e[0];
 	e[0].fd = client;
-	e[1].fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-	if (e[1].fd == -1)
-		die("socket");
-	setsockopt(e[0].fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
-	setsockopt(e[1].fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
-	if (connect(e[1].fd, (struct sockaddr *)to, sizeof(*to)) == -1 &&
-	    errno != EINPROGRESS)
-		die("connect");
-	watch(&e[0], EPOLL_CTL_ADD, EPOLLIN);
-	watch(&e[1], EPOLL_CTL_ADD, EPOLLIN);
+	e[1].fd = begin_connect(port);
+	setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	for (i = 0; i < 2; i++)
+		watch(e[i].fd, &e[i], EPOLL_CTL_ADD, EPOLLIN);
 }
 
 int
 main(int argc, char *argv[])
 {
 	struct epoll_event ev[EVENTS];
-	struct sockaddr_in to = { .sin_family = AF_INET };
 	struct end *e;
 	int i, n, fd;
 
 	if (argc != 2)
 		return 2;
 	signal(SIGPIPE, SIG_IGN);
-	to.sin_port = htons(atoi(argv[1]));
-	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
 	if ((epfd = epoll_create1(0)) == -1)
 		die("epoll_create1");
-	ev[0].events = EPOLLIN;
-	ev[0].data.ptr = NULL;
-	epoll_ctl(epfd, EPOLL_CTL_ADD, 0, ev);
+	watch(0, NULL, EPOLL_CTL_ADD, EPOLLIN);
 	while ((n = epoll_wait(epfd, ev, EVENTS, -1)) != -1) {
 		for (i = 0; i < n; i++) {
 			if ((e = ev[i].data.ptr) == NULL) {
 				fd = accept4(0, NULL, NULL, SOCK_NONBLOCK);
 				if (fd != -1)
-					take(fd, &to);
+					take(fd, atoi(argv[1]));
 				continue;
 			}
 			if (e->fd != -1 && e->len > 0 && ev[i].events & EPOLLOUT)

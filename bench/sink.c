@@ -10,24 +10,14 @@
  * A message that differs gets no answer: the connection is closed.
  */
 
-#include <sys/epoll.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 
-#include <errno.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <strings.h>
-#include <time.h>
-#include <unistd.h>
+
+#include "common.h"
 
 #define BUFSZ	(256 * 1024)
 #define LINESZ	1024
-#define EVENTS	256
 #define MAILS	8
 
 struct counts {
@@ -56,38 +46,14 @@ struct conn {
 static struct counts *counts;
 
 static void
-die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint64_t
-now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static void
 load(struct mail *m, const char *header, const char *path)
 {
-	struct stat st;
-	FILE *file;
 	size_t n, len = strlen(header);
 	char *p;
 
-	if ((file = fopen(path, "r")) == NULL || fstat(fileno(file), &st) == -1)
-		die(path);
-	m->size = st.st_size + len + 3;
-	if ((m->text = calloc(1, m->size + 1)) == NULL)
-		die("calloc");
-	n = fread(m->text, 1, st.st_size, file);
-	fclose(file);
-	p = strstr(m->text, "\r\n\r\n");
-	if (n != (size_t)st.st_size || p == NULL)
+	m->text = read_file(path, len + 4, &n);
+	m->size = n + len + 3;
+	if ((p = strstr(m->text, "\r\n\r\n")) == NULL)
 		die(path);
 	p += 2;
 	memmove(p + len, p, m->text + n - p);
@@ -206,9 +172,9 @@ readable(struct conn *c)
 int
 main(int argc, char *argv[])
 {
-	struct epoll_event ev[EVENTS], new = { .events = EPOLLIN };
+	struct epoll_event ev[EVENTS];
 	struct conn *c;
-	int i, n, epfd, fd;
+	int i, n, fd;
 
 	if (argc < 3 || argc - 2 >= MAILS)
 		return 2;
@@ -219,9 +185,9 @@ main(int argc, char *argv[])
 	    (counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE,
 	    MAP_SHARED, 1, 0)) == MAP_FAILED)
 		die("counts");
-	if ((epfd = epoll_create1(0)) == -1 ||
-	    epoll_ctl(epfd, EPOLL_CTL_ADD, 0, &new) == -1)
-		die("epoll");
+	if ((epfd = epoll_create1(0)) == -1)
+		die("epoll_create1");
+	watch(0, NULL, EPOLL_CTL_ADD, EPOLLIN);
 	while ((n = epoll_wait(epfd, ev, EVENTS, -1)) != -1)
 		for (i = 0; i < n; i++) {
 			if ((c = ev[i].data.ptr) != NULL) {
@@ -234,9 +200,7 @@ main(int argc, char *argv[])
 			if ((c = calloc(1, sizeof(*c))) == NULL)
 				die("calloc");
 			c->fd = fd;
-			new.data.ptr = c;
-			if (epoll_ctl(epfd, EPOLL_CTL_ADD, fd, &new) == -1)
-				die("epoll_ctl");
+			watch(fd, c, EPOLL_CTL_ADD, EPOLLIN);
 			/* when it fails, so will read(2) */
 			(void)!write(fd, "220 sink\r\n", 10);
 			counts->sessions++;

@@ -7,7 +7,8 @@ import socket
 import struct
 
 from accounts import virus_names
-from conn import Gone, Server
+from conn import Server
+from harness import Gone
 from plan import VERDICTS, dice, pick
 
 MARK = re.compile(rb"soak-(\d+)-")

@@ -3,7 +3,8 @@
 import socket
 import time
 
-from conn import Conn, Gone
+from conn import Conn
+from harness import Gone
 
 
 class Client:

@@ -11,22 +11,18 @@ import struct
 import threading
 import time
 
-from harness import WAIT
+from harness import WAIT, Gone, Stream, hold_port, reset
 
 LIMIT = 3 * int(WAIT)   # seconds until a silence is taken for the end; no measure
 FIN_WAIT2 = 5           # of TCP_INFO: our FIN has been acknowledged
 
 
-class Gone(Exception):
-    """The other end has closed or broken the connection, or we have."""
-
-
-class Conn:
-    """A socket, and what has been read ahead."""
+class Conn(Stream):
+    """One that halts when all have to, and does not wait for ever."""
 
     def __init__(self, world, sock):
-        self.world, self.sock = world, sock
-        self.ahead = bytearray()
+        super().__init__(sock)
+        self.world = world
         # In the kernel: Python's own time-outs cost a system call each.
         limit = struct.pack("ll", LIMIT, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -67,25 +63,6 @@ class Conn:
         self.world.accounts.fail("stuck", "%s waited %d s in vain" % (
             threading.current_thread().name, LIMIT))
         raise Gone
-
-    def take(self, count):
-        data = bytes(self.ahead[:count])
-        del self.ahead[:count]
-        return data
-
-    def exactly(self, count):
-        while len(self.ahead) < count:
-            self.fill()
-        return self.take(count)
-
-    def line(self):
-        seen = 0
-        while True:
-            at = self.ahead.find(b"\n", seen)
-            if at >= 0:
-                return self.take(at + 1)
-            seen = len(self.ahead)
-            self.fill()
 
     def reply(self):
         """All lines of one, in one."""
@@ -131,9 +108,7 @@ class Conn:
         return False
 
     def reset(self):
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                             struct.pack("ii", 1, 0))
-        self.sock.close()
+        reset(self.sock)
 
 
 class Server:
@@ -180,10 +155,8 @@ class Server:
         raise NotImplementedError
 
 
-def tcp_listener(host, port=0):
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((host, port))
+def tcp_listener(host, port):
+    sock = hold_port(host, port)
     sock.listen(512)
     return sock
 

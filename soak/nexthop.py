@@ -4,7 +4,8 @@ import re
 import socket
 import time
 
-from conn import Gone, Server
+from conn import Server
+from harness import Gone
 
 EARLY = ("450", "550", "250", "354")    # replies that do not wait for the end
 

@@ -9,8 +9,9 @@ import re
 import threading
 import time
 
-EICAR = (rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-STANDARD-"
-         rb"ANTIVIRUS-TEST-FILE!$H+H*")
+from harness import stuff
+from real import EICAR
+
 MIB = 1 << 20
 
 # What clamd does to a scan; only the first line are verdicts.
@@ -58,11 +59,6 @@ def chance(r, percent):
 
 HEADER_SECTION = re.compile(
     rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
-
-
-def stuff(raw):
-    """Dots at the start of a line doubled; a line is what ends in CRLF."""
-    return re.sub(rb"(\A|\r\n)\.", rb"\1..", raw)
 
 
 def received(raw, as_data):

@@ -4,7 +4,8 @@ import re
 import socket
 import time
 
-from conn import Conn, Gone
+from conn import Conn
+from harness import Gone
 from plan import dice, pick
 
 KINDS = {"whole": 6, "dripped": 1, "half": 1, "unread": 1, "endless": 1}

@@ -3,11 +3,8 @@
 import threading
 
 from conn import LIMIT
+from harness import Failed
 from plan import Session
-
-
-class Broken(Exception):
-    """Something did not happen that has to; the soak ends."""
 
 
 class World:
@@ -114,5 +111,5 @@ class World:
         with self.cond:
             if not self.cond.wait_for(lambda: not self.active and not self.served,
                                       4 * LIMIT):
-                raise Broken("sessions do not end: %s; connections: %d" % (
+                raise Failed("sessions do not end: %s; connections: %d" % (
                     [str(m) for s in self.active for m in s.messages][:3], self.served))

@@ -1,12 +1,17 @@
 """Fixtures: `site` is a daemon with scripted peers around it (harness.py)."""
 
+import fcntl
+import glob
 import os
+import socket
+import stat
 import subprocess
 import tempfile
 
 import pytest
 
 import harness
+import real
 
 
 def pytest_configure(config):
@@ -57,6 +62,32 @@ def run(tmp_path):
 
 
 @pytest.fixture
+def real_clamd():
+    """A real one, which the test may kill."""
+    if not real.find("clamd"):
+        pytest.skip("no clamd installed")
+    clamd = real.RealClamd()
+    yield clamd
+    clamd.close()
+
+
+@pytest.fixture(scope="session")
+def debian_package(tmp_path_factory):
+    """debian_package(name): where its files are, without installing it; or skip."""
+    def debian_package(name):
+        directory = str(tmp_path_factory.mktemp(name))
+        if not real.find("apt-get"):
+            pytest.skip("no %s here" % name)
+        got = subprocess.run(["apt-get", "-q", "download", name], cwd=directory,
+                             capture_output=True, text=True)
+        for package in glob.glob(os.path.join(directory, name + "_*.deb")):
+            subprocess.run(["dpkg", "-x", package, directory], check=True)
+            return directory
+        pytest.skip("%s is not to be had: %s" % (name, got.stderr.strip()[-200:]))
+    return debian_package
+
+
+@pytest.fixture
 def as_root():
     if os.geteuid() != 0:
         pytest.skip("needs root")
@@ -82,16 +113,71 @@ def mounts(as_root):
         pytest.skip("no mount namespace of our own here")
 
 
+def build(tmp_path_factory, name, **make):
+    """Of several workers the first one builds for all."""
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+    program = str(top / name)
+    with open(program + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(program):
+            harness.build(program, **make)
+    return program
+
+
 @pytest.fixture(scope="session")
 def clock_build(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clock") / "clamsmtpd"
-    return harness.Clock.build(str(path))
+    return build(tmp_path_factory, "clamsmtpd-clock", CC="cc", CFLAGS="-O0",
+                 LDFLAGS="tests/clock.c")
+
+
+@pytest.fixture(scope="session")
+def faulty_build(tmp_path_factory):
+    """Each of its system calls can fail or halt (faults.h)."""
+    return build(tmp_path_factory, "clamsmtpd-faulty",
+                 CPPFLAGS="-include tests/faults.h")
 
 
 @pytest.fixture
 def clock(tmp_path, clock_build):
     """The time is the test's: site.start(**clock.settings()), clock.go()."""
     return harness.Clock(tmp_path, clock_build)
+
+
+@pytest.fixture
+def background(site):
+    made = []
+
+    def background(**settings):
+        made.append(harness.Background(site, **settings))
+        return made[-1]
+    yield background
+    for one in made:
+        for client in site.clients:
+            client.close()
+        if harness.processes(one.daemon.mark):
+            one.end()
+        assert not one.daemon.spooled() and not one.daemon.left()
+
+
+@pytest.fixture
+def syslog(site, mounts):
+    """A /dev/log of our own, in a private mount namespace."""
+    dev = site.path("dev")
+    os.mkdir(dev)
+    try:
+        os.mknod(os.path.join(dev, "null"), 0o666 | stat.S_IFCHR,
+                 os.makedev(1, 3))
+        open(os.path.join(dev, "null"), "w").close()
+    except OSError:
+        pytest.skip("no device files here")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(os.path.join(dev, "log"))
+    sock.settimeout(harness.WAIT)
+    # MS_BIND
+    yield sock, harness.mounting((dev, "/dev", "", 4096, ""))
+    sock.close()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -5,7 +5,8 @@
  *	FAULT='recv:7:0:104 malloc:3:2:12' PROGRAM -d 4 -f FILE
  *
  * KIND:N:STEP:ERRNO fails the N-th call of this kind, and each STEP-th after it
- * (0: none); with errno 0 it is no failure, but moves one byte only.  Calls are
+ * (0: none).  With errno 0 it is no failure, but moves one byte only; with -1 the
+ * process halts (SIGSTOP) before it does all that was asked.  Calls are
  * counted over all processes, children included: in struct faults, which is
  * the file FAULTS where there is one, for others to read or to switch `off'.
  */
@@ -99,8 +100,10 @@ fault(const char *kind)
 		if (strcmp(name, kind) != 0 || faults->off || n < first ||
 		    (step == 0 ? n > first : (n - first) % step != 0))
 			continue;
-		if (err == 0) {
-			fault_short = 1;
+		if (err == -1)
+			raise(SIGSTOP);
+		if (err <= 0) {
+			fault_short = err == 0;
 			return 0;
 		}
 		errno = err;

@@ -19,12 +19,16 @@ import struct
 import subprocess
 import threading
 import time
+from concurrent import futures
 
 WAIT = float(os.environ.get("TEST_WAIT", "30"))  # seconds; never a measure
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CLAMSMTPD = os.path.abspath(
     os.environ.get("CLAMSMTPD", os.path.join(TOP, "clamsmtpd")))
 
+READ_AGAIN = "clamsmtpd.conf: read again"
+GOOD = b"Subject: x\r\n\r\nnothing\r\n"
+BAD = b"Subject: x\r\n\r\nEICAR\r\n"
 EICAR = b"EICAR"            # what the scripted clamd calls a virus
 VIRUS = "Eicar-Test-Signature"
 HEADER = b"X-Virus-Scanned: ClamAV using ClamSMTP\r\n"
@@ -70,6 +74,13 @@ def never(condition, what, turns=20):
         time.sleep(0.01)
 
 
+def at_once(work, count):
+    """work(0), work(1) ... each in a thread of its own; what they return, or the
+    exception that one of them has met."""
+    with futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
 def finish_file(command, path):
     """A shell command whose whole output is in this file when it is there."""
     return "(%s) > %s.new 2>&1; mv %s.new %s" % (command, path, path, path)
@@ -81,11 +92,45 @@ def wait_file(path):
         return file.read()
 
 
+NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
+        "SERVER", "TMPDIR", "VIRUS"]
+
+
+def environment(site, **settings):
+    """A daemon whose action keeps its environment: a function that gives it."""
+    out = site.path("env")
+    site.start(VirusAction=finish_file("cat /proc/self/environ", out), **settings)
+
+    def result():
+        return dict(item.split("=", 1) for item in
+                    wait_file(out).decode("utf-8", "surrogateescape").split("\0")
+                    if item)
+    return result
+
+
+def effective(result):
+    """What -n has printed: {lower-case name: [values]}."""
+    assert result.returncode == 0, result.stderr
+    settings = {}
+    for line in result.stdout.splitlines():
+        if line.startswith("#"):            # not set
+            continue
+        name, value = re.match(r"(\w+):?\s*(.*)$", line).groups()
+        settings.setdefault(name.lower(), []).append(value)
+    return settings
+
+
 def turns(site):
     """What was sent before this has been read by the daemon after it."""
     for _ in range(2):
         client = site.session()
         client.quit()
+
+
+def report_in(text):
+    """What a sanitizer, or an assertion, has to say."""
+    found = REPORT.search(text)
+    return text[text.rfind("\n", 0, found.start()) + 1:][:3000] if found else None
 
 
 def as_bytes(text):
@@ -153,11 +198,19 @@ def has_ipv6():
         return False
 
 
-def free_port(host="127.0.0.1"):
-    """A port that was free a moment ago; where port 0 is of no use."""
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return sock.getsockname()[1]
+def hold_port(host="127.0.0.1", port=0):
+    """A socket that keeps the port from all programs but one that asks for just this
+    port, as servers do, with SO_REUSEADDR.  Who connects before that is refused."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    return sock
+
+
+def own_host(last):
+    """A loopback address of this process's own, for ports that are given."""
+    pid = os.getpid()
+    return "127.%d.%d.%s" % (64 + (pid >> 8 & 63), pid & 255, last)
 
 
 def reset(sock):
@@ -336,7 +389,11 @@ class Server:
     family = "server"
 
     def __init__(self, path=None, host="127.0.0.1", port=0, backlog=1024):
-        self.path, self.host, self.port, self.backlog = path, host, port, backlog
+        self.path, self.host, self.backlog = path, host, backlog
+        self.held = None             # the port is ours while we are down, too
+        if not path:
+            self.held = hold_port(host, port)
+            self.port = self.held.getsockname()[1]
         self.closing = False
         self.errors = []             # what went wrong in the threads
         self.accepted = 0
@@ -356,13 +413,9 @@ class Server:
             os.chmod(self.path, 0o666)
             self.address = self.path
         else:
-            v6 = ":" in self.host
-            sock = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((self.host, self.port))
-            self.port = sock.getsockname()[1]
-            self.address = "%s:%d" % ("[%s]" % self.host if v6 else self.host,
-                                      self.port)
+            sock = hold_port(self.host, self.port)
+            self.address = "%s:%d" % ("[%s]" % self.host if ":" in self.host
+                                      else self.host, self.port)
         sock.listen(self.backlog)
         self.listener = sock
         thread = threading.Thread(target=self._accept, args=(sock,), daemon=True)
@@ -384,6 +437,8 @@ class Server:
     def close(self):
         self.closing = True
         self.down()
+        if self.held:
+            self.held.close()
         with self.lock:
             for sock in list(self.socks):
                 try:
@@ -503,6 +558,9 @@ class HopSession:
         return bytes(self.stream.all)
 
 
+XCLIENT = "XCLIENT NAME ADDR PROTO HELO PORT LOGIN DESTADDR"
+
+
 class NextHop(Server):
     """A strict SMTP server that does what it is told.
 
@@ -567,6 +625,10 @@ class NextHop(Server):
         """The newest session."""
         until(lambda: self.sessions, "a connection to the next hop")
         return self.sessions[-1]
+
+    def told(self, verb):
+        """The commands with this verb, as they came."""
+        return [c for c in self.commands if c.split(" ")[0].upper() == verb]
 
     def wait_messages(self, count):
         until(lambda: len(self.messages) >= count,
@@ -897,8 +959,7 @@ class Names:
 
     def __init__(self, directory):
         self.addresses = ["127.0.0.1"]
-        pid = os.getpid()
-        self.host = "127.77.%d.%d" % (pid >> 8 & 255, pid & 255)
+        self.host = own_host(53)
         self.asked = threading.Event()
         self._go = threading.Event()
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -1048,6 +1109,16 @@ class Client:
         for rcpt in to:
             self.cmd("RCPT TO:<%s>" % rcpt, "250")
 
+    def begin(self, wire=b""):
+        """An envelope, DATA, and these bytes behind it as they are."""
+        self.envelope()
+        self.cmd("DATA", "354")
+        self.send(wire)
+
+    def submit(self, body):
+        """A whole message (stuffed here); its reply is outstanding."""
+        self.begin(stuff(as_bytes(body)) + b".\r\n")
+
     def data(self, body, *want):
         """DATA, the body (stuffed here), the dot; the final reply."""
         self.cmd("DATA", "354")
@@ -1093,33 +1164,48 @@ def processes(mark):
     return found
 
 
+def build(program, **make):
+    """A build of the daemon for tests, as CLAMSMTPD was built as far as sanitizers
+    and single bytes go."""
+    with open(CLAMSMTPD, "rb") as file:
+        theirs = file.read()
+    if b"__asan" in theirs:
+        flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+        make.update(CC="gcc" if b"libasan" in theirs else "clang",
+                    CFLAGS="-O1 -g -fno-omit-frame-pointer " + flags,
+                    LDFLAGS=flags + " " + make.get("LDFLAGS", ""))
+    if os.environ.get("TEST_BYTES"):
+        make["CPPFLAGS"] = make.get("CPPFLAGS", "") + " -DIO_MAX=1"
+    subprocess.run(["make", "-s", "-C", TOP, "BIN=" + program] +
+                   ["%s=%s" % item for item in make.items()], check=True)
+    return program
+
+
 class Clock:
     """Both clocks of a daemon, which must be a build with clock.c."""
 
     def __init__(self, directory, program):
         self.program = program
         self.file = os.path.join(str(directory), "clock")
+        self.real, self.monotonic = 0, 1000
         with open(self.file, "wb+") as file:
             file.truncate(16)
-            self.ahead = mmap.mmap(file.fileno(), 16)
-        self.real = self.monotonic = 0
+            self.memory = mmap.mmap(file.fileno(), 16)
+        self.set()
 
-    @staticmethod
-    def build(program):
-        subprocess.run(["make", "-s", "-C", TOP, "BIN=" + program, "CC=cc",
-                        "CFLAGS=-O0", "LDFLAGS=tests/clock.c"], check=True)
-        return program
+    def set(self):
+        struct.pack_into("qq", self.memory, 0, self.real, self.monotonic)
 
     def settings(self):
         """For Site.start()."""
         return {"binary": self.program, "env": {"CLOCK": self.file}}
 
     def go(self, daemon, seconds, real=None):
-        """The time goes by; and the clock on the wall (as the other one, if
-        nothing is said) is put forward, or back."""
+        """The time goes by, and in no other way; and the clock on the wall (as the
+        other one, if nothing is said) is put forward, or back."""
         self.monotonic += seconds
         self.real += seconds if real is None else real
-        struct.pack_into("qq", self.ahead, 0, self.real, self.monotonic)
+        self.set()
         daemon.send_signal(signal.SIGUSR1)      # it looks at its clock again
 
 
@@ -1328,11 +1414,9 @@ class Daemon:
 
     def check_report(self):
         """No sanitizer has complained, of a leak at the end neither."""
-        text = self.text()
-        found = REPORT.search(text)
-        if found:
-            start = text.rfind("\n", 0, found.start()) + 1
-            raise Failed("a report in the log: " + text[start:start + 3000])
+        report = report_in(self.text())
+        if report:
+            raise Failed("a report in the log: " + report)
 
     def kill(self):
         """Whatever is still there."""
@@ -1357,9 +1441,15 @@ class Site:
         self._hop = self._clamd = None
         self.daemon = None
         self.daemons, self.servers, self.clients = [], [], []
+        self.held = []
 
     def path(self, name):
         return os.path.join(self.dir, name)
+
+    def port(self, host="127.0.0.1"):
+        """One that nobody else gets during the test; where 0 is of no use."""
+        self.held.append(hold_port(host))
+        return self.held[-1].getsockname()[1]
 
     # -- peers
 
@@ -1419,6 +1509,13 @@ class Site:
             daemon.wait_listening()
         return daemon
 
+    def reload(self, **settings):
+        """Write new settings, SIGHUP, wait for the log to say so."""
+        before = len(self.daemon.log(READ_AGAIN))
+        self.daemon.write(self.settings(**settings))
+        self.daemon.send_signal(signal.SIGHUP)
+        self.daemon.wait_log(READ_AGAIN, before + 1)
+
     def client(self, source=None, address=None):
         """A connected client; starts the daemon if need be."""
         if address is None:
@@ -1449,8 +1546,8 @@ class Site:
                 if not daemon.stopped:
                     daemon.stop()
         finally:
-            for server in self.servers:
-                server.close()
+            for one in self.servers + self.held:
+                one.close()
             for daemon in self.daemons:
                 daemon.kill()
         for daemon in self.daemons:     # those that a test has ended, too
@@ -1477,3 +1574,25 @@ class Site:
             if server.errors:
                 yield ("complaints", "\n".join(server.errors))
         yield ("files", self.dir)
+
+
+class Background:
+    """A clamsmtpd that has made itself a daemon, listening on a unix socket."""
+
+    def __init__(self, site, log=None, **settings):
+        self.site = site
+        self.socket = site.path("in.sock")
+        self.pidfile = site.path("pid")
+        settings.setdefault("Listen", self.socket)
+        settings.setdefault("PidFile", self.pidfile)
+        self.daemon = site.start(level=None, wait=False, **settings)
+        self.daemon.stopped = True          # finish() is not for this one
+        self.status = self.daemon.wait_exit()
+
+    def pid(self):
+        with open(self.pidfile) as file:
+            return int(file.read())
+
+    def end(self, number=signal.SIGTERM):
+        os.kill(self.pid(), number)
+        until(lambda: not processes(self.daemon.mark), "the daemon ends")

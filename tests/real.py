@@ -8,17 +8,15 @@ import hashlib
 import io
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import tempfile
 import zipfile
 
-from harness import TOP, Client, Failed, WAIT, connect, free_port, until
+from harness import TOP, Client, Failed, WAIT, connect, hold_port, until
 
 # In two parts, or a scanner would find this file.
 EICAR = (rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-STANDARD-"
@@ -44,19 +42,6 @@ def user(name):
 
 def find(program):
     return shutil.which(program)
-
-
-def quiet_port():
-    """Free, and outside the range the kernel takes ports from by itself."""
-    for _ in range(1000):
-        port = random.randrange(12000, 32000)
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                pass
-    raise Failed("no free port")
 
 
 def public_directory(prefix):
@@ -88,10 +73,13 @@ class RealClamd:
                            % (hashlib.sha256(exe).hexdigest(), len(exe)))
         except FileNotFoundError:
             pass
+        self.held = hold_port()
+        port = self.held.getsockname()[1]
+        self.tcp = "127.0.0.1:%d" % port
         self.settings = dict(
             DatabaseDirectory=database, LocalSocket=self.path,
             LocalSocketMode="666", FixStaleSocket="yes", Foreground="yes",
-            TCPAddr="127.0.0.1", TemporaryDirectory=self.dir,
+            TCPAddr="127.0.0.1", TCPSocket=port, TemporaryDirectory=self.dir,
             # one of clamav-testfiles is as deep as the default allows, and a
             # mail around it is deeper
             MaxRecursion="60", MaxThreads="20", SelfCheck="0")
@@ -106,18 +94,6 @@ class RealClamd:
         self.start()
 
     def start(self):
-        for _ in range(5):
-            # Some other program may have taken the port meanwhile.
-            if "TCPSocket" not in self.settings:
-                self.settings["TCPSocket"] = str(free_port())
-            self.tcp = "127.0.0.1:" + self.settings["TCPSocket"]
-            if self.try_start():
-                return
-            del self.settings["TCPSocket"]
-        with open(self.log, errors="replace") as log:
-            raise Failed("clamd does not start:\n" + log.read()[-2000:])
-
-    def try_start(self):
         config = os.path.join(self.dir, "clamd.conf")
         with open(config, "w") as file:
             for name, value in self.settings.items():
@@ -132,7 +108,9 @@ class RealClamd:
                 stdout=log, stderr=log, preexec_fn=die_with_us, **who)
         until(lambda: self.answers() or self.process.poll() is not None,
               "clamd answers")
-        return self.process.poll() is None
+        if self.process.poll() is not None:
+            with open(self.log, errors="replace") as log:
+                raise Failed("clamd does not start:\n" + log.read()[-2000:])
 
     def answers(self):
         try:
@@ -172,6 +150,7 @@ class RealClamd:
                 self.process.wait(WAIT)
             except subprocess.TimeoutExpired:
                 self.kill()
+        self.held.close()
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
@@ -323,3 +302,216 @@ def behind_a_queue(site, clamd, server):
 def unix(data):
     """As mail servers store it."""
     return data.replace(b"\r\n", b"\n")
+
+
+# ---------------------------------------------------------------- Postfix
+
+MAIN = """
+compatibility_level = 3.6
+queue_directory = {dir}/queue
+data_directory = {dir}/data
+maillog_file = {dir}/maillog
+maillog_file_prefixes = {dir}
+myhostname = mail.example.net
+mydestination =
+mynetworks = 127.0.0.0/8 [::1]/128
+inet_protocols = all
+alias_maps =
+alias_database =
+smtpd_peername_lookup = no
+local_header_rewrite_clients =
+smtpd_relay_restrictions = permit_mynetworks, reject
+smtpd_recipient_restrictions =
+smtpd_client_connection_count_limit = 0
+notify_classes =
+in_flow_delay = 0s
+disable_dns_lookups = yes
+virtual_mailbox_domains = example.com
+virtual_mailbox_maps = static:box/
+virtual_mailbox_base = {dir}/mail
+virtual_minimum_uid = 1
+virtual_uid_maps = static:{uid}
+virtual_gid_maps = static:{gid}
+message_size_limit = 20480000
+"""
+
+# What master runs of itself.
+MASTER = """
+pickup unix n - n 1 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+verify unix - - n - 1 verify
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+proxywrite unix - - n - 1 proxymap
+smtp unix - - n - - smtp
+relay unix - - n - - smtp
+error unix - - n - - error
+retry unix - - n - - error
+discard unix - - n - - discard
+virtual unix - n n - - virtual
+anvil unix - - n - 1 anvil
+scache unix - - n - 1 scache
+tlsmgr unix - - n 1000? 1 tlsmgr
+postlog unix-dgram n - n - 1 postlogd
+"""
+
+# Besides the services of a recipe: "smtp" for clients, where the recipe has none
+# for them, and "other", which takes XCLIENT, or filters without speed_adjust.
+BESIDES = {"postfix-after-queue": """
+127.0.0.1:{smtp} inet n - n - - smtpd
+127.0.0.1:{other} inet n - n - - smtpd
+    -o content_filter=
+    -o smtpd_helo_required=yes
+    -o smtpd_authorized_xclient_hosts=127.0.0.0/8,[::1]/128
+""", "postfix-before-queue": """
+127.0.0.1:{other} inet n - n - - smtpd
+    -o smtpd_proxy_filter=127.0.0.1:{filter}
+"""}
+
+
+class Postfix:
+    """With a recipe; `more' is for main.cf, `table' for example()."""
+
+    def __init__(self, recipe="postfix-after-queue", more="", table=()):
+        self.recipe, self.more, self.table = recipe, more, dict(table)
+        self.dir = public_directory("postfix")
+        # When we are gone: master changes its user now and then, and with that
+        # it forgets die_with_us().
+        self.watch = subprocess.Popen(
+            ["sh", "-c", 'while read -r p; do pid=$p; done; kill -KILL "-$pid";'
+             'rm -rf "$1"', "sh", self.dir],
+            stdin=subprocess.PIPE, start_new_session=True)
+        self.held = {name: hold_port()
+                     for name in ("smtp", "filter", "back", "other")}
+        self.port = {name: sock.getsockname()[1] for name, sock in self.held.items()}
+        owner, nobody = user("postfix"), user("nobody")
+        self.config = os.path.join(self.dir, "etc")
+        self.log = os.path.join(self.dir, "maillog")
+        self.mail = os.path.join(self.dir, "mail")
+        for name, uid, mode in [
+                ("etc", 0, 0o755), ("queue", 0, 0o755), ("queue/pid", 0, 0o755),
+                ("data", owner.pw_uid, 0o700), ("mail", nobody.pw_uid, 0o700)]:
+            path = os.path.join(self.dir, name)
+            os.mkdir(path, mode)
+            os.chown(path, uid, -1)
+        group = os.stat(find("postdrop")).st_gid
+        for name in ("active bounce corrupt defer deferred flush hold incoming "
+                     "private saved trace maildrop public").split():
+            path = os.path.join(self.dir, "queue", name)
+            os.mkdir(path, 0o700)
+            os.chown(path, owner.pw_uid, -1)
+            if name in ("maildrop", "public"):
+                os.chown(path, owner.pw_uid, group)
+                os.chmod(path, 0o1730 if name == "maildrop" else 0o2710)
+        self.start()
+
+    def configure(self):
+        """What the recipe says stands behind what any Postfix has."""
+        nobody, port = user("nobody"), self.port
+        self.ports = {"10025": str(port["filter"]), "10026": str(port["back"]),
+                      "smtp      inet": "127.0.0.1:%d inet" % port["smtp"]}
+        text = {"main.cf": MAIN.format(dir=self.dir, uid=nobody.pw_uid,
+                                       gid=nobody.pw_gid) + self.more,
+                "master.cf": MASTER + BESIDES[self.recipe].format(**port)}
+        for path in glob.glob("%s/%s/*.cf" % (EXAMPLES, self.recipe)):
+            text[os.path.basename(path)] += example(
+                path, dict(self.ports, **self.table))
+        for name in text:
+            with open(os.path.join(self.config, name), "w") as file:
+                file.write(text[name])
+
+    def start(self):
+        self.configure()
+        directory = self.run("postconf", "-h", "daemon_directory").strip()
+        with open(os.path.join(self.dir, "stderr"), "ab") as err:
+            self.master = subprocess.Popen(
+                [os.path.join(directory, "master"), "-d", "-c", self.config],
+                stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+                env=dict(os.environ, MAIL_CONFIG=self.config),
+                start_new_session=True)
+        self.watch.stdin.write(b"%d\n" % self.master.pid)
+        self.watch.stdin.flush()
+        until(lambda: self.answers() or self.master.poll() is not None,
+              "Postfix answers")
+        if self.master.poll() is not None:
+            raise Failed("Postfix does not start:\n" + self.text())
+
+    def run(self, command, *args):
+        return subprocess.run([command, "-c", self.config, *args], check=True,
+                              capture_output=True, text=True).stdout
+
+    def answers(self):
+        try:
+            with connect(self.address("back")) as sock:
+                return sock.recv(100).startswith(b"220")
+        except OSError:
+            return False
+
+    def address(self, name):
+        return "127.0.0.1:%d" % self.port[name]
+
+    def text(self):
+        text = ""
+        for path in (os.path.join(self.dir, "stderr"), self.log):
+            if os.path.exists(path):
+                with open(path, errors="replace") as file:
+                    text += file.read()
+        return text
+
+    def wait_log(self, pattern):
+        try:
+            return until(lambda: re.search(pattern, self.text(), re.M),
+                         "the mail log has " + pattern)
+        except Failed as failed:
+            raise Failed("%s; it ends:\n%s" % (
+                failed, self.text()[-3000:])) from None
+
+    def delivered(self):
+        """Files of mail that have reached the mailbox, as (headers, body)."""
+        found = []
+        for path in sorted(glob.glob(self.mail + "/box/new/*")):
+            with open(path, "rb") as file:
+                head, _, body = file.read().partition(b"\n\n")
+            found.append((head + b"\n", body))
+        return found
+
+    # -- for behind_a_queue()
+
+    def arrived(self):
+        return [b"\n".join(message) for message in self.delivered()]
+
+    def queued(self):
+        return self.run("postqueue", "-j").splitlines()
+
+    def flush(self):
+        self.run("postqueue", "-f")
+
+    def wait_delivered(self, subject, count=1):
+        want = b"Subject: %s\n" % subject
+        try:
+            return until(
+                lambda: (lambda got: got if len(got) >= count else None)(
+                    [m for m in self.delivered() if want in m[0]]),
+                "mail of subject %r is delivered" % subject)
+        except Failed as failed:
+            raise Failed("%s; the mail log ends:\n%s" % (
+                failed, self.text()[-3000:])) from None
+
+    def close(self):
+        self.watch.kill()
+        self.watch.wait()
+        self.watch.stdin.close()
+        for number in signal.SIGTERM, signal.SIGKILL:
+            try:
+                os.killpg(self.master.pid, number)
+                self.master.wait(5)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+        for sock in self.held.values():
+            sock.close()
+        shutil.rmtree(self.dir, ignore_errors=True)

@@ -6,15 +6,13 @@ import ctypes
 import os
 import re
 import signal
-import time
 
 import pytest
 
-from harness import (CLOSE, HEADER, Hold, VIRUS, WAIT, finish_file, never,
-                     processes, same, until, wait_file)
+from harness import (CLOSE, GOOD, HEADER, Hold, NINE, VIRUS, environment, finish_file,
+                     never, processes, same, turns, until, wait_file)
 
 BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
-GOOD = b"Subject: x\r\n\r\nnothing\r\n"
 
 
 # ---------------------------------------------------------------- Action
@@ -176,9 +174,7 @@ def test_a_quarantine_that_fails_is_451(site, action):
     site.clamd.verdict = [hold]
     site.start(Action=action, Quarantine="on")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(b"A: b\r\n\r\nx\r\n.\r\n")
+    client.begin(b"A: b\r\n\r\nx\r\n.\r\n")
     hold.reached()
     os.rename(site.spool, site.spool + ".away")
     hold.go()
@@ -190,45 +186,39 @@ def test_a_quarantine_that_fails_is_451(site, action):
     client.quit()
 
 
+@pytest.fixture
+def start_halting(site, faulty_build):
+    """A daemon whose children halt when all is done but the copy's name."""
+    def start(**settings):
+        site.start(Quarantine="on", binary=faulty_build, env={"FAULT": "link:1:0:-1"},
+                   **settings)
+    return start
+
+
 @contextlib.contextmanager
 def copy_halted(site):
-    """The child that makes the copy does not go on until the end of the block
-    (unless it was too quick for us: then there is nothing to wait for)."""
-    made = "quarantined virus file as: "
-
-    def tell(number):
+    """Such a child goes on at the end of the block."""
+    def halted():
         for pid in site.daemon.children():
-            os.kill(pid, number)
-            return True
-        return site.daemon.log(made)
-    end = time.monotonic() + WAIT
-    while not tell(signal.SIGSTOP):     # it has some milliseconds to live
-        assert time.monotonic() < end, "no copy is made"
+            with open("/proc/%d/stat" % pid) as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "T":
+                    return pid
+    pid = until(halted, "a copy is made")
     try:
         yield
     finally:
-        tell(signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
-LARGE = b"Subject: x\r\n\r\n" + b"x" * (20 << 20) + b"\r\n"
-
-
-def test_a_copy_that_nobody_waits_for_is_logged(site):
+def test_a_copy_that_nobody_waits_for_is_logged(site, start_halting):
     """The client goes while the copy is made: no file without its line."""
-    verdict = Hold(VIRUS + " FOUND")
-    site.clamd.verdict = [verdict]
-    site.start(Quarantine="on")
+    start_halting()
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LARGE + b".\r\n")
-    verdict.reached()
-    verdict.go()
+    client.begin(BAD + b".\r\n")
     with copy_halted(site):
         client.reset()
-        other = site.session()          # the daemon has seen it
-        other.cmd("NOOP", "250")
-        other.quit()
+        turns(site)                     # the daemon has seen it
     until(lambda: not site.daemon.children(), "the copy is done")
     until(lambda: len(os.listdir(site.spool)) ==
           len(site.daemon.log("quarantined virus file as: ")),
@@ -237,16 +227,14 @@ def test_a_copy_that_nobody_waits_for_is_logged(site):
     assert site.hop.messages == []
 
 
-def test_the_end_while_a_copy_is_made_leaves_none(site):
+def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
     """The client heard no 2xx: it comes again, and so will the copy."""
-    site.start(Quarantine="on")
+    start_halting()
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(b"EICAR" + LARGE + b".\r\n")
+    client.begin(BAD + b".\r\n")
     with copy_halted(site):
         site.daemon.send_signal(signal.SIGTERM)
-        until(lambda: site.daemon.log("stopping when"), "the first signal")
+        site.daemon.wait_log("stopping when")
         site.daemon.send_signal(signal.SIGTERM)
         assert client.reply().code == "421"
     site.daemon.stop()
@@ -264,9 +252,7 @@ def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
     site.clamd.verdict = [verdict]
     site.start(Action=action, Quarantine="on", KeepAlives="1")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(GOOD + b".\r\n")
+    client.begin(GOOD + b".\r\n")
     noop.reached()
     verdict.go()
     site.daemon.wait_log("status=VIRUS")
@@ -276,16 +262,15 @@ def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
     assert len(os.listdir(site.spool)) == 1 and site.hop.messages == []
 
 
-def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(site):
+def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(
+        site, start_halting):
     noop = Hold("421 4.3.2 bye")
     verdict = Hold(VIRUS + " FOUND")
     site.hop.on("NOOP", [noop])
     site.clamd.verdict = [verdict]
-    site.start(Quarantine="on", KeepAlives="1")
+    start_halting(KeepAlives="1")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LARGE + b".\r\n")
+    client.begin(GOOD + b".\r\n")
     noop.reached()
     verdict.reached()
     verdict.go()
@@ -322,22 +307,6 @@ def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
 
 
 # ---------------------------------------------------------------- VirusAction
-
-NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
-        "SERVER", "TMPDIR", "VIRUS"]
-
-
-def environment(site, **settings):
-    """A daemon whose action keeps its environment: a function that gives it."""
-    out = site.path("env")
-    site.start(VirusAction=finish_file("cat /proc/self/environ", out), **settings)
-
-    def result():
-        return dict(item.split("=", 1) for item in
-                    wait_file(out).decode("utf-8", "surrogateescape").split("\0")
-                    if item)
-    return result
-
 
 @pytest.mark.core
 def test_action_variables(site):
@@ -506,13 +475,13 @@ def test_at_most_sixty_four_actions_wait(site):
     assert open(out).read().count("e") == 8 + 64
 
 
-def test_the_process_group_is_stopped_at_time_out(site):
+def test_the_process_group_is_stopped_at_time_out(site, clock):
     started = site.path("started")
-    site.start(TimeOut="1", VirusAction="sleep 1000 & : > %s; sleep 1000" % started)
-    client = site.session()
-    client.mail(body=BAD, want="250 2.0.0 Virus")
+    site.start(VirusAction="sleep 1000 & : > %s; sleep 1000" % started,
+               **clock.settings())
+    site.session().mail(body=BAD, want="250 2.0.0 Virus")
     wait_file(started)
-    client.close()
+    clock.go(site.daemon, 180)
     until(lambda: processes(site.daemon.mark) == [site.daemon.pid],
           "the action and its own child are gone")
 

@@ -32,10 +32,6 @@ def send_chunks(client, chunks, want="250"):
         client.expect(want if i == len(chunks) - 1 else "250")
 
 
-def bdats(site):
-    return [c for c in site.hop.commands if c.upper().startswith("BDAT")]
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("chunks", [
     [BODY], sizes(BODY, 1), sizes(BODY, 10, 20), [BODY, b""],
@@ -48,7 +44,7 @@ def test_any_split_arrives_as_one_bdat_last(site, chunky, chunks):
     message, = site.hop.messages
     assert message.how == "BDAT"
     same(message.body, with_header(BODY))
-    assert bdats(site) == ["BDAT %d LAST" % len(with_header(BODY))]
+    assert site.hop.told("BDAT") == ["BDAT %d LAST" % len(with_header(BODY))]
     same(site.clamd.scans[0].mail, BODY, "what clamd saw")
     chunky.quit()
 
@@ -85,7 +81,7 @@ def test_each_chunk_is_answered_before_the_message_is_complete(site, chunky):
     for i in range(3):
         chunky.chunk(b"A: %d\r\n" % i)
         chunky.expect("250")
-    assert bdats(site) == [] and site.clamd.scans == []
+    assert site.hop.told("BDAT") == [] and site.clamd.scans == []
     chunky.chunk(b"\r\nx", last=True)
     chunky.expect("250")
     same(site.hop.messages[0].body, b"A: 0\r\nA: 1\r\nA: 2\r\n" + HEADER + b"\r\nx")
@@ -213,7 +209,7 @@ def test_rset_between_chunks_forgets_them(site, chunky):
     chunky.chunk(b"Subject: forgotten\r\n")
     chunky.expect("250")
     chunky.cmd("RSET", "250")
-    assert site.hop.messages == [] and bdats(site) == []
+    assert site.hop.messages == [] and site.hop.told("BDAT") == []
     send_chunks(chunky, [BODY])
     same(site.hop.messages[0].body, with_header(BODY))
     chunky.quit()
@@ -268,7 +264,7 @@ def test_a_chunk_above_the_limit_is_skipped_with_552(site):
     client.expect("503")
     client.cmd("RSET", "250")
     send_chunks(client, [BODY])
-    assert len(site.hop.messages) == 1 and bdats(site) != []
+    assert len(site.hop.messages) == 1 and site.hop.told("BDAT") != []
     client.quit()
 
 
@@ -297,7 +293,7 @@ def test_a_virus_across_chunks(site, action, want):
     site.start(Action=action)
     client = site.session()
     send_chunks(client, [b"A: b\r\n\r\nEI", b"CA", b"R"], want)
-    assert site.hop.messages == [] and bdats(site) == []
+    assert site.hop.messages == [] and site.hop.told("BDAT") == []
     site.daemon.wait_log("status=VIRUS:" + VIRUS)
     send_chunks(client, [BODY])
     assert len(site.hop.messages) == 1
@@ -384,7 +380,7 @@ def test_client_gone_between_chunks_delivers_nothing(site, chunky, how):
     chunky.expect("250")
     getattr(chunky, how)()
     site.hop.session.wait_end()
-    assert site.hop.messages == [] and bdats(site) == []
+    assert site.hop.messages == [] and site.hop.told("BDAT") == []
 
 
 @pytest.mark.parametrize("how", ["half_close", "reset"])
@@ -393,4 +389,4 @@ def test_client_gone_within_a_chunk_delivers_nothing(site, chunky, how):
     chunky.send(b"BDAT 1000 LAST\r\n" + BODY)
     getattr(chunky, how)()
     site.hop.session.wait_end()
-    assert site.hop.messages == [] and bdats(site) == []
+    assert site.hop.messages == [] and site.hop.told("BDAT") == []

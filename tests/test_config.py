@@ -1,11 +1,12 @@
 """The configuration file, the command line, addresses."""
 
+import functools
 import os
 import re
 
 import pytest
 
-from harness import has_ipv6, until
+from harness import effective, has_ipv6, own_host, until
 
 MINIMAL = "OutAddress: 10026\n"
 
@@ -19,18 +20,6 @@ def check(tmp_path, run):
             file.write(text if isinstance(text, bytes) else text.encode())
         return run("-n", "-f", check.file, *flags)
     return check
-
-
-def effective(result):
-    """What -n has printed: {lower-case name: [values]}."""
-    assert result.returncode == 0, result.stderr
-    settings = {}
-    for line in result.stdout.splitlines():
-        if line.startswith("#"):            # not set
-            continue
-        name, value = re.match(r"(\w+):?\s*(.*)$", line).groups()
-        settings.setdefault(name.lower(), []).append(value)
-    return settings
 
 
 DEFAULTS = [
@@ -494,41 +483,31 @@ def test_several_listeners(site):
     assert len(site.hop.messages) == 3
 
 
-@pytest.mark.parametrize("kind", ["unix", "ipv4", "ipv6", "name"])
-def test_outaddress_forms(site, kind):
+@pytest.fixture(params=["unix", "ipv4", "ipv6", "name"])
+def place(request, site):
+    """place(new): a new server of this kind, and what it is called in a setting."""
+    kind = request.param
     if kind == "ipv6" and not has_ipv6():
         pytest.skip("no IPv6 loopback here")
-    if kind == "unix":
-        site.hop = site.new_hop(path=site.path("hop.sock"))
-    elif kind == "ipv6":
-        site.hop = site.new_hop(host="::1")
-    out = site.hop.address
-    if kind == "name":
-        out = "localhost:%d" % site.hop.port
-    site.start(OutAddress=out)
-    client = site.session()
-    client.mail()
-    client.quit()
+
+    def place(new):
+        server = new(**{"unix": {"path": site.path("peer.sock")},
+                        "ipv6": {"host": "::1"}}.get(kind, {}))
+        return server, "localhost:%d" % server.port if kind == "name" else server.address
+    return place
+
+
+def test_outaddress_forms(site, place):
+    site.hop, address = place(site.new_hop)
+    site.start(OutAddress=address)
+    site.session().mail()
     assert len(site.hop.messages) == 1
 
 
-@pytest.mark.parametrize("kind", ["unix", "ipv4", "ipv6", "name"])
-def test_clamaddress_forms(site, kind):
-    if kind == "ipv6" and not has_ipv6():
-        pytest.skip("no IPv6 loopback here")
-    site.clamd = {
-        "unix": lambda: site.new_clamd(),
-        "ipv4": lambda: site.new_clamd(tcp=True),
-        "ipv6": lambda: site.new_clamd(tcp=True, host="::1"),
-        "name": lambda: site.new_clamd(tcp=True),
-    }[kind]()
-    address = site.clamd.address
-    if kind == "name":
-        address = "localhost:%d" % site.clamd.port
+def test_clamaddress_forms(site, place):
+    site.clamd, address = place(functools.partial(site.new_clamd, tcp=True))
     site.start(ClamAddress=address)
-    client = site.session()
-    client.mail()
-    client.quit()
+    site.session().mail()
     assert len(site.clamd.scans) == 1
 
 
@@ -546,8 +525,7 @@ def test_every_form_of_an_address_is_taken(check, name, value):
 @pytest.mark.parametrize("name, port", [
     ("OutAddress", 25), ("ClamAddress", 3310), ("Listen", 10025)])
 def test_default_port_of_an_address_alone(site, name, port):
-    """On a loopback address that nobody else will use."""
-    host = "127.%d.%d.%d" % (os.getpid() % 250 + 1, os.getpid() // 250 % 250, 77)
+    host = own_host(77)
     try:
         if name == "OutAddress":
             site.hop = site.new_hop(host=host, port=port)
@@ -581,11 +559,3 @@ def test_a_name_that_cannot_be_looked_up_does_not_stop_the_start(site):
     client = site.client()
     client.expect("421 4.4.1")
     client.eof()
-
-
-def test_bind_failure_is_told_and_fatal(site):
-    site.start()
-    other = site.start(Listen=site.daemon.address, wait=False)
-    assert other.wait_exit() not in (0, None)
-    assert other.log(re.escape(site.daemons[0].address))
-    other.stopped = True

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from harness import CLOSE, Drip, Hold, RESET, Then, WAIT, stuff, until
+from harness import CLOSE, Drip, Hold, RESET, Then, WAIT, stuff, turns, until
 
 BODY = b"Subject: hello\r\n\r\nworld\r\n"
 
@@ -199,17 +199,22 @@ def test_rcpt_is_passed_as_it_came(site):
     client.quit()
 
 
+def refused_here(site, command, want):
+    """The next hop does not hear of it; and the session goes on."""
+    client = site.session()
+    client.cmd(command, want)
+    client.cmd("NOOP", "250")
+    assert site.hop.commands == ["EHLO client.example", "NOOP"]
+    client.quit()
+
+
 @pytest.mark.parametrize("command", [
     "FOO", "XEXCH50 10 2", "TURN", "SEND FROM:<a@b>", "DATAX", "BDATX 3",
     "MAILX FROM:<a>", "", " ", "250 ok", "HELOO x", "QUITT",
     "MAIL\x0b", "\xff\xfe", "ATRN", "BURL imap://x LAST", "STARTTLSX",
 ])
 def test_unknown_command_is_500_and_not_forwarded(site, command):
-    client = site.session()
-    client.cmd(command.encode("latin-1"), "500 5.5.1")
-    client.cmd("NOOP", "250")
-    assert site.hop.commands == ["EHLO client.example", "NOOP"]
-    client.quit()
+    refused_here(site, command.encode("latin-1"), "500 5.5.1")
 
 
 @pytest.mark.core
@@ -219,19 +224,7 @@ def test_unknown_command_is_500_and_not_forwarded(site, command):
     ("xclient NAME=x", "554 5.7.0"),
 ])
 def test_command_that_is_refused(site, command, want):
-    client = site.session()
-    client.cmd(command, want)
-    client.cmd("NOOP", "250")
-    assert site.hop.commands == ["EHLO client.example", "NOOP"]
-    client.quit()
-
-
-def test_bytes_behind_starttls_are_ordinary_commands(site):
-    client = site.session()
-    client.send("STARTTLS\r\nNOOP\r\n")
-    client.expect("502")
-    client.expect("250 2.0.0 noop")
-    client.quit()
+    refused_here(site, command, want)
 
 
 @pytest.mark.core
@@ -241,11 +234,7 @@ def test_bytes_behind_starttls_are_ordinary_commands(site):
     b"RCPT TO:<a\0b@c>",
 ])
 def test_nul_or_bare_cr_in_a_command_is_501(site, command):
-    client = site.session()
-    client.cmd(command, "501 5.5.2")
-    client.cmd("NOOP", "250")
-    assert site.hop.commands == ["EHLO client.example", "NOOP"]
-    client.quit()
+    refused_here(site, command, "501 5.5.2")
 
 
 def test_commands_may_end_in_lf(site):
@@ -273,11 +262,7 @@ def test_a_line_of_12_kib_passes_whatever_its_end(site, end):
 @pytest.mark.core
 @pytest.mark.parametrize("size", [12 * 1024 + 10, 20000, 300000])
 def test_a_longer_line_is_500_and_not_forwarded(site, size):
-    client = site.session()
-    client.cmd("NOOP " + "x" * size, "500 5.5.2 Line too long")
-    client.cmd("NOOP", "250")
-    assert site.hop.commands == ["EHLO client.example", "NOOP"]
-    client.quit()
+    refused_here(site, "NOOP " + "x" * size, "500 5.5.2 Line too long")
 
 
 def test_an_endless_line_takes_no_memory(site):
@@ -410,16 +395,14 @@ COMMANDS = ["MAIL FROM:<a@b>", "RCPT TO:<c@d>", "RSET", "NOOP", "VRFY x",
 @pytest.mark.core
 @pytest.mark.parametrize("command", COMMANDS)
 def test_multi_line_reply_is_relayed_whole(site, command):
+    """But for the names in the one to HELO."""
     verb = command.split(" ")[0]
     code = "221" if verb == "QUIT" else "250"
     reply = "%s-one\n%s-two: three\n%s four" % (code, code, code)
     site.hop.on(verb, reply)
     client = site.session()
     got = client.cmd(command, code)
-    if verb == "HELO":
-        assert len(got.lines) >= 1
-    else:
-        assert got.text == reply
+    assert got.text == ("250 smtp.passthru" if verb == "HELO" else reply)
     if verb != "QUIT":
         client.cmd("NOOP")
         client.cmd("QUIT", "221")
@@ -689,13 +672,14 @@ def test_the_mechanism_of_auth_is_text(site):
 
 
 @pytest.mark.parametrize("ending", ["time-out", "half_close", "reset"])
-def test_auth_broken_off_sends_no_quit_for_an_answer(site, ending):
+def test_auth_broken_off_sends_no_quit_for_an_answer(site, clock, ending):
     """Behind a 334 it would be a failed login in the next hop's log."""
     site.hop.on("AUTH", "334 VXNlcm5hbWU6")
-    site.start(TimeOut="1")
+    site.start(**clock.settings())
     client = site.session()
     client.cmd("AUTH LOGIN", "334")
     if ending == "time-out":
+        clock.go(site.daemon, 180)
         client.expect("421 4.4.2")
     else:
         getattr(client, ending)()
@@ -811,21 +795,17 @@ def test_refused_recipients_among_pipelined_ones(site):
 
 
 def test_a_client_that_does_not_read_is_waited_for(site):
+    """In the end it has all replies, and others have had theirs."""
+    count = 50
+    site.hop.on("NOOP", b"250 " + b"x" * 8000 + b"\r\n")
+    site.start(Listen=site.path("in.sock"))     # it holds less than that
     client = site.session()
-    client.sock.settimeout(0.5)
-    sent = 0
-    try:
-        while sent < 4_000_000:
-            sent += client.sock.send(b"NOOP abcdefgh\r\n" * 500)
-    except OSError:
-        pass
-    client.sock.settimeout(None)
-    other = site.session()
-    other.cmd("NOOP", "250")
-    other.quit()
-    client.sock.settimeout(60)
-    client.close()
-    assert sent > 0
+    client.send(b"NOOP\r\n" * count)
+    turns(site)
+    site.session().mail()
+    for _ in range(count):
+        client.expect("250 x")
+    client.quit()
 
 
 # ---------------------------------------------------------------- endings

@@ -13,11 +13,8 @@ import threading
 
 import pytest
 
-from harness import (CLAMSMTPD, Hold, VIRUS, mounting, same, stuff, tmpfs, turns,
+from harness import (BAD, CLAMSMTPD, GOOD, Hold, VIRUS, mounting, same, tmpfs, turns,
                      until, wait_file)
-
-GOOD = b"Subject: x\r\n\r\nnothing\r\n"
-BAD = b"Subject: x\r\n\r\nEICAR\r\n"
 
 
 def inside(site, name=""):
@@ -43,13 +40,6 @@ def fill(site):
         return file.name
 
 
-def spool(client, body=GOOD):
-    """A message that is complete; its answer is outstanding."""
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(stuff(body) + b".\r\n")
-
-
 # ---------------------------------------------------------------- no room
 
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
@@ -60,7 +50,7 @@ def test_a_disk_that_is_full_before_a_message_is_452(site, small, how):
     site.hop.ehlo.append("CHUNKING")
     small()
     early, late = site.session(), site.session()
-    spool(early)
+    early.submit(GOOD)
     hold.reached()
     file = fill(site)
     late.envelope()
@@ -108,9 +98,10 @@ def test_no_room_for_the_quarantine_is_451_and_leaves_nothing(site, small, actio
     ran = site.path("ran")
     small(Action=action, Quarantine="on", VirusAction=": >> %s" % ran)
     client = site.session()
-    spool(client, BAD + b"x" * 180000 + b"\r\n")
+    client.submit(BAD + b"x" * 180000 + b"\r\n")
     client.expect("451 4.3.0 Local Error")
-    assert site.hop.messages == [] and os.listdir(inside(site)) == []
+    until(lambda: os.listdir(inside(site)) == [], "half of a copy is removed")
+    assert site.hop.messages == []
     site.daemon.wait_log("status=ERROR$")
     client.mail(body=GOOD)
     assert not os.path.exists(ran)
@@ -128,7 +119,7 @@ def test_room_in_spools_that_wait_for_messages_is_room(site, small, what):
     small(Quarantine="on")
     clients = [site.session() for _ in range(3)]
     for client in clients:
-        spool(client, b"Subject: x\r\n\r\n" + b"x" * 70000 + b"\r\n")
+        client.submit(b"Subject: x\r\n\r\n" + b"x" * 70000 + b"\r\n")
     hold.reached(3)
     hold.go()
     for client in clients:
@@ -205,7 +196,7 @@ def all_works(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
-    spool(client)
+    client.submit(GOOD)
     hold.reached()
     assert os.listdir(site.spool) == [], "the spool has no name"
     hold.go()
@@ -293,7 +284,7 @@ def test_out_of_descriptors_for_a_quarantine(site):
     site.clamd.verdict = [hold]
     site.start(Quarantine="on")
     client = site.session()
-    spool(client)
+    client.submit(GOOD)
     hold.reached()
     leave_descriptors(site.daemon, 0)       # clamd's own is free again, then
     hold.go()
@@ -312,7 +303,7 @@ def test_out_of_descriptors_for_a_virus_action(site):
     ran = site.path("ran")
     site.start(VirusAction="echo this; touch " + ran)
     client = site.session()
-    spool(client)
+    client.submit(GOOD)
     hold.reached()
     last = max(map(int, os.listdir("/proc/%d/fd" % site.daemon.pid)))
     resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE, (last, 4096))

@@ -3,13 +3,11 @@ and no promise is broken by it."""
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import shutil
 import signal
 import struct
-import subprocess
 from concurrent import futures
 
 import pytest
@@ -432,33 +430,11 @@ class Scene:
         assert not broken, "\n\n".join(broken)
 
 
-def build(program):
-    """As CLAMSMTPD was built, as far as sanitizers go."""
-    with open(harness.CLAMSMTPD, "rb") as file:
-        theirs = file.read()
-    how = []
-    if b"__asan" in theirs:
-        flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-        how = ["CC=gcc" if b"libasan" in theirs else "CC=clang",
-               "CFLAGS=-O1 -g -fno-omit-frame-pointer " + flags,
-               "LDFLAGS=" + flags]
-    subprocess.run(["make", "-s", "-C", harness.TOP, "BIN=" + program,
-                    "CPPFLAGS=-include tests/faults.h"] + how, check=True)
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory):
+@pytest.fixture
+def program(faulty_build):
     if os.environ.get("TEST_BYTES"):
-        pytest.skip("has a program of its own")
-    top = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:     # the first one builds for all
-        top = top.parent
-    program = str(top / "faulty-clamsmtpd")
-    with open(program + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(program):
-            build(program)
-    return program
+        pytest.skip("it would take hours")
+    return faulty_build
 
 
 @pytest.fixture

@@ -6,28 +6,9 @@ import re
 
 import pytest
 
-from harness import EICAR, HEADER, VIRUS, Hold, same, stuff
-from test_action import NINE, environment
-
-GOOD = b"Subject: x\r\n\r\ngood\r\n"
-BAD = b"Subject: x\r\n\r\n" + EICAR + b"\r\n"
-
-# Neither NUL nor CR nor LF, which no command may have in it.
-CONTROLS = bytes(c for c in range(1, 32) if c not in b"\r\n") + b"\x7f"
-TEXTS = {
-    "control characters": CONTROLS,
-    "escape sequences": b"\x1b]0;x\x07\x1b[2J\x1b[1;1H\x08\x08",
-    "format": b"%s%s%n%n%99999999d%1$s%*d%hhn%x%p%%%",
-    "quotes": b"'\"\\\"''`\\",
-    "shell": b"$(touch$IFS@)`touch$IFS@`;touch$IFS@|touch$IFS@&touch$IFS@",
-    "invalid UTF-8": b"\xff\xfe\xc3(\xed\xa0\x80\xf8\x88\x80\x80\x80\xc0\xaf",
-    "a line of the log": b"100001: from=x@y, to=z, status=CLEAN",
-    "a variable": b"LD_PRELOAD=/tmp/x.so",
-    "a header": b"X-Virus-Scanned: no",
-    "10 KB": b"x%s@" * 2560,
-    "10 KB of control characters": b"\x1b\x01\t" * 3413,
-    "10 KB of invalid UTF-8": b"\xff\x80" * 5120,
-}
+from vectors import TEXTS
+from harness import (BAD, GOOD, HEADER, Hold, NINE, VIRUS, XCLIENT, environment, same,
+                     stuff)
 
 
 @pytest.fixture(params=TEXTS)
@@ -124,7 +105,7 @@ def test_text_in_commands(site, text):
 def test_text_in_helo_and_xclient(site, name):
     """XCLIENT is proper xtext, and has nothing of the client's in it."""
     text = TEXTS[name]
-    site.hop.ehlo = ["XCLIENT NAME ADDR PROTO HELO PORT LOGIN DESTADDR"]
+    site.hop.ehlo = [XCLIENT]
     site.start(XClient="on")
     client = site.client()
     client.expect("220")
@@ -279,9 +260,7 @@ def test_text_in_a_reply_out_of_turn(site, text):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(GOOD + b".\r\n")
+    client.begin(GOOD + b".\r\n")
     hold.reached()
     site.hop.session.sock.sendall(b"421 " + text + b"\r\n")
     got = whole(client)

@@ -11,11 +11,8 @@ import os
 
 import pytest
 
-from harness import HEADER, VIRUS
-from test_config import effective
+from harness import BAD, GOOD, HEADER, VIRUS, effective
 
-GOOD = b"Subject: x\r\n\r\nnothing\r\n"
-BAD = b"Subject: x\r\n\r\nEICAR\r\n"
 
 # What the sample of the original offers in comments.
 SAMPLE = {

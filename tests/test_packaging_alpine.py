@@ -69,7 +69,7 @@ class Abuild:
         for name in SOURCES:
             shutil.copy(os.path.join(TOP, name), self.tree)
         (self.tree / "tests").mkdir()
-        for name in ("conftest.py", "harness.py", "test_dialogue.py"):
+        for name in ("conftest.py", "harness.py", "real.py", "test_dialogue.py"):
             shutil.copy(os.path.join(TOP, "tests", name), self.tree / "tests")
         for name in self.value("source").split():
             if name.startswith("clamsmtpd."):

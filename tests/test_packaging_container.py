@@ -209,22 +209,27 @@ def test_health_is_well_while_clamd_answers(container):
     assert container.site.clamd.address in ill.stderr
 
 
-def test_health_of_no_daemon_is_a_refused_connection(run, tmp_path):
-    env = {"CLAMSMTPD_STATUSLISTEN": "127.0.0.1:%d" % harness.free_port(),
+def test_health_of_no_daemon_is_a_refused_connection(site, run, tmp_path):
+    env = {"CLAMSMTPD_STATUSLISTEN": "127.0.0.1:%d" % site.port(),
            "CLAMSMTPD_OUTADDRESS": "127.0.0.1:25"}
     got = run("-f", str(tmp_path / "none"), "-C", env=env)
     assert got.returncode == 1
     assert "Connection refused" in got.stderr
 
 
-def test_sigterm_lets_the_message_under_way_finish(container):
+@pytest.fixture
+def busy(container):
+    """A container with a message at clamd: it, its client, the scan."""
     one = container()
     scan = container.site.clamd.verdict = Hold()
     client = container.site.session(address=one.address())
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(b"\r\nlast words\r\n.\r\n")
+    client.begin(b"\r\nlast words\r\n.\r\n")
     scan.reached()
+    return one, client, scan
+
+
+def test_sigterm_lets_the_message_under_way_finish(container, busy):
+    one, client, scan = busy
     one.terminate()
     until(lambda: one.log("stopping when"), "SIGTERM is heard")
     scan.go()
@@ -235,14 +240,8 @@ def test_sigterm_lets_the_message_under_way_finish(container):
 
 
 @pytest.mark.long
-def test_sigterm_ends_it_even_if_clamd_hangs(container):
-    one = container()
-    scan = container.site.clamd.verdict = Hold()
-    client = container.site.session(address=one.address())
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(b"\r\nlast words\r\n.\r\n")
-    scan.reached()
+def test_sigterm_ends_it_even_if_clamd_hangs(busy):
+    one, client, _ = busy
     one.terminate()
     assert one.process.wait(max(WAIT, 20)) == 0
     client.expect("421")

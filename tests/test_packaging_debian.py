@@ -15,7 +15,6 @@ import pytest
 
 import harness
 from harness import CLAMSMTPD, EICAR, TOP, WAIT, Client, until
-from test_run import syslog     # a fixture
 
 SYSTEMD = os.path.join(TOP, "packaging", "systemd")
 UNIT = os.path.join(SYSTEMD, "clamsmtpd.service")
@@ -338,7 +337,7 @@ def runs(open_site):
     """runs(machine): the installed daemon is started as the unit says, for
     User, and takes a mail."""
     def runs(machine):
-        port = harness.free_port()
+        port = open_site.port()
         machine.does(
             "sed -i -e 's/^Listen:.*/Listen: 127.0.0.1:%d/' -e "
             "'s/^OutAddress:.*/OutAddress: %s/' -e 's,^ClamAddress:.*,,' "

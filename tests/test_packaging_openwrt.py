@@ -10,12 +10,11 @@ import subprocess
 
 import pytest
 
-from harness import CLAMSMTPD, TOP, VIRUS, WAIT, Daemon, free_port, until
+from harness import BAD, CLAMSMTPD, Daemon, TOP, VIRUS, WAIT, until
 
 OPENWRT = os.path.join(TOP, "packaging", "openwrt")
 INIT = os.path.join(OPENWRT, "files", "clamsmtpd.init")
 CONFIG = os.path.join(OPENWRT, "files", "clamsmtpd.config")
-BAD = b"A: b\r\n\r\nEICAR\r\n"
 
 pytestmark = pytest.mark.skipif(not shutil.which("busybox"),
                                 reason="no busybox here")
@@ -357,7 +356,7 @@ def test_a_reload_gives_the_daemon_the_new_settings(running):
 
 
 def test_its_health_can_be_asked_for(router, site, run):
-    running = Running(router, site, StatusListen="127.0.0.1:%d" % free_port())
+    running = Running(router, site, StatusListen="127.0.0.1:%d" % site.port())
     ask = ("-C", "-f", str(router.conf))
     assert run(*ask).returncode == 0
     site.servers[-1].down()

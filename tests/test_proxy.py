@@ -13,11 +13,8 @@ import threading
 import pytest
 
 import real
-from harness import (Client, Failed, Hold, NextHop, RESET, TOP, connect, free_port,
-                     has_ipv6, never, until)
-from test_action import BAD, environment
-from test_run import reload
-from test_xclient import OFFER, xclients
+from harness import (BAD, Client, Failed, Hold, NextHop, RESET, TOP, XCLIENT, connect,
+                     environment, has_ipv6, never, own_host, until)
 
 V4, V6, PORT = "192.0.2.7", "2001:db8::7", 4711
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -105,13 +102,13 @@ def test_a_header_in_single_bytes_and_one_with_commands_behind_it(site, header):
 
 @pytest.mark.parametrize("name, said", [(V4, V4), (V6, "IPV6:" + V6)])
 def test_it_is_named_everywhere(site, name, said):
-    site.hop.ehlo = [OFFER]
+    site.hop.ehlo = [XCLIENT]
     env = environment(site, ProxyFrom="127.0.0.1", XClient="on",
                       Header="X-From: %i to %l")
     client = proxied(site, v2(name))
     client.mail()
     client.mail(body=BAD, want="250 2.0.0 Virus")
-    assert xclients(site) == [
+    assert site.hop.told("XCLIENT") == [
         "XCLIENT NAME=[UNAVAILABLE] ADDR=%s PORT=%d" % (said, PORT)]
     assert b"\r\nX-From: %s to 127.0.0.1\r\n" % name.encode() in \
         site.hop.messages[0].body
@@ -134,12 +131,12 @@ NOBODY = {
 @pytest.mark.parametrize("header", NOBODY.values(), ids=list(NOBODY))
 def test_a_header_that_names_nobody(site, header):
     """As of a proxy's own health check: the client is who connected."""
-    site.hop.ehlo = [OFFER]
+    site.hop.ehlo = [XCLIENT]
     site.start(ProxyFrom="127.0.0.9", XClient="on")
     client = proxied(site, header, source="127.0.0.9")
     client.mail()
     assert accepted(site) == ["127.0.0.9"]
-    assert xclients(site) == ["XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9 PORT=%d"
+    assert site.hop.told("XCLIENT") == ["XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9 PORT=%d"
                               % client.sock.getsockname()[1]]
     client.quit()
 
@@ -187,7 +184,7 @@ def test_a_wrong_header_is_refused(site, header):
     site.start(ProxyFrom="127.0.0.1")
     client = site.client()
     client.send(header)
-    if header in (b"", v1()[:-1], v2()[:-1], SIGNATURE[:-1]):
+    if header in (b"", b"\r\n", v1()[:-1], v2()[:-1], SIGNATURE[:-1]):
         client.half_close()             # else there might be more to come
     assert client.rest() == b""
     site.daemon.wait_log(r"^100000: 127\.0\.0\.1: no PROXY header")
@@ -264,7 +261,7 @@ def test_sighup_changes_whom_it_believes(site):
     listen = site.path("in.sock")
     site.start(Listen=listen, ProxyFrom="unix")
     early = site.client()
-    reload(site, Listen=listen)
+    site.reload(Listen=listen)
     site.session().mail()
     early.send(v1())                    # it began under the old settings
     early.hello()
@@ -295,7 +292,7 @@ def test_a_header_cannot_make_a_loop(site):
 
 
 def test_a_header_cannot_hide_a_loop(site):
-    port = free_port()
+    port = site.port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port,
                ProxyFrom="127.0.0.9")
     client = site.client(source="127.0.0.9")
@@ -408,6 +405,7 @@ defaults
     timeout connect 60s
     timeout client 60s
     timeout server 60s
+    timeout check 60s
 frontend in
     bind %s
     default_backend out
@@ -424,16 +422,16 @@ backend out
 def test_haproxy_names_the_client(site, haproxy, options, source):
     if ":" in source and not has_ipv6():
         pytest.skip("no IPv6 here")
-    site.hop.ehlo = [OFFER]
+    site.hop.ehlo = [XCLIENT]
     site.start(ProxyFrom="127.0.0.1", XClient="on")
     host = "[::1]" if ":" in source else "127.0.0.1"
-    address = "%s:%d" % (host, free_port())
+    address = "%s:%d" % (host, site.port(host.strip("[]")))
     proxy = haproxy(address, ONE % (address, site.daemon.address, options))
     client = site.session(address=proxy.address, source=source)
     client.mail()
     port = client.sock.getsockname()[1]
     assert source in accepted(site)     # the fixture looked at the port, too
-    assert xclients(site)[-1] == "XCLIENT NAME=[UNAVAILABLE] ADDR=%s%s PORT=%d" % (
+    assert site.hop.told("XCLIENT")[-1] == "XCLIENT NAME=[UNAVAILABLE] ADDR=%s%s PORT=%d" % (
         "IPV6:" if ":" in source else "", source, port)
     client.quit()
 
@@ -443,21 +441,21 @@ def test_haproxy_names_the_client(site, haproxy, options, source):
 def test_haproxy_checks_health(site, haproxy, options):
     """By EHLO; its own connections have its own address."""
     site.start(ProxyFrom="127.0.0.1")
-    address = "127.0.0.1:%d" % free_port()
+    address = "127.0.0.1:%d" % site.port()
     proxy = haproxy(address, ONE % (address, site.daemon.address,
                                     options + " check check-send-proxy inter 100ms"))
     until(lambda: len(site.hop.sessions) >= 3, "some checks")
-    assert proxy.states() == {"one": "UP"}
+    proxy.wait_states("UP")
     assert set(accepted(site)) == {"127.0.0.1"}
     assert not site.daemon.log("no PROXY header")
     site.hop.down()
-    until(lambda: proxy.states() == {"one": "DOWN"}, "haproxy finds it DOWN")
+    proxy.wait_states("DOWN")
 
 
 @needs_haproxy
 def test_haproxy_over_a_unix_socket(site, haproxy):
     site.start(Listen=site.path("in.sock"), ProxyFrom="unix")
-    address = "127.0.0.1:%d" % free_port()
+    address = "127.0.0.1:%d" % site.port()
     proxy = haproxy(address, ONE % (address, site.path("in.sock"), "send-proxy-v2"))
     client = site.session(address=proxy.address, source="127.0.0.42")
     client.mail()
@@ -482,18 +480,17 @@ class Recipe:
 
     def __init__(self, site, haproxy):
         self.site = site
-        site.hop.ehlo = [OFFER]
+        site.hop.ehlo = [XCLIENT]
         self.clamds = [site.new_clamd(tcp=True) for _ in range(2)]
-        self.address = "127.0.0.1:%d" % free_port()
-        pid = os.getpid()
+        self.address = "127.0.0.1:%d" % site.port()
         self.places = {
             r"\b10\.0\.0\.20:25$": site.hop.address,
             r"\b10\.0\.0\.31:3310$": self.clamds[0].address,
             r"\b10\.0\.0\.32:3310$": self.clamds[1].address,
             r"\b10\.0\.0\.1$": "127.0.0.1",
-            r"\b10\.0\.0\.(1[123]):": "127.%d.%d.\\1:" % (64 + (pid >> 8 & 63), pid & 255),
-            r"\b10025\b": str(free_port()),
-            r"\b10080\b": str(free_port()),
+            r"\b10\.0\.0\.(1[123]):": own_host(r"\1:"),
+            r"\b10025\b": str(site.port()),
+            r"\b10080\b": str(site.port()),
             r"bind :25$": "bind " + self.address,
             r"log /dev/log mail$": "",
         }
@@ -598,7 +595,7 @@ def test_recipe_one_of_three_ends_under_load_and_no_mail_is_lost(site, recipe, n
 def test_recipe_names_the_client_to_the_next_hop(site, recipe):
     client = site.session(address=recipe.address, source="127.0.0.42")
     client.mail()
-    sent, = xclients(site)
+    sent, = site.hop.told("XCLIENT")
     assert " ADDR=127.0.0.42 " in sent
 
 
@@ -611,9 +608,7 @@ def test_recipe_clamds_have_slots_and_stand_in_for_each_other(site, recipe):
     one.verdict = hold = Hold(RESET)
     clients = [site.session(address=recipe.address) for _ in range(slots + 1)]
     for client in clients:
-        client.envelope()
-        client.cmd("DATA", "354")
-        client.send(b"Subject: x\r\n\r\nhello\r\n.\r\n")
+        client.begin(b"Subject: x\r\n\r\nhello\r\n.\r\n")
     other.wait_scans(1)
     one.wait_scans(slots)
     never(lambda: len(one.scans) > slots, "more scans than slots")

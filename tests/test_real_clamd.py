@@ -1,8 +1,8 @@
 """With a real clamd: that it finds in a mail what it finds in a file."""
 
+import itertools
 import os
 import stat
-import threading
 import time
 
 import pytest
@@ -153,27 +153,16 @@ def test_file_over_tcp(site, clamd, name):
 def test_many_at_once(site, address):
     """Mixed mail in 12 sessions at the same time: each gets its own verdict."""
     site.start(ClamAddress=address, Action="bounce")
-    wrong = []
 
     def one(number):
-        try:
-            client = site.session()
-            for turn in range(4):
-                if (number + turn) % 2:
-                    client.mail(body=EICAR_MAILS["zipped"],
-                                want=REJECTED % EICAR_NAME)
-                else:
-                    client.mail("%d.%d@example.com" % (number, turn), body=CLEAN)
-            client.quit()
-        except Exception as error:
-            wrong.append("session %d: %r" % (number, error))
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong
+        client = site.session()
+        for turn in range(4):
+            if (number + turn) % 2:
+                client.mail(body=EICAR_MAILS["zipped"], want=REJECTED % EICAR_NAME)
+            else:
+                client.mail("%d.%d@example.com" % (number, turn), body=CLEAN)
+        client.quit()
+    harness.at_once(one, 12)
     senders = sorted(m.mail for m in site.hop.messages)
     assert senders == sorted("MAIL FROM:<%d.%d@example.com>" % (n, t)
                              for n in range(12) for t in range(4)
@@ -336,6 +325,30 @@ def test_hidden_from_clamd(site, clamd, address, kind):
 
 # ---------------------------------------------------------------- long
 
+def talk(address, kind, big):
+    """One session of a kind; how many mails it has delivered."""
+    client = Client(address)
+    try:
+        client.hello()
+        if kind == 0:
+            client.mail(body=EICAR_MAILS["zipped"], want=REJECTED % EICAR_NAME)
+        elif kind == 1:
+            client.mail(body=big)
+        elif kind == 2:     # gone in the middle of a body
+            client.begin(big[:100000])
+            client.reset()
+            return 0
+        elif kind == 3:     # gone without a word
+            client.envelope()
+            return 0
+        for _ in range(3):
+            client.mail(body=CLEAN)
+        client.quit()
+        return 3 + (kind == 1)
+    finally:
+        client.close()
+
+
 @pytest.mark.long
 def test_soak(site, clamd):
     """A minute of everything at once; nothing piles up."""
@@ -346,59 +359,23 @@ def test_soak(site, clamd):
     site.hop.on(".", forget)
     site.start(ClamAddress=[clamd.path, clamd.tcp], Action="bounce", level=3)
     big = real.attached(os.urandom(300000))
-    wrong = []
-    sent = [0] * 8
-
-    def session(number, turn):
-        client = Client(site.daemon.address)
-        try:
-            client.hello()
-            kind = (number + turn) % 5
-            if kind == 0:
-                client.mail(body=EICAR_MAILS["zipped"],
-                            want=REJECTED % EICAR_NAME)
-            elif kind == 1:
-                client.mail(body=big)
-                sent[number] += 1
-            elif kind == 2:     # gone in the middle of a body
-                client.envelope()
-                client.cmd("DATA", "354")
-                client.send(big[:100000])
-                client.reset()
-                return
-            elif kind == 3:     # gone without a word
-                client.envelope()
-                client.close()
-                return
-            for _ in range(3):
-                client.mail(body=CLEAN)
-                sent[number] += 1
-            client.quit()
-        finally:
-            client.close()
-
-    def worker(number, end):
-        turn = 0
-        try:
-            while time.monotonic() < end:
-                session(number, turn)
-                turn += 1
-        except Exception as error:
-            wrong.append("session %d.%d: %r" % (number, turn, error))
 
     def run(seconds):
-        threads = [threading.Thread(
-            target=worker, args=(n, time.monotonic() + seconds))
-            for n in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong, wrong
-        site.daemon.settle()
+        """How many mails were delivered."""
+        end = time.monotonic() + seconds
 
-    run(5)
+        def work(number):
+            sent = 0
+            for turn in itertools.count(number):
+                if time.monotonic() > end:
+                    return sent
+                sent += talk(site.daemon.address, turn % 5, big)
+        sent = sum(harness.at_once(work, 8))
+        site.daemon.settle()
+        return sent
+
+    sent = run(5)
     before = site.daemon.rss()
-    run(55)
+    sent += run(55)
     assert site.daemon.rss() <= before + 64, "KiB resident, 64 more allowed"
-    assert len(site.hop.messages) == sum(sent)
+    assert len(site.hop.messages) == sent

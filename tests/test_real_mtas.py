@@ -20,7 +20,6 @@ import pytest
 import real
 import vectors
 from harness import Failed, connect, until
-from test_real_postfix import Postfix, clamd  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -85,7 +84,7 @@ def compare(want, wrong, queued):
 
 # ---------------------------------------------------------------- Postfix
 
-class Holding(Postfix):
+class Holding(real.Postfix):
     """A Postfix that keeps what it takes in its hold queue."""
 
     def __init__(self, bare_newline):
@@ -273,13 +272,13 @@ def through(site, server, sender):
 
 
 def test_exim(site):
-    port = real.quiet_port()
+    port = site.port()
     with Exim(port, "cp exim4.conf /etc/exim4\n", {"exim4.conf": EXIM % port}) as exim:
         through(site, exim, r"<(\w+)@example\.com>")
 
 
 def test_opensmtpd(site):
-    port = real.quiet_port()
+    port = site.port()
     with OpenSMTPD(port, "", {"smtpd.conf": OPENSMTPD % port}) as opensmtpd:
         until(lambda: opensmtpd.run("smtpctl pause mta && echo yes"), "it pauses")
         through(site, opensmtpd, r"\|(\w+)@example\.com\|")
@@ -292,8 +291,8 @@ def recipe(site, clamd, name, server, start, table, mailbox):
     alice; strangers get through to whom they should, and nowhere else."""
     # Exim takes 127.0.0.1 for itself, and the scripted hop cannot pipeline.
     site.hop = site.new_hop(host="127.0.0.2", ehlo=["8BITMIME"])
-    port = real.quiet_port()
-    ports = {n: str(real.quiet_port()) for n in ("10025", "10026")}
+    port = site.port()
+    ports = {n: str(site.port()) for n in ("10025", "10026")}
     top = os.path.join(real.EXAMPLES, name)
     table = dict(ports, **{
         old: new.format(smtp=port, hop=site.hop.port) for old, new in table.items()})
@@ -314,8 +313,8 @@ def recipe(site, clamd, name, server, start, table, mailbox):
         until(lambda: server.run("grep X-Virus-Scanned: " + mailbox), "alice has it")
 
 
-def test_exim_recipe(open_site, clamd):
-    recipe(open_site, clamd, "exim", Exim, """
+def test_exim_recipe(open_site, real_clamd):
+    recipe(open_site, real_clamd, "exim", Exim, """
            cp -r conf.d /etc/exim4
            cat update-exim4.conf.conf >>/etc/exim4/update-exim4.conf.conf
            update-exim4.conf
@@ -323,8 +322,8 @@ def test_exim_recipe(open_site, clamd):
                  "smarthost.example::587": "127.0.0.2::{hop}"}, "/var/mail/alice")
 
 
-def test_opensmtpd_recipe(open_site, clamd):
-    recipe(open_site, clamd, "opensmtpd", OpenSMTPD, """
+def test_opensmtpd_recipe(open_site, real_clamd):
+    recipe(open_site, real_clamd, "opensmtpd", OpenSMTPD, """
            mkdir -p /etc/mail
            echo alice@localhost >/etc/mail/recipients
            """, {"on 0.0.0.0": "on 127.0.0.1 port {smtp}", "listen on ::": "",

@@ -5,13 +5,8 @@ data and log are in a private directory; it listens on free ports of the loopbac
 What the machine's own Postfix has is left alone.
 """
 
-import glob
 import os
 import re
-import signal
-import shutil
-import subprocess
-import threading
 
 import pytest
 
@@ -30,221 +25,10 @@ BODY = (b"Subject: through Postfix\r\nX-Own: yes\r\n\r\nfirst line\r\n"
 SICK = b"Subject: sick\r\n\r\n" + EICAR + b"\r\n"
 
 
-MAIN = """
-compatibility_level = 3.6
-queue_directory = {dir}/queue
-data_directory = {dir}/data
-maillog_file = {dir}/maillog
-maillog_file_prefixes = {dir}
-myhostname = mail.example.net
-mydestination =
-mynetworks = 127.0.0.0/8 [::1]/128
-inet_protocols = all
-alias_maps =
-alias_database =
-smtpd_peername_lookup = no
-local_header_rewrite_clients =
-smtpd_relay_restrictions = permit_mynetworks, reject
-smtpd_recipient_restrictions =
-smtpd_client_connection_count_limit = 0
-notify_classes =
-in_flow_delay = 0s
-disable_dns_lookups = yes
-virtual_mailbox_domains = example.com
-virtual_mailbox_maps = static:box/
-virtual_mailbox_base = {dir}/mail
-virtual_minimum_uid = 1
-virtual_uid_maps = static:{uid}
-virtual_gid_maps = static:{gid}
-message_size_limit = 20480000
-"""
-
-# What master runs of itself.
-MASTER = """
-pickup unix n - n 1 1 pickup
-cleanup unix n - n - 0 cleanup
-qmgr unix n - n 300 1 qmgr
-rewrite unix - - n - - trivial-rewrite
-bounce unix - - n - 0 bounce
-defer unix - - n - 0 bounce
-trace unix - - n - 0 bounce
-verify unix - - n - 1 verify
-flush unix n - n 1000? 0 flush
-proxymap unix - - n - - proxymap
-proxywrite unix - - n - 1 proxymap
-smtp unix - - n - - smtp
-relay unix - - n - - smtp
-error unix - - n - - error
-retry unix - - n - - error
-discard unix - - n - - discard
-virtual unix - n n - - virtual
-anvil unix - - n - 1 anvil
-scache unix - - n - 1 scache
-tlsmgr unix - - n 1000? 1 tlsmgr
-postlog unix-dgram n - n - 1 postlogd
-"""
-
-# Besides the services of a recipe: "smtp" for clients, where the recipe has none
-# for them, and "other", which takes XCLIENT, or filters without speed_adjust.
-BESIDES = {"postfix-after-queue": """
-127.0.0.1:{smtp} inet n - n - - smtpd
-127.0.0.1:{other} inet n - n - - smtpd
-    -o content_filter=
-    -o smtpd_helo_required=yes
-    -o smtpd_authorized_xclient_hosts=127.0.0.0/8,[::1]/128
-""", "postfix-before-queue": """
-127.0.0.1:{other} inet n - n - - smtpd
-    -o smtpd_proxy_filter=127.0.0.1:{filter}
-"""}
-
-
-class Postfix:
-    """With a recipe; `more' is for main.cf, `table' for real.example()."""
-
-    def __init__(self, recipe="postfix-after-queue", more="", table=()):
-        self.recipe, self.more, self.table = recipe, more, dict(table)
-        self.dir = real.public_directory("postfix")
-        # When we are gone: master changes its user now and then, and with that
-        # it forgets die_with_us().
-        self.watch = subprocess.Popen(
-            ["sh", "-c", 'while read -r p; do pid=$p; done; kill -KILL "-$pid";'
-             'rm -rf "$1"', "sh", self.dir],
-            stdin=subprocess.PIPE, start_new_session=True)
-        owner, nobody = real.user("postfix"), real.user("nobody")
-        self.config = os.path.join(self.dir, "etc")
-        self.log = os.path.join(self.dir, "maillog")
-        self.mail = os.path.join(self.dir, "mail")
-        for name, uid, mode in [
-                ("etc", 0, 0o755), ("queue", 0, 0o755), ("queue/pid", 0, 0o755),
-                ("data", owner.pw_uid, 0o700), ("mail", nobody.pw_uid, 0o700)]:
-            path = os.path.join(self.dir, name)
-            os.mkdir(path, mode)
-            os.chown(path, uid, -1)
-        group = os.stat(real.find("postdrop")).st_gid
-        for name in ("active bounce corrupt defer deferred flush hold incoming "
-                     "private saved trace maildrop public").split():
-            path = os.path.join(self.dir, "queue", name)
-            os.mkdir(path, 0o700)
-            os.chown(path, owner.pw_uid, -1)
-            if name in ("maildrop", "public"):
-                os.chown(path, owner.pw_uid, group)
-                os.chmod(path, 0o1730 if name == "maildrop" else 0o2710)
-        self.start()
-
-    def configure(self):
-        """What the recipe says stands behind what any Postfix has."""
-        nobody = real.user("nobody")
-        port = self.port = {name: real.quiet_port()
-                            for name in ("smtp", "filter", "back", "other")}
-        self.ports = {"10025": str(port["filter"]), "10026": str(port["back"]),
-                      "smtp      inet": "127.0.0.1:%d inet" % port["smtp"]}
-        text = {"main.cf": MAIN.format(dir=self.dir, uid=nobody.pw_uid,
-                                       gid=nobody.pw_gid) + self.more,
-                "master.cf": MASTER + BESIDES[self.recipe].format(**port)}
-        for path in glob.glob("%s/%s/*.cf" % (real.EXAMPLES, self.recipe)):
-            text[os.path.basename(path)] += real.example(
-                path, dict(self.ports, **self.table))
-        for name in text:
-            with open(os.path.join(self.config, name), "w") as file:
-                file.write(text[name])
-
-    def start(self):
-        for _ in range(5):
-            # Some other program may have taken a port meanwhile.
-            self.configure()
-            directory = self.run("postconf", "-h", "daemon_directory").strip()
-            with open(os.path.join(self.dir, "stderr"), "ab") as err:
-                self.master = subprocess.Popen(
-                    [os.path.join(directory, "master"), "-d", "-c", self.config],
-                    stdin=subprocess.DEVNULL, stdout=err, stderr=err,
-                    env=dict(os.environ, MAIL_CONFIG=self.config),
-                    start_new_session=True)
-            self.watch.stdin.write(b"%d\n" % self.master.pid)
-            self.watch.stdin.flush()
-            until(lambda: self.answers() or self.master.poll() is not None,
-                  "Postfix answers")
-            if self.master.poll() is None:
-                return
-        raise harness.Failed("Postfix does not start:\n" + self.text())
-
-    def run(self, command, *args):
-        return subprocess.run([command, "-c", self.config, *args], check=True,
-                              capture_output=True, text=True).stdout
-
-    def answers(self):
-        try:
-            with harness.connect(self.address("back")) as sock:
-                return sock.recv(100).startswith(b"220")
-        except OSError:
-            return False
-
-    def address(self, name):
-        return "127.0.0.1:%d" % self.port[name]
-
-    def text(self):
-        text = ""
-        for path in (os.path.join(self.dir, "stderr"), self.log):
-            if os.path.exists(path):
-                with open(path, errors="replace") as file:
-                    text += file.read()
-        return text
-
-    def wait_log(self, pattern):
-        try:
-            return until(lambda: re.search(pattern, self.text(), re.M),
-                         "the mail log has " + pattern)
-        except harness.Failed as failed:
-            raise harness.Failed("%s; it ends:\n%s" % (
-                failed, self.text()[-3000:])) from None
-
-    def delivered(self):
-        """Files of mail that have reached the mailbox, as (headers, body)."""
-        found = []
-        for path in sorted(glob.glob(self.mail + "/box/new/*")):
-            with open(path, "rb") as file:
-                head, _, body = file.read().partition(b"\n\n")
-            found.append((head + b"\n", body))
-        return found
-
-    # -- for real.behind_a_queue()
-
-    def arrived(self):
-        return [b"\n".join(message) for message in self.delivered()]
-
-    def queued(self):
-        return self.run("postqueue", "-j").splitlines()
-
-    def flush(self):
-        self.run("postqueue", "-f")
-
-    def wait_delivered(self, subject, count=1):
-        want = b"Subject: %s\n" % subject
-        try:
-            return until(
-                lambda: (lambda got: got if len(got) >= count else None)(
-                    [m for m in self.delivered() if want in m[0]]),
-                "mail of subject %r is delivered" % subject)
-        except harness.Failed as failed:
-            raise harness.Failed("%s; the mail log ends:\n%s" % (
-                failed, self.text()[-3000:])) from None
-
-    def close(self):
-        self.watch.kill()
-        self.watch.wait()
-        self.watch.stdin.close()
-        for number in signal.SIGTERM, signal.SIGKILL:
-            try:
-                os.killpg(self.master.pid, number)
-                self.master.wait(5)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                pass
-        shutil.rmtree(self.dir, ignore_errors=True)
-
-
 @pytest.fixture(scope="session")
 def postfix():
     """Filters behind its queue."""
-    postfix = Postfix()
+    postfix = real.Postfix()
     yield postfix
     postfix.close()
 
@@ -252,19 +36,9 @@ def postfix():
 @pytest.fixture(scope="session")
 def before():
     """A Postfix that filters before its queue."""
-    before = Postfix("postfix-before-queue")
+    before = real.Postfix("postfix-before-queue")
     yield before
     before.close()
-
-
-@pytest.fixture
-def clamd():
-    """A real one, which the test may kill."""
-    if not real.find("clamd"):
-        pytest.skip("no clamd installed")
-    clamd = real.RealClamd()
-    yield clamd
-    clamd.close()
 
 
 def to_postfix(site, postfix, name="smtp", source=None):
@@ -347,9 +121,7 @@ def test_no_second_mail(site, postfix, end):
     site.start(OutAddress=postfix.address("back"))
     client = site.session()
     name = b"%d" % ENDS.index(end)
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(b"Subject: outer%s\r\n\r\ntext%sMAIL FROM:<evil%s@example.com>\r\n"
+    client.begin(b"Subject: outer%s\r\n\r\ntext%sMAIL FROM:<evil%s@example.com>\r\n"
                 b"RCPT TO:<b@example.com>\r\nDATA\r\nSubject: smuggled%s\r\n\r\n"
                 b"evil\r\n.\r\n" % (name, end, name, name))
     client.expect("250 2.0.0 Ok: queued")
@@ -365,9 +137,9 @@ def start(site, postfix, **settings):
     real.start_example(site, postfix.recipe, postfix.ports, **settings)
 
 
-def test_after_queue(open_site, postfix, clamd):
-    start(open_site, postfix, ClamAddress=clamd.path)
-    real.behind_a_queue(open_site, clamd, postfix)
+def test_after_queue(open_site, postfix, real_clamd):
+    start(open_site, postfix, ClamAddress=real_clamd.path)
+    real.behind_a_queue(open_site, real_clamd, postfix)
 
 
 def test_after_queue_bytes(open_site, postfix):
@@ -432,18 +204,14 @@ def test_after_queue_many(open_site, postfix):
             client.mail("%d.%d@example.com" % (number, turn), body=body)
         client.quit()
 
-    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    harness.at_once(one, 8)
     for message in postfix.wait_delivered(b"many Postfix", 24):
         check(message, body)
 
 
 def test_after_queue_turned_off(site):
     """As the page says; what waits for the filter goes on without it."""
-    postfix = Postfix()
+    postfix = real.Postfix()
     try:
         client = to_postfix(site, postfix)
         client.mail(body=BODY)
@@ -460,17 +228,17 @@ def test_after_queue_turned_off(site):
 
 # ---------------------------------------------------------------- before queue
 
-def test_before_queue(open_site, before, clamd):
+def test_before_queue(open_site, before, real_clamd):
     """The sender itself hears what becomes of its mail, and nobody else."""
     site = open_site
-    start(site, before, ClamAddress=clamd.path)
+    start(site, before, ClamAddress=real_clamd.path)
     client = to_postfix(site, before)
     client.mail(body=real.titled(b"well"))
     client.mail(body=real.titled(b"sick", real.EICAR), want="550 5.7.1 Virus "
                 "Detected; Content Rejected (%s)" % real.EICAR_NAME)
-    clamd.kill()
+    real_clamd.kill()
     client.mail(body=real.titled(b"late"), want="451 4.3.0 Local Error (clamd: ")
-    clamd.start()
+    real_clamd.start()
     client.mail(body=real.titled(b"late"))
     client.quit()
     for title in b"well", b"late":

@@ -8,11 +8,10 @@ import threading
 
 import pytest
 
-from harness import (CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then,
-                     full_listener, same, stuff, turns, until)
+from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, full_listener,
+                     same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"
-BAD = b"Subject: x\r\n\r\nEICAR\r\n"
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -61,9 +60,7 @@ def test_no_file_is_in_temp_directory_while_clamd_scans(site):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     assert os.listdir(site.spool) == []
     hold.go()
@@ -103,9 +100,7 @@ def test_what_is_judged_is_what_is_forwarded(site, clamd):
     """PROMISE 2, with everything that is changed on the way."""
     site.start(Header="")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(b"A: b\n\n..x\r\n.\r.y\r\n\0.\n\r\0z\xff\r\n.\r\n")
+    client.begin(b"A: b\n\n..x\r\n.\r.y\r\n\0.\n\r\0z\xff\r\n.\r\n")
     client.expect("250")
     same(clamd.scans[0].mail, site.hop.messages[0].body)
     client.quit()
@@ -124,9 +119,7 @@ def test_sizes(site, clamd, size):
 
 def test_a_connection_is_made_when_the_message_is_complete(site, clamd):
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(BODY)
+    client.begin(BODY)
     other = site.session()
     other.quit()
     assert clamd.accepted == 0
@@ -262,9 +255,7 @@ def test_an_overlong_virus_name_is_cut(site):
     site.clamd.verdict = b"fd[12]: " + b"V" * 900 + b" FOUND\0"
     site.start(Action="bounce")
     client = site.session()
-    client.envelope()
-    got = client.cmd("DATA", "354")
-    client.send(BODY.replace(b"\n.", b"\n..") + b".\r\n")
+    client.submit(BODY)
     got = client.reply()
     assert got.code in ("451", "550")
     assert len(got.raw) <= 512
@@ -332,7 +323,7 @@ def test_a_clamd_that_answers_nobody_is_named_in_the_log_once(site, clock, scans
     site.start(level=3, MaxScans=scans, **clock.settings())
     clients = [site.session() for _ in range(4)]
     for i in 0, 2, 1, 3:                # those that wait are between the others
-        send(clients[i], BODY)
+        clients[i].submit(BODY)
         turns(site)
     clock.go(site.daemon, 180)
     for client in clients:
@@ -355,7 +346,7 @@ def test_clamd_restarted_under_load(site):
 
     def work(client):
         while not over.is_set():
-            send(client, BODY)
+            client.submit(BODY)
             heard.append(client.reply().code)
     for _ in range(8):
         threads.append(threading.Thread(target=work, args=(site.session(),)))
@@ -391,12 +382,18 @@ def test_clamd_away_never_stops_the_start(site):
 
 
 @pytest.mark.core
-def test_scan_time_out_gives_451(site, clamd):
+def test_scan_time_out_gives_451(site, clamd, clock):
     hold = Hold("OK")
     clamd.verdict = [hold]
-    site.start(ScanTimeOut="1")
+    site.start(ScanTimeOut="60", **clock.settings())
     client = site.session()
-    client.mail(want="451 4.3.0 Local Error")
+    client.submit(BODY)
+    hold.reached()
+    clock.go(site.daemon, 59)
+    turns(site)
+    assert not client.stream.more()
+    clock.go(site.daemon, 1)
+    client.expect("451 4.3.0 Local Error")
     assert site.hop.messages == []
     site.daemon.wait_log(r"status=CLAMAV-ERROR$")
     client.mail()
@@ -404,24 +401,27 @@ def test_scan_time_out_gives_451(site, clamd):
     hold.go()
 
 
-def test_time_out_is_the_scan_time_out_where_none_is_set(site):
+def test_time_out_is_the_scan_time_out_where_none_is_set(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
-    site.start(TimeOut="1")
+    site.start(TimeOut="60", **clock.settings())
     client = site.session()
-    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
-    client.send(b"A: b\r\n\r\nx\r\n.\r\n")
-    for want in ("250", "250", "354", "451 4.3.0"):
-        client.expect(want)
+    client.submit(BODY)
+    hold.reached()
+    clock.go(site.daemon, 60)
+    client.expect("451 4.3.0")
     hold.go()
 
 
-def test_a_verdict_after_the_time_out_is_not_used(site):
+def test_a_verdict_after_the_time_out_is_not_used(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
-    site.start(ScanTimeOut="1")
+    site.start(**clock.settings())
     client = site.session()
-    client.mail(want="451")
+    client.submit(BODY)
+    hold.reached()
+    clock.go(site.daemon, 180)
+    client.expect("451")
     hold.go()
     client.cmd("NOOP", "250")
     assert site.hop.messages == []
@@ -532,7 +532,7 @@ def test_a_full_clamd_leaves_the_scan_to_the_next(site):
     first.verdict = hold
     site.start(ClamAddress=[first.address, second.address], MaxScans="1")
     one, two = site.session(), site.session()
-    send(one, BODY)
+    one.submit(BODY)
     hold.reached()
     two.mail()
     assert len(second.scans) == 1
@@ -572,11 +572,11 @@ def test_the_death_of_a_clamd_costs_no_mail(site):
     site.start(ClamAddress=[first.address, second.address], MaxScans="4")
     clients = [site.session() for _ in range(6)]
     for client in clients[:4]:
-        send(client, BODY)
+        client.submit(BODY)
     hold.reached(4)
     second.verdict = Hold("OK")
     for client in clients[4:]:
-        send(client, BODY)
+        client.submit(BODY)
     second.verdict.reached(2)
     hold.go()
     second.verdict.go()
@@ -616,9 +616,9 @@ def test_who_waits_gets_a_clamd_that_is_no_longer_dead(site, clock):
     running, waiting = site.session(), site.session()
     running.mail(want="451")            # the second is found dead
     second.up()
-    send(running, BODY)
+    running.submit(BODY)
     hold.reached()
-    send(waiting, BODY)
+    waiting.submit(BODY)
     turns(site)
     clock.go(site.daemon, 30)
     waiting.expect("250 2.0.0 queued")
@@ -634,9 +634,9 @@ def test_a_waiting_scan_does_not_hold_up_who_could_go(site):
     first.verdict = lambda data: "Broken ERROR" if b"bad" in data else "OK"
     site.start(ClamAddress=[first.address, second.address], MaxScans="1")
     running, waiting, good = (site.session() for _ in range(3))
-    send(running, b"A: bad\r\n\r\nx\r\n")
+    running.submit(b"A: bad\r\n\r\nx\r\n")
     hold.reached()
-    send(waiting, b"A: bad\r\n\r\nx\r\n")
+    waiting.submit(b"A: bad\r\n\r\nx\r\n")
     first.wait_scans(2)
     until(lambda: not first.busy, "the first clamd is free")
     turns(site)
@@ -657,12 +657,13 @@ def test_a_full_backlog_is_knocked_at_again(site):
     with full_listener(path):
         site.start(ClamAddress=path)
         client = site.session()
-        send(client, BODY)
+        client.submit(BODY)
         turns(site)
         assert not client.stream.more() and not site.daemon.log("clamd.*connect")
         site.daemon.rests()
-    site.clamd = site.new_clamd(path=path)
-    client.expect("250")
+        site.clamd = site.new_clamd()
+        os.rename(site.clamd.address, path)     # there is none in between
+        client.expect("250")
     assert len(site.hop.messages) == 1
     client.quit()
 
@@ -672,7 +673,7 @@ def test_a_connect_that_hangs_slows_nobody(site, clock):
     with full_listener() as address:
         site.start(ClamAddress=address, **clock.settings())
         client = site.session()
-        send(client, BODY)
+        client.submit(BODY)
         turns(site)
         clock.go(site.daemon, 4)
         turns(site)
@@ -680,12 +681,6 @@ def test_a_connect_that_hangs_slows_nobody(site, clock):
         clock.go(site.daemon, 1)
         client.expect("451 4.3.0 Local Error")
         client.quit()
-
-
-def send(client, body):
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(stuff(body) + b".\r\n")
 
 
 @pytest.mark.core
@@ -696,7 +691,7 @@ def test_maxscans_at_once_and_the_rest_in_order(site):
     clients = []
     for i in range(6):
         client = site.session()
-        send(client, b"Subject: %d\r\n\r\nx\r\n" % i)
+        client.submit(b"Subject: %d\r\n\r\nx\r\n" % i)
         turns(site)
         clients.append(client)
     hold.reached(2)
@@ -720,7 +715,7 @@ def test_waiting_scans_begin_in_the_order_of_their_dots(site):
     clients = []
     for i in range(5):
         client = site.session()
-        send(client, b"Subject: %d\r\n\r\nx\r\n" % i)
+        client.submit(b"Subject: %d\r\n\r\nx\r\n" % i)
         turns(site)
         clients.append(client)
     hold.reached()
@@ -731,13 +726,15 @@ def test_waiting_scans_begin_in_the_order_of_their_dots(site):
     assert [int(s.mail[9:10]) for s in site.clamd.scans] == [0, 1, 2, 3, 4]
 
 
-def test_waiting_counts_for_the_scan_time_out(site):
+def test_waiting_counts_for_the_scan_time_out(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = hold
-    site.start(MaxScans="1", ScanTimeOut="1")
+    site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
     one, two = site.session(), site.session()
-    send(one, BODY)
-    send(two, BODY)
+    one.submit(BODY)
+    two.submit(BODY)
+    turns(site)
+    clock.go(site.daemon, 60)
     one.expect("451 4.3.0")
     two.expect("451 4.3.0")
     hold.go()
@@ -752,11 +749,11 @@ def test_an_abandoned_scan_counts_until_clamd_answers(site, clock):
     site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
     one, two = site.session(), site.session()
     for client in one, two:
-        send(client, BODY)
+        client.submit(BODY)
         turns(site)
         clock.go(site.daemon, 60)
         client.expect("451 4.3.0")
-    send(two, BODY)
+    two.submit(BODY)
     turns(site)
     assert site.clamd.accepted == 1
     hold.go()
@@ -770,13 +767,13 @@ def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
     site.clamd.verdict = [hold]
     site.start(MaxScans="1", ScanTimeOut="3600", **clock.settings())
     one = site.session()
-    send(one, BODY)
+    one.submit(BODY)
     hold.reached()
     one.reset()
     site.hop.sessions[0].wait_end()
     clock.go(site.daemon, 300)
     two = site.session()
-    send(two, BODY)
+    two.submit(BODY)
     turns(site)
     clock.go(site.daemon, 290)
     turns(site)
@@ -818,13 +815,13 @@ def test_a_waiting_scan_whose_client_goes_is_dropped(site, ending):
     site.clamd.verdict = hold
     site.start(MaxScans="1")
     one, two, three = site.session(), site.session(), site.session()
-    send(one, BODY)
+    one.submit(BODY)
     hold.reached()
-    send(two, BODY)
+    two.submit(BODY)
     turns(site)
     getattr(two, ending)()
     site.hop.sessions[1].wait_end()
-    send(three, BODY)
+    three.submit(BODY)
     turns(site)
     hold.go()
     one.expect("250")
@@ -839,7 +836,7 @@ def test_a_slow_scan_slows_nobody(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     slow = site.session()
-    send(slow, BODY)
+    slow.submit(BODY)
     hold.reached()
     for _ in range(5):
         client = site.session()
@@ -854,16 +851,19 @@ def test_a_slow_scan_slows_nobody(site):
 
 @pytest.mark.core
 @pytest.mark.parametrize("failure", ["down", "error", "time-out"])
-def test_scanfailure_pass_forwards_unscanned_and_says_so(site, failure):
+def test_scanfailure_pass_forwards_unscanned_and_says_so(site, clock, failure):
     hold = Hold("OK")
     if failure == "down":
         site.clamd.down()
     else:
         site.clamd.verdict = {"error": CLOSE, "time-out": hold}[failure]
-    site.start(ScanFailure="pass", ScanTimeOut="1" if failure == "time-out"
-               else "60")
+    site.start(ScanFailure="pass", **clock.settings())
     client = site.session()
-    client.mail(body=b"Subject: x\r\n\r\nhi\r\n")
+    client.submit(b"Subject: x\r\n\r\nhi\r\n")
+    if failure == "time-out":
+        hold.reached()
+        clock.go(site.daemon, 180)
+    client.expect("250")
     message, = site.hop.messages
     assert HEADER not in message.body
     head = message.body.split(b"\r\n\r\n")[0]

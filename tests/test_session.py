@@ -8,13 +8,12 @@ import time
 
 import pytest
 
-from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream,
-                     Then, VIRUS, WAIT, free_port, full_listener, has_ipv6, never,
-                     same, turns, until)
+from harness import (CLOSE, Client, Early, HEADER, Hold, RESET, Stream, Then, VIRUS,
+                     WAIT, at_once, full_listener, has_ipv6, never, same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
+SOME = b"Subject: x\r\n\r\nsome\r\n"
 LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * 10000      # 1 MB
-
 
 
 @pytest.fixture
@@ -23,12 +22,6 @@ def narrow(site):
     a unix socket's buffer does not grow."""
     site.hop = site.new_hop(path=site.path("hop.sock"))
     return site.hop
-
-
-def start_body(client, body=b"Subject: x\r\n\r\nsome\r\n"):
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(body)
 
 
 # ---------------------------------------------------------------- the log
@@ -146,24 +139,15 @@ def test_rset_forgets_the_envelope(site):
 @pytest.mark.core
 def test_many_sessions_at_once(site):
     """60 sessions with 5 messages each, all intact."""
-    errors = []
     site.start()
 
     def work(n):
-        try:
-            client = site.session()
-            for m in range(5):
-                client.mail(body=b"Subject: %d.%d\r\n\r\n" % (n, m) +
-                            b"%d " % n * 500 + b"\r\n")
-            client.quit()
-        except Exception as error:
-            errors.append(error)
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(60)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+        client = site.session()
+        for m in range(5):
+            client.mail(body=b"Subject: %d.%d\r\n\r\n" % (n, m) +
+                        b"%d " % n * 500 + b"\r\n")
+        client.quit()
+    at_once(work, 60)
     bodies = sorted(m.body for m in site.hop.messages)
     want = sorted(b"Subject: %d.%d\r\n" % (n, m) + HEADER + b"\r\n" +
                   b"%d " % n * 500 + b"\r\n" for n in range(60) for m in range(5))
@@ -206,78 +190,72 @@ def test_the_421_of_a_busy_server_is_not_lost_to_a_reset(site):
 
 
 @pytest.mark.core
-def test_idle_client_gets_421_after_time_out(site):
-    site.start(TimeOut="1")
+def test_idle_client_gets_421_after_time_out(site, clock):
+    site.start(**clock.settings())
     client = site.session()
+    clock.go(site.daemon, 179)
+    turns(site)
+    assert not client.stream.more()
+    clock.go(site.daemon, 1)
     client.expect("421 4.4.2")
     client.eof()
-    site.hop.session.wait_end()
+    site.hop.sessions[0].wait_end()
 
 
-def test_a_command_that_never_ends_gets_421_after_time_out(site):
+def test_a_command_that_never_ends_gets_421_after_time_out(site, clock):
     """PROMISE 6: TimeOut is for the whole line, not for each of its bytes."""
-    site.start(TimeOut="1")
+    site.start(**clock.settings())
     client = site.session()
-
-    def drip():
-        try:
-            client.send(b"N")
-        except OSError:
-            return True
-        return client.stream.more()
-    until(drip, "the daemon loses patience")
+    for _ in range(2):
+        client.send(b"N")
+        turns(site)
+        clock.go(site.daemon, 90)
     client.expect("421 4.4.2")
 
 
-def test_client_silent_in_the_body_gets_421(site):
-    site.start(TimeOut="1")
+def test_client_silent_in_the_body_gets_421(site, clock):
+    site.start(**clock.settings())
     client = site.session()
-    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n")
-    for want in ("250", "250", "354", "421 4.4.2"):
-        client.expect(want)
+    client.begin(b"Subject: x\r\n")
+    turns(site)
+    clock.go(site.daemon, 180)
+    client.expect("421 4.4.2")
     client.eof()
-    site.hop.session.wait_end()
+    site.hop.sessions[0].wait_end()
     assert site.hop.messages == []
 
 
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
-def test_client_slower_than_100_bytes_a_second_gets_421(site, how):
+def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
     """PROMISE 6: one byte at a time keeps no session open."""
-    site.start(TimeOut="2")
+    site.start(**clock.settings())
     client = site.session()
     client.envelope()
     if how == "DATA":
         client.cmd("DATA", "354")
     else:
         client.line("BDAT 100000 LAST")
-
-    def drip():
-        try:
-            client.send(b"x")
-        except OSError:
-            return True
-        return client.stream.more()
-    until(drip, "the daemon loses patience")
+    for _ in range(2):
+        client.send(b"x")
+        turns(site)
+        clock.go(site.daemon, 90)
     client.expect("421 4.4.2")
     assert site.hop.messages == []
 
 
-def test_client_that_is_slow_but_not_too_slow_is_waited_for(site):
-    """Some hundred bytes a second, for longer than TimeOut."""
-    site.start(TimeOut="1")
+def test_client_that_is_slow_but_not_too_slow_is_waited_for(site, clock):
+    """A bit more than a hundred bytes a second, for longer than TimeOut."""
+    site.start(TimeOut="10", **clock.settings())
     client = site.session()
-    start_body(client)
-    end = time.monotonic() + 1.7
-    sent = []
-
-    def slowly():
-        client.send(b"%078d\r\n" % len(sent))
-        sent.append(b"%078d\r\n" % len(sent))
-        return time.monotonic() > end
-    until(slowly, "more than TimeOut has gone")
+    client.begin()
+    for _ in range(5):
+        client.send(b"%0508d\r\n" % 0)
+        turns(site)
+        clock.go(site.daemon, 5)
+        turns(site)
     client.send(b".\r\n")
     client.expect("250 2.0.0 queued")
-    assert site.hop.messages[0].body.endswith(b"some\r\n" + b"".join(sent))
+    assert site.hop.messages[0].body.endswith(5 * (b"%0508d\r\n" % 0))
     client.quit()
 
 
@@ -328,7 +306,7 @@ def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
     site.hop.on(".", final)
     site.start(TimeOut="1", ScanTimeOut="600", **clock.settings())
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     scan.reached()
     clock.go(site.daemon, 300)
     scan.go()
@@ -351,7 +329,7 @@ def test_after_a_long_scan_the_reply_is_awaited_too(site, clock, body):
     site.hop.on(".", final)
     site.start(ScanTimeOut="3600", **clock.settings())
     client = site.session()
-    start_body(client, body + b".\r\n")
+    client.begin(body + b".\r\n")
     scan.reached()
     clock.go(site.daemon, 700)
     scan.go()
@@ -367,7 +345,7 @@ def test_the_reply_to_a_message_may_come_late(site, clock):
     site.hop.on(".", hold)
     site.start(TimeOut="1", **clock.settings())
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     clock.go(site.daemon, 590)
     hold.go()
@@ -381,7 +359,7 @@ def test_the_clock_on_the_wall_changes_nothing(site, clock, by):
     site.clamd.verdict = [hold]
     site.start(TimeOut="60", Header="X-Date: %d", **clock.settings())
     idle, client = site.session(), site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     hold.reached()
     clock.go(site.daemon, 0, real=by)
     turns(site)
@@ -437,7 +415,7 @@ def test_clients_of_single_bytes_hold_up_nobody(site):
     over = threading.Event()
     slow = [site.session() for _ in range(50)]
     for client in slow[:25]:
-        start_body(client)
+        client.begin(SOME)
 
     def drip():
         while not over.wait(0.01):
@@ -465,7 +443,7 @@ def test_clients_of_single_bytes_hold_up_nobody(site):
 def test_keepalives_while_the_client_is_slow(site):
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
     client.send(b"end\r\n.\r\n")
     client.expect("250 2.0.0 queued")
@@ -479,7 +457,7 @@ def test_keepalives_while_clamd_is_slow(site):
     site.clamd.verdict = [hold]
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
     hold.go()
     client.expect("250 2.0.0 queued")
@@ -492,7 +470,7 @@ def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
     site.hop.on("NOOP", [noop])
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client, BODY + b".\r\n")
+    client.begin(BODY + b".\r\n")
     noop.reached()
     verdict.go()
     turns(site)
@@ -505,7 +483,7 @@ def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
 def test_no_keepalives_by_default(site, clock):
     site.start(**clock.settings())
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     turns(site)
     clock.go(site.daemon, 179)
     turns(site)
@@ -519,10 +497,10 @@ def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
     site.hop.on("NOOP", reply)
     site.start(KeepAlives="1")
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     until(lambda: "NOOP" in site.hop.commands, "a NOOP")
-    if reply != "500 what":
-        site.hop.session.wait_end() if reply is CLOSE else None
+    if reply is CLOSE:
+        site.hop.session.wait_end()
     turns(site)
     assert not client.stream.more()
     client.send(b"NOOP\r\nend\r\n.\r\n")
@@ -538,7 +516,7 @@ def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
 def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
     """PROMISE 1, and the body is never taken for commands."""
     client = site.session()
-    start_body(client)
+    client.begin(SOME)
     sock = site.hop.session.sock
     if what == "close":
         sock.shutdown(2)
@@ -583,9 +561,7 @@ def test_a_reply_in_the_middle_of_the_replay(site, narrow, reply, want):
     """4xx and 5xx are the verdict; nothing else is, and no dot is sent."""
     site.hop.on("body", [Early(reply, after=1000)])
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     got = client.reply()
     if want:
         assert got.text == want
@@ -603,9 +579,7 @@ def test_a_reply_in_the_middle_of_the_replay(site, narrow, reply, want):
 def test_next_hop_gone_in_the_replay_is_451(site, narrow, ending, after):
     site.hop.on("body", [Early(ending, after=after)])
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     got = client.reply()
     assert got.code in ("451", "421")
     assert site.hop.messages == []
@@ -656,9 +630,7 @@ def stall(hop):
 def test_a_slow_next_hop_gets_it_all(site, narrow):
     gate = stall(narrow)
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     gate.reached()
     turns(site)
     gate.go()
@@ -668,22 +640,21 @@ def test_a_slow_next_hop_gets_it_all(site, narrow):
     client.quit()
 
 
-def test_a_replay_that_moves_is_not_late(site, narrow):
-    """It takes three seconds, TimeOut is two: each piece has its own."""
-    def slowly(s):
-        until(lambda: pull(s) or time.monotonic() > end, "time goes by")
-        return read(s)
+def test_a_replay_that_moves_is_not_late(site, narrow, clock):
+    """TimeOut is for each piece: here it would be over after two of them."""
+    # more than goes out in one turn, into a buffer
+    piece = 300_000 if os.environ.get("TEST_BYTES") else 2_000_000
 
-    def pull(s):
-        s.stream.fill()
+    def slowly(s):
+        for count in 1, 2, 3:
+            while len(s.stream.ahead) < count * piece:
+                s.stream.fill()
+            clock.go(site.daemon, 100)
+        return read(s)
     read, narrow.data = narrow.data, slowly
-    site.start(TimeOut="2")
+    site.start(**clock.settings())
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    end = time.monotonic() + 3
-    times = 1 if os.environ.get("TEST_BYTES") else 20
-    client.send(LONG * times + b".\r\n")
+    client.begin(LONG * (4 * piece // len(LONG)) + b".\r\n")
     client.expect("250 2.0.0 queued")
     assert len(site.hop.messages) == 1
     client.quit()
@@ -707,9 +678,7 @@ def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
             s.stream.fill()
     narrow.data = half
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG * 20 + b".\r\n")
+    client.begin(LONG * 20 + b".\r\n")
     assert said.wait(WAIT)
     turns(site)
     site.daemon.rests()
@@ -725,9 +694,7 @@ def test_a_spool_cut_short_is_451_at_once(site):
     site.hop.on("DATA", [hold])
     site.start(DebugFiles="on")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     hold.reached()
     name, = os.listdir(site.spool)
     site.daemon.allowed.add(name)
@@ -744,6 +711,15 @@ def test_a_spool_cut_short_is_451_at_once(site):
 ENDINGS = ["reset", "close", "half_close"]
 
 
+def leaves(site, client, ending, hold):
+    """The client goes; then whoever is halted goes on, and it all ends."""
+    hold.reached()
+    getattr(client, ending)()
+    turns(site)
+    hold.go()
+    site.hop.sessions[0].wait_end()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("sent", [b"", b"Subject: x\r\n\r\nhalf a bo",
@@ -753,7 +729,7 @@ ENDINGS = ["reset", "close", "half_close"]
 def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
     """PROMISE 1: no final dot for who went away before it."""
     client = site.session()
-    start_body(client, sent)
+    client.begin(sent)
     getattr(client, ending)()
     site.hop.session.wait_end()
     assert site.hop.messages == [] and site.clamd.scans == []
@@ -767,12 +743,8 @@ def test_client_gone_during_the_scan_delivers_nothing(site, ending):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    start_body(client, BODY + b".\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    turns(site)
-    hold.go()
-    site.hop.sessions[0].wait_end()
+    client.begin(BODY + b".\r\n")
+    leaves(site, client, ending, hold)
     assert site.hop.messages == []
     assert "DATA" not in site.hop.sessions[0].verbs()
 
@@ -782,12 +754,8 @@ def test_eof_behind_the_dot_with_half_a_command_is_gone(site):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    start_body(client, BODY + b".\r\nQUI")
-    hold.reached()
-    client.half_close()
-    turns(site)
-    hold.go()
-    site.hop.sessions[0].wait_end()
+    client.begin(BODY + b".\r\nQUI")
+    leaves(site, client, "half_close", hold)
     assert site.hop.messages == []
 
 
@@ -796,7 +764,7 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    start_body(client, BODY + b".\r\nQUIT\r\n")
+    client.begin(BODY + b".\r\nQUIT\r\n")
     client.half_close()
     hold.reached()
     turns(site)
@@ -817,7 +785,7 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
 def test_a_half_closed_client_hears_all_replies(site, tail, want):
     """A lost 250 makes a duplicate."""
     client = site.session()
-    start_body(client, BODY + b".\r\n" + tail.encode())
+    client.begin(BODY + b".\r\n" + tail.encode())
     client.half_close()
     for line in ["250 2.0.0 queued"] + want:
         client.expect(line)
@@ -831,15 +799,10 @@ def test_client_gone_in_the_replay_delivers_nothing(site, narrow, ending):
     """The next hop has stopped reading: the dot has not left."""
     gate = stall(narrow)
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(LONG + b".\r\n")
+    client.begin(LONG + b".\r\n")
     gate.reached()
     turns(site)
-    getattr(client, ending)()
-    turns(site)
-    gate.go()
-    site.hop.sessions[0].wait_end()
+    leaves(site, client, ending, gate)
     assert site.hop.messages == []
 
 
@@ -850,13 +813,9 @@ def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
     hold = Hold()
     site.hop.on(".", [hold])
     client = site.session()
-    start_body(client, BODY + b".\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    turns(site)
-    hold.go()
+    client.begin(BODY + b".\r\n")
+    leaves(site, client, ending, hold)
     site.daemon.wait_log(r"from=a@example.com, to=b@example.com, status=CLEAN$")
-    site.hop.sessions[0].wait_end()
     assert len(site.hop.messages) == 1
 
 
@@ -866,12 +825,8 @@ def test_client_gone_while_the_next_hop_is_asked_to_take_it(site, ending):
     hold = Hold()
     site.hop.on("DATA", [hold])
     client = site.session()
-    start_body(client, BODY + b".\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    turns(site)
-    hold.go()
-    site.hop.sessions[0].wait_end()
+    client.begin(BODY + b".\r\n")
+    leaves(site, client, ending, hold)
     assert site.hop.messages == [] and not site.hop.sessions[0].partial
 
 
@@ -894,44 +849,62 @@ def test_client_gone_while_a_command_is_out(site, verb, ending):
     site.hop.on(verb, [hold])
     client = site.client()
     client.send("EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
-    hold.reached()
-    getattr(client, ending)()
-    hold.go()
-    site.hop.session.wait_end()
+    leaves(site, client, ending, hold)
     assert site.hop.messages == []
 
 
 # ---------------------------------------------------------------- loopback
 
-def test_outaddress_port_alone_goes_back_to_the_clients_address(site):
-    here = site.new_hop(host="127.0.0.1")
-    there = NextHop(host="127.0.0.77", port=here.port)
-    site.servers.append(there)
-    site.start(Listen="0", OutAddress=str(here.port))
-    client = site.session(source="127.0.0.77")
-    client.mail()
-    client.quit()
-    assert (len(here.messages), len(there.messages)) == (0, 1)
-    client = site.session()
-    client.mail()
-    client.quit()
-    assert (len(here.messages), len(there.messages)) == (1, 1)
+def test_back_to_the_client(site):
+    """A port alone as OutAddress: back to the address the client came from."""
+    first = site.new_hop(host="127.0.0.2")
+    second = site.new_hop(host="127.0.0.3", port=first.port)
+    site.start(OutAddress=str(first.port))
+    for hop, address in (first, "127.0.0.2"), (second, "127.0.0.3"):
+        client = site.session(source=address)
+        client.mail("from@%s.example" % address)
+        client.quit()
+        message, = hop.messages
+        assert message.mail == "MAIL FROM:<from@%s.example>" % address
+        site.daemon.wait_log("accepted connection from: %s$" % address)
 
 
-def test_loopback_over_ipv6(site):
+def test_back_to_the_client_ipv6(site):
     if not has_ipv6():
-        pytest.skip("no IPv6 loopback here")
-    site.hop = site.new_hop(host="::1")
-    site.start(Listen="[::1]:0", OutAddress=str(site.hop.port))
+        pytest.skip("no IPv6 here")
+    hop = site.new_hop(host="::1")
+    site.start(Listen="[::1]:0", OutAddress=str(hop.port))
     client = site.session()
     client.mail()
     client.quit()
-    assert len(site.hop.messages) == 1
+    assert len(hop.messages) == 1
+    site.daemon.wait_log("accepted connection from: ::1$")
+
+
+def test_back_to_a_mapped_client(site):
+    """An IPv4 client of an IPv6 listener is an IPv4 client."""
+    if not has_ipv6():
+        pytest.skip("no IPv6 here")
+    hop = site.new_hop(host="127.0.0.2")
+    site.start(Listen="[::]:0", OutAddress=str(hop.port))
+    port = site.daemon.address.rpartition(":")[2]
+    client = site.session(address="127.0.0.1:" + port, source="127.0.0.2")
+    client.mail()
+    client.quit()
+    assert len(hop.messages) == 1
+    site.daemon.wait_log("accepted connection from: 127.0.0.2$")
+
+
+def test_back_to_nobody(site):
+    site.start(OutAddress=str(site.port()))
+    client = site.client()
+    client.expect("421 4.4.1")
+    client.eof()
 
 
 def test_a_loop_is_refused(site):
     """An OutAddress that is ourselves."""
-    port = free_port()
+    port = site.port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port)
     client = site.client()
     client.expect("421")

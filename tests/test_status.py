@@ -1,7 +1,6 @@
 """StatusListen: the page, /healthz, /metrics; and -C, which asks for it."""
 
 import contextlib
-import glob
 import os
 import re
 import socket
@@ -12,12 +11,9 @@ import time
 import pytest
 
 import real
-from harness import (CLOSE, FREED_AT_ONCE, WAIT, Clamd, Failed, Hold, Server, connect,
-                     free_port, full_listener, reset, since, turns, until)
-from test_run import reload
+from harness import (BAD, CLOSE, FREED_AT_ONCE, Failed, GOOD, Hold, Server, WAIT,
+                     connect, full_listener, own_host, reset, since, turns, until)
 
-GOOD = b"Subject: x\r\n\r\nnothing\r\n"
-BAD = b"Subject: x\r\n\r\nEICAR\r\n"
 VERDICTS = ("clean", "virus", "unscanned", "oversize", "clamd_error", "error")
 VISITORS = 8                # that are served at once
 
@@ -89,9 +85,7 @@ def test_the_page_tells_a_person_how_it_is(site, run):
     site.session().mail(body=BAD)
     site.clamd.verdict = hold
     for client in (site.session(), site.session()):
-        client.envelope()
-        client.cmd("DATA", "354")
-        client.send(GOOD + b".\r\n")
+        client.begin(GOOD + b".\r\n")
     text = until(lambda: (lambda page: page if "1 waiting" in page else None)(
         get(address).text), "a scan waits")
     version = run("-v").stdout.split("\n")[0]
@@ -122,20 +116,21 @@ def test_it_is_off_unless_asked_for(site):
 
 
 @pytest.mark.parametrize("form, where", [
-    ("PORT", "127.0.0.1:PORT"), ("127.77.0.3", "127.77.0.3:10080"),
+    ("PORT", "127.0.0.1:PORT"), ("HOST", "HOST:10080"),
     ("localhost:PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),
 ])
 def test_forms_of_the_address(site, form, where):
-    port = str(free_port())
+    def here(text):
+        return text.replace("PORT", port).replace("HOST", own_host(80))
+    port = str(site.port())
     try:
-        site.start(StatusListen=form.replace("PORT", port))
+        site.start(StatusListen=here(form))
     except Failed:
         if "Cannot assign" in site.daemon.text():
             pytest.skip("no such address here")
         raise
-    where = where.replace("PORT", port)
-    assert "status on " + where in site.daemon.log()
-    assert get(where).status == 200
+    assert "status on " + here(where) in site.daemon.log()
+    assert get(here(where)).status == 200
 
 
 @pytest.mark.core
@@ -184,7 +179,7 @@ SICK = {
 @pytest.fixture(params=SICK)
 def sick(request, site):
     address, site.clamd.deny_all, reason = SICK[request.param]
-    address = (address or site.clamd.address).replace("PORT", str(free_port()))
+    address = (address or site.clamd.address).replace("PORT", str(site.port()))
     return address, reason
 
 
@@ -232,9 +227,7 @@ def test_a_ping_needs_no_free_slot(site):
     site.clamd.verdict = [hold]
     address = start(site, MaxScans="1")
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(GOOD + b".\r\n")
+    client.begin(GOOD + b".\r\n")
     hold.reached()
     assert get(address, "/healthz").status == 200
     hold.go()
@@ -260,19 +253,14 @@ def test_all_who_ask_meanwhile_hear_of_one_ping(site):
             sock.accept()
 
 
-@pytest.mark.skipif(not real.find("clamd"), reason="no clamd installed")
-def test_a_real_clamd(site):
-    clamd = real.RealClamd()
-    try:
-        for where in (clamd.path, clamd.tcp):
-            address = start(site, ClamAddress=where)
-            assert get(address, "/healthz").status == 200
-        clamd.kill()
-        until(lambda: get(address, "/healthz").status == 503, "it is not ready")
-        clamd.start()
-        until(lambda: get(address, "/healthz").status == 200, "it is ready")
-    finally:
-        clamd.close()
+def test_a_real_clamd(site, real_clamd):
+    for where in (real_clamd.path, real_clamd.tcp):
+        address = start(site, ClamAddress=where)
+        assert get(address, "/healthz").status == 200
+    real_clamd.kill()
+    until(lambda: get(address, "/healthz").status == 503, "it is not ready")
+    real_clamd.start()
+    until(lambda: get(address, "/healthz").status == 200, "it is ready")
 
 
 # ---------------------------------------------------------------- HTTP
@@ -411,9 +399,7 @@ def test_scans_running_and_waiting(site):
     address = start(site, MaxScans="2")
     clients = [site.session() for _ in range(5)]
     for client in clients:
-        client.envelope()
-        client.cmd("DATA", "354")
-        client.send(GOOD + b".\r\n")
+        client.begin(GOOD + b".\r\n")
     until(lambda: (metrics(address)["scans_running"],
                    metrics(address)["scans_waiting"]) == (2, 3), "2 and 3 scans")
     hold.go()
@@ -464,9 +450,7 @@ def test_the_histogram_has_the_time_from_the_dot_to_the_verdict(site, clock):
     site.clamd.verdict = [hold]
     address = start(site, **clock.settings())
     client = site.session()
-    client.envelope()
-    client.cmd("DATA", "354")
-    client.send(GOOD + b".\r\n")
+    client.begin(GOOD + b".\r\n")
     hold.reached()
     clock.go(site.daemon, 2)
     hold.go()
@@ -477,23 +461,9 @@ def test_the_histogram_has_the_time_from_the_dot_to_the_verdict(site, clock):
         assert n == (limit >= total), (limit, n, total)
 
 
-def debian_package(name, directory):
-    """What a package of Debian's has in it, without installing it; or skip."""
-    got = subprocess.run(["apt-get", "-q", "download", name], cwd=directory,
-                         capture_output=True, text=True)
-    for package in glob.glob(os.path.join(directory, name + "_*.deb")):
-        subprocess.run(["dpkg", "-x", package, directory], check=True)
-        os.unlink(package)
-        return directory
-    pytest.skip("%s is not to be had: %s" % (name, got.stderr.strip()[-200:]))
-
-
 @pytest.fixture(scope="module")
-def promtool(tmp_path_factory):
-    if not real.find("apt-get") and not real.find("promtool"):
-        pytest.skip("no promtool here")
-    return real.find("promtool") or os.path.join(debian_package(
-        "prometheus", str(tmp_path_factory.mktemp("prometheus"))), "usr/bin/promtool")
+def promtool(debian_package):
+    return real.find("promtool") or debian_package("prometheus") + "/usr/bin/promtool"
 
 
 def test_promtool_has_nothing_to_say(site, promtool):
@@ -541,8 +511,8 @@ def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
         socks.append(connect(address))
         HOSTILE[kind](socks[-1])
     assert get(address, "/healthz").status == 200
-    turns(site)                         # two sessions may be on their way out
-    assert site.daemon.fds() <= site.daemon.idle + VISITORS + 4
+    turns(site)             # two sessions may be on their way out, and a PING
+    assert site.daemon.fds() <= site.daemon.idle + VISITORS + 5
     assert site.daemon.rss() - before < 512
     site.session().mail()
     for sock in socks:
@@ -600,12 +570,12 @@ def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("family", ["inet", "unix"])
-def test_those_who_asked_and_went_take_no_room(site, family, together):
+def test_those_who_asked_and_went_take_no_room(site, clock, family, together):
     """together: in one turn with the probe.  PROMISE 6: poll() tells of them,
     asked or not, as long as they are there."""
     path, sock = silent(site)
     status = {"inet": "127.0.0.1:0", "unix": site.path("status")}[family]
-    site.start(ClamAddress=path, StatusListen=status)
+    site.start(ClamAddress=path, StatusListen=status, **clock.settings())
     address = status_on(site.daemon)
     crowd = [connect(address) for _ in range(VISITORS)]
     for one in crowd:
@@ -639,14 +609,14 @@ def listens(address):
 
 def test_sighup_adds_moves_and_removes_it(site):
     listen = site.path("in.sock")
-    a, b = ("127.0.0.1:%d" % free_port() for _ in "ab")
+    a, b = ("127.0.0.1:%d" % site.port() for _ in "ab")
     site.start(Listen=listen)
-    reload(site, Listen=listen, StatusListen=a)
+    site.reload(Listen=listen, StatusListen=a)
     site.session().mail()
     assert messages(a) == {"clean": 1}
-    reload(site, Listen=listen, StatusListen=b)
+    site.reload(Listen=listen, StatusListen=b)
     assert messages(b) == {"clean": 1} and not listens(a)
-    reload(site, Listen=listen)
+    site.reload(Listen=listen)
     assert not listens(b)
     site.session().mail()
 
@@ -663,10 +633,10 @@ def test_sighup_with_an_address_that_is_taken_changes_nothing(site):
 
 def test_sighup_changes_whom_it_asks(site):
     listen = site.path("in.sock")
-    status = "127.0.0.1:%d" % free_port()
+    status = "127.0.0.1:%d" % site.port()
     site.start(Listen=listen, StatusListen=status)
     assert get(status, "/healthz").status == 200
-    reload(site, Listen=listen, StatusListen=status, ClamAddress="/no/such/socket")
+    site.reload(Listen=listen, StatusListen=status, ClamAddress="/no/such/socket")
     until(lambda: get(status, "/healthz").status == 503, "the new one is asked")
     assert "/no/such/socket" in get(status, "/metrics").text
 
@@ -687,7 +657,7 @@ def one_line_and(status, result):
 @pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT", "localhost:PORT",
                                    "0.0.0.0:PORT"])
 def test_C_is_silent_when_all_is_well(site, run, where):
-    where = where.replace("PORT", str(free_port("0.0.0.0"))).replace("PATH", site.path("s"))
+    where = where.replace("PORT", str(site.port("0.0.0.0"))).replace("PATH", site.path("s"))
     daemon = site.start(StatusListen=where)
     silent_and(0, run("-C", "-f", daemon.file))
 
@@ -715,7 +685,7 @@ def test_C_gives_the_reason(site, run):
     ("127.0.0.1:PORT", "Connection refused"), ("PORT", "Connection refused"),
     ("/no/such/status", "No such file or directory")])
 def test_C_when_there_is_no_daemon(site, run, where, why):
-    where = where.replace("PORT", str(free_port()))
+    where = where.replace("PORT", str(site.port()))
     file = site.path("conf")
     with open(file, "w") as conf:
         conf.write("OutAddress: 25\nStatusListen: %s\n" % where)

@@ -4,25 +4,17 @@ import re
 
 import pytest
 
-from harness import CLOSE, has_ipv6
-from test_action import BAD, environment
-
-OFFER = "XCLIENT NAME ADDR PROTO HELO PORT LOGIN DESTADDR"
-
+from harness import BAD, CLOSE, XCLIENT, environment, has_ipv6
 
 @pytest.fixture
 def xhop(site):
-    site.hop.ehlo = ["DSN", OFFER]
+    site.hop.ehlo = ["DSN", XCLIENT]
     return site.hop
-
-
-def xclients(site):
-    return [c for c in site.hop.commands if c.upper().startswith("XCLIENT")]
 
 
 @pytest.mark.core
 def test_xclient_is_sent_and_ehlo_is_repeated(site, xhop):
-    xhop.on("EHLO", ["250-a\n250-DSN\n250 " + OFFER, "250-a\n250-SIZE 50000\n250 AUTH PLAIN"])
+    xhop.on("EHLO", ["250-a\n250-DSN\n250 " + XCLIENT, "250-a\n250-SIZE 50000\n250 AUTH PLAIN"])
     site.start(XClient="on")
     client = site.client(source="127.0.0.9")
     client.expect("220")
@@ -48,7 +40,7 @@ def test_only_attributes_that_the_next_hop_lists(site, offer, want):
     site.hop.ehlo = ["DSN", offer]
     site.start(XClient="on")
     client = site.session()
-    sent, = xclients(site)
+    sent, = site.hop.told("XCLIENT")
     assert re.fullmatch(want, sent)
     client.quit()
 
@@ -58,7 +50,7 @@ def test_an_ipv6_client_is_prefixed(site, xhop):
         pytest.skip("no IPv6 loopback here")
     site.start(XClient="on", Listen="[::1]:0")
     client = site.session()
-    sent, = xclients(site)
+    sent, = site.hop.told("XCLIENT")
     assert re.search(r" ADDR=IPV6:::1( |$)", sent)
     client.quit()
 
@@ -94,7 +86,7 @@ def test_a_later_ehlo_sends_none(site, xhop):
     client = site.session()
     client.cmd("EHLO again", "250")
     client.cmd("HELO again", "250")
-    assert len(xclients(site)) == 1
+    assert len(site.hop.told("XCLIENT")) == 1
     client.mail()
     client.quit()
 
@@ -103,9 +95,9 @@ def test_a_later_ehlo_sends_none_when_it_is_offered_only_then(site):
     """Later than the first EHLO it would wipe AUTH."""
     site.start(XClient="on")
     client = site.session()
-    site.hop.ehlo = ["DSN", OFFER]
+    site.hop.ehlo = ["DSN", XCLIENT]
     client.cmd("EHLO again", "250")
-    assert xclients(site) == []
+    assert site.hop.told("XCLIENT") == []
     client.quit()
 
 

@@ -16,7 +16,7 @@ PAIRS = list(itertools.product(ENDS, ENDS))
 HEAD = b"Subject: first\r\n\r\ntext"
 # The dot in a header, and on the very first line.
 OTHER_HEADS = (b"Subject: first", b"")
-OTHER_DOTS = (b"..", b"\0.", b".\0")
+OTHER_DOTS = (b"..", b"\0.", b".\0", b".\0.", b"\0..\0")
 NOTHING = b""
 SECOND = (b"MAIL FROM:<evil@example.com>\r\nRCPT TO:<victim@example.com>\r\n"
           b"DATA\r\nSubject: smuggled\r\n\r\nsmuggled")
@@ -243,3 +243,23 @@ def random_body(random, most=200000):
         body = stuff(body) if body.startswith(b".\r\n") else body.replace(
             b"\r\n.\r\n", b"\r\n..\r\n")
     return body
+
+
+# ------------------------------------------------- hostile text
+
+# Neither NUL nor CR nor LF, which no command may have in it.
+CONTROLS = bytes(c for c in range(1, 32) if c not in b"\r\n") + b"\x7f"
+TEXTS = {
+    "control characters": CONTROLS,
+    "escape sequences": b"\x1b]0;x\x07\x1b[2J\x1b[1;1H\x08\x08",
+    "format": b"%s%s%n%n%99999999d%1$s%*d%hhn%x%p%%%",
+    "quotes": b"'\"\\\"''`\\",
+    "shell": b"$(touch$IFS@)`touch$IFS@`;touch$IFS@|touch$IFS@&touch$IFS@",
+    "invalid UTF-8": b"\xff\xfe\xc3(\xed\xa0\x80\xf8\x88\x80\x80\x80\xc0\xaf",
+    "a line of the log": b"100001: from=x@y, to=z, status=CLEAN",
+    "a variable": b"LD_PRELOAD=/tmp/x.so",
+    "a header": b"X-Virus-Scanned: no",
+    "10 KB": b"x%s@" * 2560,
+    "10 KB of control characters": b"\x1b\x01\t" * 3413,
+    "10 KB of invalid UTF-8": b"\xff\x80" * 5120,
+}

@@ -212,14 +212,20 @@ show_text(const struct conf *c, const struct keyword *k)
 		put("%s: %s\n", k->name, v);
 }
 
+/* 0 or 1: which of two words v is; -1: neither. */
+static int
+choice(const char *v, const char *first, const char *second)
+{
+	return strcasecmp(v, first) == 0 ? 0 :
+	    strcasecmp(v, second) == 0 ? 1 : -1;
+}
+
 static const char *
 set_scanfailure(struct conf *c, const struct keyword *k, const char *v)
 {
 	(void)k;
-	if (strcasecmp(v, "tempfail") != 0 && strcasecmp(v, "pass") != 0)
-		return "tempfail or pass";
-	c->failopen = strcasecmp(v, "pass") == 0;
-	return NULL;
+	c->failopen = choice(v, "tempfail", "pass");
+	return c->failopen == -1 ? "tempfail or pass" : NULL;
 }
 
 static void
@@ -768,10 +774,8 @@ static const char *
 set_logformat(struct conf *c, const struct keyword *k, const char *v)
 {
 	(void)k;
-	if (strcasecmp(v, "classic") != 0 && strcasecmp(v, "json") != 0)
-		return "classic or json";
-	c->json = strcasecmp(v, "json") == 0;
-	return NULL;
+	c->json = choice(v, "classic", "json");
+	return c->json == -1 ? "classic or json" : NULL;
 }
 
 static void

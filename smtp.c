@@ -510,7 +510,7 @@ give_up(struct session *s)
  */
 
 struct reply {
-	int	 code;
+	int	 code, class;		/* 250 and 2 */
 	const char *text;		/* in server.in: all lines, with line ends */
 	size_t	 len;
 };
@@ -563,6 +563,7 @@ reply_get(struct session *s, struct reply *r)
 			break;
 		code = reply_code(line, nl + 1 - line);
 		r->code = reply_code(r->text, buf_len(in));
+		r->class = r->code / 100;
 		if (code == 0 || code != r->code)
 			return hop_lost(s, "it does not speak SMTP");
 		s->reply_seen = nl + 1 - r->text;
@@ -634,7 +635,7 @@ hop_listen(struct session *s)
 	    (buf_len(&s->server.in) > 0 || s->server.eof)) {
 		if (reply_get(s, &r) != REPLY)
 			return 0;
-		if (s->noop && r.code / 100 == 2) {
+		if (s->noop && r.class == 2) {
 			s->noop = 0;
 			s->noop_at = now + s->conf->keepalives;
 			reply_eat(s, &r);
@@ -642,7 +643,7 @@ hop_listen(struct session *s)
 		}
 		slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
 		    first_line(&r));
-		if (r.code / 100 == 4 && !s->error) {
+		if (r.class == 4 && !s->error) {
 			s->error = 1;
 			hold_reply(s, &r);
 		}
@@ -970,14 +971,14 @@ st_greeting(struct session *s)
 		return 0;
 	if ((got = reply_get(s, &r)) != REPLY)
 		return got;
-	if (r.code / 100 == 3)
+	if (r.class == 3)
 		return hop_lost(s, "its greeting makes no sense");
-	if (r.code / 100 == 2)
+	if (r.class == 2)
 		say(s, "%d " OUR_NAME, r.code);
 	else
 		relay(s, &r);
 	reply_eat(s, &r);
-	if (r.code / 100 == 2)
+	if (r.class == 2)
 		enter(s, S_COMMAND);
 	else
 		finish(s);
@@ -1086,7 +1087,7 @@ told_mail(struct session *s, const struct reply *r)
 {
 	struct str from = s->pending;
 
-	if (r->code / 100 != 2)
+	if (r->class != 2)
 		return 0;
 	memset(&s->pending, 0, sizeof s->pending);
 	mail_reset(s);
@@ -1110,7 +1111,7 @@ take_rcpt(struct session *s, char *line, size_t n)
 static int
 told_rcpt(struct session *s, const struct reply *r)
 {
-	if (r->code / 100 != 2)
+	if (r->class != 2)
 		return 0;
 	s->rcpts++;
 	if (s->to_cut)
@@ -1130,7 +1131,7 @@ told_rcpt(struct session *s, const struct reply *r)
 static int
 told_rset(struct session *s, const struct reply *r)
 {
-	if (r->code / 100 == 2) {
+	if (r->class == 2) {
 		mail_reset(s);
 		xforward_reset(s);
 	}
@@ -1212,7 +1213,7 @@ told_xforward(struct session *s, const struct reply *r)
 	size_t n;
 	int bad = 0;
 
-	if (r->code / 100 != 2)
+	if (r->class != 2)
 		return 0;
 	for (; *p != '\0'; p += n, p += strspn(p, " \t")) {
 		n = strcspn(p, " \t");
@@ -1357,7 +1358,7 @@ ask_xclient(struct session *s)
 static int
 told_hello(struct session *s, const struct reply *r, int esmtp)
 {
-	if (r->code / 100 != 2)
+	if (r->class != 2)
 		return 0;
 	mail_reset(s);
 	xforward_reset(s);
@@ -1433,7 +1434,7 @@ told_xclient(struct session *s, const struct reply *r)
 {
 	if (r->code == 421)
 		return 0;
-	if (r->code / 100 != 2) {
+	if (r->class != 2) {
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
 		    first_line(r));
 		say_held(s);
@@ -1587,7 +1588,7 @@ st_reply(struct session *s)
 	if ((got = reply_get(s, &r)) != REPLY)
 		return got;
 	s->asked = 0;
-	if (r.code / 100 == 3 && !(auth && r.code == 334))
+	if (r.class == 3 && !(auth && r.code == 334))
 		return hop_lost(s, "its reply makes no sense");
 	done = s->verb->told != NULL && s->verb->told(s, &r);
 	if (!done)
@@ -2592,16 +2593,16 @@ st_final(struct session *s)
 		return 0;
 	if ((got = reply_get(s, &r)) != REPLY)
 		return got;
-	if (r.code / 100 == 3)
+	if (r.class == 3)
 		return hop_lost(s, "its reply makes no sense");
 	s->asked = 0;
 	mail_done(s, r.text, r.len);
-	if (r.code / 100 != 2)
+	if (r.class != 2)
 		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
 	/* After any other verdict clamd may be reading it still. */
-	if (r.code / 100 == 2 && s->verdict == CLEAN && !s->conf->debug_files) {
+	if (r.class == 2 && s->verdict == CLEAN && !s->conf->debug_files) {
 		spool_done(s->spool, s->spooled);
 		s->spool = -1;
 	}
@@ -2640,7 +2641,7 @@ st_reset(struct session *s)
 	}
 	if ((got = reply_get(s, &r)) != REPLY)
 		return got;
-	ok = r.code / 100 == 2;
+	ok = r.class == 2;
 	reply_eat(s, &r);
 	s->asked = 0;
 	say_held(s);

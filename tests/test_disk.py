@@ -110,7 +110,8 @@ def test_no_room_for_the_quarantine_is_451_and_leaves_nothing(site, small, actio
     client = site.session()
     spool(client, BAD + b"x" * 180000 + b"\r\n")
     client.expect("451 4.3.0 Local Error")
-    assert site.hop.messages == [] and os.listdir(inside(site)) == []
+    assert site.hop.messages == []
+    until(lambda: os.listdir(inside(site)) == [], "it goes when its child has ended")
     site.daemon.wait_log("status=ERROR$")
     client.mail(body=GOOD)
     assert not os.path.exists(ran)

@@ -625,8 +625,10 @@ visitor_add(int fd, const struct addr *a)
 
 	(void)a;
 	for (v = visitors; v != NULL; v = v->next) {
-		n += v->deadline > now;
-		if (v->deadline > now && !v->asks_health)
+		if (v->deadline <= now || peer_reset(&v->peer))
+			continue;
+		n++;
+		if (!v->asks_health)
 			silent = v;
 	}
 	if ((n >= MAXVISITORS && silent == NULL) ||

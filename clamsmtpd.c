@@ -1471,10 +1471,11 @@ reload(void)
 		conf_put(c);
 		return;
 	}
+	conf->spares = 0;		/* TempDirectory may be another one */
+	spools_close();
 	conf_put(conf);
 	conf = c;
 	log_format(conf->json);
-	spools_close();			/* TempDirectory may be another one */
 	logmsg(LOG_NOTICE, "%s: read again", conf_path);
 	listeners_log(conf);
 	look_up_all(conf);

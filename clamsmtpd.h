@@ -180,6 +180,7 @@ struct conf {
 	int	 nproxies;
 	struct network proxies[MAXNETWORKS];
 	int	 quarantine;
+	int	 spares;		/* a spool may serve another message */
 	int	 failopen;		/* ScanFailure: pass */
 	int64_t	 scantimeout;		/* ms */
 	struct target *status;		/* StatusListen; NULL: none */

@@ -1045,6 +1045,7 @@ complete(struct conf *c, const char *path, int *errors)
 	}
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
+	c->spares = !c->debug_files;
 	if (c->seen[0] == BY_NOBODY && !c->transparent) {
 		logmsg(LOG_ERR, "%s: OutAddress is missing: the mail server "
 		    "that gets the mail, such as 127.0.0.1:10026", path);

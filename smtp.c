@@ -298,21 +298,26 @@ quarantine_drop(struct session *s)
 	s->child = NULL;
 }
 
+/* All but the client. */
 static void
-session_end(struct session *s)
+others_close(struct session *s)
 {
 	hop_close(s);
 	clamd_drop(s);
 	quarantine_drop(s);
+}
+
+static void
+session_end(struct session *s)
+{
+	others_close(s);
 	enter(s, S_DEAD);
 }
 
 static void
 finish(struct session *s)
 {
-	hop_close(s);
-	clamd_drop(s);
-	quarantine_drop(s);
+	others_close(s);
 	enter(s, S_LINGER);
 	s->deadline = now + s->conf->timeout;
 }
@@ -1033,17 +1038,20 @@ path_parse(const char *line, const char **addr, size_t *n)
 }
 
 static int
+no_memory(struct session *s)
+{
+	say(s, r_full, "memory", strerror(ENOMEM));
+	return 0;
+}
+
+static int
 keep_address(struct session *s, const char *line, const char **params)
 {
 	const char *addr;
 	size_t n;
 
 	*params = path_parse(line, &addr, &n);
-	if (str_set(&s->pending, addr, n) == -1) {
-		say(s, r_full, "memory", strerror(ENOMEM));
-		return 0;
-	}
-	return 1;
+	return str_set(&s->pending, addr, n) == 0 || no_memory(s);
 }
 
 /* The most that a message may have, in bytes; 0: no limit.  With ScanFailure:
@@ -1141,10 +1149,8 @@ told_rset(struct session *s, const struct reply *r)
 static int
 take_helo(struct session *s, char *line, size_t n)
 {
-	if (str_set(&s->helo, line, n) == 0 && str_add(&s->helo, "\r\n", 2) == 0)
-		return 1;
-	say(s, r_full, "memory", strerror(ENOMEM));
-	return 0;
+	return (str_set(&s->helo, line, n) == 0 &&
+	    str_add(&s->helo, "\r\n", 2) == 0) || no_memory(s);
 }
 
 static int
@@ -1169,13 +1175,11 @@ take_xclient(struct session *s, char *line, size_t n)
 static int
 take_xforward(struct session *s, char *line, size_t n)
 {
-	if (s->mail)
+	if (s->mail) {
 		say(s, r_sequence);
-	else if (str_set(&s->pending, line, n) == 0)
-		return 1;
-	else
-		say(s, r_full, "memory", strerror(ENOMEM));
-	return 0;
+		return 0;
+	}
+	return str_set(&s->pending, line, n) == 0 || no_memory(s);
 }
 
 /* xtext (RFC 3461 4) to what it stands for. */
@@ -2602,7 +2606,7 @@ st_final(struct session *s)
 	relay(s, &r);
 	reply_eat(s, &r);
 	/* After any other verdict clamd may be reading it still. */
-	if (r.class == 2 && s->verdict == CLEAN && !s->conf->debug_files) {
+	if (r.class == 2 && s->verdict == CLEAN && s->conf->spares) {
 		spool_done(s->spool, s->spooled);
 		s->spool = -1;
 	}

@@ -486,6 +486,31 @@ def test_sighup_with_another_clamd_while_scans_wait(site):
         client.quit()
 
 
+def test_sighup_with_another_temp_directory(site):
+    """A message that was under way then leaves nothing to those that follow."""
+    final, scan = Hold(), Hold("OK")
+    site.hop.on(".", [final])
+    site.clamd.verdict = [None, scan]
+    other, listen = site.path("other"), site.path("in.sock")
+    os.mkdir(other)
+    site.start(Listen=listen, VirusAction="true")       # so there is no sandbox
+    old = site.session()
+    start_body(old, BODY + b".\r\n")
+    final.reached()
+    reload(site, Listen=listen, VirusAction="true", TempDirectory=other)
+    final.go()
+    old.expect("250 2.0.0 queued")
+    new = site.session()
+    start_body(new, BODY + b".\r\n")
+    scan.reached()
+    files = site.daemon.open_files()
+    assert [name for name in files if name.startswith(other)]
+    scan.go()
+    new.expect("250 2.0.0 queued")
+    for client in old, new:
+        client.quit()
+
+
 def test_sighup_is_no_reason_to_leave_a_message_unfinished(site):
     """What is under way keeps its settings, whatever stage it is in."""
     scan, final = Hold("OK"), Hold()

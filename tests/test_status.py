@@ -597,6 +597,18 @@ def test_those_who_asked_and_went_take_no_room(site, clock, family, together):
         assert Answer(read_all(probe)).status == 200
 
 
+def test_those_who_asked_and_went_in_one_instant_take_no_room(site):
+    """Their requests are there to be read, and they are not."""
+    address = start(site)
+    site.daemon.pause()
+    for _ in range(2 * VISITORS):
+        asks_and_goes(connect(address))
+    with connect(address) as probe:
+        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        site.daemon.resume()
+        assert Answer(read_all(probe)).status == 200
+
+
 # ---------------------------------------------------------------- SIGHUP
 
 def listens(address):

@@ -416,7 +416,8 @@ def test_a_file_nobody_touched_is_replaced_by_one_with_its_settings(distributed)
     def ports():
         text = distributed.does("cat /etc/clamsmtpd.conf")
         return {name: values(name, text.replace(": ", "="))[0].split(":")[-1]
-                for name in ("Listen", "OutAddress", "TempDirectory", "User")}
+                for name in ("Listen", "OutAddress", "ClamAddress",
+                             "TempDirectory", "User")}
 
     before = ports()
     distributed.does("dpkg -i " + distributed.deb)

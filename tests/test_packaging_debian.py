@@ -278,8 +278,9 @@ class Machine:
 
     def files(self):
         """All there are, but for what dpkg and the account tools keep."""
-        found = self.does("find /etc /lib /usr /opt /var /run -xdev ! -path '*/__pycache__*'")
-        return {name for name in found.split("\n") if not re.match(
+        found = self.does("find /etc /lib /usr /opt /var /run -xdev "
+                          "! -path '*/__pycache__*' -print0")
+        return {name for name in found.split("\0") if not re.match(
             r"/var/(lib/dpkg|lib/apt|cache|log|tmp)/|/etc/(passwd|shadow|group|gshadow)-"
             r"|/etc/sub[ug]id-?|/etc/\.pwd\.lock", name)}
 

@@ -136,7 +136,7 @@ Action: bounce
 TempDirectory: $dir/spool
 $us
 EOF
-./clamsmtpd -d 3 -f "$dir/clamsmtpd.conf" 2>"$dir/clamsmtpd.log" &
+./clamsmtpd -d 3 -f "$dir/clamsmtpd.conf" >"$dir/clamsmtpd.log" 2>&1 &
 pids="$pids $!"
 wait_for clamsmtpd grep -q 'listening on' "$dir/clamsmtpd.log"
 here=$(sed -n 's/.*listening on //p' "$dir/clamsmtpd.log" | head -n 1)
@@ -194,7 +194,7 @@ show clean "a clean mail: it passes, with one header more"
 show eicar "a mail with the EICAR test file attached: refused"
 show zipped "the same, with the file in a zip archive: refused"
 echo
-echo "== beside the original and a TCP proxy (make bench; bench/results has more)"
+echo "== measured before (make bench measures anew): beside the original, a TCP proxy"
 echo
 awk -F '|' '/^\|/ { if ($2 !~ /--/) print " " $2 $3 $4 $5; table = 1; next }
     table { exit }' bench/results/bench.md

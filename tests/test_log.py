@@ -471,6 +471,14 @@ def test_fail2ban_takes_the_jail(site, fail2ban):
         assert str(["set", "clamsmtpd", *setting]) in got.stdout
 
 
+def test_fail2ban_reads_the_journal(fail2ban):
+    with open(fail2ban.config + "/jail.d/clamsmtpd.local", "w") as file:
+        file.write("[clamsmtpd]\nbackend = systemd\n")
+    got = fail2ban("client", "-d")
+    assert ("['set', 'clamsmtpd', 'addjournalmatch', 'SYSLOG_IDENTIFIER=clamsmtpd']"
+            in got.stdout), got
+
+
 def logcheck(daemon, file, prefix):
     """What its mail would say: lines that no pattern of ours is for."""
     syslogged(daemon, file, prefix)

@@ -68,6 +68,7 @@ class Abuild:
             directory.mkdir()
         for name in SOURCES:
             shutil.copy(os.path.join(TOP, name), self.tree)
+        shutil.copytree(os.path.join(TOP, "docs"), self.tree / "docs")
         (self.tree / "tests").mkdir()
         for name in ("conftest.py", "harness.py", "real.py", "test_dialogue.py"):
             shutil.copy(os.path.join(TOP, "tests", name), self.tree / "tests")
@@ -158,7 +159,9 @@ def test_package_has_these_files(packaged):
         mode = path.lstat().st_mode
         if not stat.S_ISDIR(mode) or not list(path.iterdir()):
             found[str(path.relative_to(packaged.pkg))] = stat.S_IMODE(mode)
-    assert found == {
+    docs = {name for name in found if name.startswith("usr/share/doc/clamsmtpd/docs/")}
+    assert "usr/share/doc/clamsmtpd/docs/upgrading.md" in docs
+    assert {name: found[name] for name in found if name not in docs} == {
         "etc/clamsmtpd.conf": 0o644,
         "etc/conf.d/clamsmtpd": 0o644,
         "etc/init.d/clamsmtpd": 0o755,
@@ -192,7 +195,7 @@ def test_the_configuration_is_good_but_for_the_next_hop(packaged, run):
     done = run("-n", "-f", str(mine))
     assert done.returncode == 0, done.stderr
     for line in ("User: clamsmtp", "TempDirectory: /var/spool/clamsmtp",
-                 "Listen: 127.0.0.1:10025"):
+                 "Listen: 127.0.0.1:10025", "ClamAddress: /run/clamav/clamd.sock"):
         assert line in done.stdout.split("\n")
 
 

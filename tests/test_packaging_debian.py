@@ -277,8 +277,9 @@ class Machine:
 
     def files(self):
         """All there are, but for what dpkg and the account tools keep."""
-        found = self.does("find /etc /lib /usr /opt /var /run -xdev ! -path '*/__pycache__*'")
-        return {name for name in found.split("\n") if not re.match(
+        found = self.does("find /etc /lib /usr /opt /var /run -xdev "
+                          "! -path '*/__pycache__*' -print0")
+        return {name for name in found.split("\0") if not re.match(
             r"/var/(lib/dpkg|lib/apt|cache|log|tmp)/|/etc/(passwd|shadow|group|gshadow)-"
             r"|/etc/sub[ug]id-?|/etc/\.pwd\.lock", name)}
 
@@ -415,7 +416,8 @@ def test_a_file_nobody_touched_is_replaced_by_one_with_its_settings(distributed)
     def ports():
         text = distributed.does("cat /etc/clamsmtpd.conf")
         return {name: values(name, text.replace(": ", "="))[0].split(":")[-1]
-                for name in ("Listen", "OutAddress", "TempDirectory", "User")}
+                for name in ("Listen", "OutAddress", "ClamAddress",
+                             "TempDirectory", "User")}
 
     before = ports()
     distributed.does("dpkg -i " + distributed.deb)

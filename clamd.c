@@ -706,13 +706,15 @@ ping_why(const char *why)
 static void
 ping_next(void)
 {
+	const struct clamd *c;
 	struct target *t;
 	int done;
 
 	peer_close(&ping.peer);
 	while (ping.which < ping.conf->nclamd) {
-		t = ping.conf->clamd[ping.which]->target;
-		if (++ping.addr >= t->naddr) {
+		c = ping.conf->clamd[ping.which];
+		t = c->target;
+		if (++ping.addr >= t->naddr || !is_there(ping.conf, c)) {
 			if (t->naddr == 0)
 				ping_why("this name has no address");
 			target_look(t, 0);
@@ -792,6 +794,7 @@ clamd_ping(struct conf *c, const char **why)
 	ping.which = 0;
 	ping.addr = -1;
 	ping.peer.fd = -1;
+	ping_why("is not there");
 	ping_next();
 	return ping.conf != NULL ? -1 : ping.well;
 }

@@ -697,8 +697,8 @@ visit_head(struct visitor *v, const char *status)
 static const char *
 clamd_health(const struct clamd *c)
 {
-	return c->complaint[0] != '\0' ? c->complaint : c->dead_until > now ?
-	    "left alone for a while" : "well, as far as is known";
+	return c->complaint[0] != '\0' ? c->complaint :
+	    "well, as far as is known";
 }
 
 static void
@@ -797,12 +797,12 @@ visit_metrics(struct visitor *v)
 	for (i = 0; i < NFATES; i++)
 		visit_say(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
 		    fates[i], count.messages[i]);
-	metric_head(v, "clamd_up", "gauge", "0: left alone for a while.");
+	metric_head(v, "clamd_up", "gauge", "0: its last scan failed.");
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		running += c->running;
 		visit_say(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
-		    label(c->target->text), c->dead_until <= now);
+		    label(c->target->text), c->complaint[0] == '\0');
 	}
 	metric_head(v, "clamd_failures_total", "counter",
 	    "Scans without a verdict.");
@@ -1639,6 +1639,8 @@ watch_all(void)
 		wait_until(drain_until);
 	if (has_spares())
 		wait_until(now + TRIM_TIME);
+	if (!log_retry())
+		wait_until(now + SECOND);
 	if (wake_all || is_awake())
 		turn_end = now;
 	if (starved) {		/* a pause, for only time brings memory back */

@@ -1746,10 +1746,10 @@ emit(struct session *s, const char *p, size_t n)
 		spool_flush(s);
 }
 
-#define BLOCKSZ		64
+#define BLOCKSZ		32
 #define MAXPENDING	(1 << 24)	/* they are written in one go */
 static const char crlf[] = "\r\n", nuls[BLOCKSZ], spaces[] =
-    "                                                                ";
+    "                                ";
 
 /* The CRs or NULs that were held back turn out to be text. */
 static void

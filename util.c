@@ -264,20 +264,27 @@ log_write(int level, const char *text, size_t n)
 	return write(log_fd, line, len) == len ? 0 : -1;
 }
 
+int
+log_retry(void)
+{
+	char line[128];
+	int n;
+
+	if (log_lost == 0)
+		return 1;
+	n = format(line, sizeof line, log_json ?
+	    "{\"level\":\"warning\",\"message\":\"%lu%s\",\"time\":\"%s\"}" :
+	    "%lu%s", log_lost, " lines of the log were lost",
+	    rfc3339_date(time(NULL)));
+	if (log_write(LOG_WARNING, line, n) == 0)
+		log_lost = 0;
+	return log_lost == 0;
+}
+
 static void
 log_line(int level, const char *text, size_t n)
 {
-	char lost[128];
-	int len;
-
-	if (log_lost > 0) {
-		len = format(lost, sizeof lost, log_json ?
-		    "{\"level\":\"warning\",\"message\":\"%lu%s\",\"time\":\"%s\"}" :
-		    "%lu%s", log_lost, " lines of the log were lost",
-		    rfc3339_date(time(NULL)));
-		if (log_write(LOG_WARNING, lost, len) == 0)
-			log_lost = 0;
-	}
+	log_retry();
 	if (log_write(level, text, n) == -1)
 		log_lost++;
 }

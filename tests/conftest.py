@@ -175,8 +175,7 @@ def syslog(site, mounts):
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.bind(os.path.join(dev, "log"))
     sock.settimeout(harness.WAIT)
-    # MS_BIND
-    yield sock, harness.mounting((dev, "/dev", "", 4096, ""))
+    yield sock, harness.mounting(harness.bind(dev, "/dev"))
     sock.close()
 
 

@@ -264,6 +264,11 @@ def tmpfs(path, options):
     return "tmpfs", path, "tmpfs", 0, options
 
 
+def bind(source, path):
+    """Another one: source, seen at path."""
+    return source, path, "", 0x1000, ""                         # MS_BIND
+
+
 class Gone(Exception):
     """The other end has closed ("eof") or broken ("reset") the connection."""
 
@@ -969,7 +974,7 @@ class Names:
             file.write("nameserver %s\noptions timeout:60 attempts:1\n"
                        % self.host)
         # For the daemon: ask nobody else (MS_BIND).
-        self.preexec = mounting((self.file, "/etc/resolv.conf", "", 4096, ""))
+        self.preexec = mounting(bind(self.file, "/etc/resolv.conf"))
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
 

@@ -1,6 +1,7 @@
 """LogFormat: json; what reads the classic log: fail2ban, logcheck."""
 
 import codecs
+import contextlib
 import fcntl
 import json
 import os
@@ -349,14 +350,17 @@ def test_lines_that_were_lost_are_counted(site):
     os.set_blocking(read, False)
 
     def lost():
-        client.cmd("NOOP", "250")
-        data.extend(os.read(read, 1 << 16))
+        with contextlib.suppress(BlockingIOError):
+            data.extend(os.read(read, 1 << 16))
         found = [parsed(line)["message"] for line in bytes(data).split(b"\n")[:-1]
                  if b"were lost" in line]
         return sum(int(message.split()[0]) for message in found)
-    count = until(lambda: (lambda n: n > 50 and n)(lost()), "it tells of lost lines")
-    assert [lost() for _ in range(3)] == [count] * 3, "and tells it once"
+    until(lambda: lost() > 50, "it tells of lost lines, though nothing happens")
+    count = lost()
+    for _ in range(3):
+        client.cmd("NOOP", "250")
     client.quit()
+    assert lost() == count, "and tells it once"
     os.close(read)
 
 

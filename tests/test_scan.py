@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, full_listener,
-                     same, turns, until)
+from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, bind,
+                     full_listener, mounting, same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"
 
@@ -681,6 +681,19 @@ def test_a_connect_that_hangs_slows_nobody(site, clock):
         clock.go(site.daemon, 1)
         client.expect("451 4.3.0 Local Error")
         client.quit()
+
+
+@pytest.mark.parametrize("name", ["clamd.sock", "clamd.ctl", "clamd"])
+def test_without_clamaddress_it_is_the_one_that_is_there(site, mounts, name):
+    """When it is needed: not at the start."""
+    os.makedirs(site.path("run/clamav"))
+    site.start(ClamAddress=None, preexec=mounting(bind(site.path("run"), "/run")))
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error (clamd: connect: No such file")
+    clamd = site.new_clamd(path=site.path("run/clamav/" + name))
+    client.mail()
+    assert len(clamd.scans) == 1
+    client.quit()
 
 
 @pytest.mark.core

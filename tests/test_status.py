@@ -12,7 +12,7 @@ import pytest
 
 import real
 from harness import (BAD, CLOSE, FREED_AT_ONCE, Failed, GOOD, Hold, Server, WAIT,
-                     connect, full_listener, own_host, reset, since, turns, until)
+                     bind, connect, full_listener, mounting, own_host, reset, since, turns, until)
 
 VERDICTS = ("clean", "virus", "unscanned", "oversize", "clamd_error", "error")
 VISITORS = 8                # that are served at once
@@ -190,6 +190,19 @@ def test_not_ready_has_a_reason(site, sick):
     assert answer.status == 503
     line, = answer.text.splitlines()
     assert re.match("clamd %s: .*(%s)" % (re.escape(clamd), reason), line), line
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_clamaddress_the_reason_is_of_the_one_that_is_there(site, mounts, there):
+    os.makedirs(site.path("run/clamav"))
+    if there:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(site.path("run/clamav/clamd.ctl"))
+    address = start(site, ClamAddress=None,
+                    preexec=mounting(bind(site.path("run"), "/run")))
+    assert get(address, "/healthz").text == {
+        True: "clamd /var/run/clamav/clamd.ctl: Connection refused\n",
+        False: "clamd /run/clamav/clamd.sock: is not there\n"}[there]
 
 
 def test_one_that_answers_is_enough(site, sick):
@@ -420,6 +433,20 @@ def test_health_of_each_clamd(site):
     assert got['clamd_failures_total{address="/no/such/socket"}'] == 1
     assert got['clamd_up{address="%s"}' % site.clamd.address] == 1
     assert got['clamd_failures_total{address="%s"}' % site.clamd.address] == 0
+
+
+def test_a_clamd_is_up_again_when_it_has_scanned(site, clock):
+    clamd = site.new_clamd()
+    address = start(site, ClamAddress=[clamd.address, site.clamd.address],
+                    **clock.settings())
+    up = 'clamd_up{address="%s"}' % clamd.address
+    clamd.down()
+    site.session().mail()
+    clock.go(site.daemon, 60)
+    assert metrics(address)[up] == 0
+    clamd.up()
+    site.session().mail()
+    assert metrics(address)[up] == 1
 
 
 def histogram(address):

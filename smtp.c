@@ -1998,10 +1998,8 @@ message_end(struct session *s)
 		turn_away(s);
 		return;
 	}
-	s->judged_at = 0;
 	enter(s, S_SCAN);
 	s->deadline = s->dot_at + s->conf->scantimeout;
-	s->virus[0] = '\0';
 	if (max > 0 && s->size > max)
 		s->verdict = TOOBIG;
 	else

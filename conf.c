@@ -1045,7 +1045,6 @@ complete(struct conf *c, const char *path, int *errors)
 	}
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
-	c->spares = !c->debug_files;
 	if (c->seen[0] == BY_NOBODY && !c->transparent) {
 		logmsg(LOG_ERR, "%s: OutAddress is missing: the mail server "
 		    "that gets the mail, such as 127.0.0.1:10026", path);
@@ -1090,6 +1089,10 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		conf_put(c);
 		return NULL;
 	}
+	/* A next hop that says 250 before it has read the message may read on
+	 * in its spool: only where it gets all mail there is nothing to see. */
+	c->spares = !c->debug_files && !c->transparent &&
+	    (c->out->naddr > 0 || c->out->name != NULL);
 	return c;
 }
 

@@ -417,7 +417,6 @@ turn_away(struct session *s)
 {
 	mail_done(s, s->held.s, s->held.len);
 	s->error = 1;		/* nothing that comes now changes `held' */
-	s->noop_at = 0;
 	enter(s, S_RESET);
 }
 
@@ -471,15 +470,14 @@ hop_lost(struct session *s, const char *why)
 	case S_QUARANTINE:
 		remember(s, r_hop_lost_mail, why);
 		return 1;
-	case S_RESET:
-		say_held(s);
-		break;
 	case S_DATA:
 	case S_REPLAY:
 	case S_FINAL:
 		hold(s, r_hop_lost_mail, why);
 		s->error = 1;
 		mail_done(s, s->held.s, s->held.len);
+		/* FALLTHROUGH */
+	case S_RESET:
 		say_held(s);
 		break;
 	default:
@@ -624,6 +622,16 @@ static void
 relay(struct session *s, const struct reply *r)
 {
 	client_put(s, clean, reply_clean(r));
+}
+
+/* It ends the session. */
+static int
+relay_last(struct session *s, const struct reply *r)
+{
+	relay(s, r);
+	peer_close(&s->server);
+	finish(s);
+	return 1;
 }
 
 /*
@@ -978,15 +986,11 @@ st_greeting(struct session *s)
 		return got;
 	if (r.class == 3)
 		return hop_lost(s, "its greeting makes no sense");
-	if (r.class == 2)
-		say(s, "%d " OUR_NAME, r.code);
-	else
-		relay(s, &r);
+	if (r.class != 2)
+		return relay_last(s, &r);
+	say(s, "%d " OUR_NAME, r.code);
 	reply_eat(s, &r);
-	if (r.class == 2)
-		enter(s, S_COMMAND);
-	else
-		finish(s);
+	enter(s, S_COMMAND);
 	return 1;
 }
 
@@ -1543,11 +1547,7 @@ hop_farewell(struct session *s)
 	    first_line(&r));
 	if (r.code < 400)	/* not to be taken for an answer to anything */
 		return hop_lost(s, "it spoke unasked");
-	relay(s, &r);
-	reply_eat(s, &r);
-	peer_close(&s->server);
-	finish(s);
-	return 1;
+	return relay_last(s, &r);
 }
 
 static int
@@ -1981,10 +1981,8 @@ message_end(struct session *s)
 		turn_away(s);
 		return;
 	}
-	s->judged_at = 0;
 	enter(s, S_SCAN);
 	s->deadline = s->dot_at + s->conf->scantimeout;
-	s->virus[0] = '\0';
 	if (max > 0 && s->size > max)
 		s->verdict = TOOBIG;
 	else
@@ -2456,11 +2454,7 @@ early_reply(struct session *s)
 		return hop_lost(s, "it accepted a message that it did not have");
 	log_refusal(s, &r);
 	mail_done(s, r.text, r.len);
-	relay(s, &r);
-	reply_eat(s, &r);
-	peer_close(&s->server);
-	finish(s);
-	return 1;
+	return relay_last(s, &r);
 }
 
 /*

@@ -321,6 +321,35 @@ def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
     site.hop.session.wait_end()
 
 
+class Hasty(NextHop):
+    """Takes a message, and reads it when that is over."""
+
+    read, later = b"", Hold()
+
+    def data(self, s):
+        until(lambda: s.sock.recv(1 << 20, socket.MSG_PEEK).endswith(
+            b"\r\n.\r\n"), "all has come")
+        self.send(s.sock, b"250 taken\r\n")
+        self.later.wait(self)
+        while not self.read.endswith(b"\r\n.\r\n"):
+            self.read += s.sock.recv(1 << 20)
+        return b"250 taken\r\n"
+
+
+def test_a_next_hop_never_gets_to_see_the_mail_of_another(site):
+    """The pages of the spool that it was sent are in its socket's buffer."""
+    def body(word):
+        return b"Subject: x\r\n\r\n" + word * 5000 + b"\r\n"
+    hasty = Hasty(host="127.0.0.2", port=site.hop.port)
+    site.servers.append(hasty)
+    site.start(OutAddress=str(site.hop.port))
+    site.session(source="127.0.0.2").mail(body=body(b"mine "))
+    site.session().mail(body=body(b"yours"))
+    hasty.later.go()
+    until(lambda: hasty.read.endswith(b"\r\n.\r\n"), "it reads")
+    assert b"yours" not in hasty.read
+
+
 @pytest.mark.parametrize("body", [BODY, LONG], ids=["short", "long"])
 def test_after_a_long_scan_the_reply_is_awaited_too(site, clock, body):
     """PROMISE 1: or each try delivers it and is told to come again."""

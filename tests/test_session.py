@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from harness import (CLOSE, Client, Early, HEADER, Hold, RESET, Stream, Then, VIRUS,
+from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream, Then, VIRUS,
                      WAIT, at_once, full_listener, has_ipv6, never, same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"

@@ -1,5 +1,5 @@
-"""Real programs around the daemon: a clamd with a database of its own, and
-mail to show it.  Python's standard library only."""
+"""Real programs around the daemon: a clamd with a database of its own, mail to
+show it, and a Postfix.  Python's standard library only."""
 
 import base64
 import ctypes

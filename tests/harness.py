@@ -1516,6 +1516,13 @@ class Site:
         self.daemon.send_signal(signal.SIGHUP)
         self.daemon.wait_log(READ_AGAIN, before + 1)
 
+    def refused(self, status=1, **settings):
+        """A daemon that does not start."""
+        daemon = self.start(wait=False, **settings)
+        assert daemon.wait_exit() == status
+        daemon.stopped = True
+        return daemon
+
     def client(self, source=None, address=None):
         """A connected client; starts the daemon if need be."""
         if address is None:

@@ -92,6 +92,7 @@ def wait_file(path):
         return file.read()
 
 
+# The variables of a VirusAction.
 NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
         "SERVER", "TMPDIR", "VIRUS"]
 
@@ -1586,8 +1587,7 @@ class Site:
 class Background:
     """A clamsmtpd that has made itself a daemon, listening on a unix socket."""
 
-    def __init__(self, site, log=None, **settings):
-        self.site = site
+    def __init__(self, site, **settings):
         self.socket = site.path("in.sock")
         self.pidfile = site.path("pid")
         settings.setdefault("Listen", self.socket)
@@ -1600,6 +1600,6 @@ class Background:
         with open(self.pidfile) as file:
             return int(file.read())
 
-    def end(self, number=signal.SIGTERM):
-        os.kill(self.pid(), number)
+    def end(self):
+        os.kill(self.pid(), signal.SIGTERM)
         until(lambda: not processes(self.daemon.mark), "the daemon ends")

@@ -104,20 +104,46 @@ ref_xclient(struct offer *o, char *p)
 			o->xclient |= X_PORT;
 }
 
+/* A keyword with its arguments: whether the client sees it, and what we keep. */
+static void
+ref_keyword(struct text *to, struct offer *o, char *p, long long max)
+{
+	static const char *const known[] = { "SIZE", "8BITMIME", "DSN",
+	    "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH", "ETRN", "VRFY", "EXPN",
+	    "HELP", "XFORWARD", "DELIVERBY", NULL };
+	const char *const *k;
+	char number[64];
+	size_t w = strcspn(p, " =");
+	long long limit;
+	int size = ref_word(p, w, "SIZE"), keep = 0;
+
+	if (size && p[w] == ' ' && ref_number(p + w + 1) > 0)
+		o->size = ref_number(p + w + 1);
+	o->chunking |= ref_word(p, w, "CHUNKING");
+	if (ref_word(p, w, "XCLIENT"))
+		ref_xclient(o, p + w);
+	for (k = known; *k != NULL; k++)
+		keep |= ref_word(p, w, *k) &&
+		    (p[w] != '=' || strcmp(*k, "AUTH") == 0);
+	limit = max > 0 && (o->size == 0 || max < o->size) ? max : o->size;
+	if (keep && size && limit > 0) {
+		snprintf(number, sizeof number, "250-SIZE %lld\r\n", limit);
+		text_puts(to, number);
+	} else if (keep) {
+		text_puts(to, "250-");
+		text_puts(to, p);
+		text_puts(to, "\r\n");
+	}
+}
+
 /* What the client sees of an EHLO reply, and what we keep. */
 static void
 ref_ehlo(struct text *to, struct offer *o, const char *p, size_t n, int esmtp,
     long long max)
 {
-	static const char *const known[] = { "SIZE", "8BITMIME", "DSN",
-	    "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH", "ETRN", "VRFY", "EXPN",
-	    "HELP", "XFORWARD", "DELIVERBY", NULL };
 	struct text line = { NULL, 0, 0 };
-	const char *const *k;
-	char number[64];
-	size_t i, end, w;
-	long long limit;
-	int first = 1, keep;
+	size_t i, end;
+	int first = 1;
 
 	text_puts(to, "250-smtp.passthru\r\n");
 	for (i = 0; i < n && esmtp; i = end + 1, first = 0) {
@@ -128,36 +154,8 @@ ref_ehlo(struct text *to, struct offer *o, const char *p, size_t n, int esmtp,
 		line.n = 0;
 		ref_line(&line, p + i, end - i);
 		line.p[line.n -= 2] = '\0';
-		if (line.n < 4)
-			continue;
-		for (w = 4; line.p[w] != '\0' && line.p[w] != ' ' &&
-		    line.p[w] != '='; w++)
-			;
-		w -= 4;
-		if (ref_word(line.p + 4, w, "SIZE") && line.p[4 + w] == ' ' &&
-		    ref_number(line.p + 5 + w) > 0)
-			o->size = ref_number(line.p + 5 + w);
-		o->chunking |= ref_word(line.p + 4, w, "CHUNKING");
-		keep = 0;
-		for (k = known; *k != NULL; k++)
-			keep |= ref_word(line.p + 4, w, *k) &&
-			    (line.p[4 + w] != '=' || strcmp(*k, "AUTH") == 0);
-		if (keep) {
-			limit = o->size;
-			if (max > 0 && (limit == 0 || max < limit))
-				limit = max;
-			if (ref_word(line.p + 4, w, "SIZE") && limit > 0) {
-				snprintf(number, sizeof number,
-				    "250-SIZE %lld\r\n", limit);
-				text_puts(to, number);
-			} else {
-				text_puts(to, "250-");
-				text_puts(to, line.p + 4);
-				text_puts(to, "\r\n");
-			}
-		}
-		if (ref_word(line.p + 4, w, "XCLIENT"))
-			ref_xclient(o, line.p + 4 + w);
+		if (line.n >= 4)
+			ref_keyword(to, o, line.p + 4, max);
 	}
 	if (esmtp)
 		text_puts(to, "250-PIPELINING\r\n");

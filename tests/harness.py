@@ -92,6 +92,7 @@ def wait_file(path):
         return file.read()
 
 
+# The variables of a VirusAction.
 NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
         "SERVER", "TMPDIR", "VIRUS"]
 
@@ -1521,6 +1522,13 @@ class Site:
         self.daemon.send_signal(signal.SIGHUP)
         self.daemon.wait_log(READ_AGAIN, before + 1)
 
+    def refused(self, status=1, **settings):
+        """A daemon that does not start."""
+        daemon = self.start(wait=False, **settings)
+        assert daemon.wait_exit() == status
+        daemon.stopped = True
+        return daemon
+
     def client(self, source=None, address=None):
         """A connected client; starts the daemon if need be."""
         if address is None:
@@ -1584,8 +1592,7 @@ class Site:
 class Background:
     """A clamsmtpd that has made itself a daemon, listening on a unix socket."""
 
-    def __init__(self, site, log=None, **settings):
-        self.site = site
+    def __init__(self, site, **settings):
         self.socket = site.path("in.sock")
         self.pidfile = site.path("pid")
         settings.setdefault("Listen", self.socket)
@@ -1598,6 +1605,6 @@ class Background:
         with open(self.pidfile) as file:
             return int(file.read())
 
-    def end(self, number=signal.SIGTERM):
-        os.kill(self.pid(), number)
+    def end(self):
+        os.kill(self.pid(), signal.SIGTERM)
         until(lambda: not processes(self.daemon.mark), "the daemon ends")

@@ -1,5 +1,5 @@
-"""Real programs around the daemon: a clamd with a database of its own, and
-mail to show it.  Python's standard library only."""
+"""Real programs around the daemon: a clamd with a database of its own, mail to
+show it, and a Postfix.  Python's standard library only."""
 
 import base64
 import ctypes
@@ -122,12 +122,7 @@ class RealClamd:
     def ask(self, address, command):
         with connect(address) as sock:
             sock.sendall(command)
-            answer = b""
-            while True:
-                got = sock.recv(4096)
-                if not got:
-                    return answer
-                answer += got
+            return sock.makefile("rb").read()
 
     def scan(self, data):
         """What it says of these bytes, asked directly."""

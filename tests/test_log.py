@@ -306,9 +306,7 @@ def test_what_is_said_of_the_settings_is_json_too(site, settings, env, message):
 
 
 def test_a_start_that_is_refused_is_told_in_json(site):
-    daemon = site.start(wait=False, LogFormat="json", Listen=site.hop.address)
-    assert daemon.wait_exit() == 1
-    daemon.stopped = True
+    daemon = site.refused(LogFormat="json", Listen=site.hop.address)
     assert told(daemon, "Listen: %s: Address" % site.hop.address)
 
 

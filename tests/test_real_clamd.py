@@ -195,10 +195,7 @@ def test_quarantine(site, clamd):
     mail = EICAR_MAILS["base64"] + b"\r\n.\r\n..\r\n.end\r\n"
     client.mail(body=mail, want="250 2.0.0 Virus Detected; Discarded Email")
     client.quit()
-    line, = site.daemon.wait_log("quarantined virus file as: ")
-    path = line.split("quarantined virus file as: ")[1]
-    site.daemon.allowed.add(os.path.basename(path))
-    assert os.path.dirname(path) == site.spool
+    path = real.quarantined(site)
     assert os.path.basename(path).startswith("virus.")
     with open(path, "rb") as file:
         harness.same(file.read(), mail, "the quarantined mail")

@@ -71,10 +71,8 @@ def test_a_limit_of_descriptors_that_is_too_small_is_refused(open_site):
     def preexec():
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         as_nobody()
-    daemon = open_site.start(binary=exposed(open_site), preexec=preexec,
-                             wait=False, MaxConnections="1000")
-    assert daemon.wait_exit() == 1
-    daemon.stopped = True
+    daemon = open_site.refused(binary=exposed(open_site), preexec=preexec,
+                               MaxConnections="1000")
     numbers = [int(n) for n in re.findall(r"\d+", daemon.text())]
     assert 100 in numbers and max(numbers) >= 3 * 1000, daemon.text()
 
@@ -117,9 +115,7 @@ def test_p_is_used_in_place_of_pidfile(site):
 def test_a_second_instance_is_refused(site):
     path = site.path("pid")
     site.start(PidFile=path)
-    second = site.start(PidFile=path, wait=False)
-    assert second.wait_exit() == 1
-    second.stopped = True
+    second = site.refused(PidFile=path)
     assert path in second.text()
     with open(path) as file:
         assert int(file.read()) == site.daemons[0].pid
@@ -131,10 +127,7 @@ def test_a_second_instance_is_refused(site):
 def test_a_refused_second_instance_leaves_nothing_of_its_own(site):
     """And nothing of the first one's is gone."""
     site.start(PidFile=site.path("pid"), Listen=site.path("first.sock"))
-    second = site.start(PidFile=site.path("pid"), Listen=site.path("second.sock"),
-                        wait=False)
-    assert second.wait_exit() == 1
-    second.stopped = True
+    site.refused(PidFile=site.path("pid"), Listen=site.path("second.sock"))
     assert not os.path.exists(site.path("second.sock"))
     assert os.path.exists(site.path("first.sock"))
     with open(site.path("pid")) as file:
@@ -149,10 +142,8 @@ def test_a_refused_start_leaves_nothing_behind(site, settings, how):
     """PROMISE 7: neither pid file nor socket."""
     names = {"PidFile": site.path("pid"), "Listen": [site.path("in.sock")]}
     names["Listen"].append(settings.get("Listen"))
-    daemon = site.start(level=4 if how == "foreground" else None, wait=False,
-                        **{**settings, **names})
-    assert daemon.wait_exit() in (1, 2)
-    daemon.stopped = True
+    daemon = site.refused(level=4 if how == "foreground" else None,
+                          **{**settings, **names})
     until(lambda: not processes(daemon.mark), "no process is left")
     assert not os.path.exists(site.path("pid"))
     assert not os.path.exists(site.path("in.sock"))
@@ -169,9 +160,7 @@ def test_a_stale_pid_file_is_overwritten(site):
 
 def test_a_pid_file_that_is_a_link_is_refused(site):
     os.symlink(site.path("target"), site.path("pid"))
-    daemon = site.start(PidFile=site.path("pid"), wait=False)
-    assert daemon.wait_exit() == 1
-    daemon.stopped = True
+    site.refused(PidFile=site.path("pid"))
     assert not os.path.exists(site.path("target"))
 
 
@@ -194,9 +183,7 @@ def test_a_stale_unix_listener_is_replaced(site):
 def test_a_live_unix_listener_is_not_replaced(site):
     path = site.path("in.sock")
     first = site.start(Listen=path)
-    second = site.start(Listen=path, wait=False)
-    assert second.wait_exit() == 1
-    second.stopped = True
+    second = site.refused(Listen=path)
     assert path in second.text()
     client = site.session(address=first.address)
     client.mail()
@@ -205,9 +192,7 @@ def test_a_live_unix_listener_is_not_replaced(site):
 
 def test_a_port_that_is_taken_is_told_and_harms_nobody(site):
     first = site.start()
-    second = site.start(Listen=first.address, wait=False)
-    assert second.wait_exit() == 1
-    second.stopped = True
+    second = site.refused(Listen=first.address)
     assert "Listen: %s: " % first.address in second.text()
     site.session(address=first.address).mail()
 
@@ -216,9 +201,7 @@ def test_a_file_in_the_way_of_a_unix_listener_is_not_removed(site):
     path = site.path("in.sock")
     with open(path, "w") as file:
         file.write("precious")
-    daemon = site.start(Listen=path, wait=False)
-    assert daemon.wait_exit() == 1
-    daemon.stopped = True
+    site.refused(Listen=path)
     with open(path) as file:
         assert file.read() == "precious"
 
@@ -608,9 +591,7 @@ def test_already_that_user_is_no_error(open_site):
 @pytest.mark.parametrize("user", ["no-such-user-here", "-1", "4294967295",
                                   "4294967296", "1x", "99999999999999999999"])
 def test_a_user_that_does_not_exist_is_refused(site, as_root, user):
-    daemon = site.start(User=user, wait=False)
-    assert daemon.wait_exit() in (1, 2)
-    daemon.stopped = True
+    daemon = site.refused(User=user)
     assert user in daemon.text()
 
 
@@ -624,10 +605,7 @@ def test_a_temp_directory_that_is_none_is_told_at_the_start(site):
 
 
 def test_another_user_needs_root(open_site):
-    daemon = open_site.start(binary=exposed(open_site), preexec=as_nobody,
-                             wait=False, User="root")
-    assert daemon.wait_exit() == 1
-    daemon.stopped = True
+    daemon = open_site.refused(binary=exposed(open_site), preexec=as_nobody, User="root")
     assert "root" in daemon.text()
 
 

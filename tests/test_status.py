@@ -153,6 +153,7 @@ def silent(site):
     """The address of a clamd that accepts and says nothing, and its socket."""
     path = site.path("silent.sock")
     sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(WAIT)
     sock.bind(path)
     sock.listen(100)
     return path, sock
@@ -570,10 +571,14 @@ def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
 def test_those_who_asked_and_went_take_no_room(site):
     path, sock = silent(site)
     address = start(site, ClamAddress=path)
-    crowd = [connect(address) for _ in range(VISITORS + 1)]
+    crowd = [connect(address) for _ in range(VISITORS)]
     for one in crowd:
-        asks_and_goes(one)
-    clamd, _ = sock.accept()            # somebody has asked
+        one.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+    turns(site)
+    clamd, _ = sock.accept()            # they have asked
+    for one in crowd:
+        reset(one)
+    turns(site)
     with sock, clamd, connect(address) as probe:
         probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         turns(site)

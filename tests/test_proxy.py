@@ -359,7 +359,8 @@ class Haproxy:
             with open(self.log) as log:
                 raise Failed("haproxy ended: " + log.read())
         try:
-            connect(self.address).close()
+            for address in self.address, self.socket:
+                connect(address).close()
             return True
         except OSError:
             return False

@@ -478,13 +478,13 @@ def test_sighup_with_another_temp_directory(site):
     os.mkdir(other)
     site.start(Listen=listen, VirusAction="true")       # so there is no sandbox
     old = site.session()
-    start_body(old, BODY + b".\r\n")
+    old.begin(BODY + b".\r\n")
     final.reached()
-    reload(site, Listen=listen, VirusAction="true", TempDirectory=other)
+    site.reload(Listen=listen, VirusAction="true", TempDirectory=other)
     final.go()
     old.expect("250 2.0.0 queued")
     new = site.session()
-    start_body(new, BODY + b".\r\n")
+    new.begin(BODY + b".\r\n")
     scan.reached()
     files = site.daemon.open_files()
     assert [name for name in files if name.startswith(other)]

@@ -153,6 +153,7 @@ def silent(site):
     """The address of a clamd that accepts and says nothing, and its socket."""
     path = site.path("silent.sock")
     sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(WAIT)
     sock.bind(path)
     sock.listen(100)
     return path, sock
@@ -603,8 +604,8 @@ def test_those_who_asked_and_went_take_no_room(site, clock, family, together):
     crowd = [connect(address) for _ in range(VISITORS)]
     for one in crowd:
         one.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-    clamd, _ = sock.accept()            # somebody has asked
     turns(site)
+    clamd, _ = sock.accept()            # they have asked
     if together:
         site.daemon.pause()
     for one in crowd:
@@ -629,7 +630,7 @@ def test_those_who_asked_and_went_in_one_instant_take_no_room(site):
     with connect(address) as probe:
         probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         site.daemon.resume()
-        assert Answer(read_all(probe)).status == 200
+        assert answer_on(probe).status == 200
 
 
 # ---------------------------------------------------------------- SIGHUP

@@ -370,13 +370,14 @@ scan_connect(struct session *s)
 static int
 send_fildes(struct session *s)
 {
-	int fd, r;
+	int ro = s->spool.ro, r;
 
 	/* Promise 2: clamd must not be able to change what it has judged. */
-	fd = spool_reopen(s->spool);
-	r = peer_sendfd(&s->clamd, fd != -1 ? fd : s->spool);
-	if (fd != -1)
-		close(fd);
+	if (ro == -1)
+		ro = spool_reopen(s->spool.fd);
+	r = peer_sendfd(&s->clamd, ro != -1 ? ro : s->spool.fd);
+	if (ro != s->spool.ro)
+		close(ro);
 	if (r == 0)
 		return 0;
 	s->scan.ended = 1;
@@ -391,7 +392,7 @@ send_instream(struct session *s)
 	uint32_t n;
 
 	if (c->sent < c->chunk)
-		return peer_sendfile(&s->clamd, s->spool, &c->sent,
+		return peer_sendfile(&s->clamd, s->spool.fd, &c->sent,
 		    c->chunk - c->sent) && --s->budget > 0;
 	if (!buf_ready(&s->clamd.out, sizeof n))
 		return 0;

@@ -2028,15 +2028,14 @@ attach_nothing(int ready)
 static void
 check_tempdir(const struct conf *c)
 {
-	off_t length;
-	int fd = spool_open(c->tempdir, 0, &length);
+	struct spool spool;
 
-	if (fd == -1)
+	if (spool_open(c->tempdir, 0, &spool) == -1)
 		die(1, "TempDirectory: %s cannot be written to by user %ld; it "
 		    "must be there and belong to that user (in a container, "
 		    "mount a tmpfs there):", c->tempdir,
 		    (long)geteuid());
-	close(fd);
+	spool_close(&spool);
 }
 
 /* Descriptors 0 to 2 must be there, or a socket would become one of them. */

@@ -226,6 +226,13 @@ struct scan {
 	struct session *next;		/* in the queue */
 };
 
+/* A message's file; it may have served another one before. */
+struct spool {
+	int	 fd;			/* -1: none */
+	int	 ro;			/* it for reading only, for clamd; or -1 */
+	off_t	 length;		/* bytes of the other message */
+};
+
 struct verb;
 
 struct session {
@@ -273,14 +280,13 @@ struct session {
 	struct str held;		/* the reply that we owe the client */
 
 	/* The message.  spool >= 0 from DATA or the first BDAT to mail_reset(). */
-	int	 spool;
+	struct spool spool;
 	int	 bdat;			/* it comes in chunks */
 	int	 raw;			/* chunks, to be replayed as BDAT */
 	uint64_t chunk_left;
 	int	 chunk_last;
 	off_t	 size;			/* behind the scan line */
-	off_t	 spooled;		/* bytes in the spool, the scan line's too, */
-	off_t	 leftover;		/* and its length if an older one was longer */
+	off_t	 spooled;		/* bytes in the spool, the scan line's too */
 	enum eol eol;
 	uint64_t pending_bytes;		/* CRs or NULs held back by the automaton */
 	int	 dots;			/* a line of the spool begins with a dot */
@@ -533,11 +539,12 @@ int addr_listen(const struct addr *, int transparent, int v6only);
 
 extern const char scan_line[];			/* stands before the message */
 extern const size_t scan_line_len;
-/* The spool: nameless, or DebugFiles' named one (keep); -1 and errno.  It may
- * have served before, and have *length bytes of another message. */
-int spool_open(const char *dir, int keep, off_t *length);
-/* Nobody reads it any more, neither clamd nor, out of its socket, a next hop. */
-void spool_done(int fd, off_t length);
+/* The spool: nameless, or DebugFiles' named one (keep); -1 and errno. */
+int spool_open(const char *dir, int keep, struct spool *);
+void spool_close(struct spool *);
+/* Nobody reads it any more, neither clamd nor, out of its socket, a next hop;
+ * its length now.  It is closed, or kept for another message. */
+void spool_done(struct spool *, off_t length);
 int spools_close(void);			/* those that are kept; how many */
 int has_spares(void);				/* spools, or buffers, are kept */
 void spares_free(void);				/* idle: give them back */

@@ -646,7 +646,7 @@ set_listen(struct conf *c, const struct keyword *k, const char *v)
 	const char *why;
 
 	if (c->nlisten == MAXLISTEN)
-		return "possible: 32 addresses are the most";
+		return "possible: 32 are the most";
 	why = target_new(&c->listen[c->nlisten], k, v);
 	if (why == NULL)
 		target_default_host(c->listen[c->nlisten++], "0.0.0.0");
@@ -676,7 +676,7 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 	const char *why;
 
 	if (c->nclamd == MAXCLAMDS)
-		return "possible: 32 addresses are the most";
+		return "possible: 32 are the most";
 	if ((why = target_new(&t, k, v)) != NULL)
 		return why;
 	target_default_host(t, "127.0.0.1");
@@ -718,7 +718,7 @@ add_network(struct conf *c, const char *word, size_t n)
 	int64_t bits = -1;
 
 	if (c->nproxies == MAXNETWORKS)
-		return "possible: 32 networks are the most";
+		return "possible: 32 are the most";
 	if (n >= sizeof text)
 		return not;
 	format(text, sizeof text, "%.*s", (int)n, word);

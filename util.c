@@ -1216,11 +1216,9 @@ const size_t scan_line_len = sizeof scan_line - 1;
  * Spools that have done their work serve the next messages: most of what a
  * large one costs is to make and to free the pages of its file.
  */
-static struct {
-	int	 fd;
-	off_t	 length;
-} spools[SPARE_SPOOLS];
+static struct spool spools[SPARE_SPOOLS];
 static int nspools;
+static int nreopened;			/* that have their ro: these, or taken */
 static off_t spools_length;		/* together */
 
 static int
@@ -1236,41 +1234,56 @@ spool_named(const char *dir, const char *kind, char *path, size_t n)
 
 /* Promise 7: without a name it goes with its descriptor. */
 int
-spool_open(const char *dir, int keep, off_t *length)
+spool_open(const char *dir, int keep, struct spool *sp)
 {
 	char path[PATH_MAX];
-	int fd = -1;
 
-	*length = 0;
 	if (!keep && nspools > 0) {
-		nspools--;
-		*length = spools[nspools].length;
-		spools_length -= *length;
-		return spools[nspools].fd;
+		*sp = spools[--nspools];
+		spools_length -= sp->length;
+		return 0;
 	}
+	sp->fd = sp->ro = -1;
+	sp->length = 0;
 #ifdef O_TMPFILE
 	if (!keep)
-		fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+		sp->fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 #endif
-	if (fd == -1) {
-		if ((fd = spool_named(dir, "clamsmtpd", path, sizeof path)) == -1)
-			return -1;
-		if (!keep)
+	if (sp->fd == -1) {
+		sp->fd = spool_named(dir, "clamsmtpd", path, sizeof path);
+		if (sp->fd != -1 && !keep)
 			unlink(path);
 	}
-	return fd;
+	return sp->fd == -1 ? -1 : 0;
 }
 
 void
-spool_done(int fd, off_t length)
+spool_close(struct spool *sp)
+{
+	if (sp->fd != -1)
+		close(sp->fd);
+	if (sp->ro != -1) {
+		close(sp->ro);
+		nreopened--;
+	}
+	sp->fd = sp->ro = -1;
+}
+
+void
+spool_done(struct spool *sp, off_t length)
 {
 	if (nspools == SPARE_SPOOLS || spools_length + length > KEPT_LENGTH) {
-		close(fd);
+		spool_close(sp);
 		return;
 	}
-	spools[nspools].fd = fd;
-	spools[nspools++].length = length;
+	if (sp->ro == -1 && nreopened < SPARE_SPOOLS &&
+	    (sp->ro = spool_reopen(sp->fd)) != -1)
+		nreopened++;
+	lseek(sp->ro, 0, SEEK_SET);	/* clamd's copy shares it */
+	sp->length = length;
 	spools_length += length;
+	spools[nspools++] = *sp;
+	sp->fd = sp->ro = -1;
 }
 
 int
@@ -1279,7 +1292,7 @@ spools_close(void)
 	int n = nspools;
 
 	while (nspools > 0)
-		close(spools[--nspools].fd);
+		spool_close(&spools[--nspools]);
 	spools_length = 0;
 	return n;
 }

@@ -1366,15 +1366,17 @@ class Daemon:
 
     def settle(self):
         """With its clients gone the daemon is as it was before them, but for
-        spools that it keeps for a while, no more than it has had sessions."""
+        spools that it keeps for a while, no more than it has had sessions, with
+        two descriptors each."""
         if not self.alive() or not hasattr(self, "idle"):
             return
         spare = r"%s/.* \(deleted\)$" % re.escape(str(self.spool))
 
         def is_idle():
             spares = [name for name in self.open_files() if re.match(spare, name)]
-            return self.fds() - len(spares) <= self.idle and len(spares) <= min(
-                8, len(self.log("accepted connection")))
+            most = min(8, len(self.log("accepted connection")))
+            return (self.fds() - len(spares) <= self.idle and
+                    len(set(spares)) <= most and len(spares) <= 2 * most)
         until(is_idle, "descriptors are closed: %d at the start, now %s"
               % (self.idle, self.open_files()))
         until(lambda: not self.children(), "children are gone and reaped")

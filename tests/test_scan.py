@@ -1,5 +1,6 @@
 """Talking to clamd: descriptors, streams, answers, failures, limits."""
 
+import fcntl
 import itertools
 import os
 import re
@@ -795,6 +796,30 @@ def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
     two.expect("250 2.0.0 queued")
     two.quit()
     hold.go()
+
+
+def test_a_file_that_serves_again_is_read_from_its_start(site):
+    """What clamd is passed shares its offset with what clamd was passed before.
+    PROMISE 2: it cannot be written to either."""
+    seen = []
+
+    class Reader(Clamd):
+        def fildes(self, sock, fds, end):
+            self.get(sock, fds)
+            with open(os.dup(fds[0]), "rb") as spool:
+                seen.append((spool.read(), fcntl.fcntl(spool, fcntl.F_GETFL) & os.O_ACCMODE))
+            self.send(sock, b"fd[3]: OK\0")
+
+    clamd = Reader(path=site.path("reader.sock"))
+    site.servers.append(clamd)
+    site.start(ClamAddress=clamd.address)
+    client = site.session()
+    for _ in range(3):
+        client.mail(body=BODY)
+    client.quit()
+    data, flags = zip(*seen)
+    assert len(seen) == 3 and set(flags) == {os.O_RDONLY}
+    assert len(set(data)) == 1 and data[0].endswith(BODY)
 
 
 def test_an_abandoned_scan_never_gets_to_see_another_message(site):

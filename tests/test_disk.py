@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from harness import (BAD, CLAMSMTPD, GOOD, Hold, VIRUS, mounting, same, tmpfs, turns,
+from harness import (BAD, GOOD, Hold, VIRUS, mounting, same, sanitized, tmpfs, turns,
                      until, wait_file)
 
 
@@ -218,9 +218,8 @@ def test_a_file_system_without_o_tmpfile(site):
 
 
 def test_without_proc(site, mounts):
-    with open(CLAMSMTPD, "rb") as program:
-        if b"__asan_init" in program.read():
-            pytest.skip("the address sanitizer cannot do without it")
+    if sanitized():
+        pytest.skip("the address sanitizer cannot do without it")
     site.start(Quarantine="on", preexec=mounting(tmpfs("/proc", "")))
     all_works(site)
 

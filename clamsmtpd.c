@@ -1639,7 +1639,7 @@ watch_all(void)
 		wait_until(drain_until);
 	if (has_spares())
 		wait_until(now + TRIM_TIME);
-	if (!log_retry())
+	if (log_lost > 0)
 		wait_until(now + SECOND);
 	if (wake_all || is_awake())
 		turn_end = now;
@@ -1703,8 +1703,10 @@ serve(void)
 		now = monotonic();
 		if (n > 0)
 			serve_ready();
-		else if (n == 0 && whole_turn)
+		else if (n == 0 && whole_turn) {
 			spares_free();
+			log_retry();
+		}
 		run_due();
 		obey_signals();
 		bury();

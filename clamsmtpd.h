@@ -467,8 +467,8 @@ int log_limit(int level);			/* the last LOG_ level; it was that */
 int log_wants(int level);
 void log_format(int json);			/* from now on */
 int log_is_json(void);
-/* If lines could not be written, say how many.  0: that cannot be now. */
-int log_retry(void);
+extern unsigned long log_lost;			/* lines that nobody has seen */
+void log_retry(void);				/* say how many, if any */
 
 /* A line of JSON that tells of a mail: json_begin, fields, json_end.  A text is
  * cut with "..."; and the lines of a list p: the last of them is "..." then. */

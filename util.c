@@ -161,7 +161,7 @@ static int log_fd = 2;
 static int log_level = LOG_WARNING;
 static int log_syslog;			/* lines go to /dev/log */
 static int log_json;
-static unsigned long log_lost;		/* lines that could not be written */
+unsigned long log_lost;
 
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
 #define LEVEL_BASE	LOG_ERR
@@ -264,21 +264,20 @@ log_write(int level, const char *text, size_t n)
 	return write(log_fd, line, len) == len ? 0 : -1;
 }
 
-int
+void
 log_retry(void)
 {
 	char line[128];
 	int n;
 
 	if (log_lost == 0)
-		return 1;
+		return;
 	n = format(line, sizeof line, log_json ?
 	    "{\"level\":\"warning\",\"message\":\"%lu%s\",\"time\":\"%s\"}" :
 	    "%lu%s", log_lost, " lines of the log were lost",
 	    rfc3339_date(time(NULL)));
 	if (log_write(LOG_WARNING, line, n) == 0)
 		log_lost = 0;
-	return log_lost == 0;
 }
 
 static void

@@ -273,8 +273,8 @@ scan_errno(struct session *s, const char *what)
 	    errno == ENOBUFS;
 
 	if (errno == EACCES)
-		format(why, sizeof why, "%s: %s for user %ld", what,
-		    strerror(errno), (long)geteuid());
+		format(why, sizeof why, "%s: %s for user %s", what,
+		    strerror(errno), user_name());
 	else
 		format(why, sizeof why, "%s: %s", what, strerror(errno));
 	return scan_failed(s, !ours, why);

@@ -1266,23 +1266,34 @@ pid_file_remove(void)
 	close(pid_fd);
 }
 
+/* Name or number; *pw is NULL for a number that nobody has.  -1: no such user. */
+static int
+find_user(const char *user, struct passwd **pw, uid_t *uid, gid_t *gid)
+{
+	char *end;
+	long long n = strtoll(user, &end, 10);
+
+	*pw = *end != '\0' ? getpwnam(user) : NULL;
+	if (*end == '\0' && n >= 0 && n < (uid_t)-1)
+		*pw = getpwuid(n);
+	else if (*pw == NULL)
+		return -1;
+	*uid = *pw != NULL ? (*pw)->pw_uid : (uid_t)n;
+	*gid = *pw != NULL ? (*pw)->pw_gid : (gid_t)n;
+	return 0;
+}
+
+static const char no_such_user[] = "User: \"%s\" is not a user of this system";
+
 static void
 drop_privileges(const char *user)
 {
 	struct passwd *pw;
-	long long n;
-	char *end;
 	uid_t uid;
 	gid_t gid;
 
-	n = strtoll(user, &end, 10);
-	pw = *end != '\0' ? getpwnam(user) : NULL;
-	if (*end == '\0' && n >= 0 && n < (uid_t)-1)
-		pw = getpwuid(n);
-	else if (pw == NULL)
-		die(1, "User: \"%s\" is not a user of this system", user);
-	uid = pw != NULL ? pw->pw_uid : (uid_t)n;
-	gid = pw != NULL ? pw->pw_gid : (gid_t)n;
+	if (find_user(user, &pw, &uid, &gid) == -1)
+		die(1, no_such_user, user);
 	if (getuid() == uid && geteuid() == uid && uid != 0)
 		return;
 	if ((pw != NULL ? initgroups(pw->pw_name, gid) : setgroups(1, &gid)) == -1)
@@ -2033,11 +2044,27 @@ check_tempdir(const struct conf *c)
 	struct spool spool;
 
 	if (spool_open(c->tempdir, 0, &spool) == -1)
-		die(1, "TempDirectory: %s cannot be written to by user %ld; it "
+		die(1, "TempDirectory: %s cannot be written to by user %s; it "
 		    "must be there and belong to that user (in a container, "
-		    "mount a tmpfs there):", c->tempdir,
-		    (long)geteuid());
+		    "mount a tmpfs there):", c->tempdir, user_name());
 	spool_close(&spool);
+}
+
+/* For -n, which another user may run: what the start would not find. */
+static void
+warn_missing(const struct conf *c)
+{
+	struct passwd *pw;
+	struct stat st;
+	uid_t uid;
+	gid_t gid;
+
+	if (c->user != NULL && find_user(c->user, &pw, &uid, &gid) == -1)
+		logmsg(LOG_WARNING, no_such_user, c->user);
+	if (stat(c->tempdir, &st) == 0 ? !S_ISDIR(st.st_mode) :
+	    errno == ENOENT || errno == ENOTDIR)
+		logmsg(LOG_WARNING, "TempDirectory: %s is not a directory of "
+		    "this system", c->tempdir);
 }
 
 /* Descriptors 0 to 2 must be there, or a socket would become one of them. */
@@ -2077,6 +2104,7 @@ main(int argc, char **argv)
 	if (conf == NULL)
 		return 2;
 	if (o.check) {
+		warn_missing(conf);
 		conf_show(conf);
 		return 0;
 	}
@@ -2095,6 +2123,7 @@ main(int argc, char **argv)
 	}
 	if (conf->user != NULL)
 		drop_privileges(conf->user);
+	user_name();
 	check_tempdir(conf);
 	if (ready != -1)
 		attach_nothing(ready);

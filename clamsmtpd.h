@@ -190,7 +190,8 @@ struct conf {
 	char	*user;
 	char	*virusaction;
 	int	 xclient;
-	unsigned char seen[40];		/* conf.c's: who set a keyword last */
+	unsigned char seen[40];		/* conf.c's: who set a keyword last, */
+	unsigned char action_seen;	/* and who the action of all viruses */
 };
 
 /* What clamd said of a message, or that it said nothing. */
@@ -479,6 +480,10 @@ void json_lines(const char *name, const char *p);
 void json_end(int level);
 
 int64_t monotonic(void);			/* ms */
+
+/* The effective user, a number if it has no name.  The first call, which reads
+ * passwd(5), is before the loop and after the last change of the user. */
+const char *user_name(void);
 
 /*
  * Up to n bytes made fit for a line of the log: control characters as

@@ -595,7 +595,7 @@ target_new(struct target **tp, const struct keyword *k, const char *v)
 	t->text = copy(v);
 	why = t->text == NULL ? no_memory : target_parse(t, v, k->max);
 	if (why == NULL && *v != '/' && (int)t->port < k->min)
-		why = not_address;
+		why = "an address with a port from 1 to 65535";
 	if (why != NULL) {
 		target_put(t);
 		return why;
@@ -832,7 +832,7 @@ static const struct keyword keywords[] = {
 	{ .name = "ProxyFrom", .set = set_proxy, .show = show_proxy,
 	  .clear = clear_proxy },
 	{ .name = "StatusListen", .set = set_target, .show = show_target,
-	  .off = FIELD(status), .max = 10080 },
+	  .off = FIELD(status), .min = 1, .max = 10080 },
 	{ .name = "LogFormat", .set = set_logformat, .show = show_logformat,
 	  .def = "classic" },
 	{ .name = "DebugFiles", .set = set_bool, .show = show_bool,
@@ -865,16 +865,52 @@ place_text(const struct place *at)
 	return text;
 }
 
-static void
-assign(struct conf *c, struct place *at, const char *name, const char *value)
+/* NKEYWORDS: there is no setting of that name. */
+static size_t
+find_keyword(const char *name)
 {
-	const struct keyword *k;
-	const char *why;
 	size_t i;
 
 	for (i = 0; i < NKEYWORDS; i++)
 		if (strcasecmp(name, keywords[i].name) == 0)
 			break;
+	return i;
+}
+
+/*
+ * Record that at->source sets keyword k.  A source that sets a list discards
+ * what a weaker source has put there.  Of a value that does not add to others
+ * only the last counts.
+ */
+static void
+note_source(struct conf *c, const struct place *at, const struct keyword *k,
+    const char *value)
+{
+	unsigned char *seen = &c->seen[k - keywords];
+
+	if (k->clear != NULL && *seen != at->source)
+		k->clear(c);
+	if (k->clear != NULL)
+		*seen = at->source;
+	if (k->set == set_action) {	/* with patterns it adds to others */
+		if (value[strcspn(value, " \t")] != '\0')
+			return;
+		seen = &c->action_seen;
+	} else if (k->clear != NULL)
+		return;
+	if (*seen == at->source && at->source != BY_NOBODY)
+		logmsg(LOG_WARNING, "%s: %s is set twice; the last one counts",
+		    place_text(at), k->name);
+	*seen = at->source;
+}
+
+static void
+assign(struct conf *c, struct place *at, const char *name, const char *value)
+{
+	const struct keyword *k;
+	const char *why;
+	size_t i = find_keyword(name);
+
 	if (i == NKEYWORDS) {
 		/* Others make such variables, too: Kubernetes. */
 		int warn = at->source == BY_ENVIRONMENT;
@@ -889,13 +925,8 @@ assign(struct conf *c, struct place *at, const char *name, const char *value)
 	if (k->now_called != NULL)
 		logmsg(LOG_INFO, "%s: %s is an old name; %s has its place",
 		    place_text(at), k->name, k->now_called);
-	if (c->seen[i] == at->source && at->source != BY_NOBODY &&
-	    k->clear == NULL)
-		logmsg(LOG_WARNING, "%s: %s is set twice; the last one counts",
-		    place_text(at), k->name);
-	if (c->seen[i] != at->source && k->clear != NULL)
-		k->clear(c);
-	c->seen[i] = at->source;
+	note_source(c, at, k->now_called == NULL ? k :
+	    &keywords[find_keyword(k->now_called)], value);
 	if (*value == '\0' && !k->may_be_empty) {
 		logmsg(LOG_ERR, "%s: %s: the value is missing", place_text(at),
 		    k->name);
@@ -974,10 +1005,11 @@ slurp(const char *path, size_t *n, int *missing)
 	return text;
 }
 
-/* 0: there is no such file. */
+/* 1; 0: there is no such file; -1: it cannot be read. */
 static int
 read_file(struct conf *c, const char *path, int *errors)
 {
+	static const char mark[] = "\xEF\xBB\xBF";	/* of Windows editors */
 	struct place at = { path, 0, BY_FILE, 0 };
 	char *text, *p, *end, *nl;
 	size_t n;
@@ -985,9 +1017,13 @@ read_file(struct conf *c, const char *path, int *errors)
 
 	if ((text = slurp(path, &n, &missing)) == NULL) {
 		*errors += !missing;
-		return !missing;
+		return missing ? 0 : -1;
 	}
-	for (p = text, end = text + n; p < end; p = nl + 1) {
+	p = text;
+	end = text + n;
+	if (n >= 3 && memcmp(text, mark, 3) == 0)
+		p += 3;
+	for (; p < end; p = nl + 1) {
 		at.line++;
 		if ((nl = memchr(p, '\n', end - p)) == NULL)
 			nl = end;
@@ -1027,9 +1063,10 @@ read_environment(struct conf *c, int *errors)
 	*errors += at.errors;
 }
 
-/* What follows from several settings, or from none. */
+/* What follows from several settings, or from none.  there: as read_file() has
+ * returned it; a file that could not be read may have an OutAddress. */
 static void
-complete(struct conf *c, const char *path, int *errors)
+complete(struct conf *c, const char *path, int there, int *errors)
 {
 	struct place at = { "defaults", 0, BY_NOBODY, 0 };
 	size_t i;
@@ -1045,7 +1082,7 @@ complete(struct conf *c, const char *path, int *errors)
 	}
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
-	if (c->seen[0] == BY_NOBODY && !c->transparent) {
+	if (c->seen[0] == BY_NOBODY && !c->transparent && there != -1) {
 		logmsg(LOG_ERR, "%s: OutAddress is missing: the mail server "
 		    "that gets the mail, such as 127.0.0.1:10026", path);
 		at.errors++;
@@ -1078,9 +1115,9 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		assign(c, &at, flags[n][0], flags[n][1]);
 	there = read_file(c, path, &at.errors);
 	read_environment(c, &at.errors);
-	if (!there && c->seen[0] != BY_ENVIRONMENT)	/* OutAddress */
+	if (there == 0 && c->seen[0] != BY_ENVIRONMENT)	/* OutAddress */
 		logmsg(LOG_WARNING, "%s: no such file", path);
-	complete(c, path, &at.errors);
+	complete(c, path, there, &at.errors);
 	if (pidfile != NULL) {
 		at.source = BY_NOBODY;
 		assign(c, &at, "PidFile", pidfile);

@@ -18,6 +18,7 @@
 #include <limits.h>
 #include <netdb.h>
 #include <poll.h>
+#include <pwd.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -465,6 +466,22 @@ die(int status, const char *fmt, ...)
 /*
  * Text and time.
  */
+
+const char *
+user_name(void)
+{
+	static char name[64];
+	struct passwd *pw;
+
+	if (name[0] == '\0') {
+		if ((pw = getpwuid(geteuid())) != NULL)
+			format(name, sizeof name, "%s", pw->pw_name);
+		else
+			format(name, sizeof name, "%lu",
+			    (unsigned long)geteuid());
+	}
+	return name;
+}
 
 int64_t
 monotonic(void)

@@ -161,6 +161,7 @@ BAD = [
     ("ScanFailure", "drop"), ("ScanFailure", ""),
     ("ScanTimeOut", "0"), ("ScanTimeOut", "86401"),
     ("Header", "no name"), ("Header", r"A: b\r\n \r\nC: d"),
+    ("StatusListen", "0"), ("StatusListen", "127.0.0.1:0"),
     ("OutAddress", "[mail.example]"), ("OutAddress", "[1.2.3.4]"),
     ("TimeOut", "0"), ("TimeOut", "86401"), ("TimeOut", "5s"),
     ("TransparentProxy", "maybe"),
@@ -261,6 +262,43 @@ def test_repeated_name_is_a_warning_and_the_last_counts(check):
     assert "TimeOut" in result.stderr
 
 
+@pytest.mark.parametrize("first, second, name", [
+    ("Action: drop", "Action: bounce", "Action"),
+    ("Action: drop", "Bounce: on", "Action"),
+    ("Bounce: on", "Action: drop", "Action"),
+    ("Bounce: on", "Bounce: off", "Action"),
+    ("Header: X-A: 1", "ScanHeader: X-B: 1", "Header"),
+    ("ScanHeader: X-A: 1", "Header: X-B: 1", "Header"),
+])
+def test_setting_repeated_by_either_name_is_a_warning(check, first, second, name):
+    """An old name and the new one, or two Action lines for all viruses, are the
+    same setting set twice; the second line counts."""
+    alone = effective(check(MINIMAL + second + "\n"))
+    result = check(MINIMAL + first + "\n" + second + "\n")
+    assert effective(result) == alone
+    assert ("%s:3: %s is set twice; the last one counts\n" % (check.file, name)
+            in result.stderr)
+
+
+@pytest.mark.parametrize("lines", [
+    "Bounce: on\nAction: pass PUA.*", "Action: pass PUA.*\nBounce: on",
+    "Action: bounce\nAction: pass PUA.*",
+])
+def test_bounce_beside_an_action_with_patterns_counts(check, lines):
+    """An Action line with patterns leaves the action for all other viruses alone,
+    under either name and in either order."""
+    result = check(MINIMAL + lines + "\n")
+    assert effective(result)["action"] == ["pass PUA.*", "bounce"]
+    assert "twice" not in result.stderr
+
+
+def test_action_of_the_file_replaces_all_of_a_flag(check):
+    """With Bounce as with Action, the file replaces what -b says, unwarned."""
+    result = check(MINIMAL + "Bounce: off\nAction: pass PUA.*\n", "-b")
+    assert effective(result)["action"] == ["pass PUA.*", "drop"]
+    assert "twice" not in result.stderr
+
+
 @pytest.mark.parametrize("name, values", [
     ("Listen", ["127.0.0.1:1", "127.0.0.1:2"]),
     ("ClamAddress", ["/a/b", "127.0.0.1:3310"]),
@@ -271,6 +309,15 @@ def test_settings_that_may_stand_several_times(check, name, values):
     assert result.stderr == ""
     got = effective(result)[name.lower()]
     assert len(got) == len(values)
+
+
+def test_byte_order_mark_at_the_start_is_skipped(check):
+    """An editor of Windows writes one; elsewhere in the file it is no setting."""
+    mark = b"\xef\xbb\xbf"
+    got = effective(check(mark + MINIMAL.encode() + b"TimeOut: 9\r\n"))
+    assert (got["outaddress"], got["timeout"]) == (["10026"], ["9"])
+    result = check(MINIMAL.encode() + mark + b"TimeOut: 9\n")
+    assert result.returncode == 2 and "%s:2: " % check.file in result.stderr
 
 
 def test_outaddress_is_required(check):
@@ -298,9 +345,17 @@ def test_missing_file_is_only_a_warning(run, tmp_path):
 
 
 def test_a_directory_is_no_configuration_file(run, tmp_path):
+    """The error is the only one: what the file says is unknown."""
     result = run("-n", "-f", str(tmp_path))
     assert result.returncode == 2
-    assert str(tmp_path) in result.stderr
+    assert result.stderr == "clamsmtpd: %s: Is a directory\n" % tmp_path
+
+
+def test_too_large_file_is_the_only_error(check):
+    """A file above 1 MiB is not read, and nothing else is said about it."""
+    result = check("#" * (1 << 20))
+    assert result.returncode == 2
+    assert result.stderr == "clamsmtpd: %s: larger than 1 MiB\n" % check.file
 
 
 @pytest.mark.parametrize("old, name, value", [
@@ -380,6 +435,24 @@ def test_the_file_wins_over_old_flags(check, args, line, name, value):
 def test_p_wins_over_pidfile(check):
     got = effective(check(MINIMAL + "PidFile: /run/a\n", "-p", "/run/b"))
     assert got["pidfile"] == ["/run/b"]
+
+
+@pytest.mark.parametrize("line, warning", [
+    ("User: no-such-user", 'User: "no-such-user" is not a user of this system'),
+    ("User: -5", 'User: "-5" is not a user of this system'),
+    ("TempDirectory: /no/such", "TempDirectory: /no/such is not a directory "
+     "of this system"),
+    ("TempDirectory: /dev/null", "TempDirectory: /dev/null is not a directory "
+     "of this system"),
+    ("User: nobody", ""), ("User: 54321", ""), ("TempDirectory: /", ""),
+])
+def test_n_warns_about_what_the_start_would_not_find(check, line, warning):
+    """A user or a directory that does not exist is a warning on standard error;
+    the settings are printed, for another machine may have them."""
+    result = check(MINIMAL + line + "\n")
+    name, _, value = line.partition(": ")
+    assert effective(result)[name.lower()] == [value]
+    assert result.stderr == (warning and "clamsmtpd: %s\n" % warning)
 
 
 def test_n_starts_nothing(check, tmp_path):

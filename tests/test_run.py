@@ -404,6 +404,20 @@ def test_sighup_with_a_bad_file_changes_nothing_and_says_why(site, change, why):
     client.quit()
 
 
+def test_sighup_with_an_unreadable_file_says_only_that(open_site):
+    """The daemon has lost the right to read its file: what the file says is
+    unknown, so no setting is said to be missing."""
+    site = open_site
+    site.start(User="nobody", Listen=os.path.join(site.spool, "in.sock"))
+    os.chmod(site.daemon.file, 0o600)
+    before = len(site.daemon.log())
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("not taken")
+    assert site.daemon.log()[before:] == [
+        site.daemon.file + ": Permission denied",
+        site.daemon.file + ": not taken; the settings are as before"]
+
+
 def test_sighup_opens_new_listeners_and_keeps_the_old(site):
     a, b, c = (site.path(n) for n in "abc")
     site.start(Listen=[a, b])
@@ -580,6 +594,26 @@ def test_a_numeric_user_with_an_entry(open_site):
     user = pwd.getpwnam("nobody")
     site.start(User=str(user.pw_uid))
     assert ids(site, "Gid") == [user.pw_gid] * 4
+
+
+@pytest.mark.parametrize("user, name", [("nobody", "nobody"), ("65534", None),
+                                        ("54321", "54321")])
+def test_unwritable_temp_directory_names_the_user(open_site, user, name):
+    """The start's error has the name of the user, or a number that has none."""
+    os.chmod(open_site.spool, 0o700)
+    daemon = open_site.refused(User=user)
+    assert "TempDirectory: %s cannot be written to by user %s; " % (
+        open_site.spool, name or pwd.getpwuid(int(user)).pw_name) in daemon.text()
+
+
+def test_unwritable_clamd_socket_names_the_user(open_site):
+    """The complaint about clamd has the name of the user who may not connect."""
+    site = open_site
+    os.chmod(site.clamd.address, 0o600)
+    site.start(User="nobody")
+    site.session().mail(want="451")
+    assert site.daemon.log("^clamd %s: connect: Permission denied for user nobody$"
+                           % site.clamd.address)
 
 
 def test_already_that_user_is_no_error(open_site):

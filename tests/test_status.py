@@ -53,7 +53,7 @@ def status_on(daemon):
 
 
 def start(site, **settings):
-    site.start(StatusListen="127.0.0.1:0", **settings)
+    site.start(StatusListen="127.0.0.1:%d" % site.port(), **settings)
     return status_on(site.daemon)
 
 
@@ -598,7 +598,7 @@ def test_those_who_asked_and_went_take_no_room(site, clock, family, together):
     """together: in one turn with the probe.  PROMISE 6: poll() tells of them,
     asked or not, as long as they are there."""
     path, sock = silent(site)
-    status = {"inet": "127.0.0.1:0", "unix": site.path("status")}[family]
+    status = {"inet": "127.0.0.1:%d" % site.port(), "unix": site.path("status")}[family]
     site.start(ClamAddress=path, StatusListen=status, **clock.settings())
     address = status_on(site.daemon)
     crowd = [connect(address) for _ in range(VISITORS)]

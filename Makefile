@@ -1,27 +1,41 @@
-# CC, CFLAGS, LDFLAGS, PREFIX, SYSCONFDIR and DESTDIR are yours to set.
-# Without CC: musl-gcc where there is one, else cc.  The binary is static but with
-# glibc, whose getpwnam(3) would load its libraries at run time nevertheless.
-.POSIX:
+# For GNU make.  CC, CPPFLAGS, CFLAGS, LDFLAGS, PREFIX and SYSCONFDIR count from
+# the environment as well as from the command line; DESTDIR is for packages.
+# Without CC: musl-gcc where there is one, else cc.
+#
+# Smaller, for a router with no room, and without the hardening:
+#   make HARDEN= CFLAGS='-Os -fno-pie' \
+#       LDFLAGS='-static -s -Wl,--gc-sections,-z,norelro,-z,noseparate-code'
 
-PREFIX = /usr/local
-SYSCONFDIR = /etc
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
 SBINDIR = $(PREFIX)/sbin
 MANDIR = $(PREFIX)/share/man
 BIN = clamsmtpd
 
-CC = $$(command -v musl-gcc || echo cc)
-# Small: a router has no room for page-aligned sections, nor for relocations.
-CFLAGS = -Os -fno-pie -no-pie
-STATIC = $$(echo '\#include <limits.h>' | $(CC) -E -dM - | \
-	grep -q __GLIBC__ || echo -static)
-LDFLAGS = $(STATIC) -s -Wl,--gc-sections,-z,noseparate-code,-z,norelro \
-	-Wl,-z,common-page-size=64
+ifeq ($(origin CC),default)
+CC := $(shell command -v musl-gcc || echo cc)
+endif
+
+# The program is static, and a PIE where the compiler links static ones.  With
+# glibc it is dynamic: getpwnam(3) would load glibc's libraries at run time.
+H := \#
+STATIC = $(shell \
+	if printf '%sinclude <limits.h>\n' '$H' | $(CC) -E -dM - | \
+	    grep -q __GLIBC__; then :; \
+	elif $(CC) -static-pie '-$H$H$H' -x c /dev/null 2>&1 | \
+	    grep -q rcrt1; then echo -static-pie -fPIE; \
+	else echo -static; fi)
+
+# Each comes before the packager's flags, which can therefore undo it.
+HARDEN = -fstack-protector-strong -Wl,-z,relro,-z,now
+CFLAGS ?= -Os
+LDFLAGS ?= $(STATIC) -s -Wl,--gc-sections
 
 ALL_CFLAGS = -std=c99 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 \
 	-DCONFFILE='"$(SYSCONFDIR)/clamsmtpd.conf"' -Wall -Wextra \
 	-ffunction-sections -fdata-sections \
 	-fno-unwind-tables -fno-asynchronous-unwind-tables \
-	$(CPPFLAGS) $(CFLAGS)
+	$(HARDEN) $(CPPFLAGS) $(CFLAGS)
 SRC = clamsmtpd.c smtp.c clamd.c conf.c util.c
 
 all: $(BIN)
@@ -42,7 +56,7 @@ soak: $(BIN)
 	soak/run
 
 install: $(BIN)
-	mkdir -p $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man8 \
+	umask 022; mkdir -p $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man8 \
 	    $(DESTDIR)$(MANDIR)/man5 $(DESTDIR)$(SYSCONFDIR)
 	install -m 755 $(BIN) $(DESTDIR)$(SBINDIR)/clamsmtpd
 	install -m 644 clamsmtpd.8 $(DESTDIR)$(MANDIR)/man8/clamsmtpd.8

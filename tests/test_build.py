@@ -1,0 +1,139 @@
+"""The Makefile, as a packager uses it."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from harness import TOP
+
+FLAGS = ("CC", "CPPFLAGS", "CFLAGS", "LDFLAGS", "PREFIX", "SYSCONFDIR", "HARDEN",
+         "STATIC", "DESTDIR", "MAKEFLAGS", "MAKELEVEL")
+
+pytestmark = pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf here")
+
+
+def sh(command, *args, env=(), cwd=TOP):
+    clean = {name: value for name, value in os.environ.items()
+             if name not in FLAGS}
+    return subprocess.run(["sh", "-c", command, "sh", *map(str, args)], cwd=cwd,
+                          env=dict(clean, **dict(env)), check=True,
+                          capture_output=True, text=True).stdout
+
+
+def readelf(program):
+    return sh('readelf -W -h -l -d "$1"', program)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """sources(name): a directory with a copy of what make needs."""
+    def sources(name):
+        where = tmp_path_factory.mktemp(name)
+        sh('cp Makefile ./*.[ch] ./*.[58] clamsmtpd.conf "$1"', where)
+        return where
+    return sources
+
+
+@pytest.fixture(scope="module")
+def built(sources):
+    where = sources("built")
+    sh("make -s", cwd=where)
+    return where
+
+
+@pytest.mark.parametrize("given", ["environment", "command line"])
+def test_flags_given_are_used(given):
+    """CC, CPPFLAGS, CFLAGS and LDFLAGS replace the defaults of the Makefile."""
+    flags = {"CC": "cc -v", "CPPFLAGS": "-DONE", "CFLAGS": "-O1", "LDFLAGS": "-L/two"}
+    command = "make -n -B BIN=new"
+    if given == "environment":
+        line = sh(command, env=flags)
+    else:
+        line = sh(command + ' "$@"', *("%s=%s" % flag for flag in flags.items()))
+    assert re.match(r"cc -v -std=c99 .* -DONE -O1 -o new .* -L/two$", line.strip())
+
+
+def test_paths_in_the_environment_are_used(built, tmp_path):
+    """PREFIX and SYSCONFDIR of the environment are those of the installation."""
+    env = {"PREFIX": "/opt/filter", "SYSCONFDIR": "/opt/etc"}
+    assert "-DCONFFILE='\"/opt/etc/clamsmtpd.conf\"'" in sh("make -n -B", env=env)
+    sh('make -s install DESTDIR="$1"', tmp_path, env=env, cwd=built)
+    assert (tmp_path / "opt/filter/sbin/clamsmtpd").exists()
+    assert (tmp_path / "opt/etc/clamsmtpd.conf").exists()
+
+
+def test_compiler_default_is_musl_gcc_or_cc(tmp_path):
+    """Without CC the Makefile takes musl-gcc, and cc where there is none."""
+    (tmp_path / "tools").mkdir()
+    for tool in ("make", "sh", "cc", "gcc", "grep", "printf", "as", "ld"):
+        if shutil.which(tool):
+            (tmp_path / "tools" / tool).symlink_to(shutil.which(tool))
+    path = {"PATH": str(tmp_path / "tools")}
+    assert sh("make -n -B BIN=new", env=path).startswith("cc ")
+    musl = tmp_path / "tools" / "musl-gcc"
+    musl.symlink_to(shutil.which("true"))
+    assert sh("make -n -B BIN=new", env=path).startswith(str(musl))
+
+
+def test_default_build_is_hardened(built):
+    """RELRO and BIND_NOW hold, and a static program is a PIE where the compiler
+    can link one."""
+    elf = readelf(built / "clamsmtpd")
+    assert "GNU_RELRO" in elf
+    assert "BIND_NOW" in elf or "no dynamic section" in elf
+    assert not re.search(r"GNU_STACK.*RWE", elf)
+    if "INTERP" in elf:
+        return
+    compiler = sh("make -s -n -B BIN=new", cwd=built).split()[0]
+    (built / "pie.c").write_text("int main(void) { return 0; }\n")
+    sh('"$1" -fPIE -static-pie -o pie pie.c', compiler, cwd=built)
+    if "INTERP" not in readelf(built / "pie"):
+        assert re.search(r"Type: +DYN", elf)
+
+
+def test_build_with_a_packagers_flags_is_hardened(built):
+    """A packager's CFLAGS and LDFLAGS switch off neither the stack protector, nor
+    RELRO, nor BIND_NOW."""
+    sh("make -s BIN=theirs", env={"CFLAGS": "-O1", "LDFLAGS": "-Wl,-O1"}, cwd=built)
+    elf = readelf(built / "theirs")
+    assert "GNU_RELRO" in elf and "BIND_NOW" in elf
+    assert "__stack_chk_fail" in sh("readelf -W --dyn-syms theirs", cwd=built)
+
+
+def test_build_for_a_router_is_smaller(built):
+    """The variables that the Makefile names for a router build a working program
+    that is smaller."""
+    with open(os.path.join(TOP, "Makefile")) as file:
+        lines = re.search(r"^# Smaller.*\n((?:# +.*\n)+?)\n", file.read(), re.M)
+    command = re.search(r"make HARDEN.*", lines.group(1).replace("\\\n#", ""), re.S)
+    sh(command.group().strip() + " BIN=small", cwd=built)
+    assert sh("./small -v", cwd=built) == sh("./clamsmtpd -v", cwd=built)
+    assert (built / "small").stat().st_size < (built / "clamsmtpd").stat().st_size
+
+
+def test_build_twice_gives_the_same_bytes(built, sources):
+    """A build in another directory, at another time, gives the same file."""
+    again = sources("a-directory-with-a-longer-name")
+    sh("make -s", cwd=again)
+    assert (again / "clamsmtpd").read_bytes() == (built / "clamsmtpd").read_bytes()
+
+
+def test_install_makes_these_files(built, tmp_path):
+    """make install creates the program, two pages and the configuration, for all
+    to read whatever the umask, and leaves an existing configuration alone."""
+    sh('umask 077; make -s install DESTDIR="$1"', tmp_path, cwd=built)
+    found = sh("find . ! -type d -exec stat -c '%a %n' {} + | sort", cwd=tmp_path)
+    assert found.splitlines() == [
+        "644 ./etc/clamsmtpd.conf",
+        "644 ./usr/local/share/man/man5/clamsmtpd.conf.5",
+        "644 ./usr/local/share/man/man8/clamsmtpd.8",
+        "755 ./usr/local/sbin/clamsmtpd"]
+    assert set(sh("find etc usr -type d -exec stat -c %a {} +",
+                  cwd=tmp_path).split()) == {"755"}
+    config = tmp_path / "etc/clamsmtpd.conf"
+    config.write_text("mine\n")
+    sh('make -s install DESTDIR="$1"', tmp_path, cwd=built)
+    assert config.read_text() == "mine\n"

@@ -19,13 +19,12 @@ for arg do
 	case $arg in
 	--keep)		keep=yes ;;
 	--system-clamd)	system=yes ;;
-	*)	sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
-		exit 2 ;;
+	-h | --help)	usage 0 ;;
+	*)	usage 2 ;;
 	esac
 done
 
-dir=$(mktemp -d "${TMPDIR:-/tmp}/clamsmtpd-demo.XXXXXX") || exit 1
-chmod 755 "$dir"
+dir=$(scratch demo) || exit 1
 pids=
 
 clean()

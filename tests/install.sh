@@ -5,8 +5,54 @@
 
 PATH=$PATH:/usr/sbin:/sbin
 
+# Other users read and run what is built and written here.
+umask 022
+
 # Debian's own Python, which sees Debian's pytest; another one in PATH may not.
 PYTHON=/usr/bin/python3
+
+# usage STATUS: prints the comment at the top of the script, ends it
+usage()
+{
+	sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+	exit "$1"
+}
+
+# suitable DIRECTORY: other users can enter it, programs in it run, and a socket
+# below it has a short enough path (107 characters at most)
+suitable()
+{
+	[ "${#1}" -le 16 ] || return
+	up=$1
+	until [ "$up" = / ]; do
+		case $(ls -ld "$up/." 2>/dev/null) in
+		d????????[xt]*) up=$(dirname "$up") ;;
+		*)	return 1 ;;
+		esac
+	done
+	try=$(mktemp "$1/clamsmtpd-try.XXXXXX" 2>/dev/null) || return
+	printf '#!/bin/sh\n' >"$try" && chmod 755 "$try" && "$try" 2>/dev/null
+	set -- "$?"
+	rm -f "$try"
+	return "$1"
+}
+
+# scratch NAME: creates a directory for temporary files and prints its path
+scratch()
+{
+	for where in "${TMPDIR:-/tmp}" /tmp /var/tmp /dev/shm; do
+		suitable "$where" || continue
+		made=$(mktemp -d "$where/clamsmtpd-$1.XXXXXX") || continue
+		chmod 755 "$made" && echo "$made"
+		return
+	done
+	cat >&2 <<-EOF
+		No directory for temporary files: ${TMPDIR:-/tmp}, /tmp, /var/tmp and
+		/dev/shm are full, closed to other users, or mounted noexec.  Set
+		TMPDIR to one of at most 16 characters that is none of this.
+	EOF
+	return 1
+}
 
 # have WHAT: a command, an absolute path, or py:MODULE
 have()

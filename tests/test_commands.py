@@ -1,0 +1,107 @@
+"""test.sh and demo.sh, mostly with stand-ins for what takes long in them."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+
+from harness import TOP, mounting
+
+REPORT = '<testsuite tests="%d" failures="%d" errors="0" skipped="%d"/>'
+
+
+def script(path, text):
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+
+
+def shell(text, *mounts, **env):
+    return subprocess.run(["sh", "-c", ". tests/install.sh\n" + text], cwd=TOP,
+                          env=dict(os.environ, **env), capture_output=True, text=True,
+                          preexec_fn=mounting(*mounts) if mounts else None)
+
+
+@pytest.fixture
+def test_sh(tmp_path):
+    """test_sh(arguments, status, counts): a run in which make does nothing, nothing
+    is installed, and pytest ends with this status and these counts."""
+    home = tmp_path / "home"
+    (home / "tests").mkdir(parents=True)
+    shutil.copy(os.path.join(TOP, "test.sh"), home)
+    with open(os.path.join(TOP, "tests/install.sh")) as file:
+        install = file.read()
+    (home / "tests/install.sh").write_text(
+        install + "install_missing() { MISSING=; }\nPYTHON=$PWD/python\n")
+    (home / "clamsmtpd").touch()
+    (home / "Makefile").write_text("all:\n")
+
+    def test_sh(arguments, status=0, counts=None):
+        script(home / "python", """
+            [ "$1" = -m ] || exec /usr/bin/python3 "$@"
+            for a; do
+                case $a in --junitxml=*) report=${a#*=} ;; esac
+            done
+            [ ! "$REPORT" ] || echo "$REPORT" >"$report"
+            exit $STATUS""")
+        env = dict(os.environ, STATUS=str(status),
+                   REPORT=REPORT % counts if counts else "")
+        done = subprocess.run(["./test.sh", *arguments], cwd=home, env=env,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        for line in done.stdout.splitlines():
+            if line.startswith("files of what failed: "):
+                shutil.rmtree(line.split()[-1])
+        return done
+    return test_sh
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["full", "nosuch"], ["nosuch", "-x"]])
+def test_unknown_word_prints_the_usage(test_sh, arguments):
+    """An argument that is no word, option or file of test.sh ends it with status 2."""
+    done = test_sh(arguments)
+    assert done.returncode == 2
+    assert done.stdout.startswith("usage: ./test.sh [full | cross]")
+
+
+@pytest.mark.parametrize("status, counts, last", [
+    (0, (7, 0, 0), "8 passed, 0 failed"),
+    (0, (7, 0, 2), "6 passed, 0 failed, 2 skipped"),
+    (1, (7, 3, 0), "5 passed, 3 failed"),
+    (0, (2, 0, 2), "1 passed, 0 failed, 2 skipped"),
+    (5, (0, 0, 0), "1 passed, 1 failed"),       # none was selected
+    (5, None, "1 passed, 1 failed"),
+    (3, (7, 0, 0), "8 passed, 1 failed"),       # pytest itself failed
+])
+def test_last_line_counts_the_cases(test_sh, status, counts, last):
+    """The last line counts the build and the cases.  A run that selected no case
+    has failed."""
+    done = test_sh(["-k", "something"], status, counts)
+    assert done.stdout.splitlines()[-1] == last
+    assert done.returncode == (0 if ", 0 failed" in last else 1)
+
+
+@pytest.mark.parametrize("prefix, mode", [("c", 0o700), ("longer-than-this", 0o755)])
+def test_scratch_directory_is_open_and_its_path_short(prefix, mode):
+    """A TMPDIR that other users cannot enter, or whose path is too long for sockets
+    below it, is not used."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix=prefix) as tmpdir:
+        os.chmod(tmpdir, mode)
+        done = shell("scratch test", TMPDIR=tmpdir)
+        made = done.stdout.strip()
+        assert os.path.dirname(made) in ("/tmp", "/var/tmp", "/dev/shm"), done.stderr
+        assert os.stat(made).st_mode & 0o777 == 0o755
+        os.rmdir(made)
+
+
+def test_scratch_directory_is_not_mounted_noexec(mounts):
+    """Where /tmp and /var/tmp are mounted noexec, /dev/shm is used.  Where that is
+    noexec, too, the message says what to set."""
+    flag = 8                                                    # MS_NOEXEC
+    noexec = [("tmpfs", path, "tmpfs", flag, "mode=1777")
+              for path in ("/tmp", "/var/tmp", "/dev/shm")]
+    made = shell("scratch test", *noexec[:2]).stdout.strip()
+    assert os.path.dirname(made) == "/dev/shm"
+    os.rmdir(made)
+    done = shell("scratch test", *noexec)
+    assert done.returncode != 0 and "Set\nTMPDIR to one" in done.stderr

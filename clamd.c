@@ -87,6 +87,17 @@ clamd_complain(struct clamd *c, const char *why)
 	logmsg(LOG_ERR, "clamd %s: %s", c->target->text, why);
 }
 
+/* The clamd at the other end of this socket has done its work. */
+static void
+clamd_worked(struct clamd *c, int fd)
+{
+	struct addr a;
+
+	a.len = sizeof a.u;
+	if (getpeername(fd, &a.u.sa, &a.len) == 0)
+		target_worked(c->target, &a);
+}
+
 static void
 clamd_well(struct clamd *c)
 {
@@ -199,7 +210,7 @@ queue_run(void)
 		}
 		queue_leave(s);
 		session_wake(s);
-		s->scan.addr = 0;
+		s->scan.addrs_tried = 0;
 		s->scan.phase = c != NULL ? SC_LOOKUP : SC_NONE;
 		if (c != NULL)
 			slot_take(s, c);
@@ -337,13 +348,13 @@ scan_connect(struct session *s)
 {
 	struct target *t = s->scan.at->target;
 	socklen_t len = sizeof(int);
-	int err = 0, done;
+	int err = 0, done, i;
 
 	if (s->scan.again > now)
 		return 0;
 	if (s->clamd.fd == -1) {
-		if (s->scan.addr >= t->naddr)	/* looked up anew meanwhile */
-			s->scan.addr = 0;
+		i = target_next(t, s->scan.addrs_tried);
+		s->scan.addr = i != -1 ? i : 0;	/* -1: others were looked up */
 		s->clamd.fd = addr_connect(&t->addr[s->scan.addr], &done);
 		if (s->clamd.fd == -1 && errno == EAGAIN) {
 			s->scan.again = now + BUSY_TIME;
@@ -361,7 +372,8 @@ scan_connect(struct session *s)
 	if (err == 0)
 		return s->clamd.connecting ? 0 : scan_command(s);
 	peer_close(&s->clamd);
-	if (++s->scan.addr < t->naddr)
+	s->scan.addrs_tried |= 1U << s->scan.addr;
+	if (target_next(t, s->scan.addrs_tried) != -1)
 		return 1;
 	errno = err;
 	return scan_errno(s, "connect");
@@ -535,6 +547,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 		    whole ? "" : ", which is no whole answer");
 		return scan_failed(s, 0, why);
 	}
+	clamd_worked(c, s->clamd.fd);
 	clamd_well(c);
 	scan_leave(s);
 	scan_count(s);
@@ -678,7 +691,8 @@ on_abandoned(void *arg, int revents)
  */
 static struct {
 	struct conf *conf;		/* NULL: none is under way */
-	int	 which, addr;		/* of its clamds, and of that one's */
+	int	 which;			/* of its clamds, */
+	unsigned tried;			/* and of that one's addresses: bits */
 	struct peer peer;
 	int64_t	 until;			/* for this address */
 	int64_t	 done;			/* when the last one was; 0: never */
@@ -709,21 +723,23 @@ ping_next(void)
 {
 	const struct clamd *c;
 	struct target *t;
-	int done;
+	int done, i;
 
 	peer_close(&ping.peer);
 	while (ping.which < ping.conf->nclamd) {
 		c = ping.conf->clamd[ping.which];
 		t = c->target;
-		if (++ping.addr >= t->naddr || !is_there(ping.conf, c)) {
+		i = is_there(ping.conf, c) ? target_next(t, ping.tried) : -1;
+		if (i == -1) {
 			if (t->naddr == 0)
 				ping_why("this name has no address");
 			target_look(t, 0);
 			ping.which++;
-			ping.addr = -1;
+			ping.tried = 0;
 			continue;
 		}
-		ping.peer.fd = addr_connect(&t->addr[ping.addr], &done);
+		ping.tried |= 1U << i;
+		ping.peer.fd = addr_connect(&t->addr[i], &done);
 		if (ping.peer.fd == -1) {
 			ping_why(strerror(errno));
 			continue;
@@ -754,6 +770,7 @@ on_ping(void *arg, int revents)
 	if (!peer_fill(p))
 		return;
 	if (buf_len(in) == 5 && memcmp(buf_head(in), "PONG", 5) == 0) {
+		clamd_worked(ping.conf->clamd[ping.which], p->fd);
 		ping_end(1);
 		return;
 	}
@@ -793,7 +810,7 @@ clamd_ping(struct conf *c, const char **why)
 	ping.conf = c;
 	c->refs++;
 	ping.which = 0;
-	ping.addr = -1;
+	ping.tried = 0;
 	ping.peer.fd = -1;
 	ping_why("is not there");
 	ping_next();

@@ -362,10 +362,8 @@ on_lookup(void *ctx, const char *answer, size_t n)
 			logmsg(LOG_WARNING, "%s: no address found for this "
 			    "name%s", t->text, t->naddr > 0 ?
 			    "; the old one stays" : "");
-	} else {
-		memcpy(t->addr, answer, n);
-		t->naddr = n / sizeof t->addr[0];
-	}
+	} else
+		target_set(t, answer, n / sizeof t->addr[0]);
 	wake_all = 1;
 	target_put(t);
 }
@@ -1804,7 +1802,7 @@ check_health(const struct conf *c)
 	struct target *t = c->status;
 	char answer[NOTESZ];
 	const char *why;
-	int fd, done;
+	int fd, done, err, i, r = -1;
 
 	if (t == NULL) {
 		logmsg(LOG_ERR, "StatusListen is not set: nobody to ask");
@@ -1813,8 +1811,15 @@ check_health(const struct conf *c)
 	if (t->name != NULL && (t->naddr =
 	    addr_lookup(t->name, t->port, t->addr)) == 0)
 		errno = ENOENT;
-	fd = t->naddr > 0 ? addr_connect(&t->addr[0], &done) : -1;
-	if (fd == -1 || health_answer(fd, answer, sizeof answer) == -1) {
+	for (i = 0; i < t->naddr && r == -1; i++) {
+		if ((fd = addr_connect(&t->addr[i], &done)) == -1)
+			continue;
+		r = health_answer(fd, answer, sizeof answer);
+		err = errno;
+		close(fd);
+		errno = err;
+	}
+	if (r == -1) {
 		logmsg(LOG_ERR, "StatusListen: %s:", t->text);
 		return 1;
 	}

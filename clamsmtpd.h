@@ -129,6 +129,7 @@ struct target {
 	unsigned port;
 	int	 naddr;
 	struct addr addr[MAXADDRS];
+	int	 first;			/* the one that worked last */
 	int	 looking;		/* a child is at it */
 	int64_t	 looked;		/* when the last one began; 0: never */
 };
@@ -216,6 +217,7 @@ struct scan {
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
 	struct clamd *at;		/* we hold one of its slots; or NULL */
 	int	 addr;			/* which of the target's addresses */
+	unsigned addrs_tried;		/* bit i: that address has failed */
 	uint32_t tried;			/* bit i: conf->clamd[i] has failed us */
 	int	 fildes;
 	int	 started;		/* clamd may be scanning */
@@ -255,6 +257,7 @@ struct session {
 	struct addr server_addr;	/* the next hop, */
 	struct addr server_local;	/* and our end of that connection */
 	int	 hop;			/* which address of the target */
+	unsigned hops_tried;		/* bit i: that address has failed */
 
 	/* The command at the next hop: at most one, and at most one NOOP. */
 	const struct verb *verb;
@@ -537,6 +540,18 @@ int addr_ip(struct addr *, const char *text, unsigned port);	/* -1: not numeric 
 int addr_path(struct addr *, const char *path);	/* -1: too long */
 /* Look name up (this blocks); how many of addr[MAXADDRS] were filled. */
 int addr_lookup(const char *name, unsigned port, struct addr *addr);
+/*
+ * Which of the addresses of a target is to be tried: the one that worked last,
+ * then the others in order, but for those whose bit is set in tried.  Returns
+ * its index, or -1 when all have been tried.
+ */
+int target_next(const struct target *, unsigned tried);
+/* The address has worked: the next connection is made to it first.  Logs a
+ * change.  Nothing happens when the target has no such address (any more). */
+void target_worked(struct target *, const struct addr *);
+/* Give the target the n addresses (struct addr, at any alignment) that a
+ * look-up has found.  The one that worked last stays first if it is there. */
+void target_set(struct target *, const void *addr, int n);
 /* A non-blocking socket, connecting; -1 and errno. *done: connected already. */
 int addr_connect(const struct addr *, int *done);
 /* A listening socket; -1 and errno.  v6only: leave IPv4 to another one. */

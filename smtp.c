@@ -902,7 +902,9 @@ hop_address(struct session *s)
 	target_look(t, 0);
 	if (t->naddr == 0)
 		return t->looking ? 0 : -1;
-	s->server_addr = t->addr[s->hop % t->naddr];
+	if ((s->hop = target_next(t, s->hops_tried)) == -1)
+		return -1;
+	s->server_addr = t->addr[s->hop];
 	return 1;
 }
 
@@ -964,7 +966,9 @@ st_connect(struct session *s)
 		return 1;
 	}
 	peer_close(&s->server);
-	if (++s->hop >= hop_count(s))
+	s->hops_tried |= 1U << s->hop;
+	if (s->conf->transparent ||
+	    target_next(s->conf->out, s->hops_tried) == -1)
 		return no_hop(s, strerror(err));
 	return 1;
 }
@@ -987,6 +991,8 @@ st_greeting(struct session *s)
 		return hop_lost(s, "its greeting makes no sense");
 	if (r.class != 2)
 		return relay_last(s, &r);
+	if (!s->conf->transparent)
+		target_worked(s->conf->out, &s->server_addr);
 	say(s, "%d " OUR_NAME, r.code);
 	reply_eat(s, &r);
 	enter(s, S_COMMAND);

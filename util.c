@@ -1121,6 +1121,46 @@ addr_lookup(const char *name, unsigned port, struct addr *addr)
 }
 
 int
+target_next(const struct target *t, unsigned tried)
+{
+	int i;
+
+	if (t->first < t->naddr && (tried & 1U << t->first) == 0)
+		return t->first;
+	for (i = 0; i < t->naddr; i++)
+		if ((tried & 1U << i) == 0)
+			return i;
+	return -1;
+}
+
+void
+target_worked(struct target *t, const struct addr *a)
+{
+	int i;
+
+	for (i = 0; i < t->naddr && !addr_equal(&t->addr[i], a); i++)
+		;
+	if (i == t->naddr || i == t->first)
+		return;
+	t->first = i;
+	logmsg(LOG_NOTICE, "%s: %s works and is tried first from now on",
+	    t->text, addr_text(a));
+}
+
+void
+target_set(struct target *t, const void *addr, int n)
+{
+	struct addr worked = t->addr[t->first];
+	int i;
+
+	memcpy(t->addr, addr, n * sizeof t->addr[0]);
+	t->naddr = n;
+	for (i = 0; i < n && !addr_equal(&t->addr[i], &worked); i++)
+		;
+	t->first = i < n ? i : 0;
+}
+
+int
 addr_connect(const struct addr *a, int *done)
 {
 	int one = 1, fd, err;

@@ -217,7 +217,7 @@ def reset(sock):
 
 
 @contextlib.contextmanager
-def full_listener(path=None):
+def full_listener(path=None, host="127.0.0.1"):
     """The address of a listener that accepts nobody, its backlog full.  A
     connect to the unix socket fails with EAGAIN, one to the port hangs."""
     kind = socket.AF_UNIX if path else socket.AF_INET
@@ -225,13 +225,13 @@ def full_listener(path=None):
         def new():
             return stack.enter_context(socket.socket(kind))
         listener = new()
-        listener.bind(path or ("127.0.0.1", 0))
+        listener.bind(path or (host, 0))
         listener.listen(0)
         for _ in range(4):              # more than fit
             knock = new()
             knock.setblocking(False)
             knock.connect_ex(listener.getsockname())
-        yield path or "127.0.0.1:%d" % listener.getsockname()[1]
+        yield path or "%s:%d" % listener.getsockname()
 
 
 def mounting(*mounts, of=None):

@@ -15,9 +15,9 @@ import sys
 
 import pytest
 
-from harness import (BAD, CLAMSMTPD, HEADER, Hold, Names, READ_AGAIN,
-                     VIRUS, WAIT, finish_file, full_listener, mounting, processes,
-                     until, wait_file)
+from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, Names, READ_AGAIN,
+                     VIRUS, WAIT, connect, finish_file, full_listener, mounting,
+                     processes, until, wait_file)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -950,6 +950,130 @@ def test_a_name_in_use_is_looked_up_again_after_a_minute(site, names, clock):
     until(lambda: moved() and site.daemon.log("no address found .*the old one stays"),
           "a look-up in vain")
     site.session().mail()
+
+
+DEAD, GOOD = "127.0.0.1", "127.0.0.98"      # any libc puts them in this order
+
+
+def address_lines(site):
+    return site.daemon.log(r"^\w+\.example\.org:\d+: .* is tried first")
+
+
+def test_hop_address_that_worked_is_tried_first(site, names, clock):
+    """The first address of a name is dead.  Sessions after the first one begin
+    with the address that accepted it, after another look-up too."""
+    names.addresses = [DEAD, GOOD]
+    names.go()
+    site.hop = site.new_hop(host=GOOD)
+    start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port,
+                **clock.settings())
+    site.session().mail()
+    back = site.new_hop(host=DEAD, port=site.hop.port)
+    site.session().mail()
+    names.asked.clear()
+    clock.go(site.daemon, 60)
+    site.session().mail()
+    assert names.asked.wait(WAIT)
+    until(lambda: not site.daemon.children(), "the look-up ends")
+    site.session().mail()
+    assert (len(site.hop.messages), back.accepted) == (4, 0)
+    assert address_lines(site) == [
+        "hop.example.org:%d: 127.0.0.98 works and is tried first from now on"
+        % site.hop.port]
+
+
+def test_hop_address_that_fails_later_gives_way_to_the_other(site, names):
+    """The address that worked dies: the other one takes its place."""
+    names.addresses = [DEAD, GOOD]
+    names.go()
+    site.hop = site.new_hop(host=GOOD)
+    start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port)
+    site.session().mail()
+    other = site.new_hop(host=DEAD, port=site.hop.port)
+    site.hop.down()
+    site.session().mail()
+    site.hop.up()
+    site.session().mail()
+    assert (len(site.hop.messages), len(other.messages)) == (1, 2)
+    assert len(address_lines(site)) == 2
+
+
+def test_hop_address_that_does_not_greet_stays_behind(site, names):
+    """An address that accepts a connection and sends no greeting has not
+    worked: the order of the name server stays."""
+    names.addresses = [DEAD, GOOD]
+    names.go()
+    site.hop = site.new_hop(host=GOOD)
+    silent = site.new_hop(host=DEAD, port=site.hop.port)
+    silent.on("greeting", CLOSE)
+    silent.down()
+    start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port)
+    site.hop.on("greeting", [CLOSE])
+    site.client().expect("421")
+    silent.up()
+    site.client().expect("421")
+    assert (len(site.hop.sessions), len(silent.sessions)) == (1, 1)
+    assert not address_lines(site)
+
+
+def test_hop_address_is_not_tried_twice_when_the_order_changes(site, names, clock):
+    """Two sessions wait for the same dead address; the first of them finds the
+    one that works.  The second one then goes there, not to the dead one again."""
+    def connecting():
+        with open("/proc/net/tcp") as table:        # 02: SYN_SENT
+            return len(re.findall(r":%04X 02 " % site.hop.port, table.read()))
+    with full_listener(host=DEAD) as dead:
+        site.hop = site.new_hop(host=GOOD, port=int(dead.rpartition(":")[2]))
+        full = connecting()             # its own
+        names.addresses = [DEAD, GOOD]
+        names.go()
+        start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port,
+                    TimeOut="60", **clock.settings())
+        first = site.client()
+        until(lambda: connecting() == full + 1, "the first one connects")
+        clock.go(site.daemon, 1)
+        second = site.client()
+        until(lambda: connecting() == full + 2, "the second one connects")
+        clock.go(site.daemon, 29)
+        first.expect("220")
+        clock.go(site.daemon, 1)
+        second.expect("220")
+
+
+def test_clamd_address_that_worked_is_tried_first(site, names):
+    """By the next scan and by a PING."""
+    names.addresses = [DEAD, GOOD]
+    names.go()
+    site.clamd = site.new_clamd(tcp=True, host=GOOD)
+    status = site.path("status")
+    start_named(site, names, StatusListen=status,
+                ClamAddress="clamd.example.org:%d" % site.clamd.port)
+    site.session().mail()
+    back = site.new_clamd(tcp=True, host=DEAD, port=site.clamd.port)
+    site.session().mail()
+    with connect(status) as probe:
+        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert b"ok" in probe.makefile("rb").read()
+    assert (len(site.clamd.scans), back.accepted) == (2, 0)
+    assert address_lines(site) == [
+        "clamd.example.org:%d: 127.0.0.98 works and is tried first from now on"
+        % site.clamd.port]
+
+
+def test_clamd_address_that_answers_a_ping_is_tried_first(site, names):
+    """The health check has found the dead address; no message waits for it."""
+    names.addresses = [DEAD, GOOD]
+    names.go()
+    site.clamd = site.new_clamd(tcp=True, host=GOOD)
+    status = site.path("status")
+    start_named(site, names, StatusListen=status,
+                ClamAddress="clamd.example.org:%d" % site.clamd.port)
+    with connect(status) as probe:
+        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert b"ok" in probe.makefile("rb").read()
+    back = site.new_clamd(tcp=True, host=DEAD, port=site.clamd.port)
+    site.session().mail()
+    assert (len(site.clamd.scans), back.accepted) == (1, 0)
 
 
 def test_the_end_during_a_look_up_is_no_failed_one(site, names):

@@ -717,6 +717,20 @@ def test_C_gives_the_reason(site, run):
     assert re.search("clamd /no/such/socket: No such file", line)
 
 
+def test_C_tries_all_addresses_of_a_name(site, run, mounts):
+    """The first one of them is dead."""
+    hosts = site.path("hosts")
+    with open(hosts, "w") as file:
+        file.write("127.0.0.1 status.example\n127.0.0.98 status.example\n")
+    port = site.port("127.0.0.98")
+    site.start(StatusListen="127.0.0.98:%d" % port)
+    file = site.path("conf")
+    with open(file, "w") as conf:
+        conf.write("OutAddress: 25\nStatusListen: status.example:%d\n" % port)
+    silent_and(0, run("-C", "-f", file,
+                      preexec_fn=mounting(bind(hosts, "/etc/hosts"))))
+
+
 @pytest.mark.parametrize("where, why", [
     ("127.0.0.1:PORT", "Connection refused"), ("PORT", "Connection refused"),
     ("/no/such/status", "No such file or directory")])

@@ -2,9 +2,8 @@
  * Talking to clamd(8): which of them, when, and what it said.
  *
  * A message is scanned over a connection of its own, opened when the message
- * is complete.  Through a unix socket clamd gets the spool's descriptor
- * (FILDES), over TCP its bytes (INSTREAM).  Nobody waits here: a step that
- * cannot go on returns 0.
+ * is complete.  clamd gets the bytes of the spool (INSTREAM).  Nobody waits
+ * here: a step that cannot go on returns 0.
  */
 
 #include <arpa/inet.h>
@@ -19,6 +18,7 @@
 
 #define ANSWERSZ	2048		/* bytes; clamd's answers are one line */
 #define CHUNKSZ		(1 << 30)	/* INSTREAM; clamd has its own limit */
+#define TAILSZ		(BUFSZ / 2)	/* bytes of a message, to copy them */
 
 static struct clamd *clamds;		/* all that a conf or a scan refers to */
 
@@ -319,26 +319,20 @@ scan_lookup(struct session *s)
 	return 1;
 }
 
-/* The connection stands: say what is to be scanned. */
+/* The connection stands: the command waits for what follows it. */
 static int
 scan_command(struct session *s)
 {
-	struct clamd *c = s->scan.at;
-	struct target *t = c->target;
-	const char *cmd;
+	static const char command[] = "zINSTREAM";
 
-	s->scan.fildes = t->addr[s->scan.addr].u.sa.sa_family == AF_UNIX &&
-	    !c->no_fildes;
 	s->scan.sent = s->scan.chunk = 0;
 	s->scan.ended = 0;
 	s->scan.again = s->scan.until = 0;
-	if (!buf_ready(&s->clamd.out, 64))
+	if (!buf_ready(&s->clamd.out, sizeof command))
 		return 0;
-	cmd = s->scan.fildes ? "zFILDES" : "zINSTREAM";
-	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", cmd, t->text);
-	buf_put(&s->clamd.out, cmd, strlen(cmd) + 1);
-	if (s->scan.fildes)	/* the descriptor comes with a byte of its own */
-		buf_put(&s->clamd.out, "", 1);
+	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command,
+	    s->scan.at->target->text);
+	buf_put(&s->clamd.out, command, sizeof command);
 	s->scan.phase = SC_SEND;
 	return 1;
 }
@@ -379,83 +373,91 @@ scan_connect(struct session *s)
 	return scan_errno(s, "connect");
 }
 
+/* The length of the next chunk. */
 static int
-send_fildes(struct session *s)
+send_length(struct session *s, off_t n)
 {
-	int ro = s->spool.ro, r;
+	uint32_t length = htonl(n);
 
-	/* Promise 2: clamd must not be able to change what it has judged. */
-	if (ro == -1)
-		ro = spool_reopen(s->spool.fd);
-	r = peer_sendfd(&s->clamd, ro != -1 ? ro : s->spool.fd);
-	if (ro != s->spool.ro)
-		close(ro);
-	if (r == 0)
+	if (!buf_ready(&s->clamd.out, sizeof length))
 		return 0;
-	s->scan.ended = 1;
+	buf_put(&s->clamd.out, &length, sizeof length);
+	s->scan.chunk += n;
+	return 1;
+}
+
+/*
+ * The last n bytes of the message go out by way of `out', with the empty chunk
+ * that ends the stream.  A small message leaves in one write with all that
+ * precedes it.
+ */
+static int
+send_tail(struct session *s, size_t n)
+{
+	static const char end[4];
+	struct buf *out = &s->clamd.out;
+	ssize_t r;
+
+	if (!buf_ready(out, n + sizeof end))
+		return 0;
+	r = pread(s->spool, out->b + out->w, n, s->scan.sent);
+	if (r <= 0) {
+		s->clamd.err = OURS;
+		s->clamd.eof = 1;
+		return 1;
+	}
+	out->w += r;
+	s->scan.sent += r;
+	if ((size_t)r == n) {
+		buf_put(out, end, sizeof end);
+		s->scan.ended = 1;
+	}
 	return 1;
 }
 
 static int
-send_instream(struct session *s)
+send_next(struct session *s)
 {
 	struct scan *c = &s->scan;
-	off_t end = scan_line_len + s->size;
-	uint32_t n;
+	off_t end = scan_line_len + s->size, n = c->chunk - c->sent;
+	off_t tail = c->chunk == end ? TAILSZ : 0;
 
-	if (c->sent < c->chunk)
-		return peer_sendfile(&s->clamd, s->spool.fd, &c->sent,
-		    c->chunk - c->sent) && --s->budget > 0;
-	if (!buf_ready(&s->clamd.out, sizeof n))
-		return 0;
-	n = end - c->sent > CHUNKSZ ? CHUNKSZ : end - c->sent;
-	c->chunk += n;
-	c->ended = n == 0;
-	n = htonl(n);
-	buf_put(&s->clamd.out, &n, sizeof n);
-	return 1;
+	if (n == 0)
+		return send_length(s, end - c->sent < CHUNKSZ ?
+		    end - c->sent : CHUNKSZ);
+	if (n <= tail)
+		return send_tail(s, n);
+	return peer_drain(&s->clamd, 1) &&
+	    peer_sendfile(&s->clamd, s->spool, &c->sent, n - tail) &&
+	    --s->budget > 0;
 }
 
 static int
 scan_send(struct session *s)
 {
 	struct scan *c = &s->scan;
+	struct peer *p = &s->clamd;
 
-	if (c->fildes && !c->ended)
-		return send_fildes(s);
-	if (!peer_drain(&s->clamd, !c->ended))
-		return 0;
 	/* It said something already, or it went away: that is the answer. */
-	if (s->clamd.err || s->clamd.eof || buf_len(&s->clamd.in) > 0 ||
-	    c->ended) {
-		c->started = c->ended;
+	if (p->err || p->eof || buf_len(&p->in) > 0) {
 		c->phase = SC_ANSWER;
 		return 1;
 	}
-	return send_instream(s);
+	if (c->sent > 0 && !peer_drain(p, !c->ended))
+		return 0;
+	if (p->err)
+		return 1;
+	if (!c->ended)
+		return send_next(s);
+	c->started = 1;
+	c->phase = SC_ANSWER;
+	return 1;
 }
 
 static int
 is(const char *p, size_t n, const char *word)
 {
 	return n == strlen(word) && memcmp(p, word, n) == 0;
-}
-
-/* "stream: " or "fd[N]: ", and how long it is; 0: neither. */
-static size_t
-label_length(const char *p, size_t n)
-{
-	size_t i = 3;
-
-	if (n > 8 && memcmp(p, "stream: ", 8) == 0)
-		return 8;
-	if (n < 7 || memcmp(p, "fd[", 3) != 0)
-		return 0;
-	while (i < n && p[i] >= '0' && p[i] <= '9')
-		i++;
-	if (i == 3 || n - i < 4 || memcmp(p + i, "]: ", 3) != 0)
-		return 0;
-	return i + 3;
 }
 
 static int
@@ -471,20 +473,20 @@ has(const char *p, size_t n, const char *word)
 
 /* Promise 4: only what is exactly an OK is one. */
 enum verdict
-clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
+clamd_parse(const char *p, size_t n, char name[NAMESZ])
 {
-	static const char found[] = " FOUND";
-	size_t i, label = label_length(p, n), len = sizeof found - 1;
+	static const char stream[] = "stream: ", found[] = " FOUND";
+	size_t i, label = sizeof stream - 1, len = sizeof found - 1;
 
-	*retry = 0;
 	if (memchr(p, '\n', n) != NULL)
 		return FAILED;		/* more than one line */
 	if (has(p, n, "INSTREAM size limit exceeded"))
 		return TOOBIG;
-	if (label > 0 && is(p + label, n - label, "OK"))
+	if (n <= label || memcmp(p, stream, label) != 0)
+		return FAILED;
+	if (is(p + label, n - label, "OK"))
 		return CLEAN;
-	if (label > 0 && n > label + len &&
-	    memcmp(p + n - len, found, len) == 0) {
+	if (n > label + len && memcmp(p + n - len, found, len) == 0) {
 		n -= label + len;
 		for (i = 0; i < n && i < NAMESZ - 1; i++)
 			name[i] = p[label + i] > ' ' && p[label + i] < 127 ?
@@ -492,9 +494,6 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ], int *retry)
 		name[i] = '\0';
 		return VIRUS;
 	}
-	*retry = is(p, n, "UNKNOWN COMMAND") ||
-	    has(p, n, "No file descriptor received") ||
-	    has(p, n, "Access denied");
 	return FAILED;
 }
 
@@ -523,27 +522,14 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 	struct clamd *c = s->scan.at;
 	char why[NOTESZ / 4];
 	enum verdict v;
-	int retry;
-	size_t i;
 
 	slog(s, LOG_DEBUG, "CLAMAV < %s", printable(p, n));
-	v = clamd_parse(p, n, s->virus, &retry);
+	v = clamd_parse(p, n, s->virus);
 	if (!whole && v != TOOBIG)
 		v = FAILED;
-	if (v == FAILED && retry && s->scan.fildes) {
-		logmsg(LOG_NOTICE, "clamd %s: takes no descriptors (%s); "
-		    "it gets the data instead", c->target->text,
-		    printable(p, n));
-		c->no_fildes = 1;
-		peer_close(&s->clamd);
-		s->scan.started = 0;
-		s->scan.phase = SC_CONNECT;
-		return 1;
-	}
 	if (v == FAILED) {
-		i = label_length(p, n);		/* clamd's number in it changes */
 		format(why, sizeof why, "it answered \"%.*s\"%s", 200,
-		    printable(p + i, n - i),
+		    printable(p, n),
 		    whole ? "" : ", which is no whole answer");
 		return scan_failed(s, 0, why);
 	}

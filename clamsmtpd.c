@@ -1480,8 +1480,6 @@ reload(void)
 		conf_put(c);
 		return;
 	}
-	conf->spares = 0;		/* TempDirectory may be another one */
-	spools_close();
 	conf_put(conf);
 	conf = c;
 	log_format(conf->json);
@@ -2046,13 +2044,13 @@ attach_nothing(int ready)
 static void
 check_tempdir(const struct conf *c)
 {
-	struct spool spool;
+	int fd = spool_open(c->tempdir, 0);
 
-	if (spool_open(c->tempdir, 0, &spool) == -1)
+	if (fd == -1)
 		die(1, "TempDirectory: %s cannot be written to by user %s; it "
 		    "must be there and belong to that user (in a container, "
 		    "mount a tmpfs there):", c->tempdir, user_name());
-	spool_close(&spool);
+	close(fd);
 }
 
 /* For -n, which another user may run: what the start would not find. */

@@ -140,7 +140,6 @@ struct clamd {
 	struct target *target;
 	int	 running;		/* scans, the abandoned ones too */
 	int64_t	 dead_until;		/* 0: alive, as far as we know */
-	int	 no_fildes;		/* it refused descriptors: INSTREAM */
 	unsigned long long failures;
 	char	 complaint[NOTESZ / 4];	/* logged last; empty: all is well */
 	struct clamd *next;
@@ -181,7 +180,6 @@ struct conf {
 	int	 nproxies;
 	struct network proxies[MAXNETWORKS];
 	int	 quarantine;
-	int	 spares;		/* a spool may serve another message */
 	int	 failopen;		/* ScanFailure: pass */
 	int64_t	 scantimeout;		/* ms */
 	struct target *status;		/* StatusListen; NULL: none */
@@ -219,21 +217,12 @@ struct scan {
 	int	 addr;			/* which of the target's addresses */
 	unsigned addrs_tried;		/* bit i: that address has failed */
 	uint32_t tried;			/* bit i: conf->clamd[i] has failed us */
-	int	 fildes;
-	int	 started;		/* clamd may be scanning */
-	off_t	 sent;			/* INSTREAM: of the spool */
-	off_t	 chunk;			/* INSTREAM: end of the chunk announced */
-	int	 ended;			/* all is queued: the descriptor, or the
-					 * empty chunk */
+	int	 started;		/* all has left: clamd may be scanning */
+	off_t	 sent;			/* of the spool */
+	off_t	 chunk;			/* end of the chunk announced */
+	int	 ended;			/* all is queued, the empty chunk too */
 	int64_t	 until, again;		/* connect limit, next knock; 0: none */
 	struct session *next;		/* in the queue */
-};
-
-/* A message's file; it may have served another one before. */
-struct spool {
-	int	 fd;			/* -1: none */
-	int	 ro;			/* it for reading only, for clamd; or -1 */
-	off_t	 length;		/* bytes of the other message */
 };
 
 struct verb;
@@ -284,7 +273,7 @@ struct session {
 	struct str held;		/* the reply that we owe the client */
 
 	/* The message.  spool >= 0 from DATA or the first BDAT to mail_reset(). */
-	struct spool spool;
+	int	 spool;			/* its file; -1: none */
 	int	 bdat;			/* it comes in chunks */
 	int	 raw;			/* chunks, to be replayed as BDAT */
 	uint64_t chunk_left;
@@ -431,9 +420,9 @@ int clamd_ping(struct conf *, const char **why);
 
 /*
  * What clamd's answer (n bytes, terminator taken off) says.  VIRUS: name has
- * it.  *retry: it does not take descriptors.  Anything not understood: FAILED.
+ * it.  Anything not understood: FAILED.
  */
-enum verdict clamd_parse(const char *answer, size_t n, char name[NAMESZ], int *retry);
+enum verdict clamd_parse(const char *answer, size_t n, char name[NAMESZ]);
 
 /* conf.c */
 
@@ -505,6 +494,8 @@ int buf_ready(struct buf *, size_t n);
 void buf_put(struct buf *, const void *, size_t n);	/* after buf_ready() */
 void buf_eat(struct buf *, size_t n);
 void buf_free(struct buf *);
+int has_spares(void);				/* memory of buffers is kept */
+void spares_free(void);				/* idle: give it back */
 extern int starved;				/* buf_ready had no memory */
 
 int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
@@ -523,7 +514,6 @@ int peer_settle(struct peer *);
 int peer_drain(struct peer *, int more);
 /* Up to n bytes of file fd from *at to the socket; 1: got on, 0: full. */
 int peer_sendfile(struct peer *, int fd, off_t *at, off_t n);
-int peer_sendfd(struct peer *, int fd);		/* with out; 1, or 0: full */
 void peer_close(struct peer *);
 /* Whether the peer was reset, as far as the kernel knows now. */
 int peer_reset(struct peer *);
@@ -560,16 +550,7 @@ int addr_listen(const struct addr *, int transparent, int v6only);
 extern const char scan_line[];			/* stands before the message */
 extern const size_t scan_line_len;
 /* The spool: nameless, or DebugFiles' named one (keep); -1 and errno. */
-int spool_open(const char *dir, int keep, struct spool *);
-void spool_close(struct spool *);
-/* Nobody reads it any more, neither clamd nor, out of its socket, a next hop;
- * its length now.  It is closed, or kept for another message. */
-void spool_done(struct spool *, off_t length);
-int spools_close(void);			/* those that are kept; how many */
-int has_spares(void);				/* spools, or buffers, are kept */
-void spares_free(void);				/* idle: give them back */
-/* The same file for reading only, as clamd shall have it; -1 and errno. */
-int spool_reopen(int fd);
+int spool_open(const char *dir, int keep);
 /* Start a copy of the message in dir; done as in child_start, with the path
  * in answer, or nothing.  NULL and errno if it cannot begin. */
 struct child *spool_quarantine(int fd, const char *dir,

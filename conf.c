@@ -1126,10 +1126,6 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		conf_put(c);
 		return NULL;
 	}
-	/* A next hop that says 250 before it has read the message may read on
-	 * in its spool: only where it gets all mail there is nothing to see. */
-	c->spares = !c->debug_files && !c->transparent &&
-	    (c->out->naddr > 0 || c->out->name != NULL);
 	return c;
 }
 

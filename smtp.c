@@ -258,7 +258,9 @@ mail_reset(struct session *s)
 	str_free(&s->insert);
 	str_free(&s->pending);
 	s->to_cut = 0;
-	spool_close(&s->spool);
+	if (s->spool != -1)
+		close(s->spool);
+	s->spool = -1;
 	s->bdat = s->raw = s->error = 0;
 	s->noop_at = s->judged_at = 0;
 	s->verdict = UNKNOWN;
@@ -728,7 +730,7 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 	s->conf = conf;
 	conf->refs++;
 	s->client.fd = fd;
-	s->server.fd = s->clamd.fd = s->spool.fd = s->spool.ro = -1;
+	s->server.fd = s->clamd.fd = s->spool = -1;
 	s->peer_addr = s->client_addr = *peer;
 	s->local_addr.len = sizeof s->local_addr.u;
 	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
@@ -1663,9 +1665,8 @@ spool_flush(struct session *s)
 	v->iov_base = (char *)(uintptr_t)scan_line;
 	v->iov_len = s->spooled == 0 ? scan_line_len : 0;
 	while (left > 0 && !s->error) {
-		n = pwritev(s->spool.fd, v, gather + ngather - v, s->spooled);
-		if (n == -1 && (errno == EINTR ||
-		    (errno == ENOSPC && spools_close() > 0)))
+		n = pwritev(s->spool, v, gather + ngather - v, s->spooled);
+		if (n == -1 && errno == EINTR)
 			continue;
 		if (n == -1) {
 			remember_errno(s, "TempDirectory");
@@ -1919,9 +1920,6 @@ body_end(struct session *s)
 	if (s->eol == TEXT && !s->raw)	/* DATA has whole lines only */
 		emit(s, crlf, 2);
 	spool_flush(s);
-	if (s->spool.length > s->spooled && !s->error &&
-	    ftruncate(s->spool.fd, s->spooled) == -1)
-		remember_errno(s, "TempDirectory");
 	if (s->header == H_LINE)
 		s->header_at = s->size;
 }
@@ -1940,7 +1938,8 @@ message_begin(struct session *s)
 	s->dots = s->error = 0;
 	if (s->conf->keepalives > 0)
 		s->noop_at = now + s->conf->keepalives;
-	if (spool_open(s->conf->tempdir, s->conf->debug_files, &s->spool) == -1)
+	s->spool = spool_open(s->conf->tempdir, s->conf->debug_files);
+	if (s->spool == -1)
 		remember_errno(s, "TempDirectory");
 }
 
@@ -2305,7 +2304,7 @@ judge(struct session *s)
 			virus_found(s);
 			return 1;
 		}
-		s->child = spool_quarantine(s->spool.fd, s->conf->tempdir,
+		s->child = spool_quarantine(s->spool, s->conf->tempdir,
 		    on_quarantined, s, s->conf->timeout);
 		if (s->child == NULL)
 			slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
@@ -2472,7 +2471,7 @@ replay_copy(struct session *s, off_t left)
 
 	if (!buf_ready(out, 2 * SMALL))		/* every byte may be a dot */
 		return 0;
-	n = pread(s->spool.fd, chunk, n, scan_line_len + s->sent);
+	n = pread(s->spool, chunk, n, scan_line_len + s->sent);
 	if (n <= 0)
 		return hop_lost(s, "the spool cannot be read");
 	s->sent += n;
@@ -2500,7 +2499,7 @@ replay_file(struct session *s, off_t left)
 
 	if (buf_len(&s->server.out) > 0)
 		return 0;
-	r = peer_sendfile(&s->server, s->spool.fd, &at, left);
+	r = peer_sendfile(&s->server, s->spool, &at, left);
 	if (at != (off_t)scan_line_len + s->sent)
 		replay_moves(s);
 	s->sent = at - scan_line_len;
@@ -2599,9 +2598,6 @@ st_final(struct session *s)
 		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
-	/* After any other verdict clamd may be reading it still. */
-	if (r.class == 2 && s->verdict == CLEAN && s->conf->spares)
-		spool_done(&s->spool, s->spooled);
 	mail_over(s);
 	if (r.code == 421)
 		finish(s);

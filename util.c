@@ -33,8 +33,6 @@
 #define IPV6_IS_TRANSPARENT	75
 
 #define SPARE_BUFS	8
-#define SPARE_SPOOLS	8
-#define KEPT_LENGTH	(16 << 20)	/* bytes of the disk in those */
 #define BACKLOG		4096	/* the kernel's limit may be lower; libc's is 128 */
 
 /*
@@ -618,6 +616,19 @@ mem_put(char *b)
 		free(b);
 }
 
+int
+has_spares(void)
+{
+	return nspare > 0;
+}
+
+void
+spares_free(void)
+{
+	while (nspare > 0)
+		free(spare[--nspare]);
+}
+
 /* What peer_fill() reads into; the body of a mail goes no further. */
 static char shared[BUFSZ];
 static int shared_taken;
@@ -852,38 +863,6 @@ peer_sendfile(struct peer *p, int fd, off_t *at, off_t n)
 	case 0:			/* the file is shorter than we wrote it */
 		return send_impossible(p);
 	}
-	return 1;
-}
-
-int
-peer_sendfd(struct peer *p, int fd)
-{
-	union {			/* aligned for the header */
-		struct cmsghdr	hdr;
-		char	space[CMSG_SPACE(sizeof(int))];
-	} control;
-	struct iovec iov = { buf_head(&p->out), buf_len(&p->out) };
-	struct msghdr msg;
-	struct cmsghdr *c;
-	ssize_t n;
-
-	if (p->err)
-		return 1;
-	memset(&msg, 0, sizeof msg);
-	memset(&control, 0, sizeof control);
-	msg.msg_iov = &iov;
-	msg.msg_iovlen = 1;
-	msg.msg_control = control.space;
-	msg.msg_controllen = sizeof control.space;
-	c = CMSG_FIRSTHDR(&msg);
-	c->cmsg_level = SOL_SOCKET;
-	c->cmsg_type = SCM_RIGHTS;
-	c->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(c), &fd, sizeof fd);
-	n = sendmsg(p->fd, &msg, MSG_NOSIGNAL);
-	if (n == -1)
-		return send_failed(p);
-	buf_eat(&p->out, n);
 	return 1;
 }
 
@@ -1268,15 +1247,6 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 const char scan_line[] = "Received: by smtp.passthru\r\n";
 const size_t scan_line_len = sizeof scan_line - 1;
 
-/*
- * Spools that have done their work serve the next messages: most of what a
- * large one costs is to make and to free the pages of its file.
- */
-static struct spool spools[SPARE_SPOOLS];
-static int nspools;
-static int nreopened;			/* that have their ro: these, or taken */
-static off_t spools_length;		/* together */
-
 static int
 spool_named(const char *dir, const char *kind, char *path, size_t n)
 {
@@ -1290,90 +1260,21 @@ spool_named(const char *dir, const char *kind, char *path, size_t n)
 
 /* Promise 7: without a name it goes with its descriptor. */
 int
-spool_open(const char *dir, int keep, struct spool *sp)
+spool_open(const char *dir, int keep)
 {
 	char path[PATH_MAX];
+	int fd = -1;
 
-	if (!keep && nspools > 0) {
-		*sp = spools[--nspools];
-		spools_length -= sp->length;
-		return 0;
-	}
-	sp->fd = sp->ro = -1;
-	sp->length = 0;
 #ifdef O_TMPFILE
 	if (!keep)
-		sp->fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+		fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 #endif
-	if (sp->fd == -1) {
-		sp->fd = spool_named(dir, "clamsmtpd", path, sizeof path);
-		if (sp->fd != -1 && !keep)
+	if (fd == -1) {
+		fd = spool_named(dir, "clamsmtpd", path, sizeof path);
+		if (fd != -1 && !keep)
 			unlink(path);
 	}
-	return sp->fd == -1 ? -1 : 0;
-}
-
-void
-spool_close(struct spool *sp)
-{
-	if (sp->fd != -1)
-		close(sp->fd);
-	if (sp->ro != -1) {
-		close(sp->ro);
-		nreopened--;
-	}
-	sp->fd = sp->ro = -1;
-}
-
-void
-spool_done(struct spool *sp, off_t length)
-{
-	if (nspools == SPARE_SPOOLS || spools_length + length > KEPT_LENGTH) {
-		spool_close(sp);
-		return;
-	}
-	if (sp->ro == -1 && nreopened < SPARE_SPOOLS &&
-	    (sp->ro = spool_reopen(sp->fd)) != -1)
-		nreopened++;
-	lseek(sp->ro, 0, SEEK_SET);	/* clamd's copy shares it */
-	sp->length = length;
-	spools_length += length;
-	spools[nspools++] = *sp;
-	sp->fd = sp->ro = -1;
-}
-
-int
-spools_close(void)
-{
-	int n = nspools;
-
-	while (nspools > 0)
-		spool_close(&spools[--nspools]);
-	spools_length = 0;
-	return n;
-}
-
-int
-has_spares(void)
-{
-	return nspare > 0 || nspools > 0;
-}
-
-void
-spares_free(void)
-{
-	while (nspare > 0)
-		free(spare[--nspare]);
-	spools_close();
-}
-
-int
-spool_reopen(int fd)
-{
-	char path[32];
-
-	format(path, sizeof path, "/proc/self/fd/%d", fd);
-	return open(path, O_RDONLY | O_CLOEXEC);
+	return fd;
 }
 
 struct quarantine {
@@ -1443,7 +1344,6 @@ spool_quarantine(int fd, const char *dir,
 	struct child *c;
 	int err;
 
-	spools_close();			/* the copy may need their room */
 	q.from = fd;
 	q.dir = dir;
 	if (quarantine_names(&q) == -1)

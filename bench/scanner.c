@@ -2,17 +2,51 @@
  * A clamd that finds everything clean, and at once.  usage: scanner <&SOCKET
  *
  * Standard input is a listening unix socket.  Known are the commands of the
- * programs compared: zFILDES of ours, `SCAN path' of the original's, PING.
+ * programs compared: zINSTREAM of ours, `SCAN path' of the original's, PING.
  */
 
 #include <sys/socket.h>
 
 #include <signal.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
-/* read(2), not recvmsg(2): the kernel drops the descriptor that is passed. */
+/* Chunks: a length, and so many bytes.  The length 0 ends them. */
+static void
+serve_stream(int fd, const char *p, size_t n)
+{
+	static char in[65536];
+	uint32_t length = 0, left = 0;
+	int digits = 0;
+	ssize_t r;
+
+	for (;; p = in, n = r) {
+		while (n > 0) {
+			if (left > 0) {
+				size_t k = n < left ? n : left;
+
+				p += k;
+				n -= k;
+				left -= k;
+				continue;
+			}
+			length = length << 8 | (unsigned char)*p++;
+			n--;
+			if (++digits < 4)
+				continue;
+			digits = 0;
+			if ((left = length) == 0) {
+				(void)!write(fd, "stream: OK", 11);
+				return;
+			}
+		}
+		if ((r = read(fd, in, sizeof(in))) <= 0)
+			return;
+	}
+}
+
 static void
 serve(int fd)
 {
@@ -22,8 +56,8 @@ serve(int fd)
 
 	while ((n = read(fd, in + have, sizeof(in) - 6 - have)) > 0) {
 		have += n;
-		if (have > 8 && memcmp(in, "zFILDES", 8) == 0) {
-			(void)!write(fd, "fd[9]: OK", 10);
+		if (have >= 10 && memcmp(in, "zINSTREAM", 10) == 0) {
+			serve_stream(fd, in + 10, have - 10);
 			return;
 		}
 		if (have >= 6 && memcmp(in, "zPING", 6) == 0) {

@@ -43,7 +43,7 @@ spool_text(struct session *s, struct text *t)
 	char *p = malloc(s->size + 1);
 
 	CHECK(p != NULL, "memory");
-	CHECK(pread(s->spool.fd, p, s->size + 1, scan_line_len) == s->size,
+	CHECK(pread(s->spool, p, s->size + 1, scan_line_len) == s->size,
 	    "the spool is not as long as the daemon thinks");
 	text_add(t, p, s->size);
 	free(p);
@@ -162,7 +162,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	s->hop_size = flags & 4 ? 64 : 0;
 	s->rcpts = 1;
 	message_begin(s);
-	CHECK(s->spool.fd != -1, "no spool: %s", strerror(errno));
+	CHECK(s->spool != -1, "no spool: %s", strerror(errno));
 
 	/* Each piece ends where its memory does. */
 	for (i = 0; i < in.ncut && !end; i++) {

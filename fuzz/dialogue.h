@@ -401,7 +401,7 @@ scan(struct session *s, struct text *out)
 	char head[64], *p = malloc(s->size + 1);
 
 	CHECK(p != NULL, "memory");
-	CHECK(pread(s->spool.fd, p, s->size + 1, scan_line_len) == s->size,
+	CHECK(pread(s->spool, p, s->size + 1, scan_line_len) == s->size,
 	    "the spool is not as long as the daemon thinks");
 	snprintf(head, sizeof head, "M %zu ", (size_t)s->size);
 	text_puts(out, head);

@@ -204,7 +204,7 @@ new_session(struct conf *conf)
 	s->conf = conf;
 	s->client.fd = dup(null_fd);
 	s->server.fd = dup(null_fd);
-	s->clamd.fd = s->spool.fd = s->spool.ro = -1;
+	s->clamd.fd = s->spool = -1;
 	s->client_addr.len = sizeof s->client_addr.u.in;
 	s->client_addr.u.in.sin_family = AF_INET;
 	s->peer_addr = s->client_addr;

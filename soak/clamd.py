@@ -1,14 +1,10 @@
 """clamd, with all that has been seen of it and some more."""
 
-import array
-import os
 import re
-import socket
 import struct
 
 from accounts import virus_names
 from conn import Server
-from harness import Gone
 from plan import VERDICTS, dice, pick
 
 MARK = re.compile(rb"soak-(\d+)-")
@@ -28,16 +24,13 @@ class Clamd(Server):
             if strange == "reset":
                 c.reset()
             return
-        command, fd = self.command(c)
+        command = c.exactly(6)
         if command == b"zPING\0":
             c.send(b"PONG\0")
             return
-        if fd is None:
-            name, data, m = b"stream", *self.stream(c)
-        else:
-            name = b"fd[%d]" % fd
-            data = read_all(fd)
-            m = self.message(data)
+        if command + c.exactly(4) != b"zINSTREAM\0":
+            self.accounts.fail("altered", "clamd got the command %r" % command)
+        data, m = self.stream(c)
         kind = next_scan(m)
         if data is not None:
             if m:
@@ -47,23 +40,7 @@ class Clamd(Server):
                                    % data[:200])
         if m and m.leave in ("scan", "flood") and m.client_goes():
             m.gone_first = not m.said & {"ok"}
-        self.answer(c, m, name, kind)
-
-    def command(self, c):
-        """And the descriptor that comes with FILDES."""
-        fds = array.array("i")
-        while c.ahead not in (b"zPING\0", b"zINSTREAM\0", b"zFILDES\0\0"):
-            try:
-                got, extra, _, _ = c.sock.recvmsg(10 - len(c.ahead),
-                                                  socket.CMSG_SPACE(4))
-            except OSError:
-                got = b""
-            for _, _, numbers in extra if got else ():
-                fds.frombytes(numbers)
-            if not got:
-                raise Gone
-            c.ahead += got
-        return c.take(10), fds[0] if fds else None
+        self.answer(c, m, kind)
 
     def stream(self, c):
         """What is sent, and whose it is.  Where the plan says that it is too
@@ -83,7 +60,7 @@ class Clamd(Server):
         mark = MARK.search(data)
         return self.world.messages[int(mark[1])] if mark else None
 
-    def answer(self, c, m, name, kind):
+    def answer(self, c, m, kind):
         if m:
             m.said.add(kind)
         if kind not in VERDICTS:
@@ -93,29 +70,29 @@ class Clamd(Server):
         elif kind == "late":
             c.wait_end(2.5)
             m.said.add("ok")
-            c.send(name + b": OK\0")
+            c.send(ANSWERS["ok"])
         elif kind == "reset":
             c.reset()
         elif kind == "virus":
-            c.send(name + b": %s FOUND\0" % virus_names(m)[0].encode())
+            c.send(b"stream: %s FOUND\0" % virus_names(m)[0].encode())
         elif kind != "close":
-            c.send(ANSWERS[kind].replace(b"%s", name))
+            c.send(ANSWERS[kind])
 
 
 # With "close", "hang" and "late" all that has gone wrong in the field.
 ANSWERS = {
-    "ok": b"%s: OK\0",
-    "error": b"%s: Can't allocate memory ERROR\0",
-    "half": b"%s: O",
+    "ok": b"stream: OK\0",
+    "error": b"stream: Can't allocate memory ERROR\0",
+    "half": b"stream: O",
     "timed out": b"COMMAND READ TIMED OUT\n",
-    "newline": b"%s: OK\n",
-    "bare": b"%s: OK",
-    "behind": b"%s: OK\0%s: Soak FOUND\0",
-    "x ok": b"%s: x OK\0",
-    "lines": b"%s: one\n%s: OK\0",
-    "megabyte": b"%s: " + b"a" * (1 << 20) + b" OK\0",
+    "newline": b"stream: OK\n",
+    "bare": b"stream: OK",
+    "behind": b"stream: OK\0stream: Soak FOUND\0",
+    "x ok": b"stream: x OK\0",
+    "lines": b"stream: one\nstream: OK\0",
+    "megabyte": b"stream: " + b"a" * (1 << 20) + b" OK\0",
     "refuse": b"UNKNOWN COMMAND\0",
-    "denied": b"%s: Access denied. ERROR\0",
+    "denied": b"stream: Access denied. ERROR\0",
     "limit": b"INSTREAM size limit exceeded. ERROR\0",
 }
 
@@ -128,12 +105,3 @@ def next_scan(m):
     if m.scans <= len(m.clamd):
         return m.clamd[m.scans - 1]
     return "virus" if m.virus else "ok"
-
-
-def read_all(fd):
-    data, got = bytearray(), True
-    while got:
-        got = os.pread(fd, 1 << 20, len(data))
-        data += got
-    os.close(fd)
-    return bytes(data)

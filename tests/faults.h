@@ -199,8 +199,6 @@ fault_cut_file(int fd, size_t n)
     send(f, p, fault_cut(n), flags))
 #define sendfile(to, f, at, n) (fault_socket("sendfile", to) ? -1 : \
     sendfile(to, f, at, fault_cut(n)))
-#define sendmsg(f, m, flags) (fault_socket("sendmsg", f) ? -1 : \
-    sendmsg(f, m, flags))
 /* One byte is a signal's: it can fail only where others wait already. */
 #define write(f, p, n)	((n) > 1 && fault("write") ? -1 : \
     write(f, p, fault_cut_file(f, n)))

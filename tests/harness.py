@@ -5,7 +5,6 @@ Everything blocks, in threads of its own, and every wait has the limit WAIT.
 No test sleeps for a fixed time: it waits until something is the case.
 """
 
-import array
 import contextlib
 import ctypes
 import functools
@@ -15,7 +14,6 @@ import re
 import select
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import threading
@@ -770,11 +768,9 @@ class NextHop(Server):
 class Scan:
     """One scan, as clamd saw it."""
 
-    def __init__(self, command, data, flags=None, inode=None):
-        self.command = command       # "FILDES", "INSTREAM" or "SCAN"
+    def __init__(self, command, data):
+        self.command = command       # "INSTREAM" or "SCAN"
         self.data = data             # everything, the extra first line too
-        self.flags = flags           # open flags of the descriptor passed
-        self.inode = inode           # its os.stat_result
 
     @property
     def first(self):
@@ -790,7 +786,7 @@ class Scan:
 
 
 class Clamd(Server):
-    """clamd over a unix socket (FILDES, INSTREAM) or TCP (INSTREAM).
+    """clamd over a unix socket or TCP.
 
     verdict: a function of the data giving "OK", "NAME FOUND", "WHY ERROR"
     (framed as clamd does), bytes (sent as they are), or an action.  It may
@@ -800,10 +796,9 @@ class Clamd(Server):
 
     family = "clamd"
 
-    def __init__(self, verdict=None, limit=None, refuse=None, **kw):
+    def __init__(self, verdict=None, limit=None, **kw):
         self.verdict = verdict
         self.limit = limit           # StreamMaxLength
-        self.refuse = refuse         # raw answer to FILDES, None: take it
         self.deny_all = None         # raw answer to any command
         self.scans = []
         self.commands = []           # as they came, framing included
@@ -824,35 +819,22 @@ class Clamd(Server):
         with self.lock:
             self.busy.add(sock)
             self.most = max(self.most, len(self.busy))
-        fds = []
         try:
-            self.talk(sock, fds)
+            self.talk(sock)
         except Gone:
             pass
         finally:
-            for fd in fds:
-                os.close(fd)
             self.busy.discard(sock)
 
     def send(self, sock, data):
         self.busy.discard(sock)     # before the daemon can know
         super().send(sock, data)
 
-    def get(self, sock, fds, count=1):
-        """Read, and keep descriptors that come along."""
+    def get(self, sock, count=1):
         data = b""
         while len(data) < count:
             try:
-                if sock.family == socket.AF_UNIX:
-                    got, extra, _, _ = sock.recvmsg(
-                        min(count - len(data), 65536), socket.CMSG_SPACE(16))
-                    for level, kind, cdata in extra:
-                        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                            numbers = array.array("i")
-                            numbers.frombytes(cdata[:len(cdata) // 4 * 4])
-                            fds.extend(numbers)
-                else:
-                    got = sock.recv(min(count - len(data), 65536))
+                got = sock.recv(min(count - len(data), 65536))
             except OSError:
                 raise Gone("reset") from None
             if not got:
@@ -860,11 +842,11 @@ class Clamd(Server):
             data += got
         return data
 
-    def talk(self, sock, fds):
+    def talk(self, sock):
         command = b""
         end = None
         while end is None or not command.endswith(end):
-            command += self.get(sock, fds)
+            command += self.get(sock)
             end = {b"z": b"\0", b"n": b"\n"}.get(command[:1], b"\n")
             if len(command) > 4096:
                 self.error("an endless command: %s" % shown(command))
@@ -878,10 +860,8 @@ class Clamd(Server):
         if word == b"PING":
             self.pings += 1
             self.send(sock, b"PONG" + end)
-        elif word == b"FILDES" and command[:1] in b"zn":
-            self.fildes(sock, fds, end)
         elif word == b"INSTREAM" and command[:1] in b"zn":
-            self.instream(sock, fds, end)
+            self.instream(sock, end)
         elif word.startswith(b"SCAN "):
             with open(word[5:].rstrip(b"\r"), "rb") as file:
                 self.judge(sock, Scan("SCAN", file.read()),
@@ -890,46 +870,16 @@ class Clamd(Server):
             self.error("unknown command %r" % command)
             self.send(sock, b"UNKNOWN COMMAND" + end)
 
-    def fildes(self, sock, fds, end):
-        if self.refuse is not None:
-            self.send(sock, self.refuse)
-            return
-        if sock.family != socket.AF_UNIX:
-            self.error("FILDES over TCP")
-            self.send(sock, b"No file descriptor received. ERROR" + end)
-            return
-        self.get(sock, fds)
-        if len(fds) != 1:
-            self.error("FILDES came with %d descriptors" % len(fds))
-            self.send(sock, b"No file descriptor received. ERROR" + end)
-            return
-        fd = fds[0]
-        import fcntl
-        inode = os.fstat(fd)
-        if not stat.S_ISREG(inode.st_mode):
-            self.error("not a regular file")
-            self.send(sock, b"fd[%d]: Not a regular file ERROR" % fd + end)
-            return
+    def instream(self, sock, end):
         data = bytearray()
         while True:
-            got = os.pread(fd, 1 << 20, len(data))
-            if not got:
-                break
-            data += got
-        self.judge(sock, Scan("FILDES", bytes(data),
-                              fcntl.fcntl(fd, fcntl.F_GETFL), inode),
-                   "fd[%d]" % fd, end)
-
-    def instream(self, sock, fds, end):
-        data = bytearray()
-        while True:
-            size = struct.unpack("!I", self.get(sock, fds, 4))[0]
+            size = struct.unpack("!I", self.get(sock, 4))[0]
             if size == 0:
                 break
             if self.limit is not None and len(data) + size > self.limit:
                 self.send(sock, b"INSTREAM size limit exceeded. ERROR" + end)
                 return
-            data += self.get(sock, fds, size)
+            data += self.get(sock, size)
         self.judge(sock, Scan("INSTREAM", bytes(data)), "stream", end)
 
     def judge(self, sock, scan, name, end):
@@ -1371,19 +1321,11 @@ class Daemon:
     # -- the end
 
     def settle(self):
-        """With its clients gone the daemon is as it was before them, but for
-        spools that it keeps for a while, no more than it has had sessions, with
-        two descriptors each."""
+        """With its clients gone the daemon is as it was before them."""
         if not self.alive() or not hasattr(self, "idle"):
             return
-        spare = r"%s/.* \(deleted\)$" % re.escape(str(self.spool))
-
-        def is_idle():
-            spares = [name for name in self.open_files() if re.match(spare, name)]
-            most = min(8, len(self.log("accepted connection")))
-            return (self.fds() - len(spares) <= self.idle and
-                    len(set(spares)) <= most and len(spares) <= 2 * most)
-        until(is_idle, "descriptors are closed: %d at the start, now %s"
+        until(lambda: self.fds() <= self.idle,
+              "descriptors are closed: %d at the start, now %s"
               % (self.idle, self.open_files()))
         until(lambda: not self.children(), "children are gone and reaped")
 

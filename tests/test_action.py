@@ -361,7 +361,7 @@ def test_action_sender_is_bare_text(site, command, name, want):
 def test_action_variables_have_no_control_characters(site):
     """PROMISE 8."""
     result = environment(site)
-    site.clamd.verdict = b"fd[1]: Evil \x07X=y\x1b FOUND\0"
+    site.clamd.verdict = b"stream: Evil \x07X=y\x1b FOUND\0"
     client = site.session()
     client.cmd(b"XFORWARD ADDR=192.0.2.5+0AREMOTE_HELO=x HELO=a+1B+0Ab", "250")
     client.cmd(b"MAIL FROM:<a\x1b\x07b@c>", "250")

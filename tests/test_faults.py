@@ -48,7 +48,6 @@ FAULTS = {
     "recv": "ECONNRESET 0 EAGAIN EINTR ETIMEDOUT",
     "send": "EPIPE 0 EAGAIN EINTR ECONNRESET ENOBUFS",
     "sendfile": "EIO 0 EINVAL EAGAIN EINTR EPIPE",
-    "sendmsg": "EPIPE EAGAIN EINTR ETOOMANYREFS",
     "setrlimit": "EPERM",
     "setsockopt": "ENOBUFS",
     "socket": "EMFILE ENOBUFS",
@@ -66,8 +65,8 @@ AT_START = {
 }
 # What any signal may do to what talks to others, again and again.
 STORMS = {
-    "EINTR": "accept4 poll pwritev recv send sendfile sendmsg waitpid",
-    "EAGAIN": "accept4 recv send sendfile sendmsg",
+    "EINTR": "accept4 poll pwritev recv send sendfile waitpid",
+    "EAGAIN": "accept4 recv send sendfile",
     "0": "pread pwritev recv send sendfile",
 }
 # What may go on for a while.
@@ -75,7 +74,7 @@ LASTING = {
     "accept4": "EMFILE", "connect": "ECONNREFUSED", "fork": "EAGAIN",
     "fsync": "EIO", "link": "ENOSPC", "malloc": "ENOMEM", "open": "EMFILE",
     "pipe2": "EMFILE", "pread": "EIO", "pwritev": "ENOSPC", "recv": "ECONNRESET",
-    "send": "EPIPE", "sendfile": "EIO", "sendmsg": "EPIPE", "socket": "EMFILE",
+    "send": "EPIPE", "sendfile": "EIO", "socket": "EMFILE",
 }
 
 STATE = struct.Struct("Q" + "8sQ" * 255)     # struct faults

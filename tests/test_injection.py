@@ -142,7 +142,7 @@ def test_text_in_the_name_of_a_virus(site, name):
     """One word of printable ASCII in header, variable and log."""
     text = b"A " + TEXTS[name] + b"\r Z"
     want = re.sub(rb"[^!-~]", b"_", text)[:159].decode()
-    site.clamd.verdict = b"fd[9]: " + text + b" FOUND\0"
+    site.clamd.verdict = b"stream: " + text + b" FOUND\0"
     result = environment(site, Action="pass")
     client = site.session()
     client.mail(body=GOOD)
@@ -159,7 +159,7 @@ def test_text_in_the_name_of_a_virus(site, name):
 @pytest.mark.parametrize("failure", ["tempfail", "pass"])
 def test_text_in_an_error_of_clamd(site, failure, text):
     """It gets into a reply, a header and the log."""
-    site.clamd.verdict = b"fd[9]: " + text + b" ERROR\0"
+    site.clamd.verdict = b"stream: " + text + b" ERROR\0"
     site.start(ScanFailure=failure)
     client = site.session()
     client.envelope()

@@ -125,7 +125,7 @@ def test_the_other_verdicts(site):
     found = mails(daemon, 4)
     assert [(m["status"], m["reply"][:3]) for m in found] == [
         ("oversize", "552"), ("clamd_error", "451"), ("clean", "554"), ("error", "451")]
-    assert found[1]["reason"] == 'it answered "sick ERROR"'
+    assert found[1]["reason"] == 'it answered "stream: sick ERROR"'
     assert "scan_ms" not in found[0] and "scan_ms" in found[2]
     assert not any("virus" in mail for mail in found)
 
@@ -136,7 +136,7 @@ def test_a_message_that_passes_unscanned(site):
     site.session().mail()
     mail, = mails(daemon)
     assert (mail["status"], mail["reply"][:3]) == ("unscanned", "250")
-    assert mail["reason"] == 'it answered "sick ERROR"'
+    assert mail["reason"] == 'it answered "stream: sick ERROR"'
 
 
 def test_the_null_sender_and_helo(site):
@@ -234,7 +234,7 @@ def test_every_line_parses_whatever_the_servers_say(site, name):
     daemon = start(site, Action="pass")
     client = site.session()
     client.mail()
-    site.clamd.verdict = [b"fd[3]: " + text + b" FOUND\0", b"fd[3]: " + text + b" ERROR\0"]
+    site.clamd.verdict = [b"stream: " + text + b" FOUND\0", b"stream: " + text + b" ERROR\0"]
     client.submit(GOOD)
     client.reply()
     client.mail(want="451")

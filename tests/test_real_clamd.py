@@ -248,13 +248,17 @@ def test_second_clamd(site, own_clamd, clamd):
     client.quit()
 
 
-BIG = real.attached(bytes(range(256)) * 2048 + EICAR, "big.bin")    # 700 KiB
+# ---------------------------------------------------------------- limits
+
+# 700 KiB, and what a scanner would find is in the first line of the text
+BIG = EICAR_MAILS["plain"] + b"x" * 76 + (b"\r\n" + b"x" * 76) * 9000 + b"\r\n"
 
 
-def test_stream_limit(site, own_clamd):
-    """Longer than clamd's StreamMaxLength: refused, as over MaxScanSize."""
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_above_stream_max_length_is_552(site, own_clamd, kind):
+    """A message above clamd's StreamMaxLength is refused, over either socket."""
     clamd = own_clamd(StreamMaxLength="100K")
-    site.start(ClamAddress=clamd.tcp)
+    site.start(ClamAddress=clamd.path if kind == "unix" else clamd.tcp)
     client = site.session()
     client.mail(body=BIG, want="552 5.3.4 Message too big")
     client.mail(body=CLEAN)
@@ -263,9 +267,10 @@ def test_stream_limit(site, own_clamd):
     site.daemon.wait_log("status=OVERSIZE$")
 
 
-def test_stream_limit_pass(site, own_clamd):
+def test_above_stream_max_length_with_scanfailure_pass_is_marked(site, own_clamd):
+    """ScanFailure: pass forwards such a message, marked as not scanned."""
     clamd = own_clamd(StreamMaxLength="100K")
-    site.start(ClamAddress=clamd.tcp, ScanFailure="pass")
+    site.start(ClamAddress=clamd.path, ScanFailure="pass")
     client = site.session()
     client.mail(body=BIG)
     client.quit()
@@ -274,13 +279,28 @@ def test_stream_limit_pass(site, own_clamd):
     site.daemon.wait_log("status=UNSCANNED$")
 
 
-def test_stream_limit_is_not_for_files(site, own_clamd):
-    """A file passed over the unix socket is not bound by it."""
-    clamd = own_clamd(StreamMaxLength="100K")
-    site.start(ClamAddress=clamd.path, Action="bounce")
+@pytest.mark.parametrize("where", ["ours", "clamd's"])
+def test_above_max_file_size_is_552_where_a_limit_is_as_low(site, own_clamd, where):
+    """clamd says OK, without a look, to a stream between its MaxFileSize and its
+    StreamMaxLength: MaxScanSize or StreamMaxLength must not be above MaxFileSize."""
+    clamd = own_clamd(MaxFileSize="100K", StreamMaxLength="100K" if where != "ours" else "100M")
+    site.start(ClamAddress=clamd.path, MaxScanSize="100K" if where == "ours" else "0")
     client = site.session()
-    client.mail(body=BIG, want=REJECTED % EICAR_NAME)
+    client.mail(body=BIG, want="552 5.3.4 Message too big")
     client.quit()
+    assert site.hop.messages == []
+    site.daemon.wait_log("status=OVERSIZE$")
+
+
+def test_above_max_file_size_is_found_with_alert_exceeds_max(site, own_clamd):
+    """clamd's AlertExceedsMax names a message that it did not look at."""
+    clamd = own_clamd(MaxFileSize="100K", StreamMaxLength="100M", AlertExceedsMax="yes")
+    site.start(ClamAddress=clamd.path,
+               Action=["bounce Heuristics.Limits.Exceeded*", "drop"])
+    client = site.session()
+    client.mail(body=BIG, want=REJECTED % "Heuristics.Limits.Exceeded.MaxFileSize")
+    client.quit()
+    assert site.hop.messages == []
 
 
 # ---------------------------------------------------------------- mail or not

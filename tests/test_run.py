@@ -679,14 +679,6 @@ def test_quarantine_and_action_as_the_user(open_site):
     client.quit()
 
 
-def test_clamd_gets_a_descriptor_for_reading_from_a_user_too(open_site):
-    """Who may not look into /proc of a process that was root's."""
-    open_site.start(User="nobody")
-    open_site.session().mail()
-    scan, = open_site.clamd.scans
-    assert scan.flags & os.O_ACCMODE == os.O_RDONLY
-
-
 def test_there_is_never_a_core(open_site):
     """Mail would be in it.  Where cores are piped into a program the limit is
     not asked, unless it is 1; or it is not dumpable: /proc files are root's."""

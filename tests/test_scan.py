@@ -1,10 +1,9 @@
-"""Talking to clamd: descriptors, streams, answers, failures, limits."""
+"""Talking to clamd: streams, answers, failures, limits."""
 
-import fcntl
-import itertools
 import os
 import re
 import socket
+import struct
 import threading
 
 import pytest
@@ -25,36 +24,32 @@ def clamd(request, site):
 # ---------------------------------------------------------------- what it gets
 
 @pytest.mark.core
-def test_a_unix_socket_gets_a_descriptor(site):
+def test_clamd_on_any_socket_gets_a_stream(site, clamd):
+    """clamd gets the message as INSTREAM, over a unix socket and over TCP."""
     client = site.session()
     client.mail(body=BODY)
-    scan, = site.clamd.scans
-    assert scan.command == "FILDES"
-    assert site.clamd.commands == [b"zFILDES\0"]
+    scan, = clamd.scans
+    assert clamd.commands == [b"zINSTREAM\0"]
     same(scan.mail, BODY)
     client.quit()
 
 
-@pytest.mark.core
-def test_tcp_gets_a_stream(site):
-    site.clamd = site.new_clamd(tcp=True)
-    client = site.session()
-    client.mail(body=BODY)
-    scan, = site.clamd.scans
-    assert scan.command == "INSTREAM"
-    assert site.clamd.commands == [b"zINSTREAM\0"]
-    same(scan.mail, BODY)
-    client.quit()
+@pytest.mark.parametrize("size, want", [(2000, 1), (16000, 1), (30000, 2)])
+def test_a_small_message_leaves_for_clamd_in_one_segment(site, size, want):
+    """Command, length, message and end are one write, but for a large message."""
+    segments = []
 
-
-def test_the_descriptor_cannot_write_and_has_no_name(site):
+    class Counting(Clamd):
+        def judge(self, sock, scan, *rest):
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+            segments.append(struct.unpack_from("I", info, 152)[0])  # tcpi_data_segs_in
+            super().judge(sock, scan, *rest)
+    site.clamd = Counting()
+    site.servers.append(site.clamd)
     client = site.session()
-    client.mail(body=BODY)
-    scan, = site.clamd.scans
-    assert scan.flags & os.O_ACCMODE == os.O_RDONLY
-    assert scan.inode.st_nlink == 0
-    assert scan.inode.st_mode & 0o777 == 0o600
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * size + b"\r\n")
     client.quit()
+    assert segments == [want]
 
 
 def test_no_file_is_in_temp_directory_while_clamd_scans(site):
@@ -133,33 +128,33 @@ def test_a_connection_is_made_when_the_message_is_complete(site, clamd):
 # ---------------------------------------------------------------- answers
 
 CLEAN = [
-    b"fd[12]: OK\0", b"fd[0]: OK\0", b"stream: OK\0", b"fd[123456]: OK\0",
-    Drip(b"fd[12]: OK\0"),
+    b"stream: OK\0", Drip(b"stream: OK\0"),
 ]
 FOUND = [
-    (b"fd[12]: Eicar-Test FOUND\0", "Eicar-Test"),
-    (b"fd[12]: {HEX}EICAR.TEST.3.UNOFFICIAL FOUND\0",
+    (b"stream: Eicar-Test FOUND\0", "Eicar-Test"),
+    (b"stream: {HEX}EICAR.TEST.3.UNOFFICIAL FOUND\0",
      "{HEX}EICAR.TEST.3.UNOFFICIAL"),
-    (b"fd[12]: Eicar(44d88612fea8a8f36de82e1278abb02f:68) FOUND\0",
+    (b"stream: Eicar(44d88612fea8a8f36de82e1278abb02f:68) FOUND\0",
      "Eicar(44d88612fea8a8f36de82e1278abb02f:68)"),
-    (b"fd[12]: OK FOUND\0", "OK"),
-    (b"fd[12]: x OK FOUND\0", "x_OK"),
-    (b"fd[12]: FOUND FOUND\0", "FOUND"),
+    (b"stream: OK FOUND\0", "OK"),
+    (b"stream: x OK FOUND\0", "x_OK"),
+    (b"stream: FOUND FOUND\0", "FOUND"),
     (Drip(b"stream: A.B FOUND\0"), "A.B"),
 ]
 ERRORS = [
-    b"fd[12]: NOTOK\0", b"NOTOK\0", b"fd[12]: OK", b"fd[12]: OK\n", b"OK\0",
-    b"fd[12]: ok\0", b"fd[12]: \0", b"fd[12]:\0", b"\0", b"", b"fd[12]: FOUND\0",
-    b"fd[12]:  FOUND\0", b"fd[12]: OK \0", b"fd[12]: OK extra\0",
-    b"fd[12]: Eicar: OK\0", b"fd[12]: x OK\0", b"fd[12]: x FOUND: OK\0",
-    b"fd[12]: Eicar found\0",
-    b"fd[12]: Eicar FOUND", b"fd[12]: Eicar FOUN", b"fd[12]: Some reason ERROR\0",
-    b"fd[12]: Can't create temporary directory ERROR\0",
+    b"fd[12]: OK\0", b"fd[12]: Eicar FOUND\0", b"UNKNOWN COMMAND\0", b"stream: OK",
+    b"stream: NOTOK\0", b"NOTOK\0", b"stream: OK\n", b"OK\0",
+    b"stream: ok\0", b"stream: \0", b"stream:\0", b"\0", b"", b"stream: FOUND\0",
+    b"stream:  FOUND\0", b"stream: OK \0", b"stream: OK extra\0",
+    b"stream: Eicar: OK\0", b"stream: x OK\0", b"stream: x FOUND: OK\0",
+    b"stream: Eicar found\0",
+    b"stream: Eicar FOUND", b"stream: Eicar FOUN", b"stream: Some reason ERROR\0",
+    b"stream: Can't create temporary directory ERROR\0",
     b"COMMAND READ TIMED OUT\n", b"COMMAND UNAVAILABLE\0", b"PONG\0",
-    b"x" * (1 << 20), b"fd[12]: " + b"x" * 100000 + b" OK\0", b"fd[12]:OK\0",
-    b"fd[12] OK\0", b"250 ok\r\n", b"fd[12]: OK\r\n\0",
-    b"fd[12]: OK\0fd[12]: X FOUND\0", b"fd[12]: OK\0\n",
-    b"fd[12]: X FOUND\0fd[12]: OK\0", b"fd[12]: " + b"x" * 5000 + b" FOUND\0",
+    b"x" * (1 << 20), b"stream: " + b"x" * 100000 + b" OK\0", b"stream:OK\0",
+    b"stream OK\0", b"250 ok\r\n", b"stream: OK\r\n\0",
+    b"stream: OK\0stream: X FOUND\0", b"stream: OK\0\n",
+    b"stream: X FOUND\0stream: OK\0", b"stream: " + b"x" * 5000 + b" FOUND\0",
 ]
 
 
@@ -191,8 +186,6 @@ def test_answer_that_names_a_virus(site, answer, name):
 @pytest.mark.parametrize("answer", ERRORS, ids=lambda a: repr(a[:40]))
 def test_any_other_answer_is_an_error(site, clamd, answer):
     """PROMISE 4: exactly OK or FOUND, nothing else."""
-    if clamd.path is None:
-        answer = answer.replace(b"fd[12]", b"stream")
     clamd.verdict = answer
     client = site.session()
     client.mail(want="451 4.3.0 Local Error")
@@ -206,7 +199,7 @@ def test_any_other_answer_is_an_error(site, clamd, answer):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("what", [CLOSE, RESET, Then(b"fd[12]: OK", RESET)],
+@pytest.mark.parametrize("what", [CLOSE, RESET, Then(b"stream: OK", RESET)],
                          ids=["closes", "resets", "half an answer"])
 def test_clamd_that_goes_away_is_an_error(site, clamd, what):
     clamd.verdict = what
@@ -220,10 +213,9 @@ def test_clamd_that_goes_away_is_an_error(site, clamd, what):
 def test_the_reason_is_read_though_clamd_reads_no_further(site, unix):
     """It closes with most of the stream unread: EPIPE, or a reset."""
     class Full(Clamd):
-        def instream(self, sock, fds, end):
+        def instream(self, sock, end):
             self.send(sock, b"Can't write to temporary file. ERROR\0")
-    site.clamd = Full(path=site.path("clamd.sock") if unix else None,
-                      refuse=b"UNKNOWN COMMAND\0" if unix else None)
+    site.clamd = Full(path=site.path("clamd.sock") if unix else None)
     site.servers.append(site.clamd)
     client = site.session()
     client.mail(body=b"A: b\r\n\r\n" + b"x" * 3000000 + b"\r\n",
@@ -237,7 +229,7 @@ def test_the_reason_is_read_though_clamd_reads_no_further(site, unix):
                                   b"Evil\n250 ok"])
 def test_a_virus_name_is_text(site, name):
     """PROMISE 8: control characters reach neither log nor reply."""
-    site.clamd.verdict = b"fd[12]: " + name + b" FOUND\0"
+    site.clamd.verdict = b"stream: " + name + b" FOUND\0"
     site.start(Action="bounce")
     client = site.session()
     client.envelope()
@@ -253,7 +245,7 @@ def test_a_virus_name_is_text(site, name):
 
 
 def test_an_overlong_virus_name_is_cut(site):
-    site.clamd.verdict = b"fd[12]: " + b"V" * 900 + b" FOUND\0"
+    site.clamd.verdict = b"stream: " + b"V" * 900 + b" FOUND\0"
     site.start(Action="bounce")
     client = site.session()
     client.submit(BODY)
@@ -278,21 +270,15 @@ def test_clamd_that_is_not_there_is_an_error(site, clamd):
     client.quit()
 
 
-def out_of_memory():
-    """The number is clamd's own, another one for each scan."""
-    numbers = itertools.count(10)
-    return lambda data: b"fd[%d]: Can't allocate memory ERROR\0" % next(numbers)
-
-
 @pytest.mark.parametrize("verdict, reason", [
     (None, "connect: No such file"),
     (CLOSE, "closed the connection without an answer"),
-    (Then(b"fd[12]: O", CLOSE), 'answered .*O", which is no whole answer'),
+    (Then(b"stream: O", CLOSE), 'answered .*O", which is no whole answer'),
     (b"COMMAND READ TIMED OUT\n", 'answered "COMMAND READ TIMED OUT"'),
-    (b"fd[12]: x OK\0", 'answered .*x OK"'),
+    (b"stream: x OK\0", 'answered .*x OK"'),
     (b"x" * (1 << 20), "at too great a length"),
-    (out_of_memory(), "Can't allocate memory ERROR"),
-], ids=["absent", "closes", "half", "time-out", "x OK", "1 MiB", "numbers"])
+    (b"stream: Can't allocate memory ERROR\0", "Can't allocate memory ERROR"),
+], ids=["absent", "closes", "half", "time-out", "x OK", "1 MiB", "no memory"])
 def test_a_failure_is_named_in_the_log_once_and_so_is_its_end(site, verdict, reason):
     """Not once a message; and the first message of better times passes."""
     site.start(level=3)
@@ -439,43 +425,6 @@ def test_an_error_resets_the_next_hop_and_the_session_goes_on(site):
     client.quit()
 
 
-# ---------------------------------------------------------------- fallback
-
-REFUSALS = [b"No file descriptor received. ERROR\0", b"UNKNOWN COMMAND\0",
-            b"fd[10]: Access denied. ERROR\0", b"UNKNOWN COMMAND\n"]
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("refusal", REFUSALS)
-def test_refused_descriptor_is_sent_as_a_stream_and_remembered(site, refusal):
-    site.clamd.refuse = refusal
-    client = site.session()
-    for _ in range(3):
-        client.mail(body=BODY)
-    assert [s.command for s in site.clamd.scans] == ["INSTREAM"] * 3
-    assert site.clamd.commands == [b"zFILDES\0"] + [b"zINSTREAM\0"] * 3
-    for scan in site.clamd.scans:
-        same(scan.mail, BODY)
-    client.quit()
-
-
-def test_access_denied_behind_the_descriptor(site):
-    """AppArmor says so when clamd reads, not when it takes the descriptor."""
-    site.clamd.verdict = [b"fd[10]: Access denied. ERROR\0"]
-    client = site.session()
-    client.mail(body=BODY)
-    assert [s.command for s in site.clamd.scans] == ["FILDES", "INSTREAM"]
-    client.quit()
-
-
-def test_a_refusal_of_both_is_an_error(site):
-    site.clamd.deny_all = b"UNKNOWN COMMAND\0"
-    client = site.session()
-    client.mail(want="451 4.3.0")
-    assert site.hop.messages == []
-    client.quit()
-
-
 # ---------------------------------------------------------------- failover
 
 @pytest.mark.core
@@ -494,7 +443,7 @@ def test_several_clamds_the_first_alive_is_used(site):
     client.quit()
 
 
-@pytest.mark.parametrize("what", [CLOSE, RESET, b"fd[1]: Out of memory ERROR\0"])
+@pytest.mark.parametrize("what", [CLOSE, RESET, b"stream: Out of memory ERROR\0"])
 def test_a_clamd_that_fails_in_a_scan_is_replaced_by_the_next(site, what):
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict = what
@@ -556,7 +505,7 @@ def test_a_dead_clamd_is_left_alone_while_another_is_alive(site):
 def test_an_error_is_no_death(site):
     """A clamd that could not scan one message is asked for the next."""
     first, second = site.new_clamd(), site.new_clamd()
-    first.verdict = [b"fd[1]: Heuristics limits exceeded ERROR\0"]
+    first.verdict = [b"stream: Heuristics limits exceeded ERROR\0"]
     site.start(ClamAddress=[first.address, second.address])
     client = site.session()
     for _ in range(3):
@@ -796,55 +745,6 @@ def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
     two.expect("250 2.0.0 queued")
     two.quit()
     hold.go()
-
-
-def test_a_file_that_serves_again_is_read_from_its_start(site):
-    """What clamd is passed shares its offset with what clamd was passed before.
-    PROMISE 2: it cannot be written to either."""
-    seen = []
-
-    class Reader(Clamd):
-        def fildes(self, sock, fds, end):
-            self.get(sock, fds)
-            with open(os.dup(fds[0]), "rb") as spool:
-                seen.append((spool.read(), fcntl.fcntl(spool, fcntl.F_GETFL) & os.O_ACCMODE))
-            self.send(sock, b"fd[3]: OK\0")
-
-    clamd = Reader(path=site.path("reader.sock"))
-    site.servers.append(clamd)
-    site.start(ClamAddress=clamd.address)
-    client = site.session()
-    for _ in range(3):
-        client.mail(body=BODY)
-    client.quit()
-    data, flags = zip(*seen)
-    assert len(seen) == 3 and set(flags) == {os.O_RDONLY}
-    assert len(set(data)) == 1 and data[0].endswith(BODY)
-
-
-def test_an_abandoned_scan_never_gets_to_see_another_message(site):
-    """clamd reads on when nobody waits for its verdict any more."""
-    held, spools = Hold(), []
-
-    class Reader(Clamd):
-        def fildes(self, sock, fds, end):
-            self.get(sock, fds)
-            spools.append(os.dup(fds[0]))
-            if len(spools) == 1:
-                held.wait(self)
-            self.send(sock, b"fd[3]: OK\0")
-
-    clamd = Reader(path=site.path("reader.sock"))
-    site.servers.append(clamd)
-    site.start(ClamAddress=clamd.address, ScanTimeOut="1", ScanFailure="pass")
-    client = site.session()
-    client.mail(body=BODY)
-    client.mail(body=b"Subject: y\r\n\r\nsomebody else's\r\n")
-    client.quit()
-    held.go()
-    with open(spools[0], "rb") as spool:
-        assert spool.read().endswith(BODY)
-    os.close(spools[1])
 
 
 @pytest.mark.parametrize("ending", ["reset", "half_close"])

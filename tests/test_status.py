@@ -96,12 +96,12 @@ def test_the_page_tells_a_person_how_it_is(site, run):
 
 def test_the_page_names_what_is_wrong_with_clamd(site):
     """PROMISE 8: and what it said is text."""
-    site.clamd.verdict = b"fd[3]: \x1b[2J\x07 \r<b> ERROR\0"
+    site.clamd.verdict = b"stream: \x1b[2J\x07 \r<b> ERROR\0"
     address = start(site, ClamAddress=["/no/such/socket", site.clamd.address])
     site.session().mail(want="451")
     text = get(address).text
     assert re.search("^clamd /no/such/socket: connect: No such file", text, re.M)
-    assert re.search(r'^clamd %s: it answered "\\x1B\[2J\\x07 ' %
+    assert re.search(r'^clamd %s: it answered "stream: \\x1B\[2J\\x07 ' %
                      re.escape(site.clamd.address), text, re.M)
     assert re.fullmatch(r"[ -~\n]+", text)
 

@@ -934,12 +934,16 @@ visitors_watch(void)
  * Listeners and sessions.
  */
 
+typedef void serve_fn(int fd, const struct addr *);
+
 struct listener {
-	int	 fd;
-	int	 kept;			/* in the new settings too */
+	int	 fd;			/* -1: it makes room for another one */
+	serve_fn *serve;		/* as the settings in effect have it, */
+	serve_fn *wanted;		/* and the new ones; NULL: not at all */
 	char	*text;			/* the Listen or StatusListen line */
-	void	(*serve)(int fd, const struct addr *);
+	struct addr asked;		/* its port may be 0 */
 	struct addr addr;
+	int	 v6only;		/* [::], and IPv4 has a line of its own */
 	struct listener *next;
 };
 static struct listener *listeners;
@@ -1025,9 +1029,18 @@ on_accept(void *arg, int revents)
 	    errno == EINTR)
 		return;
 	if (!complained)
-		logmsg(LOG_ERR, "%s: accept:", l->text);
+		logmsg(LOG_ERR, "%s: accept:", addr_full(&l->addr));
 	complained = 1;
 	paused_until = now + PAUSE_TIME;
+}
+
+/* A child may still hold a copy of the descriptor, and with it the port. */
+static void
+listener_shut(struct listener *l)
+{
+	shutdown(l->fd, SHUT_RDWR);
+	close(l->fd);
+	l->fd = -1;
 }
 
 static void
@@ -1038,9 +1051,12 @@ listener_close(struct listener *l)
 	for (p = &listeners; *p != l; p = &(*p)->next)
 		;
 	*p = l->next;
-	if (l->addr.u.sa.sa_family == AF_UNIX && l->fd != -1)
-		unlink(l->addr.u.un.sun_path);
-	close(l->fd);
+	if (l->addr.u.sa.sa_family == AF_UNIX && l->fd != -1 &&
+	    unlink(l->addr.u.un.sun_path) == -1 && errno != ENOENT)
+		logmsg(LOG_WARNING, "%s: the socket stays, for it cannot be "
+		    "removed:", addr_full(&l->addr));
+	if (l->fd != -1)
+		listener_shut(l);
 	free(l->text);
 	free(l);
 }
@@ -1052,46 +1068,130 @@ listeners_close(int kept_ones)
 
 	for (l = listeners; l != NULL; l = next) {
 		next = l->next;
-		if (kept_ones || !l->kept)
+		if (kept_ones || l->wanted == NULL)
 			listener_close(l);
 	}
 }
 
-/* [::]:25 and 0.0.0.0:25 beside it do not get into each other's way. */
+/* The Listen and StatusListen lines; how many. */
 static int
-has_ipv4_too(const struct conf *c, unsigned port)
+listen_targets(const struct conf *c, struct target *t[MAXLISTEN + 1])
 {
-	int i;
+	int n = c->nlisten;
 
-	for (i = 0; i < c->nlisten; i++)
-		if (c->listen[i]->naddr == 1 && c->listen[i]->port == port &&
-		    c->listen[i]->addr[0].u.sa.sa_family == AF_INET)
-			return 1;
+	memcpy(t, c->listen, n * sizeof *t);
+	if (c->status != NULL)
+		t[n++] = c->status;
+	return n;
+}
+
+/*
+ * The addresses of a name: looked up at the start, which takes its time.  A
+ * reload must not (promise 5); the name stays at the addresses it has.
+ */
+static void
+listen_resolve(struct target *t, int starting)
+{
+	struct listener *l;
+
+	if (t->name == NULL)
+		return;
+	t->naddr = 0;
+	if (starting)
+		t->naddr = addr_lookup(t->name, t->port, t->addr);
+	else
+		for (l = listeners; l != NULL; l = l->next)
+			if (strcmp(l->text, t->text) == 0 &&
+			    addr_port(&l->asked) == t->port &&
+			    t->naddr < MAXADDRS)
+				t->addr[t->naddr++] = l->addr;
+}
+
+/* [::]:25 leaves IPv4 to a Listen line for IPv4 with the same port. */
+static int
+is_v6only(const struct conf *c, const struct addr *a)
+{
+	const struct target *t;
+	int i, j;
+
+	if (a->u.sa.sa_family != AF_INET6 ||
+	    !IN6_IS_ADDR_UNSPECIFIED(&a->u.in6.sin6_addr))
+		return 0;
+	for (i = 0; i < c->nlisten; i++) {
+		t = c->listen[i];
+		for (j = 0; j < t->naddr; j++)
+			if (t->addr[j].u.sa.sa_family == AF_INET &&
+			    addr_port(&t->addr[j]) == addr_port(a))
+				return 1;
+	}
 	return 0;
 }
 
-/* status: StatusListen's. */
+/* The open one that is what the settings ask for.  NULL: there is none. */
+static struct listener *
+listener_find(const struct conf *c, const struct addr *a)
+{
+	struct listener *l;
+
+	for (l = listeners; l != NULL; l = l->next)
+		if ((addr_equal(a, &l->asked) || addr_equal(a, &l->addr)) &&
+		    l->v6only == is_v6only(c, a))
+			return l;
+	return NULL;
+}
+
+/*
+ * Shut those of our own that keep the address from a new one, 127.0.0.1:25 from
+ * 0.0.0.0:25.  A path is the same or another: there it never comes to that.
+ */
 static int
-listener_open(const struct conf *c, const struct target *t, int status,
+listeners_make_room(const struct addr *a)
+{
+	struct listener *l;
+	int n = 0;
+
+	for (l = listeners; l != NULL; l = l->next)
+		if (l->wanted == NULL && l->fd != -1 &&
+		    a->u.sa.sa_family != AF_UNIX &&
+		    l->addr.u.sa.sa_family != AF_UNIX &&
+		    addr_port(&l->addr) == addr_port(a)) {
+			listener_shut(l);
+			n++;
+		}
+	return n;
+}
+
+/* Returns 0, or -1 with errno set. */
+static int
+listener_open(const struct conf *c, const struct target *t, serve_fn *serve,
     const struct addr *a)
 {
-	struct listener *l = calloc(1, sizeof *l);
-	const char *setting = status ? "StatusListen" : "Listen";
+	struct listener *l = listener_find(c, a);
+	int err;
 
+	if (l != NULL && l->wanted == serve)
+		return 0;
+	if (l != NULL) {
+		errno = EADDRINUSE;
+		return -1;
+	}
+	l = calloc(1, sizeof *l);
 	if (l == NULL || (l->text = strdup(t->text)) == NULL) {
-		logmsg(LOG_ERR, "%s: %s:", setting, t->text);
 		free(l);
 		return -1;
 	}
-	l->serve = status ? visitor_add : session_add;
-	l->addr = *a;
-	l->kept = 1;
+	l->wanted = serve;
+	l->asked = l->addr = *a;
+	l->v6only = is_v6only(c, a);
 	l->next = listeners;
 	listeners = l;
-	l->fd = addr_listen(a, c->transparent, has_ipv4_too(c, t->port));
+	l->fd = addr_listen(a, c->transparent, l->v6only);
+	if (l->fd == -1 && errno == EADDRINUSE && listeners_make_room(a) > 0)
+		l->fd = addr_listen(a, c->transparent, l->v6only);
 	if (l->fd == -1) {
-		logmsg(LOG_ERR, "%s: %s:", setting, addr_full(a));
+		err = errno;
 		listener_close(l);
+		errno = err;
 		return -1;
 	}
 	if (a->u.sa.sa_family != AF_UNIX)	/* port 0: the kernel's choice */
@@ -1099,55 +1199,97 @@ listener_open(const struct conf *c, const struct target *t, int status,
 	return 0;
 }
 
+/* One working address of a name is enough. */
 static int
-listen_on(const struct conf *c, struct target *t, int starting)
+listen_on(const struct conf *c, const struct target *t, int starting)
 {
-	struct listener *l;
-	int i, n = t->naddr, same = 0, status = t == c->status;
+	const char *setting = t == c->status ? "StatusListen" : "Listen";
+	int i, opened = 0;
 
-	for (l = listeners; l != NULL; l = l->next)
-		if (strcmp(l->text, t->text) == 0 &&
-		    (l->serve == visitor_add) == status)
-			same = l->kept = 1;
-	if (same)
-		return 0;
-	if (t->name != NULL && starting)
-		n = t->naddr = addr_lookup(t->name, t->port, t->addr);
-	if (n == 0) {
-		logmsg(LOG_ERR, "%s: %s: %s", status ? "StatusListen" :
-		    "Listen", t->text, starting ?
+	if (t->naddr == 0)
+		logmsg(LOG_ERR, "%s: %s: %s", setting, t->text, starting ?
 		    "no address found for this name" :
 		    "a name is looked up at the start only; give an address");
-		return -1;
+	for (i = 0; i < t->naddr; i++)
+		if (listener_open(c, t, t == c->status ? visitor_add :
+		    session_add, &t->addr[i]) == 0)
+			opened++;
+		else
+			logmsg(t->naddr > 1 ? LOG_WARNING : LOG_ERR, "%s: %s:",
+			    setting, addr_full(&t->addr[i]));
+	if (opened == 0 && t->naddr > 1)
+		logmsg(LOG_ERR, "%s: %s: none of its addresses can be used",
+		    setting, t->text);
+	return opened > 0 ? 0 : -1;
+}
+
+/* After a failed reload: close the new ones, which are in front of the old, and
+ * open again what made room for them. */
+static void
+listeners_restore(struct listener *old)
+{
+	struct listener *l, *next;
+
+	while (listeners != old)
+		listener_close(listeners);
+	for (l = listeners; l != NULL; l = next) {
+		next = l->next;
+		if (l->fd != -1)
+			continue;
+		l->fd = addr_listen(&l->addr, conf->transparent, l->v6only);
+		if (l->fd == -1) {
+			logmsg(LOG_ERR, "%s: it cannot be opened again:",
+			    addr_full(&l->addr));
+			listener_close(l);
+		}
 	}
-	for (i = 0; i < n; i++)
-		if (listener_open(c, t, status, &t->addr[i]) == -1)
-			return -1;
-	return 0;
+}
+
+/* What TransparentProxy asks of listeners that were opened without it, and of
+ * new ones that did not get it. */
+static void
+listeners_transparent(const struct conf *c)
+{
+	struct listener *l;
+
+	for (l = listeners; l != NULL; l = l->next)
+		if (addr_transparent(l->fd, &l->addr, c->transparent) == -1) {
+			logmsg(LOG_WARNING, "TransparentProxy: %s: connections "
+			    "that come by TPROXY are not accepted (those of "
+			    "REDIRECT are): IP_TRANSPARENT:",
+			    addr_full(&l->addr));
+			return;
+		}
 }
 
 /* Open what is new in c, close what is not in it; -1: all as before. */
 static int
 listeners_open(const struct conf *c, int starting)
 {
-	struct listener *l, *old = listeners, *next;
-	int i, bad = 0;
+	struct target *t[MAXLISTEN + 1];
+	struct listener *l, *old = listeners;
+	int i, j, n = listen_targets(c, t);
 
 	for (l = listeners; l != NULL; l = l->next)
-		l->kept = 0;
-	for (i = 0; i < c->nlisten && !bad; i++)
-		bad = listen_on(c, c->listen[i], starting) == -1;
-	if (!bad && c->status != NULL)
-		bad = listen_on(c, c->status, starting) == -1;
-	if (!bad) {
-		listeners_close(0);
-		return 0;
-	}
-	for (l = listeners; l != old; l = next) {	/* new ones are in front */
-		next = l->next;
-		listener_close(l);
-	}
-	return -1;
+		l->wanted = NULL;
+	for (i = 0; i < n; i++)
+		listen_resolve(t[i], starting);
+	for (i = 0; i < n; i++)
+		for (j = 0; j < t[i]->naddr; j++)
+			if ((l = listener_find(c, &t[i]->addr[j])) != NULL &&
+			    l->wanted == NULL)
+				l->wanted = t[i] == c->status ? visitor_add :
+				    session_add;
+	for (i = 0; i < n; i++)
+		if (listen_on(c, t[i], starting) == -1) {
+			listeners_restore(old);
+			return -1;
+		}
+	listeners_close(0);
+	for (l = listeners; l != NULL; l = l->next)
+		l->serve = l->wanted;
+	listeners_transparent(c);
+	return 0;
 }
 
 static int

@@ -544,6 +544,9 @@ void target_worked(struct target *, const struct addr *);
 void target_set(struct target *, const void *addr, int n);
 /* A non-blocking socket, connecting; -1 and errno. *done: connected already. */
 int addr_connect(const struct addr *, int *done);
+/* Set IP_TRANSPARENT, which TPROXY needs, to on (0 or 1) on an IP socket of this
+ * address.  Returns 0, or -1 and errno: EPERM without CAP_NET_ADMIN. */
+int addr_transparent(int fd, const struct addr *, int on);
 /* A listening socket; -1 and errno.  v6only: leave IPv4 to another one. */
 int addr_listen(const struct addr *, int transparent, int v6only);
 

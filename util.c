@@ -1198,6 +1198,22 @@ path_listen(int fd, const struct addr *a)
 }
 
 int
+addr_transparent(int fd, const struct addr *a, int on)
+{
+	int v6 = a->u.sa.sa_family == AF_INET6, is = 0;
+	int level = v6 ? IPPROTO_IPV6 : IPPROTO_IP;
+	int option = v6 ? IPV6_IS_TRANSPARENT : IPV4_TRANSPARENT;
+	socklen_t len = sizeof is;
+
+	if (a->u.sa.sa_family == AF_UNIX)
+		return 0;
+	getsockopt(fd, level, option, &is, &len);
+	if (is == on)
+		return 0;
+	return setsockopt(fd, level, option, &on, sizeof on);
+}
+
+int
 addr_listen(const struct addr *a, int transparent, int v6only)
 {
 	int fd, err, one = 1, r;
@@ -1214,15 +1230,8 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 		if (v6)
 			setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &v6only,
 			    sizeof v6only);
-		/* For TPROXY; refused without CAP_NET_ADMIN, and then of no
-		 * use anyway. */
-		if (transparent) {
-			setsockopt(fd, IPPROTO_IP, IPV4_TRANSPARENT, &one,
-			    sizeof one);
-			if (v6)
-				setsockopt(fd, IPPROTO_IPV6,
-				    IPV6_IS_TRANSPARENT, &one, sizeof one);
-		}
+		if (transparent)	/* to bind to another host's address */
+			addr_transparent(fd, a, 1);
 		r = bind(fd, &a->u.sa, a->len);
 	}
 	if (r == 0 && listen(fd, BACKLOG) == 0)

@@ -29,5 +29,8 @@ def test_shown(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.endswith("clamsmtpd.conf")])
 def test_configuration(run, path):
+    """Each has no error; its user and directory need not exist on this machine."""
     done = run("-n", "-f", os.path.join(DOCS, path))
-    assert (done.returncode, done.stderr) == (0, "")
+    other = [line for line in done.stderr.splitlines()
+             if not re.search("is not a (user|directory) of this system$", line)]
+    assert (done.returncode, other) == (0, [])

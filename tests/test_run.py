@@ -16,8 +16,8 @@ import sys
 import pytest
 
 from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, Names, READ_AGAIN,
-                     VIRUS, WAIT, connect, finish_file, full_listener, mounting,
-                     processes, until, wait_file)
+                     VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
+                     mounting, processes, until, wait_file)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -177,6 +177,21 @@ def test_a_stale_unix_listener_is_replaced(site):
     client = site.session()
     client.mail()
     client.quit()
+
+
+def test_unix_listener_that_cannot_be_removed_is_logged(open_site):
+    """The directory is root's and User is another: the socket stays, the log says
+    so, and the next start replaces it."""
+    site = open_site
+    path = site.path("in.sock")
+    for _ in range(2):
+        site.start(User="nobody", Listen=path)
+        site.daemon.own.clear()
+        site.session(address=path).quit()
+        site.daemon.settle()
+        site.daemon.stop()
+        assert site.daemon.log("^%s: the socket stays, for it cannot be removed: "
+                               "Permission denied$" % path)
 
 
 @pytest.mark.core
@@ -430,6 +445,186 @@ def test_sighup_opens_new_listeners_and_keeps_the_old(site):
     assert os.stat(a).st_ino == inode
     assert not os.path.exists(b)
     site.daemon.idle = site.daemon.fds()
+
+
+def served(site, *addresses):
+    """Which of them have a daemon behind them."""
+    def serves(address):
+        try:
+            client = site.client(address=address)
+        except OSError:
+            return False
+        client.expect("220")
+        client.quit()
+        return True
+    return [serves(address) for address in addresses]
+
+
+@pytest.fixture
+def places(site):
+    """places(text): PORT is a port that IPv4 and IPv6 have free."""
+    if not has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    port = str(site.port())
+    return lambda text: [one.replace("PORT", port) for one in text.split()]
+
+
+@pytest.mark.parametrize("before, after, v4, v6", [
+    ("127.0.0.1:PORT", "0.0.0.0:PORT", True, False),
+    ("0.0.0.0:PORT", "127.0.0.1:PORT", True, False),
+    ("[::]:PORT", "0.0.0.0:PORT", True, False),
+    ("0.0.0.0:PORT", "[::]:PORT", True, True),
+    ("[::]:PORT 0.0.0.0:PORT", "[::]:PORT", True, True),
+    ("[::]:PORT", "[::]:PORT 0.0.0.0:PORT", True, True),
+    ("[::]:PORT", "[::]:PORT 127.0.0.2:PORT", False, True),
+    ("[::1]:PORT 127.0.0.1:PORT", "[::1]:PORT", False, True),
+])
+def test_sighup_with_overlapping_listeners_is_as_a_start(site, places, before, after,
+                                                         v4, v6):
+    """After a reload the listeners serve what they would serve after a start with
+    the same file, although an old one keeps the port from a new one."""
+    site.start(Listen=places(before))
+    site.reload(Listen=places(after))
+    assert served(site, *places("127.0.0.1:PORT [::1]:PORT")) == [v4, v6]
+    site.daemon.idle = site.daemon.fds()
+
+
+@pytest.mark.parametrize("before, after, v4, v6", [
+    ("127.0.0.1:PORT", "0.0.0.0:PORT", True, False),
+    ("[::]:PORT 0.0.0.0:PORT", "[::]:PORT", True, True),
+    ("[::]:PORT", "[::]:PORT 0.0.0.0:PORT", True, True),
+])
+def test_sighup_in_vain_opens_overlapping_listeners_again(site, places, before, after,
+                                                          v4, v6):
+    """Where a later line cannot be opened, the listener that had to make room is
+    as it was, and a second reload finds it."""
+    site.start(Listen=places(before))
+    idle = site.daemon.fds()
+    site.daemon.write(site.settings(Listen=places(after) + [site.hop.address]))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("not taken")
+    assert served(site, *places("127.0.0.1:PORT [::1]:PORT")) == [v4, v6]
+    site.reload(Listen=places(before))
+    assert site.daemon.fds() == idle
+    assert served(site, *places("127.0.0.1:PORT [::1]:PORT")) == [v4, v6]
+
+
+def test_sighup_with_lines_that_overlap_each_other_is_refused(site):
+    """As at a start: a listener that the new file keeps makes no room."""
+    port = site.port("0.0.0.0")
+    both = ["127.0.0.1:%d" % port, "0.0.0.0:%d" % port]
+    site.start(Listen=both[0])
+    site.daemon.write(site.settings(Listen=both))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("not taken")
+    assert served(site, both[0], "127.0.0.2:%d" % port) == [True, False]
+    port = site.port("0.0.0.0")
+    site.refused(Listen=["127.0.0.1:%d" % port, "0.0.0.0:%d" % port])
+
+
+def test_sighup_that_names_an_open_address_keeps_the_listener(site):
+    """A client that waits to be accepted is served, however the line is written
+    that has its address."""
+    port = site.port("0.0.0.0")
+    site.start(Listen=str(port))
+    site.daemon.pause()
+    client = site.client(address="127.0.0.1:%d" % port)
+    site.daemon.write(site.settings(Listen="0.0.0.0:%d" % port))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.resume()
+    site.daemon.wait_log(READ_AGAIN)
+    client.expect("220")
+    client.quit()
+
+
+def test_sighup_exchanges_listen_and_statuslisten(site):
+    """Each socket stays open and serves the other protocol."""
+    a, b = site.path("a.sock"), site.path("b.sock")
+    site.start(Listen=a, StatusListen=b)
+    inodes = [os.stat(path).st_ino for path in (a, b)]
+    site.reload(Listen=b, StatusListen=a)
+    site.session(address=b).quit()
+    with connect(a) as visitor:
+        visitor.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert visitor.recv(4096).startswith(b"HTTP/1.0 200")
+    assert [os.stat(path).st_ino for path in (a, b)] == inodes
+
+
+def test_one_address_for_listen_and_statuslisten_is_refused(site):
+    """The second one is in use, at the start and at a reload."""
+    path = site.path("a.sock")
+    daemon = site.refused(Listen=path, StatusListen=path)
+    assert daemon.log("^StatusListen: %s: Address (already )?in use$" % path)
+    site.start(Listen=path)
+    site.daemon.write(site.settings(Listen=path, StatusListen=path))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("not taken")
+    site.session(address=path).quit()
+
+
+def option_of(daemon, address, level, option):
+    """A socket option of the daemon's listener."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = libc.syscall(434, daemon.pid, 0)            # pidfd_open()
+    if pidfd == -1:
+        pytest.skip("no pidfd_open() here")
+    try:
+        for name in os.listdir("/proc/%d/fd" % daemon.pid):
+            fd = libc.syscall(438, pidfd, int(name), 0)     # pidfd_getfd()
+            if fd == -1:
+                continue
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                os.close(fd)
+                continue
+            with socket.socket(fileno=fd) as sock:
+                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and \
+                        sock.getsockname()[:2] == address:
+                    return sock.getsockopt(level, option)
+    finally:
+        os.close(pidfd)
+    pytest.skip("no pidfd_getfd() here")
+
+
+IP_TRANSPARENT = socket.IPPROTO_IP, 19
+IPV6_TRANSPARENT = socket.IPPROTO_IPV6, 75
+
+
+@pytest.mark.skipif("TEST_QEMU" in os.environ, reason="qemu has no IP_TRANSPARENT")
+def test_sighup_with_transparentproxy_changes_the_listeners(site, as_root):
+    """The listeners that stay open get IP_TRANSPARENT with the setting, and lose
+    it with the setting."""
+    port, other = site.port(), site.port()
+    listen = ["127.0.0.1:%d" % port] + ["[::1]:%d" % other] * has_ipv6()
+
+    def transparent():
+        got = [option_of(site.daemon, ("127.0.0.1", port), *IP_TRANSPARENT)]
+        if has_ipv6():
+            got.append(option_of(site.daemon, ("::1", other), *IPV6_TRANSPARENT))
+        return got
+    site.start(Listen=listen)
+    assert not any(transparent())
+    site.reload(Listen=listen, TransparentProxy="on")
+    assert all(transparent())
+    site.reload(Listen=listen, TransparentProxy="off")
+    assert not any(transparent())
+    assert not site.daemon.log("IP_TRANSPARENT")
+
+
+@pytest.mark.skipif("TEST_QEMU" in os.environ, reason="qemu has no IP_TRANSPARENT")
+def test_transparentproxy_without_the_right_is_a_warning(open_site):
+    """Without CAP_NET_ADMIN nothing comes by TPROXY, and the log says so: at the
+    start, and at a reload after User."""
+    site = open_site
+    warning = (r"^TransparentProxy: 127\.0\.0\.1:\d+: connections that come by "
+               r"TPROXY are not accepted \(those of REDIRECT are\): "
+               r"IP_TRANSPARENT: Operation not permitted$")
+    one = site.start(binary=exposed(site), preexec=as_nobody, TransparentProxy="on")
+    assert one.log(warning)
+    one.stop()
+    two = site.start(User="nobody")
+    assert not two.log(warning)
+    site.reload(User="nobody", TransparentProxy="on")
+    two.wait_log(warning)
 
 
 @pytest.mark.core
@@ -895,6 +1090,58 @@ def test_a_session_waits_for_the_name_of_the_next_hop(site, names):
     for client in clients:
         client.expect("220")
         client.cmd("QUIT", "221")
+
+
+def listen_named(site, names, *addresses, **settings):
+    """Listen: a name with these addresses, and a port that is free."""
+    names.addresses = addresses
+    names.go()
+    port = site.port()
+    settings.setdefault("Listen", "filter.example.org:%d" % port)
+    site.start(preexec=names.preexec, **settings)
+    return "127.0.0.1:%d" % port
+
+
+def test_name_to_listen_on_with_a_doubled_address_is_opened_once(site, names):
+    """/etc/hosts often has localhost twice."""
+    address = listen_named(site, names, "127.0.0.1", "127.0.0.1")
+    assert site.daemon.listening() == [address]
+    site.session(address=address).quit()
+    assert not site.daemon.log("Listen")
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_name_to_listen_on_needs_one_working_address(site, names, reload):
+    """An address that is not this machine's is a warning; a reload leaves the
+    name at the addresses it has."""
+    address = listen_named(site, names, "192.0.2.1", "127.0.0.1")
+    assert site.daemon.log(r"^Listen: 192\.0\.2\.1:\d+: (Cannot assign requested "
+                           "address|Address not available)$")
+    if reload:
+        before = site.daemon.fds()
+        site.reload(Listen="filter.example.org:%s" % address.split(":")[1])
+        assert site.daemon.fds() == before
+    site.session(address=address).quit()
+
+
+def test_name_to_listen_on_without_a_working_address_is_refused(site, names):
+    """The error comes after a warning for each address."""
+    names.addresses = ["192.0.2.1", "198.51.100.1"]
+    names.go()
+    daemon = site.refused(Listen="filter.example.org:10025", preexec=names.preexec)
+    assert len(daemon.log(r"^Listen: (192\.0\.2|198\.51\.100)\.1:10025: ")) == 2
+    assert daemon.log("^Listen: filter.example.org:10025: none of its addresses "
+                      "can be used$")
+
+
+def test_name_beside_its_address_is_opened_once(site, names):
+    """The address that a name shares with another line is no error."""
+    port = site.port()
+    listen_named(site, names, "127.0.0.1", Listen=[
+        "127.0.0.1:%d" % port, "filter.example.org:%d" % port], wait=False)
+    until(lambda: served(site, "127.0.0.1:%d" % port) == [True], "it serves")
+    assert len(site.daemon.listening()) == 1
+    site.daemon.idle = site.daemon.fds()
 
 
 def test_all_addresses_of_a_name_are_tried(site, names):

@@ -438,6 +438,9 @@ scan_send(struct session *s)
 	struct scan *c = &s->scan;
 	struct peer *p = &s->clamd;
 
+	/* Promise 4: an OK that is here before the last bytes leave is none. */
+	if (c->ended && !p->eof)
+		peer_fill(p);
 	/* It said something already, or it went away: that is the answer. */
 	if (p->err || p->eof || buf_len(&p->in) > 0) {
 		c->phase = SC_ANSWER;
@@ -527,6 +530,9 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 	v = clamd_parse(p, n, s->virus);
 	if (!whole && v != TOOBIG)
 		v = FAILED;
+	if (v == CLEAN && !s->scan.started)
+		return scan_failed(s, 0,
+		    "it answered OK before it had the whole message");
 	if (v == FAILED) {
 		format(why, sizeof why, "it answered \"%.*s\"%s", 200,
 		    printable(p, n),

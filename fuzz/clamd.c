@@ -1,6 +1,7 @@
 /*
- * What clamd answers.  Byte 0 of the input: 1 single bytes, 4 the bytes go to
- * clamd_parse() at once.  The rest is what clamd says until it closes.
+ * What clamd answers.  Byte 0 of the input: 1 single bytes, 2 it answers before
+ * it has the whole message, 4 the bytes go to clamd_parse() at once.  The rest is
+ * what clamd says until it closes.
  */
 
 #include "../clamd.c"
@@ -67,7 +68,7 @@ check_parse(const char *p, size_t n)
 
 /* What a session makes of it. */
 static void
-check_session(struct session *s, const struct stream *in)
+check_session(struct session *s, const struct stream *in, int early)
 {
 	struct clamd *c = s->conf->clamd[0];
 	char name[NAMESZ];
@@ -75,7 +76,7 @@ check_session(struct session *s, const struct stream *in)
 	size_t i, sent = 0, n, k;
 	int too_long = 0, done = 0;
 
-	s->scan.started = 1;
+	s->scan.started = !early;
 	s->scan.phase = SC_ANSWER;
 	slot_take(s, c);
 	for (i = 0; i <= in->ncut && !done; i++) {
@@ -99,6 +100,8 @@ check_session(struct session *s, const struct stream *in)
 	want = n == 0 && sent == 0 ? FAILED : ref_parse(in->p, k, name);
 	/* Its NUL must be there, and nothing behind it. */
 	if (too_long || (n + 1 != sent && want != TOOBIG) || want == FAILED)
+		want = FAILED;
+	if (early && want == CLEAN)
 		want = FAILED;
 	if (n > ANSWERSZ && s->verdict == FAILED)
 		want = FAILED;		/* so long, it may be refused */
@@ -132,7 +135,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		conf.clamd[conf.nclamd++] = clamd_get(&target);
 	s = new_session(&conf);
 	s->clamd.fd = dup(null_fd);
-	check_session(s, &in);
+	check_session(s, &in, (data[0] & 2) != 0);
 	session_free(s);
 	spares_free();
 	return 0;

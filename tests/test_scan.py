@@ -1,5 +1,6 @@
 """Talking to clamd: streams, answers, failures, limits."""
 
+import contextlib
 import os
 import re
 import socket
@@ -222,6 +223,53 @@ def test_the_reason_is_read_though_clamd_reads_no_further(site, unix):
                 want="451 4.3.0 Local Error")
     site.daemon.wait_log("clamd .*Can't write to temporary file. ERROR")
     assert site.hop.messages == []
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("answer, want, status", [
+    (b"stream: OK\0", "451 4.3.0 Local Error", "CLAMAV-ERROR"),
+    (b"stream: Evil FOUND\0", "250 2.0.0 Virus Detected", "VIRUS:Evil")])
+def test_an_answer_before_the_whole_message_is_never_clean(site, clamd, answer, want, status):
+    """PROMISE 4: an OK after a part of the message is an error; a virus is one."""
+    over = Hold()
+
+    class Early(Clamd):
+        def instream(self, sock, end):
+            self.get(sock, 1000)
+            self.send(sock, answer)
+            over.wait(self)
+    site.clamd = Early(path=clamd.path and site.path("early.sock"))
+    site.servers.append(site.clamd)
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 10000000 + b"\r\n", want=want)
+    assert site.hop.messages == []
+    site.daemon.wait_log("status=%s$" % status)
+    over.go()
+    client.quit()
+
+
+def test_an_ok_before_the_last_bytes_leave_is_an_error(site, faulty_build):
+    """PROMISE 4: clamd answers when it has all but the end of the message."""
+    over, read = Hold(), []
+
+    class Early(Clamd):
+        def instream(self, sock, end):
+            until(lambda: site.daemon.proc("State").startswith("T"), "the daemon halts")
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    read.append(len(sock.recv(65536, socket.MSG_DONTWAIT)))
+            self.send(sock, b"stream: OK\0")
+            site.daemon.resume()
+            over.wait(self)
+    site.clamd = Early(path=site.path("early.sock"))
+    site.servers.append(site.clamd)
+    site.start(binary=faulty_build, env={"FAULT": "pread:1:0:-1"})
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 30000 + b"\r\n", want="451 4.3.0 Local Error")
+    assert site.hop.messages == [] and 10000 < sum(read) < 30000
+    site.daemon.wait_log("clamd .*: it answered OK before it had the whole message$")
+    over.go()
     client.quit()
 
 

@@ -1065,12 +1065,24 @@ keep_address(struct session *s, const char *line, const char **params)
 	return str_set(&s->pending, addr, n) == 0 || no_memory(s);
 }
 
+/* The largest message that is scanned, in bytes; 0: no limit.  clamd's own limits
+ * count the scan line too. */
+static int64_t
+scan_limit(const struct session *s)
+{
+	int64_t max = s->conf->maxscansize, line = scan_line_len;
+
+	if (max > line)
+		return max - line;
+	return max > 0;
+}
+
 /* The most that a message may have, in bytes; 0: no limit.  With ScanFailure:
  * pass a large one is forwarded unscanned, so MaxScanSize is none. */
 static int64_t
 size_limit(const struct session *s)
 {
-	int64_t max = s->conf->failopen ? 0 : s->conf->maxscansize;
+	int64_t max = s->conf->failopen ? 0 : scan_limit(s);
 
 	if (max == 0 || (s->hop_size > 0 && s->hop_size < max))
 		max = s->hop_size;
@@ -1973,7 +1985,7 @@ take_data(struct session *s, char *line, size_t n)
 static void
 message_end(struct session *s)
 {
-	int64_t max = s->conf->maxscansize;
+	int64_t max = scan_limit(s);
 
 	body_end(s);
 	if (s->error) {

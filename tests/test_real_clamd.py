@@ -292,6 +292,31 @@ def test_above_max_file_size_is_552_where_a_limit_is_as_low(site, own_clamd, whe
     site.daemon.wait_log("status=OVERSIZE$")
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("chunks", [False, True], ids=["DATA", "BDAT"])
+def test_maxscansize_leaves_no_message_that_clamd_does_not_scan(site, own_clamd, chunks):
+    """With MaxScanSize as clamd's MaxFileSize a virus in the last bytes is found
+    or the message refused, whatever its size."""
+    limit = 100000
+    clamd = own_clamd(MaxFileSize=str(limit))
+    site.hop = site.new_hop(chunking=True)
+    site.start(ClamAddress=clamd.path, MaxScanSize=str(limit), Action="bounce")
+    client = site.session()
+    end = b"\r\n" + EICAR + b"\r\n"
+    for size in range(limit - 31, limit + 2):
+        body = real.HEADERS + b"\r\n"
+        body += b"x" * (size - len(body) - len(end)) + end
+        want = REJECTED % EICAR_NAME if size <= limit - 28 else "552 5.3.4"
+        client.envelope()
+        if chunks:
+            client.chunk(body, last=True)
+            client.expect(want)
+        else:
+            client.data(body, want)
+    client.quit()
+    assert site.hop.messages == []
+
+
 def test_above_max_file_size_is_found_with_alert_exceeds_max(site, own_clamd):
     """clamd's AlertExceedsMax names a message that it did not look at."""
     clamd = own_clamd(MaxFileSize="100K", StreamMaxLength="100M", AlertExceedsMax="yes")

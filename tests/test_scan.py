@@ -12,6 +12,7 @@ import pytest
 from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, bind,
                      full_listener, mounting, same, turns, until)
 
+LINE = 28       # bytes of the line before the message
 BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"
 
 
@@ -881,11 +882,13 @@ def ehlo_size(got):
 
 @pytest.mark.core
 @pytest.mark.parametrize("offered, limit, want", [
-    ("SIZE 50000", "10000", "SIZE 10000"),
+    ("SIZE 50000", "10000", "SIZE 9972"),
     ("SIZE 4294967297", "0", "SIZE 4294967297"), ("SIZE 5000", "4294967297", "SIZE 5000"),
-    ("SIZE 5000", "10000", "SIZE 5000"),
-    ("SIZE 0", "10000", "SIZE 10000"), ("SIZE", "10000", "SIZE 10000"),
-    ("SIZE 50000", "0", "SIZE 50000"), ("SIZE 50000", "10K", "SIZE 10240"),
+    ("SIZE 5000", "10000", "SIZE 5000"), ("SIZE 9980", "10000", "SIZE 9972"),
+    ("SIZE 0", "10000", "SIZE 9972"), ("SIZE", "10000", "SIZE 9972"),
+    ("SIZE 50000", "0", "SIZE 50000"), ("SIZE 50000", "10K", "SIZE 10212"),
+    ("SIZE 50000", "29", "SIZE 1"), ("SIZE 50000", "28", "SIZE 1"),
+    ("SIZE 50000", "1", "SIZE 1"),
 ])
 def test_maxscansize_lowers_the_size_that_is_offered(site, offered, limit, want):
     site.hop.ehlo = ["DSN", offered]
@@ -900,10 +903,10 @@ def test_maxscansize_lowers_the_size_that_is_offered(site, offered, limit, want)
 def test_mail_with_a_size_above_the_limit_is_552_and_not_forwarded(site):
     site.start(MaxScanSize="1000")
     client = site.session()
-    client.cmd("MAIL FROM:<a@b> SIZE=1001", "552 5.3.4")
+    client.cmd("MAIL FROM:<a@b> SIZE=973", "552 5.3.4 Message too big (limit 972 bytes)")
     client.cmd("mail from:<a@b> BODY=8BITMIME size=99999999999999999999", "552 5.3.4")
     assert site.hop.session.verbs() == ["EHLO"]
-    client.cmd("MAIL FROM:<a@b> SIZE=1000", "250")
+    client.cmd("MAIL FROM:<a@b> SIZE=972", "250")
     client.quit()
 
 
@@ -925,13 +928,34 @@ def test_a_body_that_outgrows_the_limit_is_552(site, source):
     client.quit()
 
 
-def test_a_message_of_just_the_limit_passes(site):
-    site.start(MaxScanSize="10000")
+@pytest.mark.core
+@pytest.mark.parametrize("how", ["DATA", "BDAT", "BDAT in pieces"])
+@pytest.mark.parametrize("failure", ["tempfail", "pass"])
+def test_maxscansize_counts_the_line_before_the_message(site, how, failure):
+    """clamd gets MaxScanSize bytes at most, its first line included; a message
+    that is larger by one is not scanned."""
+    site.hop = site.new_hop(chunking=True)
+    site.start(MaxScanSize="10000", ScanFailure=failure)
     client = site.session()
-    body = b"A: b\r\n\r\n" + b"x" * 9990 + b"\r\n"
-    assert len(body) == 10000
-    client.mail(body=body)
-    client.mail(body=body.replace(b"xx\r\n", b"xxx\r\n"), want="552")
+
+    def send(size, want):
+        body = b"A: b\r\n\r\n" + b"x" * (size - 10) + b"\r\n"
+        client.envelope()
+        if how == "DATA":
+            client.data(body, want)
+            return
+        if how != "BDAT":
+            client.chunk(body[:5000])
+            client.expect("250")
+            body = body[5000:]
+        client.chunk(body, last=True)
+        client.expect(want)
+    send(10000 - LINE, "250")
+    scan, = site.clamd.scans
+    assert len(scan.data) == 10000 and len(scan.first) == LINE
+    send(10000 - LINE + 1, "552 5.3.4" if failure == "tempfail" else "250")
+    assert len(site.clamd.scans) == 1
+    assert len(site.hop.messages) == (1 if failure == "tempfail" else 2)
     client.quit()
 
 

@@ -1630,6 +1630,21 @@ reload(void)
 	look_up_all(conf);
 }
 
+/*
+ * Under systemd, sd_listen_fds(3) without its library: how many descriptors
+ * from 3 on are listeners that were passed to this process.
+ */
+static int
+listen_fds(void)
+{
+	const char *pid = getenv("LISTEN_PID"), *n = getenv("LISTEN_FDS");
+
+	if (pid == NULL || n == NULL || strtol(pid, NULL, 10) != getpid() ||
+	    *n < '0' || *n > '9' || strlen(n) > 3)
+		return 0;
+	return strtol(n, NULL, 10);
+}
+
 /* Under systemd, Type=notify: sd_notify(3) without its library. */
 static void
 notify(const char *state)
@@ -2212,16 +2227,21 @@ warn_missing(const struct conf *c)
 		    "this system", c->tempdir);
 }
 
-/* Descriptors 0 to 2 must be there, or a socket would become one of them. */
+/*
+ * Nothing of the program that started us stays: neither its signal mask and
+ * ignored signals, nor its descriptors above 2, which may hold a lock.
+ * Descriptors 0 to 2 must be there, or a socket would become one of them.
+ */
 static void
-fill_standard(void)
+inherit_nothing(void)
 {
 	int fd;
 
+	default_signals();
 	do
 		fd = open("/dev/null", O_RDWR);
 	while (fd >= 0 && fd <= 2);
-	close(fd);
+	close_from(3 + listen_fds());
 }
 
 int
@@ -2232,7 +2252,7 @@ main(int argc, char **argv)
 
 	if (argc == 0)
 		return 2;
-	fill_standard();
+	inherit_nothing();
 	options_read(&o, argv);
 	now = monotonic();
 	started = time(NULL);

@@ -67,6 +67,7 @@
 #define SECOND		((int64_t)1000)
 #define FINAL_TIME	(600 * SECOND)	/* RFC 5321 4.5.3.2.6 */
 #define LINGER_TIME	(5 * SECOND)
+#define STOP_LINGER_TIME SECOND		/* the same while the daemon stops */
 #define CONNECT_TIME	(5 * SECOND)	/* to clamd */
 #define PROXY_TIME	(5 * SECOND)	/* for a PROXY header */
 #define PING_TIME	(5 * SECOND)	/* for clamd's PONG */
@@ -558,5 +559,6 @@ int spool_open(const char *dir, int keep);
  * in answer, or nothing.  NULL and errno if it cannot begin. */
 struct child *spool_quarantine(int fd, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);
+void close_from(int first);			/* that descriptor and all above */
 /* In a child: close every descriptor above 2 but the n in keep, which it sorts. */
 void close_all_but(int *keep, int n);

@@ -2867,6 +2867,14 @@ session_watch(struct session *s)
 	wait_until(s->next_time);
 }
 
+/* A client that does not close its connection must not delay the end. */
+static void
+linger_less(struct session *s)
+{
+	if (s->state == S_LINGER && s->deadline > now + STOP_LINGER_TIME)
+		s->deadline = now + STOP_LINGER_TIME;
+}
+
 void
 session_shutdown(struct session *s, int at_once)
 {
@@ -2885,6 +2893,7 @@ session_shutdown(struct session *s, int at_once)
 	case S_LINGER:
 		if (at_once)
 			session_end(s);
+		linger_less(s);
 		return;
 	case S_DATA:
 	case S_REPLAY:
@@ -2902,6 +2911,7 @@ session_shutdown(struct session *s, int at_once)
 	say(s, r_stopping);
 	finish(s);
 	session_run(s);
+	linger_less(s);
 }
 
 void

@@ -13,6 +13,7 @@
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -1370,15 +1371,34 @@ spool_quarantine(int fd, const char *dir,
 static void
 close_between(int first, int last)
 {
+	struct dirent *entry;
 	struct rlimit r;
+	DIR *open_ones;
+	int fd;
 
 #ifdef SYS_close_range
 	if (syscall(SYS_close_range, first, last, 0) == 0)
 		return;
 #endif
+	/* The limit may be a billion. */
+	if ((open_ones = opendir("/proc/self/fd")) != NULL) {
+		while ((entry = readdir(open_ones)) != NULL) {
+			fd = strtol(entry->d_name, NULL, 10);
+			if (fd >= first && fd <= last && fd != dirfd(open_ones))
+				close(fd);
+		}
+		closedir(open_ones);
+		return;
+	}
 	getrlimit(RLIMIT_NOFILE, &r);
 	for (; first <= last && (rlim_t)first < r.rlim_cur; first++)
 		close(first);
+}
+
+void
+close_from(int first)
+{
+	close_between(first, INT_MAX);
 }
 
 void

@@ -92,6 +92,60 @@ def exposed(site):
     return path
 
 
+# ---------------------------------------------------------------- what it inherits
+
+def test_blocked_signals_inherited_are_unblocked(site):
+    """A starter that had blocked signals gets a daemon that obeys them, and that
+    reaps its children."""
+    blocked = {signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1}
+    ran = site.path("ran")
+    site.start(VirusAction=": > " + ran, Listen=site.path("in.sock"),
+               preexec=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked))
+    site.session().mail(body=BAD, want="250 2.0.0 Virus")
+    wait_file(ran)
+    until(lambda: not site.daemon.children(), "the action is reaped")
+    site.daemon.write(site.settings(Listen=site.path("in.sock")))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log(READ_AGAIN)
+
+
+def inheriting(site, prepare, program=CLAMSMTPD):
+    """A program that does the shell commands and then becomes clamsmtpd."""
+    script = site.path("starter")
+    with open(script, "w") as file:
+        file.write('#!/bin/sh\n%s\nexec "%s" "$@"\n' % (prepare, program))
+    os.chmod(script, 0o755)
+    return script
+
+
+def test_descriptor_inherited_is_closed(site):
+    """A starter's lock is not held by the daemon that it started."""
+    paths = [site.path("lock%d" % fd) for fd in (3, 9)]
+    site.start(binary=inheriting(site, 'exec 3>"%s" 9>"%s"' % tuple(paths)))
+    assert not set(paths) & set(site.daemon.open_files())
+
+
+def test_descriptor_inherited_without_close_range_is_closed(site, faulty_build):
+    """A kernel without close_range(2), before 5.9, makes no difference."""
+    path = site.path("lock")
+    site.start(binary=inheriting(site, 'exec 9>"%s"' % path, faulty_build),
+               env={"FAULT": "syscall:1:1:38"})              # ENOSYS
+    assert path not in site.daemon.open_files()
+
+
+@pytest.mark.parametrize("pid, count, kept", [
+    ("$$", "2", [3, 4]), ("1", "2", []), ("$$", "", []), ("$$", "-1", []),
+    ("$$", "4294967297", [])], ids=str)
+def test_descriptors_of_listen_fds_are_kept(site, pid, count, kept):
+    """Descriptors passed by systemd to this process, and no others, stay open."""
+    paths = {fd: site.path("passed%d" % fd) for fd in (3, 4, 5)}
+    redirect = " ".join('%d>"%s"' % item for item in paths.items())
+    site.start(binary=inheriting(
+        site, "exec %s\nexport LISTEN_PID=%s LISTEN_FDS=%s" % (redirect, pid, count)))
+    files = site.daemon.open_files()
+    assert [fd for fd, path in paths.items() if path in files] == kept
+
+
 # ---------------------------------------------------------------- pid file
 
 @pytest.mark.core
@@ -250,6 +304,33 @@ def test_idle_sessions_get_421_at_the_end(site):
         client.eof()
         client.close()
     site.daemon.stop()
+
+
+@pytest.mark.parametrize("way", ["idle", "lingering", "in a message"])
+def test_client_that_keeps_its_connection_delays_a_stop_by_a_second(site, clock, way):
+    """A client that does not close after its last reply holds up the end for one
+    second, also if that reply was sent before the signal or after it."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(**clock.settings())
+    client = site.session()
+    if way == "lingering":
+        client.cmd("QUIT", "221")
+        client.eof()
+    elif way == "in a message":
+        client.begin(BODY + b".\r\n")
+        hold.reached()
+    site.daemon.send_signal(signal.SIGTERM)
+    site.daemon.wait_log("^stopping")
+    if way == "in a message":
+        hold.go()
+        client.expect("250 2.0.0 queued")
+    if way != "lingering":
+        client.expect("421 4.3.2")
+        client.eof()
+    assert site.daemon.alive()
+    clock.go(site.daemon, 1)
+    site.daemon.wait_exit()
 
 
 @pytest.mark.core

@@ -478,8 +478,12 @@ int64_t monotonic(void);			/* ms */
  * passwd(5), is before the loop and after the last change of the user. */
 const char *user_name(void);
 
+/* The character at p has so many of the n bytes there, 1 to 4; 0: the byte there
+ * is no text, but of a control character (C0, DEL, C1) or no UTF-8. */
+size_t text_char(const char *p, size_t n);
+
 /*
- * Up to n bytes made fit for a line of the log: control characters as
+ * Up to n bytes made fit for a line of the log: what is no text byte by byte as
  * \xHH, the rest as it is; cut with "..." when long.  One of a
  * few buffers that are used in turn.
  */

@@ -592,8 +592,8 @@ reply_eat(struct session *s, const struct reply *r)
 }
 
 /* Promise 8: a reply as the client may see it, until the next one is cleaned:
- * CRLF behind each line, no control characters in it.  Its length; a NUL
- * follows. */
+ * CRLF behind each line, and a space in place of each byte that is no text.  Its
+ * length; a NUL follows. */
 static char clean[RELAYSZ + 1];
 
 static size_t
@@ -601,13 +601,19 @@ reply_clean(const struct reply *r)
 {
 	const char *p = r->text, *end = p + r->len;
 	char *w = clean;
+	size_t len;
 
-	for (; p < end; p++)
-		if (*p == '\n') {
-			*w++ = '\r';
-			*w++ = '\n';
-		} else if (*p != '\r' || p[1] != '\n')
-			*w++ = (unsigned char)*p < ' ' || *p == 127 ? ' ' : *p;
+	for (; p < end; p += len)
+		if ((len = text_char(p, end - p)) > 0) {
+			memcpy(w, p, len);
+			w += len;
+		} else {
+			len = 1;
+			if (*p == '\n')
+				*w++ = '\r';
+			if (*p != '\r' || p[1] != '\n')
+				*w++ = *p == '\n' ? '\n' : ' ';
+		}
 	*w = '\0';
 	return w - clean;
 }
@@ -2189,13 +2195,13 @@ forward(struct session *s)
 	enter(s, S_DATA);
 }
 
-/* Promise 8: a variable of the VirusAction, without control characters, the one
- * between several values (sep, if not NUL) excepted.  No value: not known, not
- * set. */
+/* Promise 8: a variable of the VirusAction, in which each byte that is no text is
+ * a question mark, but for that between several values (sep, if not NUL).  No
+ * value: not known, not set. */
 static int
 env_add(char **env, size_t *n, const char *name, const char *value, char sep)
 {
-	size_t size;
+	size_t size, len;
 	char *p, *v;
 
 	if (value == NULL || *value == '\0')
@@ -2204,9 +2210,12 @@ env_add(char **env, size_t *n, const char *name, const char *value, char sep)
 	if ((p = malloc(size)) == NULL)
 		return -1;
 	format(p, size, "%s=%s", name, value);
-	for (v = p; *v != '\0'; v++)
-		if (((unsigned char)*v < ' ' && *v != sep) || *v == 127)
-			*v = '?';
+	for (v = p; *v != '\0'; v += len)
+		if ((len = text_char(v, strlen(v))) == 0) {
+			len = 1;
+			if (*v != sep)
+				*v = '?';
+		}
 	if (v[-1] == sep)
 		v[-1] = '\0';
 	env[(*n)++] = p;

@@ -131,8 +131,11 @@ vformat(char *to, size_t size, const char *fmt, va_list ap)
 			p = fmt;
 			next = fmt + len;
 		}
-		if (len > size - 1 - n)
+		if (len > size - 1 - n) {
 			len = size - 1 - n;
+			while (len > 0 && (p[len] & 0xc0) == 0x80)
+				len--;	/* no half of a character */
+		}
 		memcpy(to + n, p, len);
 		n += len;
 	}
@@ -151,6 +154,36 @@ format(char *to, size_t size, const char *fmt, ...)
 	n = vformat(to, size, fmt, ap);
 	va_end(ap);
 	return n;
+}
+
+/* How many bytes of UTF-8 there are at p, n at most; 0: it is none. */
+static size_t
+utf8_length(const char *p, size_t n)
+{
+	const unsigned char *u = (const unsigned char *)p;
+	size_t i, len = u[0] < 0x80 ? 1 : u[0] >= 0xc2 && u[0] < 0xe0 ? 2 :
+	    (u[0] & 0xf0) == 0xe0 ? 3 : u[0] >= 0xf0 && u[0] < 0xf5 ? 4 : 0;
+
+	if (len == 0 || len > n)
+		return 0;
+	for (i = 1; i < len; i++)
+		if ((u[i] & 0xc0) != 0x80)
+			return 0;
+	if ((u[0] == 0xe0 && u[1] < 0xa0) ||	/* longer than need be, */
+	    (u[0] == 0xed && u[1] > 0x9f) ||	/* a surrogate, */
+	    (u[0] == 0xf0 && u[1] < 0x90) ||
+	    (u[0] == 0xf4 && u[1] > 0x8f))	/* beyond U+10FFFF */
+		return 0;
+	return len;
+}
+
+size_t
+text_char(const char *p, size_t n)
+{
+	size_t len = utf8_length(p, n);
+
+	return (unsigned char)*p < ' ' || *p == 127 ||
+	    (len == 2 && p[0] == '\xc2' && (unsigned char)p[1] < 0xa0) ? 0 : len;
 }
 
 /*
@@ -288,27 +321,6 @@ log_line(int level, const char *text, size_t n)
 		log_lost++;
 }
 
-/* How many bytes of UTF-8 there are at p, n at most; 0: it is none. */
-static size_t
-utf8_length(const char *p, size_t n)
-{
-	const unsigned char *u = (const unsigned char *)p;
-	size_t i, len = u[0] < 0x80 ? 1 : u[0] >= 0xc2 && u[0] < 0xe0 ? 2 :
-	    (u[0] & 0xf0) == 0xe0 ? 3 : u[0] >= 0xf0 && u[0] < 0xf5 ? 4 : 0;
-
-	if (len == 0 || len > n)
-		return 0;
-	for (i = 1; i < len; i++)
-		if ((u[i] & 0xc0) != 0x80)
-			return 0;
-	if ((u[0] == 0xe0 && u[1] < 0xa0) ||	/* longer than need be, */
-	    (u[0] == 0xed && u[1] > 0x9f) ||	/* a surrogate, */
-	    (u[0] == 0xf0 && u[1] < 0x90) ||
-	    (u[0] == 0xf4 && u[1] > 0x8f))	/* beyond U+10FFFF */
-		return 0;
-	return len;
-}
-
 /*
  * A JSON object in the making.
  */
@@ -329,10 +341,10 @@ json_string(const char *p, size_t n, size_t end)
 			break;
 		}
 		len = utf8_length(p, n);
-		if (len == 0 || (unsigned char)*p < ' ' || *p == 127) {
-			len = 1;
+		if (text_char(p, n) == 0) {
+			len += len == 0;	/* no UTF-8: a byte */
 			json_n += format(json + json_n, 8, "\\u%04x",
-			    (unsigned char)*p);
+			    (unsigned char)p[len - 1]);
 			continue;
 		}
 		if (*p == '"' || *p == '\\')
@@ -499,22 +511,25 @@ escape(const char *p, size_t n, int lowest)
 	static char ring[4][LOGSZ];
 	static int turn;
 	char *b = ring[turn++ & 3], *w = b;
-	unsigned char c;
+	size_t len;
 
-	for (; n > 0; n--) {
+	for (; n > 0; p += len, n -= len) {
 		if (w - b > LOGSZ - 8) {
 			memcpy(w, "...", 3);
 			w += 3;
 			break;
 		}
-		c = *p++;
-		if (c < lowest || c == 127) {
+		len = text_char(p, n);
+		if (len == 0 || (len == 1 && *p < lowest)) {
 			*w++ = '\\';
 			*w++ = 'x';
-			*w++ = hex[c >> 4];
-			*w++ = hex[c & 15];
-		} else
-			*w++ = c;
+			*w++ = hex[(unsigned char)*p >> 4];
+			*w++ = hex[*p & 15];
+			len = 1;
+		} else {
+			memcpy(w, p, len);
+			w += len;
+		}
 	}
 	*w = '\0';
 	return b;

@@ -39,7 +39,7 @@ def unique(pairs):
 def parsed(line):
     """A line of the log, which has to be one JSON object."""
     assert len(line) < PIPE_BUF, len(line)
-    assert re.search(rb"[\x00-\x1f\x7f]", line) is None, line
+    assert re.search("[\x00-\x1f\x7f-\x9f]", line.decode("utf-8")) is None, line
     try:
         found = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
     except ValueError as error:

@@ -252,6 +252,8 @@ CONTROLS = bytes(c for c in range(1, 32) if c not in b"\r\n") + b"\x7f"
 TEXTS = {
     "control characters": CONTROLS,
     "escape sequences": b"\x1b]0;x\x07\x1b[2J\x1b[1;1H\x08\x08",
+    "C1 controls": b"\xc2\x9b31m\xc2\x9d0;x\xc2\x9c\x9b2J\x85\xc2\x80\xc2\x9f\xc2",
+    "UTF-8": "Gr\u00fc\u00dfe\u20ac\U0001f4e7\u00a0\u0416".encode(),
     "format": b"%s%s%n%n%99999999d%1$s%*d%hhn%x%p%%%",
     "quotes": b"'\"\\\"''`\\",
     "shell": b"$(touch$IFS@)`touch$IFS@`;touch$IFS@|touch$IFS@&touch$IFS@",
@@ -261,5 +263,6 @@ TEXTS = {
     "a header": b"X-Virus-Scanned: no",
     "10 KB": b"x%s@" * 2560,
     "10 KB of control characters": b"\x1b\x01\t" * 3413,
+    "10 KB of UTF-8": "\u20ac".encode() * 3413,
     "10 KB of invalid UTF-8": b"\xff\x80" * 5120,
 }

@@ -168,6 +168,17 @@ fork_quietly(void)
 	return pid;
 }
 
+int
+child_room(void)
+{
+	struct child *c;
+	int n = 0;
+
+	for (c = children; c != NULL; c = c->next)
+		n += c->copy != NULL;
+	return n < MAXCOPIES;
+}
+
 struct child *
 child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
     const char *scratch, const char *copy,
@@ -222,8 +233,9 @@ child_forget(struct child *c)
 
 /*
  * Promise 7: a copy that nobody has taken is none.  The scratch file becomes
- * the copy by link() and unlink(): where it is gone, or has both names, the
- * copy is this child's, and not one that was there before.
+ * the copy by link() and unlink(), or by rename() in place of an empty one:
+ * where it is gone, or has both names, or the copy is empty, the copy is this
+ * child's, and not one that was there before.
  */
 static void
 files_remove(const struct child *c)
@@ -231,7 +243,7 @@ files_remove(const struct child *c)
 	struct stat a, b;
 
 	if (stat(c->scratch, &a) == -1 || (stat(c->copy, &b) == 0 &&
-	    a.st_dev == b.st_dev && a.st_ino == b.st_ino))
+	    (b.st_size == 0 || (a.st_dev == b.st_dev && a.st_ino == b.st_ino))))
 		unlink(c->copy);
 	unlink(c->scratch);
 }
@@ -244,6 +256,8 @@ child_free(struct child *c)
 	for (p = &children; *p != c; p = &(*p)->next)
 		;
 	*p = c->next;
+	if (c->copy != NULL)
+		wake_all = 1;		/* there is room for one that waits */
 	free(c->scratch);
 	free(c->copy);
 	free(c);
@@ -254,7 +268,8 @@ child_free(struct child *c)
 static void
 child_end(struct child *c)
 {
-	int wanted = c->ctx != NULL && c->n > 0;
+	int wanted = c->ctx != NULL && c->copy != NULL &&
+	    strlen(c->copy) == c->n && memcmp(c->answer, c->copy, c->n) == 0;
 
 	close(c->fd);
 	c->fd = -1;
@@ -1336,6 +1351,9 @@ set_limits(const struct conf *c)
 	struct rlimit r = { 1, 1 };
 	rlim_t clamds = c->clamd_default ? 1 : c->nclamd;
 	rlim_t want = 3 * c->maxconn + c->maxscans * clamds + 64;
+
+	if (c->quarantine)
+		want += MAXCOPIES;	/* their answers come through pipes */
 
 	/* Mail does not belong on the disk, nor in the pipe of a crash handler,
 	 * which 0 would not keep away (core(5)). */

@@ -60,6 +60,7 @@
 #define MAXLISTEN	32
 #define MAXNETWORKS	32
 #define MAXCLAMDS	32		/* one bit each in scan.tried */
+#define MAXCOPIES	8		/* quarantines at once */
 #define MAXACTIONS	8		/* VirusActions at once */
 #define MAXWAITING	64		/* VirusActions that wait for one of those */
 
@@ -295,7 +296,8 @@ struct session {
 	char	 virus[NAMESZ];		/* printable; or why the scan FAILED */
 	enum action action;		/* what is done with a VIRUS */
 	struct str quarantined;		/* path of the copy */
-	struct child *child;		/* the quarantine's */
+	struct child *child;		/* the quarantine's, */
+	int	 copying;		/* which runs, or has ended */
 
 	/* The replay: our header goes in at insert_at. */
 	struct str insert;
@@ -337,13 +339,17 @@ extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
  * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
  * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
  * the loop with the n bytes that it wrote to out; n is 0 if it failed or took
- * longer than ms.  Then, or if nobody asks any more, the files scratch and copy
- * (NULL: none) are removed.  Returns NULL and sets errno if there can be no
- * child.
+ * longer than ms.  Unless the answer is the name of copy and somebody still
+ * asks, the files scratch and copy (NULL: none) are removed then.  Returns NULL
+ * and sets errno if there can be no child.
  */
 struct child *child_start(void (*work)(int out, void *arg), void *arg,
     int keep1, int keep2, const char *scratch, const char *copy,
     void (*done)(void *ctx, const char *answer, size_t n), void *ctx, int64_t ms);
+
+/* Returns 1 when another child may make a copy now, 0 when MAXCOPIES do: then all
+ * sessions run when that has changed. */
+int child_room(void);
 
 /* The ctx of this child is gone: done is not to be called. */
 void child_forget(struct child *);
@@ -560,7 +566,8 @@ extern const size_t scan_line_len;
 /* The spool: nameless, or DebugFiles' named one (keep); -1 and errno. */
 int spool_open(const char *dir, int keep);
 /* Start a copy of the message in dir; done as in child_start, with the path
- * in answer, or nothing.  NULL and errno if it cannot begin. */
+ * in answer, which begins with a slash; or why there is none; or nothing.  NULL
+ * and errno if it cannot begin. */
 struct child *spool_quarantine(int fd, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);
 void close_from(int first);			/* that descriptor and all above */

@@ -2301,15 +2301,21 @@ virus_found(struct session *s)
 	turn_away(s);
 }
 
+/* The answer has a NUL behind it. */
 static void
-on_quarantined(void *ctx, const char *path, size_t n)
+on_quarantined(void *ctx, const char *answer, size_t n)
 {
 	struct session *s = ctx;
 
 	s->child = NULL;
 	session_wake(s);
-	if (str_set(&s->quarantined, path, n) == -1)
-		unlink(path);	/* the child's answer has a NUL behind it */
+	if (*answer != '/')
+		slog(s, LOG_ERR, "quarantine in %s: %s", s->conf->tempdir,
+		    n > 0 ? answer : "its process gave no answer");
+	else if (str_set(&s->quarantined, answer, n) == -1) {
+		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
+		unlink(answer);
+	}
 }
 
 static int
@@ -2325,10 +2331,7 @@ judge(struct session *s)
 			virus_found(s);
 			return 1;
 		}
-		s->child = spool_quarantine(s->spool, s->conf->tempdir,
-		    on_quarantined, s, s->conf->timeout);
-		if (s->child == NULL)
-			slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
+		s->copying = 0;
 		enter(s, S_QUARANTINE);
 		return 1;
 	default:
@@ -2366,10 +2369,27 @@ st_scan(struct session *s)
  * QUARANTINE.
  */
 
+static void
+copy_start(struct session *s)
+{
+	s->copying = 1;
+	s->child = spool_quarantine(s->spool, s->conf->tempdir,
+	    on_quarantined, s, s->deadline - now);
+	if (s->child == NULL)
+		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
+}
+
 static int
 st_quarantine(struct session *s)
 {
 	hop_listen(s);
+	if (!s->copying) {
+		if (client_gone(s))
+			return give_up(s);
+		if (!child_room())
+			return 0;
+		copy_start(s);
+	}
 	if (s->child != NULL)	/* no copy without its line in the log */
 		return 0;
 	if (s->quarantined.len == 0) {
@@ -2719,6 +2739,9 @@ timed_out(struct session *s)
 		s->verdict = FAILED;
 		break;
 	case S_QUARANTINE:
+		slog(s, LOG_ERR, "quarantine in %s: no copy was %s within TimeOut",
+		    s->conf->tempdir, s->copying ? "made" : "begun");
+		s->copying = 1;
 		quarantine_drop(s);
 		break;
 	case S_LINGER:

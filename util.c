@@ -1315,11 +1315,41 @@ copy_file(int from, int to)
 	ssize_t n;
 
 	while ((n = pread(from, shared, sizeof shared, at)) > 0) {
-		if (write(to, shared, n) != n)
-			return -1;	/* the disk is full */
+		if ((n = write(to, shared, n)) == -1)
+			return -1;
 		at += n;
 	}
-	return n == 0 ? 0 : -1;
+	return n;
+}
+
+/*
+ * link(2), for it never takes another file's name.  Some file systems have no
+ * links (FAT, some FUSE): there an empty file takes the name, and is replaced.
+ */
+static int
+copy_name(const struct quarantine *q)
+{
+	int fd;
+
+	if (link(q->scratch, q->copy) == 0)
+		return unlink(q->scratch);
+	if (errno == EEXIST)
+		return -1;
+	fd = open(q->copy, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (fd == -1)
+		return -1;
+	close(fd);
+	return rename(q->scratch, q->copy);
+}
+
+/* The name is on the disk, too; on some network file systems EINVAL says that
+ * there is no way to wait for that. */
+static int
+directory_sync(const char *path)
+{
+	int dir = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+	return dir != -1 && (fsync(dir) == 0 || errno == EINVAL) ? 0 : -1;
 }
 
 /* Promise 5: in a child, for fsync() may take its time. */
@@ -1327,15 +1357,21 @@ static void
 quarantine_work(int out, void *arg)
 {
 	struct quarantine *q = arg;
-	int dir;
+	const char *failed = NULL;
+	char why[NOTESZ / 4];
 
-	/* link(), for it never takes another file's name. */
-	if (copy_file(q->from, q->to) == -1 || fsync(q->to) == -1 ||
-	    link(q->scratch, q->copy) == -1 || unlink(q->scratch) == -1)
-		return;
-	dir = open(q->dir, O_RDONLY | O_DIRECTORY);
-	if (dir != -1 && fsync(dir) == 0)
-		(void)!write(out, q->copy, strlen(q->copy));
+	if (copy_file(q->from, q->to) == -1)
+		failed = "copy";
+	else if (fsync(q->to) == -1)
+		failed = "fsync";
+	else if (copy_name(q) == -1)
+		failed = "link or rename";
+	else if (directory_sync(q->dir) == -1)
+		failed = "fsync of the directory";
+	if (failed != NULL)
+		format(why, sizeof why, "%s: %s", failed, strerror(errno));
+	(void)!write(out, failed == NULL ? q->copy : why,
+	    strlen(failed == NULL ? q->copy : why));
 }
 
 /* The scratch file, and a name that is free: virus. and its last six letters. */

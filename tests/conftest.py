@@ -146,6 +146,14 @@ def clock(tmp_path, clock_build):
 
 
 @pytest.fixture
+def faulty_clock(tmp_path, tmp_path_factory):
+    """Both: a clock whose program's system calls can fail or halt."""
+    return harness.Clock(tmp_path, build(
+        tmp_path_factory, "clamsmtpd-faulty-clock", CC="cc", CFLAGS="-O0",
+        LDFLAGS="tests/clock.c", CPPFLAGS="-include tests/faults.h"))
+
+
+@pytest.fixture
 def background(site):
     made = []
 

@@ -3,8 +3,10 @@ that cannot be written."""
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
+import resource
 import signal
 
 import pytest
@@ -195,15 +197,20 @@ def start_halting(site, faulty_build):
     return start
 
 
+def halted(site):
+    """The children that have halted."""
+    found = []
+    for pid in site.daemon.children():
+        with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as file:
+            if file.read().rsplit(")", 1)[1].split()[0] == "T":
+                found.append(pid)
+    return found
+
+
 @contextlib.contextmanager
 def copy_halted(site):
     """Such a child goes on at the end of the block."""
-    def halted():
-        for pid in site.daemon.children():
-            with open("/proc/%d/stat" % pid) as file:
-                if file.read().rsplit(")", 1)[1].split()[0] == "T":
-                    return pid
-    pid = until(halted, "a copy is made")
+    pid, = until(lambda: halted(site), "a copy is made")
     try:
         yield
     finally:
@@ -239,6 +246,126 @@ def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
         assert client.reply().code == "421"
     site.daemon.stop()
     assert os.listdir(site.spool) == []
+
+
+def test_copy_that_takes_longer_than_time_out_is_killed(site, start_halting):
+    """A child that never goes on has TimeOut, and nothing of it is left."""
+    start_halting(TimeOut="1")
+    client = site.session()
+    client.begin(BAD + b".\r\n")
+    until(lambda: halted(site), "a copy is made")
+    client.expect("451 4.3.0 Local Error")
+    until(lambda: not site.daemon.children(), "the child is killed")
+    until(lambda: os.listdir(site.spool) == [], "its file is removed")
+    assert site.daemon.log("quarantine in %s: no copy was made within" % site.spool)
+
+
+COPIES = 8                  # at once
+
+
+def test_copies_more_than_eight_wait(site, faulty_build):
+    """PROMISE 6: so many children make copies; the others begin after those."""
+    site.start(Quarantine="on", binary=faulty_build, env={"FAULT": "link:1:1:-1"})
+    clients = [site.session() for _ in range(COPIES + 3)]
+    for client in clients:
+        client.begin(BAD + b".\r\n")
+    until(lambda: len(halted(site)) == COPIES, "the first copies")
+    never(lambda: len(site.daemon.children()) > COPIES, "one more")
+    clients[-1].reset()
+
+    def all_done():
+        for pid in halted(site):
+            os.kill(pid, signal.SIGCONT)
+        return len(os.listdir(site.spool)) == COPIES + 2 and \
+            not site.daemon.children()
+    until(all_done, "the copies")
+    for client in clients[:-1]:
+        client.expect("250 2.0.0 Virus Detected")
+    site.daemon.allowed.update(os.listdir(site.spool))
+
+
+def test_copy_that_waits_longer_than_time_out_is_451(site, faulty_clock):
+    """A session waits for its turn no longer than TimeOut."""
+    settings = faulty_clock.settings()
+    settings["env"]["FAULT"] = "link:1:1:-1"
+    site.start(Quarantine="on", **settings)
+    clients = [site.session() for _ in range(COPIES + 1)]
+    for client in clients:
+        client.begin(BAD + b".\r\n")
+    until(lambda: len(halted(site)) == COPIES, "the first copies")
+    site.clamd.wait_scans(COPIES + 1)
+    turns(site)
+    faulty_clock.go(site.daemon, 180)
+    for client in clients:
+        client.expect("451 4.3.0 Local Error")
+    reason = "quarantine in %s: no copy was %%s within TimeOut$" % site.spool
+    assert len(site.daemon.log(reason % "made")) == COPIES
+    assert len(site.daemon.log(reason % "begun")) == 1
+    until(lambda: not site.daemon.children(), "the children are killed")
+
+
+def test_copies_are_counted_in_the_limit_of_descriptors(site):
+    """Each of their pipes takes a descriptor of the daemon's."""
+    def needed(**settings):
+        daemon = site.refused(MaxConnections="65535", preexec=lambda: (
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)),
+            ctypes.CDLL(None).prctl(24, 24)),           # without CAP_SYS_RESOURCE
+            **settings)
+        return int(re.search(r"needs (\d+) descriptors", daemon.text()).group(1))
+    assert needed(Quarantine="on") == needed() + COPIES
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP],
+                         ids=errno.errorcode.get)
+def test_quarantine_without_link_makes_the_same_copy(site, faulty_build, error):
+    """A file system without hard links (FAT, some FUSE) serves as well."""
+    site.start(Quarantine="on", binary=faulty_build,
+               env={"FAULT": "link:1:1:%d" % error})
+    site.session().mail(body=BAD, want="250 2.0.0 Virus Detected")
+    name, = os.listdir(site.spool)
+    site.daemon.allowed.add(name)
+    path = os.path.join(site.spool, name)
+    assert site.daemon.log("quarantined virus file as: %s$" % re.escape(path))
+    with open(path, "rb") as file:
+        same(file.read(), BAD)
+    assert os.stat(path).st_mode & 0o7777 == 0o600
+
+
+def test_quarantine_without_link_killed_halfway_leaves_nothing(site, faulty_build):
+    """PROMISE 7: the empty file that has the copy's name then goes as well."""
+    site.start(Quarantine="on", TimeOut="1", binary=faulty_build,
+               env={"FAULT": "link:1:1:1 rename:1:0:-1"})
+    client = site.session()
+    client.begin(BAD + b".\r\n")
+    until(lambda: halted(site), "a copy is made")
+    assert len(os.listdir(site.spool)) == 2
+    client.expect("451 4.3.0 Local Error")
+    until(lambda: os.listdir(site.spool) == [], "both files are removed")
+
+
+def test_directory_without_fsync_is_good_enough_for_a_copy(site, faulty_build):
+    """EINVAL is what some network file systems say to fsync(2) of a directory."""
+    site.start(Quarantine="on", binary=faulty_build,
+               env={"FAULT": "fsync:2:0:%d" % errno.EINVAL})
+    site.session().mail(body=BAD, want="250 2.0.0 Virus Detected")
+    site.daemon.allowed.update(os.listdir(site.spool))
+
+
+@pytest.mark.parametrize("fault, why", [
+    ("pread:2:0:5", "copy: (I/O|Input/output) error"),
+    ("fsync:1:0:5", "fsync: (I/O|Input/output) error"),
+    ("link:1:0:1 rename:1:0:30", "link or rename: Read-only file system"),
+    ("link:1:0:17", "link or rename: File exists"),
+    ("fsync:2:0:5", "fsync of the directory: (I/O|Input/output) error"),
+    ("mkostemp:1:0:13", "Permission denied"),
+    ("pipe2:2:0:24", "No file descriptors available|Too many open files"),
+    ("fork:1:0:11", "Resource temporarily unavailable")])
+def test_quarantine_that_fails_logs_the_reason(site, faulty_build, fault, why):
+    """Whatever fails, the log has its error and nothing is left."""
+    site.start(Quarantine="on", binary=faulty_build, env={"FAULT": fault})
+    site.session().mail(body=BAD, want="451 4.3.0 Local Error")
+    site.daemon.wait_log("^100000: quarantine in %s: (%s)$" % (site.spool, why))
+    until(lambda: os.listdir(site.spool) == [], "half of a copy is removed")
 
 
 @pytest.mark.parametrize("farewell", ["421 4.3.2 bye", "500 what", CLOSE])

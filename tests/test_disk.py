@@ -103,6 +103,7 @@ def test_no_room_for_the_quarantine_is_451_and_leaves_nothing(site, small, actio
     until(lambda: os.listdir(inside(site)) == [], "half of a copy is removed")
     assert site.hop.messages == []
     site.daemon.wait_log("status=ERROR$")
+    assert site.daemon.log("quarantine in .*: copy: No space left on device$")
     client.mail(body=GOOD)
     assert not os.path.exists(ran)
     client.mail(body=BAD, want="" if action == "bounce" else "250")

@@ -1,6 +1,7 @@
 """Talking to clamd: streams, answers, failures, limits."""
 
 import contextlib
+import ctypes
 import os
 import re
 import socket
@@ -646,6 +647,48 @@ def test_a_waiting_scan_does_not_hold_up_who_could_go(site):
         client.expect("250")
         client.quit()
     good.quit()
+
+
+def copy_of_fd(daemon, fd):
+    """pidfd_getfd(2), which Python does not have."""
+    pidfd = os.pidfd_open(daemon.pid)
+    copy = ctypes.CDLL(None, use_errno=True).syscall(438, pidfd, fd, 0)
+    os.close(pidfd)
+    if copy == -1:
+        pytest.skip("pidfd_getfd: " + os.strerror(ctypes.get_errno()))
+    return copy
+
+
+def peer_of(sock):
+    try:
+        return sock.getpeername()
+    except OSError:
+        return None
+
+
+def test_a_tcp_connection_to_clamd_has_keep_alives(site):
+    """A clamd whose host is gone loses its scans within a minute: the kernel
+    sends a probe after 30 idle seconds, and 3 of them 10 seconds apart."""
+    hold = Hold("OK")
+    site.clamd = site.new_clamd(tcp=True, verdict=hold)
+    client = site.session()
+    client.submit(BODY)
+    hold.reached()
+    proc, seen = "/proc/%d/fd/" % site.daemon.pid, []
+    for fd in os.listdir(proc):
+        if not os.readlink(proc + fd).startswith("socket:"):
+            continue
+        with socket.socket(fileno=copy_of_fd(site.daemon, int(fd))) as sock:
+            if peer_of(sock) == (site.clamd.host, site.clamd.port):
+                seen.append([sock.getsockopt(*option) for option in (
+                    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+                    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT))])
+    assert seen == [[1, 30, 10, 3]]
+    hold.go()
+    client.expect("250")
+    client.quit()
 
 
 # ---------------------------------------------------------------- MaxScans

@@ -12,7 +12,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "clamsmtpd.h"
@@ -74,39 +73,51 @@ clamd_put(struct clamd *c)
 	free(c);
 }
 
+const char *
+clamd_name(const struct clamd *c)
+{
+	return target_text(c->target);
+}
+
 /*
- * Health: one line of the log when something goes wrong, one when all is well
- * again.
+ * Health: one line of the log when something goes wrong, again once a minute
+ * while messages fail, and one when all is well again.
  */
 
 static void
 clamd_complain(struct clamd *c, const char *why)
 {
-	if (strcmp(c->complaint, why) == 0)
+	if (strcmp(c->complaint, why) == 0 && now < c->quiet_until)
 		return;
 	format(c->complaint, sizeof c->complaint, "%s", why);
-	logmsg(LOG_ERR, "clamd %s: %s", c->target->text, why);
+	c->quiet_until = now + REPEAT_TIME;
+	logmsg(LOG_ERR, "clamd %s: %s", clamd_name(c), why);
 }
 
-/* The clamd at the other end of this socket has done its work. */
+/* Its address i, or the one that was i before a look-up, is that of the socket
+ * fd and has done its work. */
 static void
-clamd_worked(struct clamd *c, int fd)
+clamd_worked(struct clamd *c, int i, int fd)
 {
-	struct addr a;
+	struct addr a = c->target->addr[i];
 
-	a.len = sizeof a.u;
-	if (getpeername(fd, &a.u.sa, &a.len) == 0)
-		target_worked(c->target, &a);
+	if (c->target->name != NULL) {
+		a.len = sizeof a.u;
+		if (getpeername(fd, &a.u.sa, &a.len) == -1)
+			return;
+	}
+	target_worked(c->target, &a);
 }
 
 static void
 clamd_well(struct clamd *c)
 {
 	c->dead_until = 0;
+	c->on_trial = 0;
 	if (c->complaint[0] == '\0')
 		return;
 	c->complaint[0] = '\0';
-	logmsg(LOG_NOTICE, "clamd %s: works again", c->target->text);
+	logmsg(LOG_NOTICE, "clamd %s: works again", clamd_name(c));
 }
 
 /*
@@ -144,15 +155,13 @@ queue_leave(struct session *s)
 	s->scan.next = NULL;
 }
 
-/* A path that nobody has put there is not worth a try: of the usual places
- * only the one that exists is meant. */
+/* A clamd on trial has one scan at a time, not counting those that were
+ * abandoned: a message that clamd cannot get done must not keep out others. */
 static int
-is_there(const struct conf *conf, const struct clamd *c)
+has_slot(const struct clamd *c, const struct conf *conf)
 {
-	struct stat st;
-
-	return !conf->clamd_default ||
-	    stat(c->target->addr[0].u.un.sun_path, &st) == 0;
+	return c->running < conf->maxscans &&
+	    (!c->on_trial || c->running == c->abandoned);
 }
 
 /*
@@ -164,29 +173,26 @@ static struct clamd *
 clamd_choose(struct session *s, int *busy)
 {
 	struct clamd *c, *dead = NULL;
-	int i;
+	int i, dead_busy = 0;
 
 	*busy = 0;
 	for (i = 0; i < s->conf->nclamd; i++) {
 		c = s->conf->clamd[i];
-		if ((s->scan.tried & (uint32_t)1 << i) || !is_there(s->conf, c))
+		if (s->scan.tried & (uint32_t)1 << i)
 			continue;
-		if (c->dead_until > now) {
-			if (dead == NULL)
-				dead = c;
-		} else if (c->running < s->conf->maxscans)
-			return c;
-		else
+		if (c->dead_until <= now) {
+			if (has_slot(c, s->conf))
+				return c;
 			*busy = 1;
+		} else if (!has_slot(c, s->conf))
+			dead_busy = 1;
+		else if (dead == NULL)
+			dead = c;
 	}
-	if (!*busy && dead == NULL && s->scan.tried == 0)
-		return s->conf->clamd[0];	/* so that the log has its name */
-	if (*busy || dead == NULL)
+	if (*busy)
 		return NULL;
-	if (dead->running < s->conf->maxscans)
-		return dead;
-	*busy = 1;
-	return NULL;
+	*busy = dead == NULL && dead_busy;
+	return dead;
 }
 
 /* Whoever waits and can have a slot now gets it, those who came first before
@@ -261,7 +267,7 @@ scan_failed(struct session *s, int dead, const char *why)
 	struct clamd *c = s->scan.at;
 	int i;
 
-	slog(s, LOG_DEBUG, "clamd %s: %s", c->target->text, why);
+	slog(s, LOG_DEBUG, "clamd %s: %s", clamd_name(c), why);
 	format(s->virus, sizeof s->virus, "%s", why);
 	clamd_complain(c, why);
 	c->failures++;
@@ -347,7 +353,7 @@ scan_command(struct session *s)
 		return 0;
 	if (t->addr[s->scan.addr].u.sa.sa_family != AF_UNIX)
 		keep_alive(s->clamd.fd);
-	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, t->text);
+	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, clamd_name(s->scan.at));
 	buf_put(&s->clamd.out, command, sizeof command);
 	s->scan.phase = SC_SEND;
 	return 1;
@@ -555,7 +561,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 		    whole ? "" : ", which is no whole answer");
 		return scan_failed(s, 0, why);
 	}
-	clamd_worked(c, s->clamd.fd);
+	clamd_worked(c, s->scan.addr, s->clamd.fd);
 	clamd_well(c);
 	scan_leave(s);
 	scan_count(s);
@@ -659,10 +665,12 @@ clamd_drop(struct session *s)
 		a->until = now + ABANDON_TIME;
 		a->next = abandoned;
 		abandoned = a;
+		a->at->abandoned++;
 		s->clamd.fd = -1;
 		memset(&s->clamd.in, 0, sizeof s->clamd.in);
 		memset(&s->clamd.out, 0, sizeof s->clamd.out);
 		s->scan.at = NULL;
+		queue_run();		/* on trial, it may have another one */
 	}
 	scan_leave(s);
 	s->scan.phase = SC_NONE;
@@ -671,17 +679,31 @@ clamd_drop(struct session *s)
 void
 clamd_late(struct session *s)
 {
-	static const char why[] = "no verdict within ScanTimeOut";
+	static int64_t quiet_until;
+	struct clamd *c = s->scan.at;
 
-	if (s->scan.at != NULL) {
-		clamd_complain(s->scan.at, why);
-		s->scan.at->failures++;
-		s->scan.at->dead_until = now + RETRY_TIME;
-	} else if (s->conf->clamd[0]->complaint[0] == '\0')
-		clamd_complain(s->conf->clamd[0], "no free slot within "
-		    "ScanTimeOut; is MaxScans as large as its MaxThreads?");
-	format(s->virus, sizeof s->virus, "%s", why);
+	format(s->virus, sizeof s->virus, "no %s within ScanTimeOut",
+	    c != NULL ? "verdict" : "free slot");
+	if (c != NULL) {
+		clamd_complain(c, s->virus);
+		c->failures++;
+		c->dead_until = now + RETRY_TIME;
+		c->on_trial = 1;
+	} else if (now >= quiet_until) {
+		quiet_until = now + REPEAT_TIME;
+		logmsg(LOG_ERR, "clamd %s: %s; is MaxScans as large as its "
+		    "MaxThreads?", clamd_name(s->conf->clamd[0]), s->virus);
+	}
 	clamd_drop(s);
+}
+
+static void
+abandoned_free(struct abandoned *a)
+{
+	peer_close(&a->peer);
+	a->at->abandoned--;
+	slot_free(a->at);
+	free(a);
 }
 
 static void
@@ -694,14 +716,17 @@ on_abandoned(void *arg, int revents)
 }
 
 /*
- * PING, for the status page: the one that is under way, or the result of the
- * last one.  Whoever asks in between asks for nothing new.
+ * PING, for the status page and at the start: the one that is under way, or the
+ * result of the last one.  Whoever asks in between asks for nothing new.
  */
 static struct {
 	struct conf *conf;		/* NULL: none is under way */
+	int	 report;		/* log it if none answers */
 	int	 which;			/* of its clamds, */
-	unsigned tried;			/* and of that one's addresses: bits */
-	struct peer peer;
+	int64_t	 clamd_until;		/* the time for that one, */
+	int	 addr;			/* which of its addresses, */
+	unsigned tried;			/* and those that were: bits */
+	struct peer peer;		/* no fd: its name is being looked up */
 	int64_t	 until;			/* for this address */
 	int64_t	 done;			/* when the last one was; 0: never */
 	int	 well;
@@ -711,9 +736,13 @@ static struct {
 static void
 ping_end(int well)
 {
+	if (!well && ping.report)
+		logmsg(LOG_WARNING, "no clamd answers, and no message can be "
+		    "scanned until one does: %s", ping.why);
 	peer_close(&ping.peer);
 	conf_put(ping.conf);
 	ping.conf = NULL;
+	ping.report = 0;
 	ping.done = now;
 	ping.well = well;
 }
@@ -722,38 +751,49 @@ static void
 ping_why(const char *why)
 {
 	format(ping.why, sizeof ping.why, "clamd %s: %s",
-	    ping.conf->clamd[ping.which]->target->text, why);
+	    clamd_name(ping.conf->clamd[ping.which]), why);
+}
+
+/* Begin with clamd number n. */
+static void
+ping_clamd(int n)
+{
+	ping.which = n;
+	ping.clamd_until = now + PING_TIME / ping.conf->nclamd;
+	ping.tried = 0;
 }
 
 /* On to the next address that can be connected to. */
 static void
 ping_next(void)
 {
-	const struct clamd *c;
 	struct target *t;
-	int done, i;
+	int done;
 
 	peer_close(&ping.peer);
 	while (ping.which < ping.conf->nclamd) {
-		c = ping.conf->clamd[ping.which];
-		t = c->target;
-		i = is_there(ping.conf, c) ? target_next(t, ping.tried) : -1;
-		if (i == -1) {
-			if (t->naddr == 0)
-				ping_why("this name has no address");
-			target_look(t, 0);
-			ping.which++;
-			ping.tried = 0;
+		t = ping.conf->clamd[ping.which]->target;
+		target_look(t, 0);
+		if (t->naddr == 0 && t->looking && now < ping.clamd_until) {
+			ping.until = ping.clamd_until;
+			return;
+		}
+		if (t->naddr == 0)
+			ping_why(t->looking ? "its name is still being looked "
+			    "up" : "this name has no address");
+		ping.addr = target_next(t, ping.tried);
+		if (ping.addr == -1) {
+			ping_clamd(ping.which + 1);
 			continue;
 		}
-		ping.tried |= 1U << i;
-		ping.peer.fd = addr_connect(&t->addr[i], &done);
+		ping.tried |= 1U << ping.addr;
+		ping.peer.fd = addr_connect(&t->addr[ping.addr], &done);
 		if (ping.peer.fd == -1) {
 			ping_why(strerror(errno));
 			continue;
 		}
 		ping.peer.connecting = 1;
-		ping.until = now + PING_TIME / ping.conf->nclamd / t->naddr;
+		ping.until = now + (ping.clamd_until - now) / t->naddr;
 		return;
 	}
 	ping_end(0);
@@ -778,7 +818,7 @@ on_ping(void *arg, int revents)
 	if (!peer_fill(p))
 		return;
 	if (buf_len(in) == 5 && memcmp(buf_head(in), "PONG", 5) == 0) {
-		clamd_worked(ping.conf->clamd[ping.which], p->fd);
+		clamd_worked(ping.conf->clamd[ping.which], ping.addr, p->fd);
 		ping_end(1);
 		return;
 	}
@@ -794,17 +834,34 @@ on_ping(void *arg, int revents)
 static void
 ping_watch(void)
 {
+	int looking;
+
 	if (ping.conf == NULL)
 		return;
+	looking = ping.peer.fd == -1;
 	if (now >= ping.until) {
-		ping_why("no answer to PING in time");
+		if (!looking)
+			ping_why("no answer to PING in time");
 		ping_next();
-	}
+	} else if (looking && !ping.conf->clamd[ping.which]->target->looking)
+		ping_next();
 	if (ping.conf == NULL)
 		return;
-	watch(ping.peer.fd, ping.peer.connecting ? POLLOUT : POLLIN, on_ping,
-	    NULL);
+	if (ping.peer.fd != -1)
+		watch(ping.peer.fd, ping.peer.connecting ? POLLOUT : POLLIN,
+		    on_ping, NULL);
 	wait_until(ping.until);
+}
+
+static void
+ping_begin(struct conf *c, int report)
+{
+	ping.conf = c;
+	c->refs++;
+	ping.report = report;
+	ping.peer.fd = -1;
+	ping_clamd(0);
+	ping_next();
 }
 
 int
@@ -815,14 +872,18 @@ clamd_ping(struct conf *c, const char **why)
 		return -1;
 	if (ping.done != 0 && now - ping.done < SECOND)
 		return ping.well;
-	ping.conf = c;
-	c->refs++;
-	ping.which = 0;
-	ping.tried = 0;
-	ping.peer.fd = -1;
-	ping_why("is not there");
-	ping_next();
+	ping_begin(c, 0);
 	return ping.conf != NULL ? -1 : ping.well;
+}
+
+void
+clamd_check(struct conf *c)
+{
+	if (ping.conf != NULL) {	/* of settings that count no longer */
+		ping.report = 0;
+		ping_end(0);
+	}
+	ping_begin(c, 1);
 }
 
 int
@@ -842,13 +903,12 @@ clamd_end(void)
 {
 	struct abandoned *a;
 
+	ping.report = 0;
 	if (ping.conf != NULL)
 		ping_end(0);
 	while ((a = abandoned) != NULL) {
 		abandoned = a->next;
-		slot_free(a->at);
-		peer_close(&a->peer);
-		free(a);
+		abandoned_free(a);
 	}
 }
 
@@ -869,9 +929,7 @@ clamd_watch(void)
 	while ((a = *p) != NULL) {
 		if (now >= a->until) {
 			*p = a->next;
-			slot_free(a->at);
-			peer_close(&a->peer);
-			free(a);
+			abandoned_free(a);
 			continue;
 		}
 		watch(a->peer.fd, POLLIN, on_abandoned, a);

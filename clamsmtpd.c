@@ -731,8 +731,7 @@ visit_page(struct visitor *v)
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		running += c->running;
-		visit_say(v, "\nclamd %s: %s", c->target->text,
-		    clamd_health(c));
+		visit_say(v, "\nclamd %s: %s", clamd_name(c), clamd_health(c));
 	}
 	visit_say(v, "\nscans: %d running, %d waiting\n", running,
 	    clamd_waiting());
@@ -815,13 +814,13 @@ visit_metrics(struct visitor *v)
 		c = conf->clamd[i];
 		running += c->running;
 		visit_say(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
-		    label(c->target->text), c->complaint[0] == '\0');
+		    label(clamd_name(c)), c->complaint[0] == '\0');
 	}
 	metric_head(v, "clamd_failures_total", "counter",
 	    "Scans without a verdict.");
 	for (i = 0; i < conf->nclamd; i++)
 		visit_say(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
-		    "%llu\n", label(conf->clamd[i]->target->text),
+		    "%llu\n", label(clamd_name(conf->clamd[i])),
 		    conf->clamd[i]->failures);
 	metric(v, "scans_running", "gauge", "At clamd now.", running);
 	metric(v, "scans_waiting", "gauge", "For MaxScans.", clamd_waiting());
@@ -1349,8 +1348,7 @@ static int
 set_limits(const struct conf *c)
 {
 	struct rlimit r = { 1, 1 };
-	rlim_t clamds = c->clamd_default ? 1 : c->nclamd;
-	rlim_t want = 3 * c->maxconn + c->maxscans * clamds + 64;
+	rlim_t want = 3 * c->maxconn + c->maxscans * c->nclamd + 64;
 
 	if (c->quarantine)
 		want += MAXCOPIES;	/* their answers come through pipes */
@@ -1646,6 +1644,7 @@ reload(void)
 	logmsg(LOG_NOTICE, "%s: read again", conf_path);
 	listeners_log(conf);
 	look_up_all(conf);
+	clamd_check(conf);
 }
 
 /*
@@ -2318,6 +2317,7 @@ main(int argc, char **argv)
 	sandbox(conf);
 	listeners_log(conf);
 	look_up_all(conf);
+	clamd_check(conf);
 	notify("READY=1");
 	serve();
 	leave();

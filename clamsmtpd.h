@@ -76,6 +76,7 @@
 #define LOOKUP_TIME	(60 * SECOND)	/* an address of a name is good for */
 #define RETRY_TIME	(30 * SECOND)	/* a dead clamd is left alone for */
 #define ABANDON_TIME	(600 * SECOND)	/* an abandoned scan counts for */
+#define REPEAT_TIME	(60 * SECOND)	/* between two equal complaints */
 #define BUSY_TIME	100		/* between two knocks at a full backlog */
 #define SLOWEST_BODY	100		/* bytes a second, over TimeOut */
 
@@ -121,8 +122,9 @@ struct addr {
 
 /*
  * Where an OutAddress or ClamAddress points.  A numeric address or a path is
- * in addr[0] from the start; a name has what the last look-up found.  Neither
- * name nor address: a port alone, back to the client's own address.
+ * in addr[0] from the start; a name has what the last look-up found.  Without
+ * a ClamAddress addr has the usual paths.  Neither name nor address: a port
+ * alone, back to the client's own address.
  */
 struct target {
 	int	 refs;
@@ -141,9 +143,12 @@ struct clamd {
 	int	 refs;
 	struct target *target;
 	int	 running;		/* scans, the abandoned ones too */
+	int	 abandoned;		/* of these */
 	int64_t	 dead_until;		/* 0: alive, as far as we know */
+	int	 on_trial;		/* it was silent: one scan at a time */
 	unsigned long long failures;
 	char	 complaint[NOTESZ / 4];	/* logged last; empty: all is well */
+	int64_t	 quiet_until;		/* it is not repeated before */
 	struct clamd *next;
 };
 
@@ -167,7 +172,7 @@ struct conf {
 	struct rule *rules;
 	int	 nclamd;
 	struct clamd *clamd[MAXCLAMDS];
-	int	 clamd_default;		/* no ClamAddress: the first that exists */
+	int	 clamd_default;		/* no ClamAddress: the usual paths */
 	int	 debug_files;
 	char	*header;		/* NULL: none */
 	int64_t	 keepalives;		/* ms; 0: none */
@@ -421,6 +426,10 @@ void clamd_drop(struct session *);		/* no verdict is wanted any more */
 void clamd_watch(void);				/* abandoned scans, and PING */
 void clamd_end(void);				/* closes those */
 int clamd_waiting(void);			/* sessions without a slot */
+/* What messages call it: its ClamAddress, or the usual path that is used. */
+const char *clamd_name(const struct clamd *);
+/* Send a PING to each, and log a warning if none answers.  Returns at once. */
+void clamd_check(struct conf *);
 /* Whether one of them answers a PING: 1; 0, and *why; -1: ask again in the next
  * turn.  What was known a second ago is good enough. */
 int clamd_ping(struct conf *, const char **why);
@@ -543,10 +552,14 @@ int addr_path(struct addr *, const char *path);	/* -1: too long */
 int addr_lookup(const char *name, unsigned port, struct addr *addr);
 /*
  * Which of the addresses of a target is to be tried: the one that worked last,
- * then the others in order, but for those whose bit is set in tried.  Returns
- * its index, or -1 when all have been tried.
+ * then those that follow it, but for those whose bit is set in tried.  Of
+ * several paths only those that exist are tried; when none does the connect to
+ * the first one says so.  Returns the index, or -1 when none is left.
  */
 int target_next(const struct target *, unsigned tried);
+/* What messages call a target: its text, or of several paths the one that is
+ * used, if there is one. */
+const char *target_text(const struct target *);
 /* The address has worked: the next connection is made to it first.  Logs a
  * change.  Nothing happens when the target has no such address (any more). */
 void target_worked(struct target *, const struct addr *);

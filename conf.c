@@ -24,6 +24,7 @@ static const char *const clamd_paths[] = {
 	"/var/run/clamav/clamd.ctl",	/* Debian */
 	"/var/run/clamav/clamd",	/* the original's default */
 };
+#define NPATHS	(sizeof clamd_paths / sizeof clamd_paths[0])
 
 /*
  * A setter returns NULL, or how the sentence `"value" is not ...' ends.  The
@@ -673,30 +674,42 @@ static const char *
 set_clamd(struct conf *c, const struct keyword *k, const char *v)
 {
 	struct target *t;
+	struct clamd *new;
 	const char *why;
+	int i;
 
 	if (c->nclamd == MAXCLAMDS)
 		return "possible: 32 are the most";
 	if ((why = target_new(&t, k, v)) != NULL)
 		return why;
 	target_default_host(t, "127.0.0.1");
-	c->clamd[c->nclamd] = clamd_get(t);
-	if (c->clamd[c->nclamd] == NULL)
+	if ((new = clamd_get(t)) == NULL)
 		return no_memory;
-	c->nclamd++;
+	for (i = 0; i < c->nclamd; i++)
+		if (c->clamd[i] == new) {
+			logmsg(LOG_WARNING, "%s: %s is there twice; one line "
+			    "is enough", k->name, v);
+			clamd_put(new);
+			return NULL;
+		}
+	c->clamd[c->nclamd++] = new;
 	return NULL;
 }
 
 static void
 show_clamd(const struct conf *c, const struct keyword *k)
 {
-	int i;
+	size_t i;
+	int n;
 
-	if (c->clamd_default)
+	if (c->clamd_default) {
 		put("# %s: the first of these that is there\n", k->name);
-	for (i = 0; i < c->nclamd; i++)
-		put("%s%s: %s\n", c->clamd_default ? "# " : "", k->name,
-		    c->clamd[i]->target->text);
+		for (i = 0; i < NPATHS; i++)
+			put("# %s: %s\n", k->name, clamd_paths[i]);
+		return;
+	}
+	for (n = 0; n < c->nclamd; n++)
+		put("%s: %s\n", k->name, c->clamd[n]->target->text);
 }
 
 /*
@@ -1063,23 +1076,40 @@ read_environment(struct conf *c, int *errors)
 	*errors += at.errors;
 }
 
+/* No ClamAddress: one clamd, whose addresses are the usual paths. */
+static void
+usual_clamd(struct conf *c, struct place *at)
+{
+	char text[ADDRTEXT];
+	struct target *t;
+	size_t i, n = 0;
+
+	for (i = 0; i < NPATHS; i++)
+		n += format(text + n, sizeof text - n, "%s%s",
+		    i > 0 ? ", " : "", clamd_paths[i]);
+	assign(c, at, "ClamAddress", text);
+	if (c->nclamd == 0)
+		return;			/* no memory, which has been logged */
+	c->clamd_default = 1;
+	t = c->clamd[0]->target;
+	for (i = 0; i < NPATHS; i++)
+		addr_path(&t->addr[i], clamd_paths[i]);
+	t->naddr = NPATHS;
+}
+
 /* What follows from several settings, or from none.  there: as read_file() has
  * returned it; a file that could not be read may have an OutAddress. */
 static void
 complete(struct conf *c, const char *path, int there, int *errors)
 {
 	struct place at = { "defaults", 0, BY_NOBODY, 0 };
-	size_t i;
 
 	if (c->status != NULL)
 		target_default_host(c->status, "127.0.0.1");
 	if (c->nlisten == 0)
 		assign(c, &at, "Listen", "10025");
-	if (c->nclamd == 0) {
-		c->clamd_default = 1;
-		for (i = 0; i < sizeof clamd_paths / sizeof clamd_paths[0]; i++)
-			assign(c, &at, "ClamAddress", clamd_paths[i]);
-	}
+	if (c->nclamd == 0)
+		usual_clamd(c, &at);
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
 	if (c->seen[0] == BY_NOBODY && !c->transparent && there != -1) {

@@ -1115,31 +1115,53 @@ addr_lookup(const char *name, unsigned port, struct addr *addr)
 	return n;
 }
 
+static int
+is_there(const struct addr *a)
+{
+	struct stat st;
+
+	return a->u.sa.sa_family != AF_UNIX ||
+	    stat(a->u.un.sun_path, &st) == 0;
+}
+
 int
 target_next(const struct target *t, unsigned tried)
 {
-	int i;
+	int i, n;
 
-	if (t->first < t->naddr && (tried & 1U << t->first) == 0)
-		return t->first;
-	for (i = 0; i < t->naddr; i++)
-		if ((tried & 1U << i) == 0)
+	for (n = 0; n < t->naddr; n++) {
+		i = (t->first + n) % t->naddr;
+		if ((tried & 1U << i) == 0 &&
+		    (t->naddr == 1 || is_there(&t->addr[i])))
 			return i;
-	return -1;
+	}
+	return t->naddr > 0 && tried == 0 ? t->first : -1;
+}
+
+const char *
+target_text(const struct target *t)
+{
+	const struct addr *a;
+
+	if (t->name != NULL || t->naddr <= 1)
+		return t->text;
+	a = &t->addr[target_next(t, 0)];
+	return is_there(a) ? a->u.un.sun_path : t->text;
 }
 
 void
 target_worked(struct target *t, const struct addr *a)
 {
-	int i;
+	int i, was = t->first;
 
 	for (i = 0; i < t->naddr && !addr_equal(&t->addr[i], a); i++)
 		;
-	if (i == t->naddr || i == t->first)
+	if (i == t->naddr || i == was)
 		return;
 	t->first = i;
-	logmsg(LOG_NOTICE, "%s: %s works and is tried first from now on",
-	    t->text, addr_text(a));
+	if (is_there(&t->addr[was]))
+		logmsg(LOG_NOTICE, "%s: %s works and is tried first from now on",
+		    t->text, addr_text(a));
 }
 
 void

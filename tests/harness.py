@@ -458,8 +458,8 @@ class Server:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self.lock:
-                self.accepted += 1
                 self.socks.add(sock)
+            self.count()
             thread = threading.Thread(target=self._run, args=(sock,), daemon=True)
             self.threads.append(thread)
             thread.start()
@@ -475,6 +475,11 @@ class Server:
             with self.lock:
                 self.socks.discard(sock)
             sock.close()
+
+    def count(self):
+        """A connection that counts as accepted."""
+        with self.lock:
+            self.accepted += 1
 
     def serve(self, sock):
         raise NotImplementedError
@@ -792,6 +797,8 @@ class Clamd(Server):
     (framed as clamd does), bytes (sent as they are), or an action.  It may
     be set to such a value itself, or to a list for successive scans (then
     the usual verdict).
+
+    PINGs, which come at any time, are counted by themselves and nowhere else.
     """
 
     family = "clamd"
@@ -802,7 +809,7 @@ class Clamd(Server):
         self.deny_all = None         # raw answer to any command
         self.scans = []
         self.commands = []           # as they came, framing included
-        self.pings = 0
+        self.pings = 0               # whose connection is over
         self.busy = set()            # connections without an answer so far
         self.most = 0                # of these at once
         super().__init__(**kw)
@@ -815,10 +822,10 @@ class Clamd(Server):
     def usual(data):
         return VIRUS + " FOUND" if EICAR in data else "OK"
 
+    def count(self):
+        """Not before the command is known (talk)."""
+
     def serve(self, sock):
-        with self.lock:
-            self.busy.add(sock)
-            self.most = max(self.most, len(self.busy))
         try:
             self.talk(sock)
         except Gone:
@@ -851,16 +858,20 @@ class Clamd(Server):
             if len(command) > 4096:
                 self.error("an endless command: %s" % shown(command))
                 return
+        if command == b"zPING\0":
+            self.ping(sock)
+            return
+        with self.lock:
+            self.accepted += 1
+            self.busy.add(sock)
+            self.most = max(self.most, len(self.busy))
         self.commands.append(command)
         if self.deny_all is not None:
             self.send(sock, self.deny_all)
             return
         word = command[:-1] if end == b"\n" and command[:1] != b"n" \
             else command[1:-1]
-        if word == b"PING":
-            self.pings += 1
-            self.send(sock, b"PONG" + end)
-        elif word == b"INSTREAM" and command[:1] in b"zn":
+        if word == b"INSTREAM" and command[:1] in b"zn":
             self.instream(sock, end)
         elif word.startswith(b"SCAN "):
             with open(word[5:].rstrip(b"\r"), "rb") as file:
@@ -869,6 +880,16 @@ class Clamd(Server):
         else:
             self.error("unknown command %r" % command)
             self.send(sock, b"UNKNOWN COMMAND" + end)
+
+    def ping(self, sock):
+        if self.deny_all is not None:
+            self.send(sock, self.deny_all)
+            return
+        try:
+            self.send(sock, b"PONG\0")
+            self.get(sock)
+        finally:
+            self.pings += 1
 
     def instream(self, sock, end):
         data = bytearray()
@@ -1457,20 +1478,34 @@ class Site:
               binary=None, **settings):
         directory = self.path("daemon%d" % len(self.daemons))
         os.mkdir(directory)
+        pings = self.clamd.pings if "ClamAddress" not in settings else 0
         daemon = Daemon(directory, args=args, level=level, env=env, wait=False,
                         preexec=preexec, binary=binary, **self.settings(**settings))
         self.daemons.append(daemon)
         self.daemon = daemon
         if wait:
             daemon.wait_listening()
+            if "ClamAddress" not in settings:
+                self.wait_check(pings)
+                daemon.idle = daemon.fds()
         return daemon
+
+    def wait_check(self, pings, warnings=0):
+        """The daemon's PING at its start, or after a reload, is over."""
+        until(lambda: self.clamd.pings > pings or not self.daemon.alive() or
+              len(self.daemon.log("no clamd answers")) > warnings,
+              "the daemon has sent a PING")
 
     def reload(self, **settings):
         """Write new settings, SIGHUP, wait for the log to say so."""
         before = len(self.daemon.log(READ_AGAIN))
+        warnings = len(self.daemon.log("no clamd answers"))
+        pings = self.clamd.pings if "ClamAddress" not in settings else 0
         self.daemon.write(self.settings(**settings))
         self.daemon.send_signal(signal.SIGHUP)
         self.daemon.wait_log(READ_AGAIN, before + 1)
+        if "ClamAddress" not in settings:
+            self.wait_check(pings, warnings)
 
     def refused(self, status=1, **settings):
         """A daemon that does not start."""

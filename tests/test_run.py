@@ -17,7 +17,7 @@ import pytest
 
 from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, Names, READ_AGAIN,
                      VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
-                     mounting, processes, until, wait_file)
+                     mounting, processes, turns, until, wait_file)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -1360,24 +1360,41 @@ def test_hop_address_is_not_tried_twice_when_the_order_changes(site, names, cloc
         second.expect("220")
 
 
+def is_ready(status):
+    with connect(status) as probe:
+        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        return probe.makefile("rb").read().endswith(b"\r\nok\n")
+
+
 def test_clamd_address_that_worked_is_tried_first(site, names):
-    """By the next scan and by a PING."""
+    """By the next scan and by a PING, after a scan that it has done."""
     names.addresses = [DEAD, GOOD]
     names.go()
     site.clamd = site.new_clamd(tcp=True, host=GOOD)
+    site.clamd.down()
     status = site.path("status")
     start_named(site, names, StatusListen=status,
                 ClamAddress="clamd.example.org:%d" % site.clamd.port)
+    site.daemon.wait_log("no clamd answers")
+    site.clamd.up()
     site.session().mail()
     back = site.new_clamd(tcp=True, host=DEAD, port=site.clamd.port)
     site.session().mail()
-    with connect(status) as probe:
-        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        assert b"ok" in probe.makefile("rb").read()
+    until(lambda: is_ready(status), "it is ready")
     assert (len(site.clamd.scans), back.accepted) == (2, 0)
     assert address_lines(site) == [
         "clamd.example.org:%d: 127.0.0.98 works and is tried first from now on"
         % site.clamd.port]
+
+
+def test_clamd_name_that_is_looked_up_at_start_is_no_warning(site, names):
+    """The PING at the start waits for the address."""
+    site.clamd = site.new_clamd(tcp=True)
+    start_named(site, names, ClamAddress="clamd.example.org:%d" % site.clamd.port)
+    turns(site)
+    names.go()
+    until(lambda: site.clamd.pings, "a PING")
+    assert not site.daemon.log("no clamd answers")
 
 
 def test_clamd_address_that_answers_a_ping_is_tried_first(site, names):
@@ -1388,9 +1405,7 @@ def test_clamd_address_that_answers_a_ping_is_tried_first(site, names):
     status = site.path("status")
     start_named(site, names, StatusListen=status,
                 ClamAddress="clamd.example.org:%d" % site.clamd.port)
-    with connect(status) as probe:
-        probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        assert b"ok" in probe.makefile("rb").read()
+    until(lambda: is_ready(status), "it is ready")
     back = site.new_clamd(tcp=True, host=DEAD, port=site.clamd.port)
     site.session().mail()
     assert (len(site.clamd.scans), back.accepted) == (1, 0)

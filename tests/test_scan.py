@@ -352,6 +352,43 @@ def test_a_failure_is_named_in_the_log_once_and_so_is_its_end(site, verdict, rea
     client.quit()
 
 
+def test_clamd_complaint_is_repeated_once_a_minute(site, clock):
+    """While messages fail; the log near each CLAMAV-ERROR has the reason."""
+    site.start(**clock.settings())
+    site.clamd.down()
+    client = site.session()
+    for lines in 1, 2, 3:
+        client.mail(want="451")
+        clock.go(site.daemon, 59)
+        client.mail(want="451")
+        assert len(site.daemon.log("^clamd .*: connect: No such file")) == lines
+        clock.go(site.daemon, 1)
+
+
+def test_no_free_slot_is_said_and_logged_beside_another_complaint(site, clock):
+    """The 451 of a message that never had a slot has that reason, and so has
+    the log, once a minute, though clamd has failed for another reason."""
+    hold = Hold("OK")
+    site.clamd.verdict = ["sick ERROR", hold]
+    site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
+    one, two, three = (site.session() for _ in range(3))
+    one.mail(want="451")
+    for client in one, two, three:
+        client.submit(BODY)
+        turns(site)
+    clock.go(site.daemon, 60)
+    one.expect("451 4.3.0 Local Error (clamd: no verdict within ScanTimeOut)")
+    for client in two, three:
+        client.expect("451 4.3.0 Local Error (clamd: no free slot within ScanTimeOut)")
+    assert len(site.daemon.log("^clamd .*: no free slot within ScanTimeOut; ")) == 1
+    two.submit(BODY)
+    turns(site)
+    clock.go(site.daemon, 60)
+    two.expect("451 4.3.0 Local Error (clamd: no free slot")
+    assert len(site.daemon.log("^clamd .*: no free slot within ScanTimeOut; ")) == 2
+    hold.go()
+
+
 @pytest.mark.parametrize("scans", [10, 2])
 def test_a_clamd_that_answers_nobody_is_named_in_the_log_once(site, clock, scans):
     """Once each: that it is silent, and that others wait for their turn."""
@@ -410,12 +447,50 @@ def test_clamd_restarted_under_load(site):
     assert "451" not in heard[-8:]
 
 
-def test_clamd_away_never_stops_the_start(site):
+def test_clamd_away_at_start_is_a_warning(site):
+    """It never stops the start."""
     site.clamd.down()
     site.start()
     client = site.session()
     client.cmd("NOOP", "250")
     client.quit()
+    assert site.daemon.log("no clamd answers") == [
+        "no clamd answers, and no message can be scanned until one does: "
+        "clamd %s: No such file or directory" % site.clamd.address]
+
+
+def test_clamd_that_answers_at_start_is_no_warning(site):
+    """One of several is enough, and so it is after SIGHUP."""
+    settings = dict(Listen=site.path("in.sock"),
+                    ClamAddress=["/no/such/socket", site.clamd.address])
+    site.start(**settings)
+    until(lambda: site.clamd.pings, "a PING")
+    site.reload(**settings)
+    until(lambda: site.clamd.pings == 2, "a PING")
+    assert not site.daemon.log("no clamd answers")
+    site.reload(Listen=settings["Listen"], ClamAddress="/no/such/socket")
+    site.daemon.wait_log("no clamd answers.*clamd /no/such/socket: No such file")
+
+
+def test_clamd_silent_at_start_is_a_warning_after_five_seconds(site, clock):
+    """PROMISE 5: nobody waits for it."""
+    with full_listener() as address:
+        site.start(ClamAddress=address, **clock.settings())
+        turns(site)
+        clock.go(site.daemon, 4)
+        turns(site)
+        assert not site.daemon.log("no clamd answers")
+        clock.go(site.daemon, 1)
+        site.daemon.wait_log("no clamd answers.*no answer to PING in time")
+
+
+def test_clamd_check_at_start_ends_with_the_daemon(site):
+    """A daemon that is stopped meanwhile warns of nothing."""
+    with full_listener() as address:
+        site.start(ClamAddress=address)
+        turns(site)
+        site.daemon.stop()
+        assert not site.daemon.log("no clamd answers")
 
 
 @pytest.mark.core
@@ -603,6 +678,155 @@ def test_a_dead_clamd_is_tried_again_now_and_then(site, clock):
     assert (len(first.scans), len(second.scans)) == (5, 6)
     site.daemon.wait_log("works again")
     client.quit()
+
+
+def test_clamd_that_timed_out_gets_one_scan_until_it_answers(site, clock):
+    """It is silent; a second one is well.  After half a minute one message is
+    risked, and after its verdict the clamd is trusted again."""
+    silent, trial = Hold("OK"), Hold("OK")
+    first, second = site.new_clamd(verdict=[silent, trial]), site.new_clamd()
+    site.start(ClamAddress=[first.address, second.address], MaxScans="3",
+               ScanTimeOut="60", **clock.settings())
+    one, two = site.session(), site.session()
+    one.submit(BODY)
+    silent.reached()
+    clock.go(site.daemon, 60)
+    one.expect("451 4.3.0 Local Error (clamd: no verdict")
+    clock.go(site.daemon, 30)
+    one.submit(BODY)
+    trial.reached()
+    two.mail()
+    two.mail()
+    assert (first.accepted, len(second.scans)) == (2, 2)
+    silent.go()
+    trial.go()
+    one.expect("250")
+    first.verdict = trusted = Hold("OK")
+    one.submit(BODY)
+    two.submit(BODY)
+    trusted.reached(2)
+    trusted.go()
+    one.expect("250")
+    two.expect("250")
+    assert len(second.scans) == 2
+
+
+def test_clamd_on_trial_gets_the_next_scan_when_one_is_abandoned(site, clock):
+    """A scan that it cannot get done keeps no other message out."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold, hold]
+    site.start(MaxScans="3", ScanTimeOut="60", **clock.settings())
+    one, two, three = (site.session() for _ in range(3))
+    one.submit(BODY)
+    hold.reached()
+    clock.go(site.daemon, 60)
+    one.expect("451")
+    two.submit(BODY)
+    hold.reached(2)
+    clock.go(site.daemon, 10)
+    three.submit(BODY)
+    turns(site)
+    assert site.clamd.accepted == 2
+    clock.go(site.daemon, 50)
+    two.expect("451")
+    three.expect("250")
+    hold.go()
+
+
+def test_clamd_that_timed_out_is_left_alone_for_half_a_minute(site, clock):
+    """While another one is alive."""
+    hold = Hold("OK")
+    first, second = site.new_clamd(verdict=[hold]), site.new_clamd()
+    site.start(ClamAddress=[first.address, second.address], ScanTimeOut="60",
+               **clock.settings())
+    client = site.session()
+    client.submit(BODY)
+    hold.reached()
+    clock.go(site.daemon, 60)
+    client.expect("451")
+    client.mail()
+    clock.go(site.daemon, 29)
+    client.mail()
+    assert (first.accepted, len(second.scans)) == (1, 2)
+    clock.go(site.daemon, 1)
+    client.mail()
+    assert (first.accepted, len(second.scans)) == (2, 2)
+    hold.go()
+
+
+def test_dead_clamd_with_a_free_slot_is_used_before_a_full_one(site, clock):
+    """Both have timed out.  The first one is still at its scan; the second one
+    has answered meanwhile, and gets the next message."""
+    at_first, at_second = Hold("OK"), Hold("OK")
+    first, second = site.new_clamd(verdict=at_first), site.new_clamd()
+    second.verdict = [at_second]
+    site.start(ClamAddress=[first.address, second.address], MaxScans="1",
+               ScanTimeOut="60", **clock.settings())
+    one, two = site.session(), site.session()
+    one.submit(BODY)
+    at_first.reached()
+    two.submit(BODY)
+    at_second.reached()
+    clock.go(site.daemon, 60)
+    one.expect("451")
+    two.expect("451")
+    at_second.go()
+    two.mail()
+    assert (first.accepted, len(second.scans)) == (1, 2)
+    at_first.go()
+
+
+def test_scan_tried_again_goes_before_those_that_came_later(site):
+    """The first clamd fails a message while the second one is full.  When that
+    one has a slot again the message gets it, not those that wait for the first
+    time."""
+    at_first, then, at_second = Hold("sick ERROR"), Hold("OK"), Hold("OK")
+    first, second = site.new_clamd(), site.new_clamd()
+    first.verdict, second.verdict = [at_first, then], [at_second]
+    site.start(ClamAddress=[first.address, second.address], MaxScans="1")
+    clients = [site.session() for _ in range(4)]
+    for i, client in enumerate(clients):
+        client.submit(b"Subject: %d\r\n\r\nx\r\n" % i)
+        turns(site)
+    at_first.reached()
+    at_second.reached()
+    at_first.go()                       # 0 fails, 2 takes its place
+    then.reached()
+    at_second.go()                      # 1 is done, 0 takes its place
+    for i in 1, 0, 3:
+        clients[i].expect("250")
+    then.go()
+    clients[2].expect("250")
+    assert [scan.mail[9:10] for scan in second.scans] == [b"1", b"0", b"3"]
+
+
+def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
+    """A dead, B full, one waits: A gets it when its time comes, though nothing
+    else happens in the daemon."""
+    hold = Hold("OK")
+    first, second = site.new_clamd(), site.new_clamd()
+    first.verdict = ["Broken ERROR", hold]
+    second.down()
+    site.start(ClamAddress=[first.address, second.address], MaxScans="1",
+               **clock.settings())
+    running, waiting = site.session(), site.session()
+    running.mail(want="451")            # the second is found dead
+    second.up()
+    running.submit(BODY)
+    hold.reached()
+    waiting.submit(BODY)
+    turns(site)
+    clock.go(site.daemon, 29)
+    turns(site)
+    site.daemon.rests()
+    before = site.daemon.proc("voluntary_ctxt_switches")
+    until(lambda: site.daemon.proc("voluntary_ctxt_switches") != before,
+          "it has woken, and has no spare buffers to wake for again")
+    clock.monotonic += 1                # no signal: it wakes by itself
+    clock.set()
+    waiting.expect("250 2.0.0 queued")
+    hold.go()
+    running.expect("250 2.0.0 queued")
 
 
 def test_who_waits_gets_a_clamd_that_is_no_longer_dead(site, clock):

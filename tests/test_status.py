@@ -146,7 +146,7 @@ def test_ready_is_a_clamd_that_answers_a_ping(site):
     address = start(site)
     answer = get(address, "/healthz")
     assert (answer.status, answer.text) == (200, "ok\n")
-    assert site.clamd.pings == 1 and site.clamd.commands == [b"zPING\0"]
+    assert site.clamd.pings and site.clamd.commands == []
 
 
 def silent(site):
@@ -158,6 +158,9 @@ def silent(site):
     sock.listen(100)
     return path, sock
 
+
+# Without ClamAddress, when none is there.
+USUAL = "/run/clamav/clamd.sock, /var/run/clamav/clamd.ctl, /var/run/clamav/clamd"
 
 # name: (address, clamd's answer, the reason that is given)
 SICK = {
@@ -199,7 +202,7 @@ def test_without_clamaddress_the_reason_is_of_the_one_that_is_there(site, mounts
                     preexec=mounting(bind(site.path("run"), "/run")))
     assert get(address, "/healthz").text == {
         True: "clamd /var/run/clamav/clamd.ctl: Connection refused\n",
-        False: "clamd /run/clamav/clamd.sock: is not there\n"}[there]
+        False: "clamd %s: No such file or directory\n" % USUAL}[there]
 
 
 def test_one_that_answers_is_enough(site, sick):
@@ -444,6 +447,68 @@ def test_a_clamd_is_up_again_when_it_has_scanned(site, clock):
     clamd.up()
     site.session().mail()
     assert metrics(address)[up] == 1
+
+
+def test_clamaddress_given_twice_has_one_series(site):
+    """A second line with the same address is a warning, not another clamd."""
+    address = start(site, ClamAddress=[site.clamd.address] * 2)
+    text = get(address, "/metrics").text
+    names = re.findall(r"^(clamsmtpd_\S+) ", text, re.M)
+    assert len(names) == len(set(names))
+    assert site.daemon.log("ClamAddress: %s is there twice; one line is enough$"
+                           % re.escape(site.clamd.address))
+    assert get(address).text.count(site.clamd.address) == 1
+
+
+def test_without_clamaddress_one_clamd_is_shown_through_outages(site, mounts):
+    """The log, the metrics, the page and /healthz name the socket that is used,
+    or all three when there is none; each outage and each end of it is logged."""
+    os.makedirs(site.path("run/clamav"))
+    used = "/var/run/clamav/clamd.ctl"
+    address = start(site, ClamAddress=None, level=3,
+                    preexec=mounting(bind(site.path("run"), "/run")))
+    client = site.session()
+
+    def shown(name, well, failures):
+        got = metrics(address)
+        assert {key: n for key, n in got.items() if "clamd_" in key and
+                "verdict" not in key} == {
+            'clamd_up{address="%s"}' % name: well,
+            'clamd_failures_total{address="%s"}' % name: failures}
+        page, = re.findall("^clamd .*$", get(address).text, re.M)
+        assert page.startswith("clamd %s: " % name)
+        until(lambda: get(address, "/healthz").text == (
+            "ok\n" if well else "clamd %s: No such file or directory\n" % name),
+            "/healthz says so")
+
+    client.mail(want="451")
+    shown(USUAL, 0, 1)
+    clamd = site.new_clamd(path=site.path("run/clamav/clamd.ctl"))
+    client.mail()
+    shown(used, 1, 1)
+    clamd.down()
+    client.mail(want="451")
+    shown(USUAL, 0, 2)
+    clamd.up()
+    client.mail()
+    shown(used, 1, 2)
+    absent = "clamd %s: connect: No such file or directory" % USUAL
+    well = "clamd %s: works again" % used
+    assert site.daemon.log("^clamd ") == [absent, well, absent, well]
+
+
+def test_without_clamaddress_a_dead_socket_gives_way_to_a_live_one(site, mounts):
+    """Nobody listens on the first socket that exists: the second is used."""
+    os.makedirs(site.path("run/clamav"))
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(site.path("run/clamav/clamd.sock"))
+    clamd = site.new_clamd(path=site.path("run/clamav/clamd.ctl"))
+    address = start(site, ClamAddress=None,
+                    preexec=mounting(bind(site.path("run"), "/run")))
+    site.session().mail()
+    assert len(clamd.scans) == 1
+    assert metrics(address)['clamd_up{address="/var/run/clamav/clamd.ctl"}'] == 1
+    site.daemon.wait_log("/var/run/clamav/clamd.ctl works and is tried first")
 
 
 def histogram(address):

@@ -2893,8 +2893,9 @@ session_watch(struct session *s)
 	sooner(s, clamd_time(s));
 	if (is_body(s))
 		sooner(s, s->slow_at);
+	/* As in hop_listen(): a time at which nothing is done makes us spin. */
 	if ((is_body(s) || s->state == S_SCAN || s->state == S_QUARANTINE) &&
-	    !s->noop && !s->error)
+	    !s->noop && !s->error && buf_len(&s->server.in) == 0)
 		sooner(s, s->noop_at);
 	wait_until(s->next_time);
 }

@@ -521,6 +521,37 @@ def test_no_keepalives_by_default(site, clock):
     assert "NOOP" not in site.hop.commands
 
 
+@pytest.mark.parametrize("where", ["body", "chunk", "scan"])
+def test_half_a_line_when_a_keepalive_is_due_uses_no_cpu(site, clock, where):
+    """PROMISE 6: NOOP has to wait for the rest of the line, and so does the
+    daemon."""
+    verdict = Hold("OK")
+    site.clamd.verdict = [verdict]
+    site.hop = site.new_hop(chunking=True)
+    site.start(KeepAlives="10", **clock.settings())
+    client = site.session()
+    if where == "chunk":
+        client.envelope()
+        client.send(b"BDAT %d LAST\r\n" % len(BODY) + BODY[:-1])
+    else:
+        client.begin(BODY)
+    if where == "scan":
+        client.send(b".\r\n")
+        verdict.reached()
+    site.hop.sessions[0].sock.sendall(b"421 4.")
+    turns(site)
+    clock.go(site.daemon, 11)
+    turns(site)
+    site.daemon.rests()
+    site.hop.sessions[0].sock.sendall(b"3.2 stopping\r\n")
+    turns(site)
+    if where != "scan":
+        client.send(b"\n" if where == "chunk" else b".\r\n")
+    client.expect("421 4.3.2 stopping")
+    verdict.go()
+    assert site.hop.messages == [] and "NOOP" not in site.hop.sessions[0].verbs()
+
+
 @pytest.mark.parametrize("reply", ["421 4.4.2 timed out", "500 what", CLOSE])
 def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
     site.hop.on("NOOP", reply)

@@ -537,6 +537,9 @@ int peer_sendfile(struct peer *, int fd, off_t *at, off_t n);
 void peer_close(struct peer *);
 /* Whether the peer was reset, as far as the kernel knows now. */
 int peer_reset(struct peer *);
+/* Returns 1 when bytes, EOF or an error wait to be read, else 0.  Reads nothing
+ * and needs no memory. */
+int peer_unread(struct peer *);
 
 const char *addr_text(const struct addr *);	/* a.b.c.d, v6, path, "local" */
 const char *addr_full(const struct addr *);	/* with its port */

@@ -2480,8 +2480,9 @@ st_data(struct session *s)
  * REPLAY.
  */
 
-/* The next hop speaks before it has everything.  Its refusal is the verdict;
- * a promise would be one for a message that it does not have. */
+/* The next hop speaks before it has everything, and gets no more of it.  Its
+ * refusal is the verdict; a promise would be one for a message that it does not
+ * have. */
 static int
 early_reply(struct session *s)
 {
@@ -2557,8 +2558,8 @@ last_look(struct session *s)
 	if (!s->client.eof)
 		peer_fill(&s->client);
 	peer_reset(&s->client);
-	if (!s->server.eof)
-		peer_fill(&s->server);
+	if (!s->server.eof && peer_unread(&s->server))
+		s->server.err = 1;
 }
 
 /* The last bytes stand in `out'. */
@@ -2611,8 +2612,10 @@ st_replay(struct session *s)
 	    buf_len(&s->server.in) == 0 && !s->server.eof &&
 	    !peer_fill(&s->server)))
 		return hop_lost(s, "no writing to it, or no reading of the spool");
-	if (buf_len(&s->server.in) > 0 || s->server.eof)
+	if (buf_len(&s->server.in) > 0 || s->server.eof) {
+		s->server.err = 1;	/* what waits in `out' is not sent */
 		return client_ready(s) ? early_reply(s) : 0;
+	}
 	return is_all_queued(s) ? 0 : replay_next(s);
 }
 

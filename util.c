@@ -908,6 +908,15 @@ peer_reset(struct peer *p)
 	return p->err;
 }
 
+int
+peer_unread(struct peer *p)
+{
+	char c;
+
+	return recv(p->fd, &c, 1, MSG_PEEK) != -1 ||
+	    (errno != EAGAIN && errno != EINTR);
+}
+
 /*
  * Addresses.
  */

@@ -1,8 +1,10 @@
 """Whole sessions: limits, times, several messages, peers that go away."""
 
+import fcntl
 import os
 import socket
 import struct
+import termios
 import threading
 import time
 
@@ -746,6 +748,118 @@ def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
     client.expect("452 4.3.1 full")
     client.rest()
     assert site.hop.messages == []
+
+
+def test_half_a_reply_in_the_replay_that_never_ends_is_451(site, narrow, clock):
+    """PROMISE 6: TimeOut, and the next hop has seen no dot."""
+    def half(s):
+        s.stream.fill()
+        s.sock.sendall(b"250 2.0.0 earl")
+        while True:
+            s.partial = bytes(s.stream.ahead)
+            s.stream.fill()
+    narrow.data = half
+    site.start(**clock.settings())
+    client = site.session()
+    client.begin(LONG * 20 + b".\r\n")
+    until(lambda: narrow.session.partial, "half a reply")
+    turns(site)
+    clock.go(site.daemon, 179)
+    turns(site)
+    assert not client.stream.more()
+    clock.go(site.daemon, 1)
+    client.expect("451 4.4.2")
+    client.rest()
+    site.hop.sessions[0].wait_end()
+    assert not narrow.sessions[0].partial.endswith(b"\r\n.\r\n")
+
+
+class Clogged:
+    """A daemon that waits to send a message, its last bytes included: from
+    start() to go() each send() fails with EAGAIN, as on a full socket."""
+
+    def __init__(self, site, program):
+        self.site, self.file = site, site.path("faults")
+        with open(self.file, "wb") as file:
+            file.truncate(8 + 255 * 16)         # struct faults of faults.h
+        self.switch(off=1)
+        site.start(binary=program,
+                   env={"FAULTS": self.file, "FAULT": "send:1:1:11"})
+
+    def switch(self, off):
+        with open(self.file, "r+b") as file:
+            file.write(struct.pack("Q", off))
+
+    def start(self, client, body):
+        hold = Hold()
+        self.site.hop.on("DATA", [hold])
+        client.begin(body + b".\r\n")
+        hold.reached()
+        self.switch(off=0)
+        hold.go()
+        until(lambda: self.site.hop.sessions[0].replies[-1:] == [b"354 go ahead\r\n"],
+              "the next hop says 354")
+        self.read()
+
+    def say(self, text):
+        """The next hop speaks."""
+        self.site.hop.sessions[0].sock.sendall(text)
+
+    def read(self):
+        """The daemon has read all that the next hop has said."""
+        def unread():
+            return struct.unpack("i", fcntl.ioctl(
+                self.site.hop.sessions[0].sock, termios.TIOCOUTQ, bytes(4)))[0]
+        until(lambda: not unread(), "the daemon reads what the next hop says")
+
+    def go(self):
+        self.switch(off=1)
+
+
+@pytest.fixture
+def clogged(site, narrow, faulty_build):
+    return Clogged(site, faulty_build)
+
+
+@pytest.mark.parametrize("reply, want", [
+    (b"250 2.0.0 early\r\n", "451 4.4.2"), (b"354 go on\r\n", "451 4.4.2"),
+    (b"250-2.0.0 a\r\n250 2.0.0 b\r\n", "451 4.4.2"), (b"hello\r\n", "451 4.4.2"),
+    (b"554-5.7.1 we\r\n554 5.7.1 refuse\r\n", "554 5.7.1 refuse"),
+    (b"452 4.3.1 full\r\n", "452 4.3.1 full"),
+])
+@pytest.mark.parametrize("body", [BODY, LONG], ids=["short", "long"])
+def test_half_a_reply_before_the_last_bytes_stops_them(
+        site, clogged, reply, want, body):
+    """PROMISE 1: a reply that began before the dot had left is no verdict on it."""
+    client = site.session()
+    clogged.start(client, body)
+    clogged.say(reply[:-5])
+    clogged.read()
+    clogged.go()
+    turns(site)
+    session = site.hop.sessions[0]
+    assert not session.partial and not session.messages
+    clogged.say(reply[-5:])
+    client.expect(want)
+    client.rest()
+    session.wait_end()
+    assert not session.partial and not session.messages
+
+
+def test_reply_that_is_unread_when_the_last_bytes_leave_stops_them(site, clogged):
+    """Something of the client's wakes the session before the reply does."""
+    client = site.session()
+    clogged.start(client, BODY)
+    site.daemon.pause()
+    clogged.say(b"250 2.0.0 early\r\n")
+    client.send(b"NOOP\r\n")
+    clogged.go()
+    site.daemon.resume()
+    client.expect("451 4.4.2")
+    client.rest()
+    session = site.hop.sessions[0]
+    session.wait_end()
+    assert not session.partial and not session.messages
 
 
 def test_a_spool_cut_short_is_451_at_once(site):

@@ -155,6 +155,18 @@ def test_after_queue_bytes(open_site, postfix):
     site.daemon.wait_log("status=CLEAN$")
 
 
+def test_after_queue_long_lines_stay_whole(open_site, postfix):
+    """Postfix breaks lines above 998 bytes unless the recipe says otherwise."""
+    site = open_site
+    start(site, postfix)
+    client = to_postfix(site, postfix)
+    body = (b"Subject: longline Postfix\r\nX-Own: " + b"h" * 1500 + b"\r\n\r\n" +
+            b"x" * 998 + b"\r\n" + b"y" * 999 + b"\r\n" + b"z" * 5000 + b"\r\n")
+    client.mail(body=body)
+    client.quit()
+    check(postfix.wait_delivered(b"longline Postfix")[0], body)
+
+
 def test_after_queue_utf8(open_site, postfix):
     """An address that needs SMTPUTF8 is not bounced.  And the way of the old
     guides: a port alone as OutAddress leads back to Postfix."""

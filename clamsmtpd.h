@@ -214,7 +214,9 @@ enum state {
 enum eol { BOL, BOL_DOT, BOL_DOT_CR, LINE, TEXT, CRS };
 
 /* Where the search for the end of the header section stands (smtp.c). */
-enum header { H_LINE, H_NAME, H_BLANK, H_REST, H_DONE };
+enum header {
+	H_FIRST, H_FROM, H_MBOX, H_LINE, H_NAME, H_BLANK, H_REST, H_DONE
+};
 
 /* The scan of a session's message; clamd.c's alone. */
 struct scan {
@@ -291,7 +293,10 @@ struct session {
 	uint64_t pending_bytes;		/* CRs or NULs held back by the automaton */
 	int	 dots;			/* a line of the spool begins with a dot */
 	enum header header;
+	off_t	 top;			/* the end of the mbox lines before it */
 	off_t	 header_at;		/* the end of the header section */
+	int	 matched;		/* H_FROM: bytes of "From " */
+	int	 indented;		/* a line with a blank in front is at top */
 	int	 error;			/* held has the first error: store no more */
 	int64_t	 dot_at;		/* when the final dot or chunk had come, */
 	int64_t	 judged_at;		/* and clamd's verdict; 0: none came */

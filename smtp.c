@@ -1708,8 +1708,11 @@ is_name_char(char c)
 	return c > ' ' && c < 127 && c != ':';
 }
 
-/* Find the end of the header section: the first line that is neither a header
- * nor goes on with one. */
+/*
+ * Find the end of the header section: the first line that is neither a header
+ * nor goes on with one.  Lines from an mbox file (From_, quoted or not) may stand
+ * before it; a server like Postfix takes them for headers there, and nowhere else.
+ */
 static void
 header_eat(struct session *s, const char *p, size_t n)
 {
@@ -1717,14 +1720,35 @@ header_eat(struct session *s, const char *p, size_t n)
 
 	for (; n > 0 && s->header != H_DONE; p++, n--, at++)
 		switch (s->header) {
+		case H_FIRST:
+			s->top = s->header_at = at;
+			s->matched = *p == 'F';
+			s->indented = *p == ' ' || *p == '\t';
+			s->header = *p == 'F' || *p == '>' ? H_FROM :
+			    is_name_char(*p) ? H_NAME : H_DONE;
+			break;
+		case H_MBOX:
+			if (*p == '\n')
+				s->header = H_FIRST;
+			break;
 		case H_LINE:
-			if ((*p == ' ' || *p == '\t') && at > 0) {
+			if (*p == ' ' || *p == '\t') {
 				s->header = H_REST;
 				break;
 			}
 			s->header_at = at;
 			s->header = is_name_char(*p) ? H_NAME : H_DONE;
 			break;
+		case H_FROM:
+			if (*p == '>' && s->matched == 0)
+				break;
+			if (*p == "From "[s->matched]) {
+				if (++s->matched == 5)
+					s->header = H_MBOX;
+				break;
+			}
+			s->header = H_NAME;
+			/* FALLTHROUGH */
 		case H_NAME:
 			if (is_name_char(*p))
 				break;
@@ -1938,7 +1962,9 @@ body_end(struct session *s)
 	if (s->eol == TEXT && !s->raw)	/* DATA has whole lines only */
 		emit(s, crlf, 2);
 	spool_flush(s);
-	if (s->header == H_LINE)
+	if (s->header == H_FIRST)
+		s->top = s->size;
+	if (s->header == H_FIRST || s->header == H_LINE)
 		s->header_at = s->size;
 }
 
@@ -1949,9 +1975,10 @@ body_end(struct session *s)
 static void
 message_begin(struct session *s)
 {
-	s->size = s->spooled = s->header_at = 0;
+	s->size = s->spooled = s->top = s->header_at = 0;
 	s->eol = BOL;
-	s->header = H_LINE;
+	s->header = H_FIRST;
+	s->indented = 0;
 	s->pending_bytes = 0;
 	s->dots = s->error = 0;
 	if (s->conf->keepalives > 0)
@@ -2125,7 +2152,7 @@ st_chunk(struct session *s)
  * SCAN: and what follows from what clamd said.
  */
 
-/* Header's % sequences. */
+/* Header's % sequences; and for DATA a dot more where a line begins with one. */
 static int
 expand(struct str *to, const struct session *s, const char *fmt)
 {
@@ -2133,6 +2160,10 @@ expand(struct str *to, const struct session *s, const char *fmt)
 	int bad = 0;
 
 	for (; *fmt != '\0' && !bad; fmt++) {
+		if (*fmt == '.' && !s->raw &&
+		    (to->len == 0 || to->s[to->len - 1] == '\n') &&
+		    str_add(to, ".", 1) == -1)
+			return -1;
 		if (*fmt != '%' || fmt[1] == '\0' ||
 		    strchr("ild%", fmt[1]) == NULL) {
 			bad = str_add(to, fmt, 1);
@@ -2177,17 +2208,26 @@ choose_header(struct session *s)
 	    str_add(&s->insert, crlf, 2) == -1 ? -1 : 0;
 }
 
+/* Where it goes; -1: no memory.  The first line of a text, if it begins with a
+ * blank, would go on with our header, and is parted from it by an empty one. */
+static int
+place_header(struct session *s)
+{
+	s->insert_at = s->insert.len >= 9 &&
+	    strncasecmp(s->insert.s, "Received:", 9) == 0 ? s->top : s->header_at;
+	return s->indented && s->insert.len > 0 ?
+	    str_add(&s->insert, crlf, 2) : 0;
+}
+
 static void
 forward(struct session *s)
 {
-	if (choose_header(s) == -1) {
+	if (choose_header(s) == -1 || place_header(s) == -1) {
 		errno = ENOMEM;
 		remember_errno(s, "header");
 		turn_away(s);
 		return;
 	}
-	s->insert_at = s->insert.len >= 9 &&
-	    strncasecmp(s->insert.s, "Received:", 9) == 0 ? 0 : s->header_at;
 	s->inserted = s->dotted = 0;
 	s->sent = 0;
 	s->at_bol = 1;

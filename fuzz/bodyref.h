@@ -72,17 +72,32 @@ ref_body(struct text *to, const char *p, size_t n, int dots)
 	text_free(&b);
 }
 
-/* Where the header section ends: the first line that is neither a header nor
- * goes on with one. */
+/* Where the lines from an mbox file end, with which the message may begin. */
 static __attribute__((unused)) size_t
-ref_header(const char *p, size_t n)
+ref_top(const char *p, size_t n)
+{
+	const char *q = p, *from;
+
+	for (;;) {
+		for (from = q; from < p + n && *from == '>'; from++)
+			;
+		if (p + n - from < 5 || memcmp(from, "From ", 5) != 0)
+			return q - p;
+		q = (const char *)memchr(from, '\n', p + n - from) + 1;
+	}
+}
+
+/* Where the header section ends that begins at top: the first line that is
+ * neither a header nor goes on with one. */
+static __attribute__((unused)) size_t
+ref_header(const char *p, size_t n, size_t top)
 {
 	size_t i, k;
 
-	for (i = 0; i < n; i = k + 1) {
+	for (i = top; i < n; i = k + 1) {
 		for (k = i; k < n && p[k] > ' ' && p[k] < 127 && p[k] != ':'; k++)
 			;
-		if (i > 0 && (p[i] == ' ' || p[i] == '\t'))
+		if (i > top && (p[i] == ' ' || p[i] == '\t'))
 			;
 		else if (k == i)
 			return i;

@@ -55,6 +55,39 @@ def test_a_message_that_ends_within_a_folded_header(site, chunky):
     same(site.hop.messages[0].body, b"A: b\r\n" + HEADER + b"C: d\r\n e")
 
 
+@pytest.mark.parametrize("before, after", [
+    (b"From a@b Mon\r\nC: d\r\n", b"\r\ntext\r\n"), (b">From a\nC: d\n", b"\ntext"),
+    (b"From a\r\n", b""), (b"", b"From a"),
+])
+def test_header_of_chunks_stands_below_mbox_lines(site, chunky, before, after):
+    """The octets that BDAT announces are those that follow."""
+    send_chunks(chunky, [before[:3], before[3:] + after])
+    message, = site.hop.messages
+    same(message.body, before + HEADER + after)
+    assert site.hop.told("BDAT") == ["BDAT %d LAST" % len(message.body)]
+    chunky.quit()
+
+
+@pytest.mark.parametrize("mbox", [b"", b"From a\n"])
+def test_first_line_of_chunks_with_a_blank_in_front_stays_text(site, chunky, mbox):
+    """The empty line after our header counts among the octets announced."""
+    send_chunks(chunky, [mbox, b" ", b"text"])
+    message, = site.hop.messages
+    same(message.body, mbox + HEADER + b"\r\n text")
+    assert site.hop.told("BDAT") == ["BDAT %d LAST" % len(message.body)]
+    chunky.quit()
+
+
+def test_dot_at_the_start_of_a_header_line_is_not_stuffed_in_chunks(site):
+    """BDAT has no end of data that a dot could be taken for."""
+    site.hop = site.new_hop(chunking=True)
+    site.start(Header=".X: y")
+    client = site.session()
+    send_chunks(client, [b"A: b\r\n\r\n.c\r\n"])
+    same(site.hop.messages[0].wire, b"A: b\r\n.X: y\r\n\r\n.c\r\n")
+    client.quit()
+
+
 @pytest.mark.core
 def test_chunks_pipelined_in_one_packet(site, chunky):
     chunky.send(b"MAIL FROM:<a@b> BODY=8BITMIME\r\nRCPT TO:<c@d>\r\n"

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import vectors
-from harness import HEADER, same, since, stuff
+from harness import HEADER, INFECTED, VIRUS, same, since, stuff
 
 NEAR = range(-3, 4)
 
@@ -270,6 +270,14 @@ LINE = b"X-Test: yes\r\n"
     (b"Subject:\r\n", b"\r\nb\r\n"),
     (b"Subject: " + b"x" * 70000 + b"\r\n", b"\r\nbody\r\n"),
     (b"A: b\r\n" * 5000, b"\r\nbody\r\n"),
+    (b"From a@b  Mon Aug 22 09:45:15 2011\r\nSubject: x\r\n", b"\r\nbody\r\n"),
+    (b">From a@b\r\nSubject: x\r\n folded\r\n", b"\r\nbody\r\n"),
+    (b"From a\r\n>From b\r\n>>From c\r\nD: e\r\n", b"From f\r\nG: h\r\n\r\n"),
+    (b"From a\r\n", b""), (b"From a\r\n", b"\r\nbody\r\n"),
+    (b"From a\r\n", b"body only\r\n"), (b"From \r\n", b":\r\n"),
+    (b"From: a\r\n", b"From b\r\n\r\n"), (b"From : a\r\nB: c\r\n", b"\r\n"),
+    (b">F: a\r\n", b"\r\n"), (b"", b"Fro m: a\r\n"), (b"", b">\r\nA: b\r\n"),
+    (b"", b"From\r\nA: b\r\n"), (b"", b"from a\r\nA: b\r\n"),
 ], ids=lambda v: repr(v[:30]))
 @pytest.mark.parametrize("drip", [False, True], ids=["at once", "byte by byte"])
 def test_header_stands_at_the_end_of_the_header_section(site, head, rest, drip):
@@ -280,6 +288,40 @@ def test_header_stands_at_the_end_of_the_header_section(site, head, rest, drip):
     client = site.session()
     message = relay_with_header(site, client, stuff(head + rest), drip)
     same(message.body, head + LINE + rest)
+    client.quit()
+
+
+@pytest.mark.parametrize("mbox", [b"", b"From a\r\n", b">From a\r\nFrom b\r\n"])
+@pytest.mark.parametrize("text", [b" one\r\ntwo\r\n", b"\tone\r\n", b" \r\n",
+                                  b" One: 1\r\nTwo: 2\r\n\r\nthree\r\n"])
+@pytest.mark.parametrize("header", [b"X-Test: yes\r\n", b"Received: yes\r\n", b""])
+def test_first_line_with_a_blank_in_front_stays_text(site, header, text, mbox):
+    """An empty line parts it from our header, which it would continue."""
+    site.start(Header=header[:-2].decode())
+    client = site.session()
+    message = relay_with_header(site, client, mbox + text)
+    same(message.body, mbox + (header and header + b"\r\n") + text)
+    client.quit()
+
+
+def test_first_line_with_a_blank_in_front_stays_text_below_a_virus_header(site):
+    """What Action: pass adds is parted from the text like Header."""
+    site.start(Action="pass")
+    client = site.session()
+    message = relay_with_header(site, client, b"  EICAR\r\n")
+    same(message.body, INFECTED + VIRUS.encode() + b"\r\n\r\n  EICAR\r\n")
+    client.quit()
+
+
+@pytest.mark.parametrize("header, want", [
+    (".X: y", b".X: y\r\n"), (r"X: y\r\n..Z: .w\r\n\t.", b"X: y\r\n..Z: .w\r\n\t.\r\n"),
+])
+def test_dot_at_the_start_of_a_header_line_is_stuffed(site, header, want):
+    """The next hop takes off one dot of each line that begins with one."""
+    site.start(Header=header)
+    client = site.session()
+    message = relay_with_header(site, client, b"A: b\r\n\r\n..c\r\n")
+    same(message.wire, stuff(b"A: b\r\n" + want + b"\r\n.c\r\n"), "the wire")
     client.quit()
 
 
@@ -299,6 +341,30 @@ def test_a_received_header_stands_on_top(site, body):
     message = relay_with_header(site, client, stuff(body))
     same(message.body, b"Received: from 127.0.0.1 by 127.0.0.1\r\n" + body)
     client.quit()
+
+
+@pytest.mark.parametrize("mbox", [b"From a@b  Mon Aug 22 09:45:15 2011\r\n",
+                                  b">From a\r\n>>From b\r\n"])
+@pytest.mark.parametrize("rest", [b"", b"A: b\r\n\r\nc\r\n", b"text only\r\n"])
+def test_a_received_header_stands_below_mbox_lines(site, mbox, rest):
+    """A From_ line that is not the first one would end the header section."""
+    site.start(Header="Received: here")
+    client = site.session()
+    message = relay_with_header(site, client, mbox + rest)
+    same(message.body, mbox + b"Received: here\r\n" + rest)
+    client.quit()
+
+
+def test_a_body_of_the_next_hops_size_passes_and_one_byte_more_is_552(site):
+    """The limit that the next hop names in its EHLO reply is exact."""
+    site.hop = site.new_hop(ehlo=["SIZE 1000"])
+    client = site.session()
+    body = b"Subject: x\r\n\r\n" + b"x" * 984 + b"\r\n"
+    assert len(body) == 1000
+    client.mail(body=body)
+    client.mail(body=b"X" + body, want="552 5.3.4 Message too big")
+    client.quit()
+    assert len(site.hop.messages) == 1
 
 
 def test_header_with_bare_line_feeds_around_it(site):

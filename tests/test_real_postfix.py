@@ -98,6 +98,39 @@ def test_next_hop_chunks(site, postfix):
     check(postfix.wait_delivered(b"chunked Postfix")[0], body)
 
 
+@pytest.mark.parametrize("header", ["X-Virus-Scanned: yes", "Received: filter"])
+def test_headers_below_mbox_lines_arrive_as_headers(site, postfix, header):
+    """In DATA, Postfix takes a From_ line for a header where it comes first, and
+    else for the end of the header section."""
+    site.start(OutAddress=postfix.address("other"), Header=header)
+    client = site.session()
+    name = b"mbox " + header[:1].encode()
+    body = (b"From a@example.com  Mon Aug 22 09:45:15 2011\r\n>From b@example.com\r\n"
+            b"Subject: %s\r\nMIME-Version: 1.0\r\n\r\n<b>text</b>\r\n" % name)
+    client.mail(body=body)
+    client.quit()
+    head, text = postfix.wait_delivered(name)[0]
+    assert text == b"<b>text</b>\n"
+    for line in (header.encode(), b"MIME-Version: 1.0", b"X-Mailbox-Line: From a@",
+                 b"X-Mailbox-Line: >From b@"):
+        assert b"\n" + line in head, head
+
+
+@pytest.mark.parametrize("mbox", [b"", b"From a@example.com\r\n"])
+def test_text_that_begins_with_a_blank_arrives_as_text(site, postfix, mbox):
+    """As it would from Postfix alone, which parts it from its own headers."""
+    site.start(OutAddress=postfix.address("other"))
+    client = site.session()
+    text = b"  blank first, %d\r\nsecond line\r\n" % len(mbox)
+    client.mail(body=mbox + text)
+    client.quit()
+
+    def arrived():
+        return [m for m in postfix.delivered() if m[1] == real.unix(text)]
+    (head, _), = until(arrived, "the text is delivered")
+    assert real.unix(HEADER) in head
+
+
 def test_long_mail(site, postfix):
     site.start(OutAddress=postfix.address("other"))
     client = site.session()

@@ -69,6 +69,7 @@
 #define FINAL_TIME	(600 * SECOND)	/* RFC 5321 4.5.3.2.6 */
 #define LINGER_TIME	(5 * SECOND)
 #define STOP_LINGER_TIME SECOND		/* the same while the daemon stops */
+#define HALF_CLOSE_TIME	(5 * SECOND)	/* EOF so soon after the dot is one */
 #define CONNECT_TIME	(5 * SECOND)	/* to clamd */
 #define PROXY_TIME	(5 * SECOND)	/* for a PROXY header */
 #define PING_TIME	(5 * SECOND)	/* for clamd's PONG */
@@ -298,6 +299,7 @@ struct session {
 	int	 matched;		/* H_FROM: bytes of "From " */
 	int	 indented;		/* a line with a blank in front is at top */
 	int	 error;			/* held has the first error: store no more */
+	int64_t	 eof_at;		/* when client.eof was set */
 	int64_t	 dot_at;		/* when the final dot or chunk had come, */
 	int64_t	 judged_at;		/* and clamd's verdict; 0: none came */
 

@@ -489,22 +489,48 @@ hop_lost(struct session *s, const char *why)
 	return 1;
 }
 
-/* Gone: reset; or ended without a whole command behind the message.  One that
- * ended behind a QUIT still reads. */
+static int
+client_fill(struct session *s)
+{
+	int had = s->client.eof, got = peer_fill(&s->client);
+
+	if (s->client.eof && !had)
+		s->eof_at = now;
+	return got;
+}
+
+/*
+ * Whether the client has gone before its message was forwarded, and will send
+ * it again: it was reset; or it closed the connection some time after the final
+ * dot, for it was tired of waiting.  EOF soon after the dot is a half-close: many
+ * devices send no QUIT and wait for nothing.  So is EOF after a whole command.
+ */
 static int
 client_gone(struct session *s)
 {
 	const struct buf *in = &s->client.in;
 
-	return s->client.err || (s->client.eof &&
+	if (!s->client.eof)
+		return s->client.err;
+	return peer_reset(&s->client) ||
+	    (s->eof_at - s->dot_at > HALF_CLOSE_TIME &&
 	    memchr(buf_head(in), '\n', buf_len(in)) == NULL);
+}
+
+/* Why a body does not end, for the log: LF.LF ends none. */
+static const char *
+bare_lf(const struct session *s)
+{
+	return s->state == S_BODY && s->eol == LINE && s->pending_bytes == 0 ?
+	    ": client ends lines with LF alone" : "";
 }
 
 /* Nobody is there to hear of it: the next hop must not get this message. */
 static int
 give_up(struct session *s)
 {
-	slog(s, LOG_NOTICE, "CLIENT: gone before its message was forwarded");
+	slog(s, LOG_NOTICE, "CLIENT: gone before its message was forwarded%s",
+	    bare_lf(s));
 	session_end(s);
 	return 1;
 }
@@ -2596,7 +2622,7 @@ static void
 last_look(struct session *s)
 {
 	if (!s->client.eof)
-		peer_fill(&s->client);
+		client_fill(s);
 	peer_reset(&s->client);
 	if (!s->server.eof && peer_unread(&s->server))
 		s->server.err = 1;
@@ -2773,7 +2799,8 @@ timed_out(struct session *s)
 	case S_AUTH:
 	case S_BODY:
 	case S_CHUNK:
-		slog(s, LOG_WARNING, "CLIENT: network read operation timed out");
+		slog(s, LOG_WARNING, "CLIENT: network read operation timed out%s",
+		    bare_lf(s));
 		say(s, r_idle);
 		finish(s);
 		break;
@@ -2861,7 +2888,7 @@ on_client(void *arg, int revents)
 
 	if (s->state == S_DEAD)
 		return;
-	if ((revents & POLLIN) && peer_fill(&s->client) &&
+	if ((revents & POLLIN) && client_fill(s) &&
 	    buf_len(&s->client.in) > had) {
 		s->slow_bytes += buf_len(&s->client.in) - had;
 		if (is_body(s))

@@ -28,10 +28,13 @@ def header_found(m, content):
     message than what was sent."""
     base = m.base()
     size = len(content) - len(base)
-    for at in (m.header_at(base), 0):
+    for at in (m.header_at(base), m.top(base)):
         if size >= 0 and content[:at] == base[:at] and \
                 content[at + size:] == base[at:]:
-            return at, content[at:at + size]
+            header = content[at:at + size]
+            if size > 0 and m.indented(base):
+                header = header[:-2] if header.endswith(b"\r\n\r\n") else b"?"
+            return at, header
     return None
 
 
@@ -86,8 +89,8 @@ class Accounts:
         kind = self.header_kind(m, header)
         if kind is None:
             self.fail("altered", "with the header %r: %s" % (header, m))
-        elif header and at != (0 if header.startswith(b"Received:") else
-                               m.header_at(m.base())):
+        elif header and at != (m.top if header.startswith(b"Received:") else
+                               m.header_at)(m.base()):
             self.fail("altered", "the header is at %d: %s" % (at, m))
         elif kind == "clean" and m.virus:
             self.fail("invented", "a virus under the header of clean mail: %s" % m)

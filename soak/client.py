@@ -190,7 +190,6 @@ class Client:
             c.reset()
         else:
             c.shutdown()
-            m.sure = c.arrived()
         if m.gone:
             m.gone.set()
         raise Gone

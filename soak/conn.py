@@ -14,7 +14,6 @@ import time
 from harness import WAIT, Gone, Stream, hold_port, reset
 
 LIMIT = 3 * int(WAIT)   # seconds until a silence is taken for the end; no measure
-FIN_WAIT2 = 5           # of TCP_INFO: our FIN has been acknowledged
 
 
 class Conn(Stream):
@@ -95,17 +94,6 @@ class Conn(Stream):
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             raise Gone from None
-
-    def arrived(self):
-        """Whether the other end's kernel has our FIN."""
-        if self.sock.family == socket.AF_UNIX:
-            return True
-        for _ in range(1000):
-            if self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] \
-                    >= FIN_WAIT2:
-                return True
-            time.sleep(.001)
-        return False
 
     def reset(self):
         reset(self.sock)

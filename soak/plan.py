@@ -57,6 +57,7 @@ def chance(r, percent):
 
 # ---------------------------------------------------------------- content
 
+MBOX_LINES = re.compile(rb"(?:>*From [^\n]*\n)*")
 HEADER_SECTION = re.compile(
     rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
 
@@ -82,7 +83,9 @@ def head(r, number):
         usual + b"\r\n", b"\r\n%s\r\n" % mark, mark + b" no header\r\n",
         usual + b"no blank line\r\n", b"Subject: one\r\nX : " + mark + b"\r\n\r\n",
         b"." + mark + b"\r\n", b"Subject: %s\nX: y\r\r\n\n" % mark,
-    ), (70, 5, 5, 5, 5, 5, 5))[0]
+        b"From a@example.com Thu Jan  1 00:00:00 1970\r\n" + usual + b"\r\n",
+        b"  " + mark + b" indented\r\n", b">From a\r\n\t%s\r\n\r\n" % mark,
+    ), (70, 5, 5, 5, 5, 5, 5, 5, 5, 2))[0]
 
 
 class Message:
@@ -103,8 +106,7 @@ class Message:
         self.told = None            # the reply that settled it for the client,
         self.told_at = None         # and to what; "body": to the whole message
         self.sent_all = False
-        self.left = False           # the client did not wait for the reply,
-        self.sure = True            # and the daemon can know that
+        self.left = False           # the client did not wait for the reply
         self.gone_first = False     # surely before the next hop was to have it
         self.scans = 0
         self.said = set()           # by clamd, of VERDICTS and CLAMD
@@ -177,12 +179,13 @@ class Message:
             self.here, self.gone = threading.Event(), threading.Event()
 
     def client_goes(self):
-        """At a moment of its servers' choice; whether it surely has gone."""
+        """At a moment of its servers' choice; whether the daemon is to see that it
+        has gone.  EOF, which comes soon after the dot here, is no sign of it."""
         self.here.set()
-        gone = self.gone.wait(20) and self.sure
+        gone = self.gone.wait(20)
         if self.leave_how == "rst":
             time.sleep(.05)     # nothing tells when a reset has arrived
-        return gone
+        return gone and self.leave_how == "rst" and not self.session.unix
 
     def leave_cut(self, part):
         """How much of that step is still sent."""
@@ -207,8 +210,15 @@ class Message:
         """It leaves by BDAT."""
         return self.bdat and self.session.chunking
 
+    def top(self, base):
+        return MBOX_LINES.match(base).end()
+
     def header_at(self, base):
-        return HEADER_SECTION.match(base).end()
+        return HEADER_SECTION.match(base, self.top(base)).end()
+
+    def indented(self, base):
+        """An empty line is to follow our header."""
+        return base[self.top(base):][:1] in (b" ", b"\t")
 
     def chunks(self):
         raw = self.raw()

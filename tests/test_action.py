@@ -234,6 +234,24 @@ def test_a_copy_that_nobody_waits_for_is_logged(site, start_halting):
     assert site.hop.messages == []
 
 
+@pytest.mark.parametrize("action", ["drop", "pass"])
+def test_client_gone_while_a_copy_is_made_ends_it_there(site, start_halting, action):
+    """The client sends the message again: no action, no verdict for this one."""
+    ran = site.path("ran")
+    start_halting(Action=action, VirusAction=": >> " + ran)
+    client = site.session()
+    client.begin(BAD + b".\r\n")
+    with copy_halted(site):
+        client.reset()
+        turns(site)
+    site.daemon.wait_log("^100000: CLIENT: gone before its message was forwarded$")
+    site.daemon.wait_log("^100000: quarantined virus file as: ")
+    until(lambda: not site.daemon.children(), "no child is left")
+    site.daemon.allowed.update(os.listdir(site.spool))
+    assert not os.path.exists(ran) and not site.daemon.log("status=")
+    assert site.hop.messages == []
+
+
 def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
     """The client heard no 2xx: it comes again, and so will the copy."""
     start_halting()

@@ -416,6 +416,17 @@ def test_client_gone_between_chunks_delivers_nothing(site, chunky, how):
     assert site.hop.messages == [] and site.hop.told("BDAT") == []
 
 
+@pytest.mark.parametrize("how", ["half_close", "close"])
+def test_eof_at_once_after_the_last_chunk_is_served(site, chunky, how):
+    """A device that waits for nothing has its mail delivered."""
+    chunky.envelope()
+    chunky.chunk(BODY, last=True)
+    getattr(chunky, how)()
+    message, = site.hop.wait_messages(1)
+    same(message.body, with_header(BODY))
+    site.hop.session.wait_end()
+
+
 @pytest.mark.parametrize("how", ["half_close", "reset"])
 def test_client_gone_within_a_chunk_delivers_nothing(site, chunky, how):
     chunky.envelope()

@@ -359,6 +359,30 @@ def test_a_message_under_way_may_finish(site):
     assert len(site.hop.messages) == 1
 
 
+@pytest.mark.parametrize("how", ["DATA", "BDAT"])
+def test_a_signal_within_a_transaction_lets_it_finish(site, how):
+    """RCPT is accepted, or the first chunk: the message belongs to it."""
+    site.hop = site.new_hop(chunking=True)
+    client = site.session()
+    client.envelope()
+    if how == "BDAT":
+        client.chunk(BODY)
+        client.expect("250")
+    site.daemon.send_signal(signal.SIGTERM)
+    site.daemon.wait_log("^stopping")
+    if how == "BDAT":
+        client.chunk(b"the rest\r\n", last=True)
+        client.expect("250 2.0.0 queued")
+    else:
+        client.data(BODY, "250 2.0.0 queued")
+    client.expect("421 4.3.2")
+    client.eof()
+    client.close()
+    site.daemon.wait_exit()
+    site.daemon.stop()
+    assert len(site.hop.messages) == 1
+
+
 @pytest.mark.core
 def test_a_second_signal_ends_at_once(site, clock):
     """The eight seconds of the first one are never over."""

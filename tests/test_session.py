@@ -227,6 +227,42 @@ def test_client_silent_in_the_body_gets_421(site, clock):
     assert site.hop.messages == []
 
 
+LF_ALONE = ": client ends lines with LF alone"
+
+
+@pytest.mark.parametrize("wire, why", [
+    (b"Subject: x\n\nbody\n.\n", LF_ALONE), (b".\n", LF_ALONE), (b"\n", LF_ALONE),
+    (b"Subject: x\r\n\r\nbody\r\n.\nQUIT\n", LF_ALONE),
+    (b"Subject: x\n\nbody\n.\r\n", ""), (b"Subject: x\n\nbody", ""),
+    (b"Subject: x\n\0", ""), (b"", ""), (b"Subject: x\r\n", ""),
+])
+def test_time_out_in_the_body_names_a_client_that_ends_lines_with_lf(
+        site, clock, wire, why):
+    """LF.LF ends no data, so the log says why the message never ended."""
+    site.start(**clock.settings())
+    client = site.session()
+    client.begin(wire)
+    turns(site)
+    clock.go(site.daemon, 180)
+    client.expect("421 4.4.2")
+    line, = site.daemon.wait_log("CLIENT: network read operation timed out")
+    assert line == "100000: CLIENT: network read operation timed out" + why
+    assert site.hop.messages == []
+
+
+@pytest.mark.parametrize("ending", ["half_close", "close", "reset"])
+def test_end_of_a_client_that_ends_lines_with_lf_is_named(site, ending):
+    """Such devices mostly close before TimeOut is over."""
+    client = site.session()
+    client.begin(b"Subject: x\n\nbody\n.\n")
+    turns(site)
+    getattr(client, ending)()
+    line, = site.daemon.wait_log("CLIENT: gone before")
+    assert line.endswith(LF_ALONE)
+    site.hop.session.wait_end()
+    assert site.hop.messages == []
+
+
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
     """PROMISE 6: one byte at a time keeps no session open."""
@@ -883,6 +919,17 @@ def test_a_spool_cut_short_is_451_at_once(site):
 # ---------------------------------------------------------------- client gone
 
 ENDINGS = ["reset", "close", "half_close"]
+# So many seconds after its dot a client is gone; or has closed its side only.
+GONE = [("reset", 0), ("reset", 60), ("close", 6), ("half_close", 6)]
+SERVED = [("close", 0), ("half_close", 0), ("half_close", 5)]
+
+
+def goes(site, clock, client, ending, seconds):
+    """The client does so, and the daemon has seen it."""
+    clock.go(site.daemon, seconds)
+    turns(site)
+    getattr(client, ending)()
+    turns(site)
 
 
 def leaves(site, client, ending, hold):
@@ -911,26 +958,86 @@ def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_client_gone_during_the_scan_delivers_nothing(site, ending):
-    """EOF with no complete command behind the dot is gone as well."""
+@pytest.mark.parametrize("ending, seconds", GONE)
+@pytest.mark.parametrize("tail", [b"", b"QUI"])
+def test_client_gone_during_the_scan_delivers_nothing(
+        site, clock, ending, seconds, tail):
+    """EOF of a client that was tired of waiting; or a reset."""
     hold = Hold("OK")
-    site.clamd.verdict = hold
+    site.clamd.verdict = [hold]
+    site.start(**clock.settings())
     client = site.session()
-    client.begin(BODY + b".\r\n")
-    leaves(site, client, ending, hold)
+    client.begin(BODY + b".\r\n" + tail)
+    hold.reached()
+    goes(site, clock, client, ending, seconds)
+    site.hop.sessions[0].wait_end()
+    hold.go()
+    site.daemon.wait_log("^100000: CLIENT: gone before its message was forwarded$")
     assert site.hop.messages == []
     assert "DATA" not in site.hop.sessions[0].verbs()
 
 
 @pytest.mark.core
-def test_eof_behind_the_dot_with_half_a_command_is_gone(site):
-    hold = Hold("OK")
-    site.clamd.verdict = hold
+@pytest.mark.parametrize("ending", ["close", "half_close"])
+@pytest.mark.parametrize("tail", [b"", b"QUI"])
+def test_dot_and_eof_in_one_go_is_served(site, ending, tail):
+    """Printers and scripts send no QUIT and wait for nothing."""
     client = site.session()
-    client.begin(BODY + b".\r\nQUI")
-    leaves(site, client, "half_close", hold)
+    client.begin()
+    site.daemon.pause()
+    client.send(BODY + b".\r\n" + tail)
+    getattr(client, ending)()
+    site.daemon.resume()
+    if ending == "half_close":
+        client.expect("250 2.0.0 queued")
+        client.eof()
+    site.hop.wait_messages(1)
+    site.hop.session.wait_end()
+    site.daemon.wait_log("to=b@example.com, status=CLEAN$")
+
+
+@pytest.mark.parametrize("ending, seconds", SERVED)
+@pytest.mark.parametrize("action, want", [("pass", "250 2.0.0 queued"),
+                                          ("drop", "250 2.0.0 Virus"),
+                                          ("bounce", "550 5.7.1 Virus")])
+def test_eof_soon_after_the_dot_is_served_during_the_scan(
+        site, clock, ending, seconds, action, want):
+    """However long clamd and the next hop take after that."""
+    hold, final = Hold(VIRUS + " FOUND"), Hold()
+    site.clamd.verdict = [hold]
+    site.hop.on(".", [final])
+    site.start(Action=action, **clock.settings())
+    client = site.session()
+    client.begin(BODY + b".\r\n")
+    hold.reached()
+    goes(site, clock, client, ending, seconds)
+    clock.go(site.daemon, 100)
+    turns(site)
+    hold.go()
+    if action == "pass":
+        final.reached()
+        clock.go(site.daemon, 100)
+        final.go()
+    if ending == "half_close":
+        client.expect(want)
+        client.eof()
+    site.daemon.wait_log("to=b@example.com, status=VIRUS:")
+    site.hop.sessions[0].wait_end()
+    assert len(site.hop.messages) == (action == "pass")
+
+
+def test_reset_after_an_early_eof_is_gone(site):
+    """The half-close did not mean that the client would stay."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    client = site.session()
+    client.begin(BODY + b".\r\n")
+    hold.reached()
+    client.half_close()
+    turns(site)
+    leaves(site, client, "reset", hold)
     assert site.hop.messages == []
+    assert "DATA" not in site.hop.sessions[0].verbs()
 
 
 @pytest.mark.core
@@ -968,15 +1075,52 @@ def test_a_half_closed_client_hears_all_replies(site, tail, want):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_client_gone_in_the_replay_delivers_nothing(site, narrow, ending):
+@pytest.mark.parametrize("ending, seconds", GONE)
+def test_client_gone_in_the_replay_delivers_nothing(
+        site, narrow, clock, ending, seconds):
     """The next hop has stopped reading: the dot has not left."""
     gate = stall(narrow)
+    site.start(**clock.settings())
     client = site.session()
     client.begin(LONG + b".\r\n")
     gate.reached()
     turns(site)
-    leaves(site, client, ending, gate)
+    goes(site, clock, client, ending, seconds)
+    gate.go()
+    site.hop.sessions[0].wait_end()
+    assert site.hop.messages == []
+
+
+@pytest.mark.parametrize("ending, seconds", SERVED)
+def test_eof_soon_after_the_dot_is_served_in_the_replay(
+        site, narrow, clock, ending, seconds):
+    """A next hop that is slow to read changes nothing about it."""
+    gate = stall(narrow)
+    site.start(**clock.settings())
+    client = site.session()
+    client.begin(LONG + b".\r\n")
+    gate.reached()
+    turns(site)
+    goes(site, clock, client, ending, seconds)
+    clock.go(site.daemon, 100)
+    turns(site)
+    gate.go()
+    site.hop.wait_messages(1)
+    site.hop.sessions[0].wait_end()
+
+
+def test_reset_behind_a_full_buffer_in_the_replay_delivers_nothing(site, narrow):
+    """Commands that cannot be read yet hide the reset from poll()."""
+    gate = stall(narrow)
+    client = site.session()
+    client.begin(LONG + b".\r\n")
+    gate.reached()
+    client.send(b"NOOP\r\n" * 10000)
+    turns(site)
+    client.reset()
+    turns(site)
+    gate.go()
+    site.hop.sessions[0].wait_end()
     assert site.hop.messages == []
 
 
@@ -993,15 +1137,36 @@ def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
     assert len(site.hop.messages) == 1
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_client_gone_while_the_next_hop_is_asked_to_take_it(site, ending):
-    """It says 354, and hears no more of it."""
+@pytest.mark.parametrize("ending, seconds", GONE)
+def test_client_gone_while_the_next_hop_is_asked_to_take_it(
+        site, clock, ending, seconds):
+    """The next hop sends 354, and gets no more of it."""
     hold = Hold()
     site.hop.on("DATA", [hold])
+    site.start(**clock.settings())
     client = site.session()
     client.begin(BODY + b".\r\n")
-    leaves(site, client, ending, hold)
+    hold.reached()
+    goes(site, clock, client, ending, seconds)
+    hold.go()
+    site.hop.sessions[0].wait_end()
     assert site.hop.messages == [] and not site.hop.sessions[0].partial
+
+
+@pytest.mark.parametrize("ending, seconds", SERVED)
+def test_eof_soon_after_the_dot_is_served_while_the_next_hop_is_asked(
+        site, clock, ending, seconds):
+    """The message goes out once the next hop has sent 354."""
+    hold = Hold()
+    site.hop.on("DATA", [hold])
+    site.start(**clock.settings())
+    client = site.session()
+    client.begin(BODY + b".\r\n")
+    hold.reached()
+    goes(site, clock, client, ending, seconds)
+    hold.go()
+    site.hop.wait_messages(1)
+    site.hop.sessions[0].wait_end()
 
 
 def test_client_gone_while_the_next_hop_does_not_accept(site, clock):

@@ -492,9 +492,9 @@ hop_lost(struct session *s, const char *why)
 static int
 client_fill(struct session *s)
 {
-	int had = s->client.eof, got = peer_fill(&s->client);
+	int got = peer_fill(&s->client);
 
-	if (s->client.eof && !had)
+	if (s->client.eof)
 		s->eof_at = now;
 	return got;
 }

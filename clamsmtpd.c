@@ -1820,7 +1820,7 @@ watch_all(void)
 		wait_until(drain_until);
 	if (has_spares())
 		wait_until(now + TRIM_TIME);
-	if (log_lost > 0)
+	if (log_is_behind())
 		wait_until(now + SECOND);
 	if (wake_all || is_awake())
 		turn_end = now;

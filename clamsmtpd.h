@@ -483,8 +483,8 @@ int log_limit(int level);			/* the last LOG_ level; it was that */
 int log_wants(int level);
 void log_format(int json);			/* from now on */
 int log_is_json(void);
-extern unsigned long log_lost;			/* lines that nobody has seen */
-void log_retry(void);				/* say how many, if any */
+int log_is_behind(void);			/* log_retry() is to be called soon: */
+void log_retry(void);				/* write what waits; say what is lost */
 
 /* A line of JSON that tells of a mail: json_begin, fields, json_end.  A text is
  * cut with "..."; and the lines of a list p: the last of them is "..." then. */

@@ -192,30 +192,62 @@ text_char(const char *p, size_t n)
 
 static int log_fd = 2;
 static int log_level = LOG_WARNING;
-static int log_syslog;			/* lines go to /dev/log */
+static int log_syslog;			/* lines go to /dev/log, */
+static int log_stream;			/* which is a stream socket */
 static int log_json;
-unsigned long log_lost;
+static unsigned long log_lost;		/* lines that nobody has seen */
+
+/* The line that is being written: bytes log_r to log_n wait, and a NUL follows. */
+static char log_out[JSONSZ + 64];
+static size_t log_r, log_n;
 
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
 #define LEVEL_BASE	LOG_ERR
 
+/* syslogd may come and go.  Most have a datagram socket, some a stream. */
+static int
+syslog_connect(void)
+{
+	static const struct sockaddr_un un = { AF_UNIX, "/dev/log" };
+	static const int type[] = { SOCK_DGRAM, SOCK_STREAM };
+	int fd, err;
+
+	for (log_stream = 0; log_stream < 2; log_stream++) {
+		fd = socket(AF_UNIX, type[log_stream] | SOCK_NONBLOCK |
+		    SOCK_CLOEXEC, 0);
+		if (fd == -1)
+			return -1;
+		if (connect(fd, (const struct sockaddr *)&un, sizeof un) == 0)
+			return fd;
+		err = errno;
+		close(fd);
+		errno = err;
+		if (errno != EPROTOTYPE)
+			break;
+	}
+	return -1;
+}
+
 /*
  * Promise 5: neither syslog nor a full pipe at stderr may stop the loop.  stderr is
  * opened anew where that can be done, since O_NONBLOCK would otherwise be set
- * for everybody who shares it.
+ * for everybody who shares it.  A file never blocks, and its offset is shared.
  */
 void
 log_open(int level, int console)
 {
+	struct stat st;
+	int fd = -1;
+
+	if (!console && (fd = syslog_connect()) == -1)
+		logmsg(LOG_WARNING, "/dev/log: no syslog daemon listens there, "
+		    "log lines are lost until one does:");
+	else if (console && (fstat(2, &st) == -1 || !S_ISREG(st.st_mode)))
+		fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND |
+		    O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
 	log_level = level + LEVEL_BASE;
 	log_syslog = !console;
-	if (console) {
-		log_fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND |
-		    O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-		if (log_fd == -1)
-			log_fd = 2;
-	} else
-		log_fd = -1;
+	log_fd = console && fd == -1 ? 2 : fd;
 }
 
 int
@@ -245,56 +277,75 @@ log_wants(int level)
 	return level <= log_level;
 }
 
-/* One datagram to syslogd, which may come and go. */
-static int
-log_datagram(const char *line, size_t n)
+static ssize_t
+log_put(const char *p, size_t n)
 {
-	static struct sockaddr_un un = { AF_UNIX, "/dev/log" };
-	int try;
+	struct pollfd room = { 2, POLLOUT, 0 };
 
-	for (try = 0; try < 2; try++) {
-		if (log_fd == -1) {
-			log_fd = socket(AF_UNIX,
-			    SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-			if (log_fd == -1)
-				return -1;
-			if (connect(log_fd, (struct sockaddr *)&un,
-			    sizeof un) == -1) {
-				close(log_fd);
-				log_fd = -1;
-				return -1;
-			}
+	if (log_syslog)
+		return send(log_fd, p, n, MSG_NOSIGNAL);
+	/* Where it could not be opened anew it may block: only if there is room,
+	 * and in a pipe there is room for a line then (PIPE_BUF). */
+	if (log_fd == 2 && poll(&room, 1, 0) != 1) {
+		errno = EAGAIN;
+		return -1;
+	}
+	return write(log_fd, p, n);
+}
+
+/* Write what waits; in a stream a NUL ends it, as with syslog(3).  0: nothing waits
+ * any more; -1: it does. */
+static int
+log_finish(void)
+{
+	int tries = 1;
+	ssize_t n;
+
+	while (log_n > 0) {
+		if (log_syslog && log_fd == -1 &&
+		    (tries-- == 0 || (log_fd = syslog_connect()) == -1))
+			return -1;
+		n = log_put(log_out + log_r, log_n + log_stream - log_r);
+		if (n > 0) {
+			log_r += n;
+			if (log_r == log_n + log_stream)
+				log_r = log_n = 0;
+			continue;
 		}
-		if (send(log_fd, line, n, MSG_NOSIGNAL) != -1)
-			return 0;
-		if (errno == EAGAIN || errno == ENOBUFS)
+		if (!log_syslog || errno == EAGAIN || errno == ENOBUFS)
 			return -1;
 		close(log_fd);
 		log_fd = -1;
+		if (log_r > 0) {	/* who had its beginning is gone */
+			log_r = log_n = 0;
+			log_lost++;
+		}
 	}
-	return -1;
+	return 0;
 }
 
 static int
 log_write(int level, const char *text, size_t n)
 {
-	struct pollfd room = { 2, POLLOUT, 0 };
-	char line[JSONSZ + 64];
-	int len;
-
-	if (log_syslog) {
-		/* Without the time: every syslogd puts in its own then. */
-		len = format(line, sizeof line, "<%d>clamsmtpd: %.*s",
-		    LOG_MAIL | level, (int)n, text);
-		return log_datagram(line, len);
-	}
-	len = format(line, sizeof line, "%s%.*s\n",
-	    log_json ? "" : "clamsmtpd: ", (int)n, text);
-	/* Where it could not be opened anew it may block: only if there is room,
-	 * and in a pipe there is room for a line then (PIPE_BUF). */
-	if (log_fd == 2 && poll(&room, 1, 0) != 1)
+	if (log_finish() == -1)
 		return -1;
-	return write(log_fd, line, len) == len ? 0 : -1;
+	if (log_syslog)
+		/* Without the time: every syslogd puts in its own then. */
+		log_n = format(log_out, sizeof log_out, "<%d>clamsmtpd: %.*s",
+		    LOG_MAIL | level, (int)n, text);
+	else
+		log_n = format(log_out, sizeof log_out, "%s%.*s\n",
+		    log_json ? "" : "clamsmtpd: ", (int)n, text);
+	if (log_finish() == 0 || log_r > 0)
+		return 0;
+	log_n = 0;
+	return -1;
+}
+
+int
+log_is_behind(void)
+{
+	return log_lost > 0 || log_n > 0;
 }
 
 void
@@ -303,7 +354,7 @@ log_retry(void)
 	char line[128];
 	int n;
 
-	if (log_lost == 0)
+	if (log_finish() == -1 || log_lost == 0)
 		return;
 	n = format(line, sizeof line, log_json ?
 	    "{\"level\":\"warning\",\"message\":\"%lu%s\",\"time\":\"%s\"}" :

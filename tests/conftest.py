@@ -170,8 +170,8 @@ def background(site):
 
 
 @pytest.fixture
-def syslog(site, mounts):
-    """A /dev/log of our own, in a private mount namespace."""
+def own_dev(site, mounts):
+    """For preexec: a /dev of our own, in a private mount namespace; and its path."""
     dev = site.path("dev")
     os.mkdir(dev)
     try:
@@ -180,10 +180,17 @@ def syslog(site, mounts):
         open(os.path.join(dev, "null"), "w").close()
     except OSError:
         pytest.skip("no device files here")
+    return harness.mounting(harness.bind(dev, "/dev")), dev
+
+
+@pytest.fixture
+def syslog(own_dev):
+    """A /dev/log of our own."""
+    preexec, dev = own_dev
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.bind(os.path.join(dev, "log"))
     sock.settimeout(harness.WAIT)
-    yield sock, harness.mounting(harness.bind(dev, "/dev"))
+    yield sock, preexec
     sock.close()
 
 

@@ -78,7 +78,7 @@ LASTING = {
 }
 
 STATE = struct.Struct("Q" + "8sQ" * 255)     # struct faults
-IDLE = 10       # descriptors: 0 to 2, log, signals (2), listeners (3), pid file
+IDLE = 9        # descriptors: 0 to 2, signals (2), listeners (3), pid file
 MANY = 20000    # calls of poll(); a daemon that spins soon has them
 LOST = "lines of the log were lost"
 

@@ -12,10 +12,11 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, Names, READ_AGAIN,
+from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, Names, READ_AGAIN, Server,
                      VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
                      mounting, processes, turns, until, wait_file)
 
@@ -29,8 +30,8 @@ SOME = b"Subject: x\r\n\r\nsome\r\n"
 def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
     one = background()
     assert one.status == 0
-    assert one.daemon.text() in (
-        "", "clamsmtpd: running as root is NOT recommended\n")
+    assert re.fullmatch("(clamsmtpd: /dev/log: no syslog daemon .*\n)?",
+                        one.daemon.text())
     pid = one.pid()
     assert processes(one.daemon.mark) == [pid]
     client = site.session(address=one.socket)     # listens already
@@ -1495,6 +1496,157 @@ def test_a_syslog_that_is_full_blocks_nobody(site, background, syslog):
         lines.append(log.recv(65536))
     assert b"status=CLEAN" in log.recv(65536)
     one.end()
+
+
+class StreamSyslog(Server):
+    """A syslogd whose /dev/log is a stream socket; it reads when it is let."""
+
+    family = "syslogd"
+    commands = scans = ()           # for a report; it has none
+
+    def __init__(self, dev):
+        self.data = []              # of each connection
+        self.reads = threading.Event()
+        self.reads.set()
+        super().__init__(path=os.path.join(dev, "log"))
+
+    def serve(self, sock):
+        data = bytearray()
+        self.data.append(data)
+        while self.reads.wait(WAIT):
+            got = sock.recv(65536)
+            if not got:
+                return
+            data += got
+
+    def lines(self):
+        """What a NUL has ended."""
+        return [line for data in self.data for line in bytes(data).split(b"\0")[:-1]]
+
+    def wait_line(self, text):
+        until(lambda: [line for line in self.lines() if text in line],
+              "a line with %r in %r" % (text, self.lines()[-5:]))
+
+    def restart(self):
+        self.down()
+        for sock in list(self.socks):
+            sock.shutdown(socket.SHUT_RDWR)
+        until(lambda: not self.socks, "it is gone")
+        self.up()
+
+
+@pytest.fixture
+def stream_syslog(site, own_dev):
+    preexec, dev = own_dev
+    syslogd = StreamSyslog(dev)
+    site.servers.append(syslogd)
+    return syslogd, preexec
+
+
+def all_whole(lines):
+    for line in lines:
+        assert re.fullmatch(rb"<2[0-3]>clamsmtpd: [^<>\n\0]*", line), line
+
+
+@pytest.mark.parametrize("fault", ["", "send:1:2:0", "send:1:3:0 send:2:3:11"],
+                         ids=["whole", "pieces", "halves"])
+def test_syslog_with_a_stream_socket_gets_whole_lines(
+        site, background, stream_syslog, faulty_build, fault):
+    """Each line ends in a NUL, also if it is written in pieces, or in two turns."""
+    syslogd, preexec = stream_syslog
+    one = background(preexec=preexec, binary=faulty_build, env={"FAULT": fault})
+    assert "/dev/log" not in one.daemon.text()
+    client = site.session(address=one.socket)
+    for _ in range(5):
+        client.mail()
+    client.quit()
+    one.end()
+    if ":11" not in fault:          # then no line is lost
+        syslogd.wait_line(b"stopped")
+        assert len([line for line in syslogd.lines() if b"status=CLEAN" in line]) == 5
+        assert not [line for line in syslogd.lines() if b"were lost" in line]
+    syslogd.wait_line(b"status=CLEAN")
+    all_whole(syslogd.lines())
+
+
+def test_syslog_with_a_stream_socket_has_the_last_line_when_it_is_quiet(
+        site, background, stream_syslog, faulty_build):
+    """The second half of a line does not wait for the next line."""
+    syslogd, preexec = stream_syslog
+    one = background(preexec=preexec, binary=faulty_build,
+                     env={"FAULT": "send:1:3:0 send:2:3:11"})
+    client = site.session(address=one.socket)
+    client.mail()
+    syslogd.wait_line(b"status=CLEAN")
+    client.quit()
+
+
+def test_syslog_with_a_stream_socket_that_is_full_blocks_nobody(
+        site, background, stream_syslog):
+    """PROMISE 5: lines are lost, whole ones, and counted."""
+    syslogd, preexec = stream_syslog
+    syslogd.reads.clear()
+    one = background(preexec=preexec)
+    client = site.session(address=one.socket)
+    to = ["%s%d@example.com" % ("x" * 60, i) for i in range(10)]
+    for _ in range(600):
+        client.mail(to=to)
+    syslogd.reads.set()
+    syslogd.wait_line(b"lines of the log were lost")
+    client.mail(to=to)
+    client.quit()
+    one.end()
+    syslogd.wait_line(b"stopped")
+    all_whole(syslogd.lines())
+
+
+def test_syslog_with_a_stream_socket_may_restart(site, background, stream_syslog):
+    """The lines after that go to the new one."""
+    syslogd, preexec = stream_syslog
+    one = background(preexec=preexec)
+    client = site.session(address=one.socket)
+    client.mail()
+    syslogd.wait_line(b"status=CLEAN")
+    syslogd.restart()
+    client.mail(sender="after@example.com")
+    syslogd.wait_line(b"from=after@example.com")
+    client.quit()
+
+
+def test_no_syslog_at_the_start_is_told_on_standard_error(site, background, own_dev):
+    """In one line; and a syslogd that comes later gets the log."""
+    preexec, dev = own_dev
+    one = background(preexec=preexec)
+    line, = [line for line in one.daemon.log() if "running as root" not in line]
+    assert line == ("/dev/log: no syslog daemon listens there, log lines are lost "
+                    "until one does: No such file or directory")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(os.path.join(dev, "log"))
+        log.settimeout(WAIT)
+        client = site.session(address=one.socket)
+        client.mail()
+        client.quit()
+        while b"status=CLEAN" not in log.recv(65536):
+            pass
+        one.end()
+
+
+def test_standard_error_that_is_a_file_is_shared_with_the_starter(site):
+    """A file that is not open for appending: no line is written over another."""
+    path, sock = site.path("log"), site.path("in.sock")
+    with open(path, "wb", buffering=0) as file:
+        site.start(wait=False, Listen=sock,
+                   preexec=lambda: os.dup2(file.fileno(), 2))
+        until(lambda: os.path.exists(sock) and os.path.getsize(path), "it listens")
+        site.session(address=sock).mail()
+        file.write(b"a line of the starter's\n")
+        site.session(address=sock).mail()
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    assert lines.pop() == b""
+    assert lines.count(b"a line of the starter's") == 1
+    assert len([line for line in lines if line.endswith(b"status=CLEAN")]) == 2
+    assert all(line.startswith((b"clamsmtpd: ", b"a line")) for line in lines)
 
 
 # ---------------------------------------------------------------- what it takes

@@ -441,6 +441,12 @@ env_free(char **env)
 	free(env);
 }
 
+static const char *
+job_text(const char *command)
+{
+	return printable(command, strlen(command));
+}
+
 static void
 job_free(struct job *j)
 {
@@ -492,7 +498,8 @@ jobs_start(void)
 			continue;
 		switch (j->pid = fork_quietly()) {
 		case -1:
-			logmsg(LOG_ERR, "%06X: VirusAction: fork:", j->id);
+			logmsg(LOG_ERR, "%06X: VirusAction: fork: %s: %s",
+			    j->id, strerror(errno), job_text(j->command));
 			job_free(j);
 			break;
 		case 0:
@@ -514,14 +521,15 @@ action_start(unsigned id, const char *command, char **env, int64_t ms)
 	for (last = &jobs; *last != NULL; last = &(*last)->next)
 		waiting += (*last)->pid == 0;
 	if (waiting >= MAXWAITING) {
-		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d wait already",
-		    id, waiting);
+		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d wait already: "
+		    "%s", id, waiting, job_text(command));
 		env_free(env);
 		return;
 	}
 	j = calloc(1, sizeof *j);
 	if (j == NULL || (j->command = strdup(command)) == NULL) {
-		logmsg(LOG_ERR, "%06X: VirusAction: not run:", id);
+		logmsg(LOG_ERR, "%06X: VirusAction: not run: %s: %s", id,
+		    strerror(errno), job_text(command));
 		free(j);
 		env_free(env);
 		return;
@@ -544,11 +552,11 @@ job_ended(pid_t pid, int status)
 	if (j == NULL)
 		return;
 	if (WIFSIGNALED(status))
-		logmsg(LOG_WARNING, "%06X: VirusAction: killed by signal %d",
-		    j->id, WTERMSIG(status));
+		logmsg(LOG_WARNING, "%06X: VirusAction: killed by signal %d: %s",
+		    j->id, WTERMSIG(status), job_text(j->command));
 	else if (WEXITSTATUS(status) != 0)
-		logmsg(LOG_WARNING, "%06X: VirusAction: exit status %d", j->id,
-		    WEXITSTATUS(status));
+		logmsg(LOG_WARNING, "%06X: VirusAction: exit status %d: %s",
+		    j->id, WEXITSTATUS(status), job_text(j->command));
 	/* What it left in its group has had its time if it was killed. */
 	if (j->warned)
 		kill(-pid, SIGKILL);
@@ -566,7 +574,8 @@ jobs_watch(void)
 		if (now >= j->deadline) {
 			if (!j->warned)
 				logmsg(LOG_WARNING, "%06X: VirusAction: takes "
-				    "longer than TimeOut, stopped", j->id);
+				    "longer than TimeOut, stopped: %s", j->id,
+				    job_text(j->command));
 			kill(-j->pid, j->warned ? SIGKILL : SIGTERM);
 			j->warned = 1;
 			j->deadline = now + KILL_TIME;
@@ -598,9 +607,9 @@ jobs_kill(void)
 	struct job *j;
 
 	while ((j = jobs) != NULL) {
-		logmsg(LOG_WARNING, "%06X: VirusAction: %s", j->id,
-		    j->pid == 0 ? "not run, the daemon ends" :
-		    "killed, the daemon ends");
+		logmsg(LOG_WARNING, "%06X: VirusAction: %s, the daemon ends: %s",
+		    j->id, j->pid == 0 ? "not run" : "killed",
+		    job_text(j->command));
 		if (j->pid != 0) {
 			kill(-j->pid, SIGKILL);
 			waitpid(j->pid, NULL, 0);
@@ -1622,6 +1631,25 @@ needs_restart(const struct conf *c)
 	return NULL;
 }
 
+/* -1: no file can be made there, which has been logged.  A directory that was made
+ * again has no rule of Landlock's. */
+static int
+try_tempdir(const struct conf *c)
+{
+	int fd = spool_open(c->tempdir, 0);
+
+	if (fd == -1)
+		logmsg(LOG_ERR, "TempDirectory: %s cannot be written to by user "
+		    "%s; %s:", c->tempdir, user_name(),
+		    sandboxed && errno == EACCES ? "if it was made again after "
+		    "the start, a restart is needed (the sandbox allows the one "
+		    "that was there)" : "it must be there and belong to that "
+		    "user (in a container, mount a tmpfs there)");
+	else
+		close(fd);
+	return fd == -1 ? -1 : 0;
+}
+
 static void
 reload(void)
 {
@@ -1631,8 +1659,8 @@ reload(void)
 	if (what != NULL)
 		logmsg(LOG_ERR, "%s: %s cannot be changed without a restart",
 		    conf_path, what);
-	if (c == NULL || what != NULL || set_limits(c) == -1 ||
-	    listeners_open(c, 0) == -1) {
+	if (c == NULL || what != NULL || try_tempdir(c) == -1 ||
+	    set_limits(c) == -1 || listeners_open(c, 0) == -1) {
 		logmsg(LOG_ERR, "%s: not taken; the settings are as before",
 		    conf_path);
 		conf_put(c);
@@ -2215,18 +2243,6 @@ attach_nothing(int ready)
 	close(ready);
 }
 
-static void
-check_tempdir(const struct conf *c)
-{
-	int fd = spool_open(c->tempdir, 0);
-
-	if (fd == -1)
-		die(1, "TempDirectory: %s cannot be written to by user %s; it "
-		    "must be there and belong to that user (in a container, "
-		    "mount a tmpfs there):", c->tempdir, user_name());
-	close(fd);
-}
-
 /* For -n, which another user may run: what the start would not find. */
 static void
 warn_missing(const struct conf *c)
@@ -2306,7 +2322,8 @@ main(int argc, char **argv)
 	if (conf->user != NULL)
 		drop_privileges(conf->user);
 	user_name();
-	check_tempdir(conf);
+	if (try_tempdir(conf) == -1)
+		return 1;
 	if (ready != -1)
 		attach_nothing(ready);
 	else if (o.level < 0)

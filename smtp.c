@@ -2350,7 +2350,9 @@ virus_found(struct session *s)
 
 	if (s->conf->virusaction != NULL) {
 		if ((env = virus_env(s)) == NULL)
-			slog(s, LOG_ERR, "VirusAction: not run:");
+			slog(s, LOG_ERR, "VirusAction: not run: %s: %s",
+			    strerror(errno), printable(s->conf->virusaction,
+			    strlen(s->conf->virusaction)));
 		else
 			action_start(s->id, s->conf->virusaction, env,
 			    s->conf->timeout);

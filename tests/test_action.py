@@ -645,7 +645,7 @@ def test_the_process_group_is_killed_when_that_is_ignored(site, clock, ignores):
     site.session().mail()
     assert len(processes(site.daemon.mark)) == 3
     clock.go(site.daemon, 1)
-    site.daemon.wait_log("VirusAction: takes longer than TimeOut, stopped$")
+    site.daemon.wait_log("VirusAction: takes longer than TimeOut, stopped: ")
     clock.go(site.daemon, 5)
     until(lambda: processes(site.daemon.mark) == [site.daemon.pid], "they are gone")
 
@@ -669,12 +669,18 @@ def test_an_action_leaves_no_zombie_and_stalls_nobody(site, command):
     site.daemon.settle()
 
 
-def test_an_action_that_cannot_run_harms_nobody(site):
-    site.start(VirusAction="/no/such/program; exit 77")
+@pytest.mark.parametrize("command, why", [
+    ("/no/such/program; exit 77", "exit status 77"), ("kill -9 $$", "killed by signal 9"),
+    ("exit 3 # \u20ac", "exit status 3")], ids=str)
+def test_action_that_fails_is_named_in_the_log(site, command, why):
+    """The log has the command, of which there may be several over time."""
+    site.start(VirusAction=command)
     client = site.session()
     client.mail(body=BAD, want="250 2.0.0 Virus")
     client.mail(body=GOOD)
     client.quit()
+    site.daemon.wait_log("^100000: VirusAction: %s: %s$" % (
+        why, re.escape(command)))
 
 
 def test_an_action_still_running_at_the_end_is_not_left_behind(site, clock):
@@ -692,7 +698,7 @@ def test_an_action_still_running_at_the_end_is_not_left_behind(site, clock):
     clock.go(site.daemon, 1)
     site.daemon.wait_exit()
     site.daemon.stop()
-    assert site.daemon.log("^100000: VirusAction: killed, the daemon ends$")
+    assert site.daemon.log("^100000: VirusAction: killed, the daemon ends: : > ")
 
 
 def test_ten_thousand_recipients_are_cut_at_whole_ones(site):

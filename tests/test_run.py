@@ -504,8 +504,10 @@ def test_sighup_gives_new_sessions_the_new_settings(site):
     ({"TimeOut": "x"}, r"conf:6: .*TimeOut"), ({"Nonsense": "1"}, r"conf:6: .*Nonsense"),
     ({"User": "nobody"}, "User"), ({"PidFile": "/run/xyz"}, "PidFile"),
     ({"VirusAction": "/bin/true"}, "VirusAction"),
+    ({"TempDirectory": "/proc/1"}, "TempDirectory"),
     ({"Listen": None}, r"Listen: 127\.0\.0\.1:\d+: "),
-], ids=["TimeOut", "Nonsense", "User", "PidFile", "VirusAction", "Listen"])
+], ids=["TimeOut", "Nonsense", "User", "PidFile", "VirusAction", "TempDirectory",
+          "Listen"])
 def test_sighup_with_a_bad_file_changes_nothing_and_says_why(site, change, why):
     """With file and line, if it is one that is wrong."""
     site.start(Listen=site.path("in.sock"))
@@ -807,6 +809,17 @@ def test_sighup_with_another_temp_directory(site):
     new.expect("250 2.0.0 queued")
     for client in old, new:
         client.quit()
+
+
+def test_sighup_with_a_temp_directory_that_cannot_be_written_to_changes_nothing(site):
+    """Also where no sandbox limits it."""
+    settings = {"Listen": site.path("in.sock"), "VirusAction": "true"}
+    site.start(**settings)
+    site.daemon.write(site.settings(TempDirectory="/no/such/directory", **settings))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("^TempDirectory: /no/such/directory cannot be written to")
+    site.daemon.wait_log("not taken; the settings are as before")
+    site.session().mail()
 
 
 def test_sighup_is_no_reason_to_leave_a_message_unfinished(site):
@@ -1119,6 +1132,26 @@ def test_a_copy_is_written_in_temp_directory_only(site, landlock):
     client.expect("451 4.3.0 Local Error")
     assert os.listdir(other) == []
     client.quit()
+
+
+def test_temp_directory_made_again_needs_a_restart_and_sighup_says_so(site, landlock):
+    """The rule of the sandbox is for the directory that was there at the start."""
+    site.start()
+    os.rmdir(site.spool)
+    os.mkdir(site.spool)
+    client = site.session()
+    client.mail(want="451 4.3.0 Local Error")
+    site.daemon.write(site.settings())
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("^TempDirectory: %s cannot be written to by user .*; if it was "
+                         "made again .* a restart is needed .*: Permission denied$"
+                         % site.spool)
+    site.daemon.wait_log("not taken; the settings are as before")
+    assert not site.daemon.log(READ_AGAIN)
+    client.quit()
+    site.daemon.stop()
+    site.start()
+    site.session().mail()
 
 
 def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):

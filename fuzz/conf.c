@@ -98,8 +98,12 @@ check(const struct conf *c)
 		CHECK(c->listen[i]->naddr == 1 || c->listen[i]->name != NULL,
 		    "Listen has no address");
 	}
-	for (i = 0; i < c->nclamd; i++)
+	CHECK(!c->clamd_default || (c->nclamd == 1 &&
+	    c->clamd[0]->target->naddr == 3), "the usual ClamAddress");
+	for (i = 0; i < c->nclamd && !c->clamd_default; i++)
 		check_target(c->clamd[i]->target, 1);
+	for (i = 1; i < c->nclamd; i++)
+		CHECK(c->clamd[i] != c->clamd[i - 1], "the same clamd twice");
 	if (c->header != NULL)
 		check_header(c->header);
 	(void)conf_action(c, "Eicar-Test-Signature");

@@ -2038,7 +2038,7 @@ static void
 usage(void)
 {
 	static const char text[] =
-	    "usage: clamsmtpd [-Cn] [-d level] [-f configfile] [-p pidfile]\n"
+	    "usage: clamsmtpd [-CFn] [-d level] [-f configfile] [-p pidfile]\n"
 	    "       clamsmtpd -v\n";
 
 	exit(write(2, text, sizeof text - 1) == -1 ? 1 : 2);
@@ -2063,9 +2063,10 @@ version(void)
 }
 
 struct options {
-	int	 level;			/* -d; -1: be a daemon */
+	int	 level;			/* -d; -1: not given */
 	int	 check;			/* -n */
 	int	 health;		/* -C */
+	int	 foreground;		/* -F */
 	const char *file;		/* -f */
 };
 
@@ -2089,6 +2090,9 @@ option(struct options *o, char flag, const char *arg)
 	switch (flag) {
 	case 'C':
 		o->health = 1;
+		return 0;
+	case 'F':
+		o->foreground = 1;
 		return 0;
 	case 'n':
 		o->check = 1;
@@ -2226,13 +2230,13 @@ detach(void)
 }
 
 static void
-attach_nothing(int ready)
+attach_nothing(int ready, int level)
 {
 	int none = open("/dev/null", O_RDWR);
 
 	if (chdir("/") == -1 || none == -1)
 		die(1, "/dev/null:");
-	log_open(LOG_INFO - LOG_ERR, 0);
+	log_open(level, 0);
 	dup2(none, 0);
 	dup2(none, 1);
 	dup2(none, 2);
@@ -2280,19 +2284,24 @@ inherit_nothing(void)
 int
 main(int argc, char **argv)
 {
-	struct options o = { -1, 0, 0, CONFFILE };
-	int ready = -1;
+	struct options o = { -1, 0, 0, 0, CONFFILE };
+	int ready = -1, to_syslog;
 
 	if (argc == 0)
 		return 2;
 	inherit_nothing();
 	options_read(&o, argv);
+	to_syslog = o.level < 0 || o.foreground;
+	if (o.level < 0)
+		o.level = LOG_INFO - LOG_ERR;
 	now = monotonic();
 	started = time(NULL);
 	if (o.check || o.health)	/* what old names are called now; nothing */
 		log_limit(o.check ? LOG_INFO : LOG_ERR);
-	else if (o.level >= 0)
-		log_open(o.level, 1);
+	else if (o.foreground || !to_syslog) {
+		log_open(o.level, !to_syslog);
+		log_starting(to_syslog);
+	}
 	if ((conf_path = absolute(o.file)) == NULL)
 		die(1, "%s:", o.file);
 	if (!o.check && !o.health)
@@ -2309,7 +2318,7 @@ main(int argc, char **argv)
 	if (o.health)
 		return check_health(conf);
 	/* systemd wants to hear from the process that it has started. */
-	if (o.level < 0 && getenv("NOTIFY_SOCKET") == NULL)
+	if (to_syslog && !o.foreground && getenv("NOTIFY_SOCKET") == NULL)
 		ready = detach();
 	atexit(remove_files);
 	signals_open();
@@ -2325,9 +2334,10 @@ main(int argc, char **argv)
 	if (try_tempdir(conf) == -1)
 		return 1;
 	if (ready != -1)
-		attach_nothing(ready);
-	else if (o.level < 0)
-		log_open(LOG_INFO - LOG_ERR, 0);
+		attach_nothing(ready, o.level);
+	else if (to_syslog && !o.foreground)
+		log_open(o.level, 0);
+	log_starting(0);
 	if (geteuid() == 0)
 		logmsg(LOG_WARNING, "running as root is NOT recommended");
 	peer_reserve();

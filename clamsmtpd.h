@@ -474,6 +474,7 @@ size_t vformat(char *, size_t, const char *fmt, va_list);
  * three keep errno.  die() is for the time before the loop only.
  */
 void log_open(int level, int console);		/* syslog, or stderr */
+void log_starting(int);		/* 1: errors and warnings to stderr as well */
 void logmsg(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));

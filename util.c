@@ -195,6 +195,7 @@ static int log_level = LOG_WARNING;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
 static int log_json;
+static int log_echo;			/* trouble goes to stderr, too */
 static unsigned long log_lost;		/* lines that nobody has seen */
 
 /* The line that is being written: bytes log_r to log_n wait, and a NUL follows. */
@@ -364,9 +365,23 @@ log_retry(void)
 		log_lost = 0;
 }
 
+void
+log_starting(int on)
+{
+	log_echo = on;
+}
+
 static void
 log_line(int level, const char *text, size_t n)
 {
+	char line[JSONSZ + 64];
+	int len;
+
+	if (log_echo && level <= LOG_WARNING) {
+		len = format(line, sizeof line, "%s%.*s\n",
+		    log_json ? "" : "clamsmtpd: ", (int)n, text);
+		(void)!write(2, line, len);
+	}
 	log_retry();
 	if (log_write(level, text, n) == -1)
 		log_lost++;

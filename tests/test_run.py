@@ -1,5 +1,6 @@
 """Starting, running and ending: daemon, pid file, signals, user, syslog."""
 
+import contextlib
 import ctypes
 import os
 import pwd
@@ -1529,6 +1530,84 @@ def test_a_syslog_that_is_full_blocks_nobody(site, background, syslog):
         lines.append(log.recv(65536))
     assert b"status=CLEAN" in log.recv(65536)
     one.end()
+
+
+def received(log):
+    """The severities and texts of the lines that wait at this /dev/log."""
+    log.setblocking(False)
+    lines = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            lines.append(re.fullmatch(rb"<(\d+)>clamsmtpd: (.*)", log.recv(65536)))
+    assert all(int(line[1]) >> 3 == 2 for line in lines), "facility mail"
+    return [(int(line[1]) & 7, line[2].decode()) for line in lines]
+
+
+def in_foreground(site, preexec, *args, **settings):
+    sock = site.path("in.sock")
+    daemon = site.start(args=["-F", *args], level=None, wait=False, preexec=preexec,
+                        Listen=sock, **settings)
+    until(lambda: os.path.exists(sock) or not daemon.alive(), "it listens")
+    return daemon, sock
+
+
+@pytest.mark.core
+def test_foreground_with_syslog_has_severities_and_a_silent_standard_error(
+        site, syslog):
+    """-F is for a supervisor: no fork, and the log is that of a daemon."""
+    log, preexec = syslog
+    daemon, sock = in_foreground(site, preexec, Quarantine="on")
+    client = site.session(address=sock)
+    client.mail()
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    client.cmd("XCLIENT ADDR=192.0.2.1", "554")
+    lines = received(log)           # it takes no more than ten
+    client.quit()
+    daemon.allowed.update(os.listdir(site.spool))
+    assert processes(daemon.mark) == [daemon.pid]
+    daemon.stop()
+    assert (6, "100000: from=a@example.com, to=b@example.com, status=CLEAN") in lines
+    assert (4, "100000: client attempted use of privileged XCLIENT feature") in lines
+    assert [n for n, text in lines if "quarantined" in text] == [5]
+    assert not [text for n, text in lines if n == 7]
+    assert daemon.text() == ""
+
+
+@pytest.mark.parametrize("args, most", [(["-d", "0"], 3), (["-d", "2"], 5),
+                                        (["-d", "4"], 7)], ids=str)
+def test_foreground_with_syslog_and_a_level_logs_as_much(site, syslog, args, most):
+    """-F says where the log goes, -d how much."""
+    log, preexec = syslog
+    daemon, sock = in_foreground(site, preexec, *args, ClamAddress="/no/such/socket")
+    site.session(address=sock).mail(want="451")
+    daemon.send_signal(signal.SIGTERM)
+    site.clients[-1].rest()
+    daemon.stop()
+    assert max(n for n, _ in received(log)) == most
+    assert not daemon.log("^1000")
+
+
+@pytest.mark.parametrize("settings, status, why", [
+    ({"MaxScans": "many"}, 2, '"many" is not'),
+    ({"PidFile": "/no/such/directory/pid"}, 1, "PidFile: /no/such/directory/pid: ")],
+    ids=["configuration", "pid file"])
+def test_foreground_with_syslog_that_cannot_start_says_so_in_both(
+        site, syslog, settings, status, why):
+    """A supervisor may have thrown standard error away."""
+    log, preexec = syslog
+    daemon, _ = in_foreground(site, preexec, **settings)
+    assert daemon.wait_exit() == status
+    daemon.stopped = True
+    assert [text for n, text in received(log) if n == 3 and why in text]
+    assert len(daemon.log(re.escape(why))) == 1
+
+
+def test_foreground_check_of_the_configuration_is_told_once(site, run):
+    """-n with -F, as an init script has them."""
+    with open(site.path("conf"), "w") as file:
+        file.write("OutAddress: 25\nMaxScans: many\n")
+    done = run("-F", "-n", "-f", site.path("conf"))
+    assert done.returncode == 2 and done.stderr.count("many") == 1
 
 
 class StreamSyslog(Server):

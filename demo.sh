@@ -48,14 +48,19 @@ fail()
 	exit 1
 }
 
-# wait_for WHAT COMMAND...: until the command succeeds, a minute at most
+# wait_for WHAT PID COMMAND...: until the command succeeds, a minute at most, and
+# not longer than the process lives
 wait_for()
 {
-	what=$1 turn=0
-	shift
+	what=$1 process=$2 turn=0
+	shift 2
 	until "$@" 2>/dev/null; do
+		kill -0 "$process" 2>/dev/null ||
+		    fail "$what has ended.  Its last words may say what to change:"
 		turn=$((turn + 1))
-		[ "$turn" -lt 600 ] || fail "$what did not start; it said:"
+		[ "$turn" -lt 600 ] ||
+		    fail "$what is not ready after a minute.  It says:"
+		[ "$turn" != 50 ] || echo "waiting for $what"
 		sleep 0.1
 	done
 }
@@ -115,7 +120,7 @@ else
 	cp "$(command -v clamd)" "$dir/clamd/clamd"
 	"$dir/clamd/clamd" -c "$dir/clamd.conf" >"$dir/clamd.log" 2>&1 &
 	pids="$pids $!"
-	wait_for clamd test -S "$address"
+	wait_for clamd $! test -S "$address"
 fi
 
 # ---------------------------------------------------------------- the others
@@ -124,7 +129,7 @@ PYTHONDONTWRITEBYTECODE=1
 export PYTHONDONTWRITEBYTECODE
 "$PYTHON" tests/demo.py sink "$dir/mail" >"$dir/sink.log" 2>&1 &
 pids="$pids $!"
-wait_for "the next hop" test -e "$dir/mail/port"
+wait_for "the next hop" $! test -e "$dir/mail/port"
 hop=127.0.0.1:$(cat "$dir/mail/port")
 
 cat >"$dir/clamsmtpd.conf" <<EOF
@@ -136,8 +141,9 @@ TempDirectory: $dir/spool
 $us
 EOF
 ./clamsmtpd -d 3 -f "$dir/clamsmtpd.conf" >"$dir/clamsmtpd.log" 2>&1 &
-pids="$pids $!"
-wait_for clamsmtpd grep -q 'listening on' "$dir/clamsmtpd.log"
+filter=$!
+pids="$pids $filter"
+wait_for clamsmtpd $filter grep -q 'listening on' "$dir/clamsmtpd.log"
 here=$(sed -n 's/.*listening on //p' "$dir/clamsmtpd.log" | head -n 1)
 
 cat <<EOF
@@ -168,8 +174,8 @@ show()
 	echo "== $2"
 	echo
 	heard=$("$PYTHON" tests/demo.py send "$here" "$dir/$1.eml" 2>&1)
-	echo "  the sender heard     $heard"
-	wait_for "the log line" log_line
+	echo "  the sender got       $heard"
+	wait_for clamsmtpd $filter log_line
 	after=$(mails)
 	if [ "$((after))" = "$((before))" ]; then
 		echo "  the next hop got     nothing"
@@ -192,11 +198,35 @@ log_line()
 show clean "a clean mail: it passes, with one header more"
 show eicar "a mail with the EICAR test file attached: refused"
 show zipped "the same, with the file in a zip archive: refused"
-echo
-echo "== measured before (make bench measures anew): beside the original, a TCP proxy"
-echo
-awk -F '|' '/^\|/ { if ($2 !~ /--/) print " " $2 $3 $4 $5; table = 1; next }
-    table { exit }' bench/results/bench.md
+
+delivered=$(($(mails))) refused=$(grep -c status=VIRUS "$dir/clamsmtpd.log")
+[ "$delivered $refused" = "1 2" ] ||
+    fail "this went wrong: $delivered mails delivered, $refused refused"
+
+# row NAME: the last column of this row of the measurements
+row()
+{
+	awk -F ' *[|] *' -v name="$1" '$2 == name { print $5; exit }' \
+	    bench/results/bench.md
+}
+
+cat <<EOF
+
+== one clean mail was delivered, two infected mails were refused
+
+  Measured before; in brackets the CPU compared with a plain TCP proxy's:
+
+  CPU for a mail of 2 KB     $(row "CPU a message, 2 KB, a session each")
+  CPU for 1 MB of mail       $(row "CPU a MB, 1 MB messages")
+  memory when idle           $(row "resident, idle")
+
+== how to go on
+
+  "Build and install" in README.md: a clamd that runs, clamsmtpd installed
+EOF
+[ -z "$INSTALLED" ] || echo "  installed for this:$INSTALLED"
+# shellcheck disable=SC2086
+[ -z "$OFF" ] || echo "  not started and not enabled, that is yours to do:" $OFF
 echo
 
 [ "$keep" ] || exit 0

@@ -19,6 +19,23 @@ def pytest_configure(config):
         "markers", "core: the small part that every special build is run with")
     config.addinivalue_line(
         "markers", "long: only run by ./test.sh full")
+    config.addinivalue_line(
+        "markers", "postfix: needs an installed Postfix")
+    if harness.localhost() != "localhost" and os.geteuid() == 0:
+        own_hosts()
+
+
+def own_hosts():
+    """A machine made by debootstrap has no /etc/hosts.  These processes alone see a
+    copy of /etc that has one."""
+    try:
+        harness.mounting(harness.tmpfs("/mnt", "mode=755"))()
+        subprocess.run(["cp", "-a", "/etc", "/mnt"], check=True)
+        with open("/mnt/etc/hosts", "a") as file:
+            file.write("127.0.0.1 localhost\n")
+        harness.mounting(harness.bind("/mnt/etc", "/etc"))()
+    except OSError:
+        pass
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -73,17 +90,20 @@ def real_clamd():
 
 @pytest.fixture(scope="session")
 def debian_package(tmp_path_factory):
-    """debian_package(name): where its files are, without installing it; or skip."""
-    def debian_package(name):
-        directory = str(tmp_path_factory.mktemp(name))
+    """debian_package(name, other name...): where the files are of the first of these
+    packages that the distribution has, without installing it; or skip."""
+    def debian_package(*names):
+        directory = str(tmp_path_factory.mktemp(names[0]))
         if not real.find("apt-get"):
-            pytest.skip("no %s here" % name)
-        got = subprocess.run(["apt-get", "-q", "download", name], cwd=directory,
-                             capture_output=True, text=True)
-        for package in glob.glob(os.path.join(directory, name + "_*.deb")):
-            subprocess.run(["dpkg", "-x", package, directory], check=True)
-            return directory
-        pytest.skip("%s is not to be had: %s" % (name, got.stderr.strip()[-200:]))
+            pytest.skip("no %s here" % names[0])
+        for name in names:
+            got = subprocess.run(["apt-get", "-q", "download", name], cwd=directory,
+                                 capture_output=True, text=True)
+            for package in glob.glob(os.path.join(directory, name + "_*.deb")):
+                subprocess.run(["dpkg", "-x", package, directory], check=True)
+                return directory
+        pytest.skip("%s is not to be had: %s"
+                    % (" or ".join(names), got.stderr.strip()[-200:]))
     return debian_package
 
 

@@ -184,6 +184,17 @@ def connect(address, source=None):
     return sock
 
 
+def localhost():
+    """A name for 127.0.0.1; the address itself where /etc/hosts has no name, as on
+    a machine made by debootstrap."""
+    try:
+        with open("/etc/hosts") as file:
+            named = re.search(r"(?m)^127\.0\.0\.1\s(.*\s)?localhost\b", file.read())
+    except OSError:
+        named = None
+    return "localhost" if named else "127.0.0.1"
+
+
 def has_ipv6():
     try:
         with socket.socket(socket.AF_INET6) as sock:

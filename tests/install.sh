@@ -90,18 +90,13 @@ package_of()
 	systemd-analyze)	echo systemd - ;;
 	py:yaml)	echo python3-yaml py3-yaml ;;
 	dpkg-buildpackage)	echo dpkg-dev - ;;
+	haproxy)	echo haproxy haproxy ;;
 	# not ip: that of busybox cannot do what the tests need
 	ss)		echo iproute2 iproute2 ;;
 	nft)		echo nftables nftables ;;
 	# for tests/cross.sh
-	dpkg-source)	echo dpkg-dev - ;;
-	qemu-*)		echo qemu-user - ;;
-	*-linux-gnu*-gcc)	echo "gcc-${1%-gcc}" - ;;
-	/usr/aarch64-linux-gnu/*)	echo libc6-dev-arm64-cross - ;;
-	/usr/arm-linux-gnueabihf/*)	echo libc6-dev-armhf-cross - ;;
-	/usr/i686-linux-gnu/*)	echo libc6-dev-i386-cross - ;;
-	/usr/mips-linux-gnu/*)	echo libc6-dev-mips-cross - ;;
-	/usr/s390x-linux-gnu/*)	echo libc6-dev-s390x-cross - ;;
+	qemu-*)		echo "qemu-user $1" ;;
+	py:ensurepip)	echo python3-venv - ;;
 	esac
 }
 
@@ -134,6 +129,14 @@ apt()
 	    apt-get -q -y -o DPkg::Lock::Timeout=300 "$@" </dev/null
 }
 
+# boot_units: what the next boot starts of the servers we may bring, one a line
+boot_units()
+{
+	find /etc/systemd/system /etc/rc?.d -type l 2>/dev/null |
+	    sed -n 's,.*/\(S[0-9][0-9]\)\{0,1\}\(clamav-[^/]*\)$,\2,p
+	    s,.*/\(S[0-9][0-9]\)\{0,1\}\(haproxy[^/]*\)$,\2,p' | sort -u
+}
+
 apt_install()
 {
 	apt install --no-remove --no-install-recommends \
@@ -143,10 +146,8 @@ apt_install()
 # In a subshell: its trap must not replace one of the caller's.
 apt_politely()
 (
-	new=
-	for p in clamav-daemon clamav-freshclam; do
-		[ -e "/lib/systemd/system/$p.service" ] || new="$new $p.service"
-	done
+	off=$1 before=$(boot_units)
+	shift
 	trap 'policy off' EXIT
 	trap 'exit 1' HUP INT TERM
 	policy on
@@ -163,10 +164,19 @@ apt_politely()
 		apt_install "$@" || for p do apt_install "$p" || :; done
 	fi
 	# What we brought is for the tests and does not start at boot either.
-	if [ "$new" ] && have systemctl; then
-		# shellcheck disable=SC2086
-		as_root systemctl disable $new || :
-	fi
+	for unit in $(boot_units); do
+		case "
+$before
+" in
+		*"
+$unit
+"*)	continue ;;
+		esac
+		case $unit in
+		*.*)	have systemctl && as_root systemctl disable "$unit" ;;
+		*)	as_root update-rc.d "$unit" disable ;;
+		esac && echo "$unit" >>"$off"
+	done
 )
 
 apk_add()
@@ -175,11 +185,12 @@ apk_add()
 	    for p do as_root apk add --no-cache "$p" || :; done
 }
 
-# install_missing LOGFILE WHAT...: says what it installs; what could not be
-# had is left in $MISSING.
+# install_missing LOGFILE WHAT...: says what it installs.  $INSTALLED is then the
+# list of the packages, $MISSING of what could not be had, $OFF of the services
+# that came and are not started.
 install_missing()
 {
-	log=$1
+	log=$1 INSTALLED='' OFF=''
 	shift
 	apk=
 	have apt-get || ! have apk || apk=yes
@@ -196,9 +207,13 @@ install_missing()
 		if [ "$(id -u)" != 0 ] && ! have sudo && ! have doas; then
 			echo "  neither root nor sudo here: have root install them"
 		elif [ "$apk" ]; then
+			INSTALLED=$list
 			apk_add $list >>"$log" 2>&1
 		elif have apt-get; then
-			apt_politely $list >>"$log" 2>&1 || :
+			INSTALLED=$list
+			apt_politely "$log.off" $list >>"$log" 2>&1 || :
+			OFF=$(sed 's/\..*//' "$log.off" 2>/dev/null | sort -u)
+			[ -z "$OFF" ] || echo "not started, not enabled:" $OFF
 		else
 			echo "  neither apt-get nor apk here: install their like"
 		fi

@@ -66,6 +66,7 @@ done
 mount -t proc proc "$dir/root/proc"
 mount -o rbind /sys "$dir/root/sys"
 mount -o rbind /dev "$dir/root/dev"
+[ -e "$dir/root/etc/hosts" ] || echo 127.0.0.1 localhost >"$dir/root/etc/hosts"
 # An empty /run: the scripts of the packages find no init to talk to.
 mount -t tmpfs -o mode=755 tmpfs "$dir/root/run"
 mkdir -p "$dir/root/run/lock"

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from harness import effective, has_ipv6, own_host, until
+from harness import effective, has_ipv6, localhost, own_host, until
 
 MINIMAL = "OutAddress: 10026\n"
 
@@ -504,7 +504,7 @@ def test_log_lines_begin_with_the_name(site):
 @pytest.mark.parametrize("listen, want", [
     ("127.0.0.1:0", r"127\.0\.0\.1:[1-9]\d*"),
     ("0", r"0\.0\.0\.0:[1-9]\d*"),
-    ("localhost:0", r"(127\.0\.0\.1|\[::1\]):[1-9]\d*"),
+    (localhost() + ":0", r"(127\.0\.0\.1|\[::1\]):[1-9]\d*"),
     ("[::1]:0", r"\[::1\]:[1-9]\d*"),
     ("[::ffff:127.0.0.1]:0", r"127\.0\.0\.1:[1-9]\d*"),
     ("[::]:0", r"\[::\]:[1-9]\d*"),
@@ -566,7 +566,9 @@ def place(request, site):
     def place(new):
         server = new(**{"unix": {"path": site.path("peer.sock")},
                         "ipv6": {"host": "::1"}}.get(kind, {}))
-        return server, "localhost:%d" % server.port if kind == "name" else server.address
+        if kind == "name":
+            return server, "%s:%d" % (localhost(), server.port)
+        return server, server.address
     return place
 
 

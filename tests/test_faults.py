@@ -256,7 +256,8 @@ class Run:
     def reload(self):
         """From here on the scans go over TCP."""
         self.daemon.write(self.settings(ClamAddress=[
-            "localhost:%d" % self.scene.tcp.port, self.scene.clamd.address]))
+            "%s:%d" % (harness.localhost(), self.scene.tcp.port),
+            self.scene.clamd.address]))
         self.daemon.send_signal(signal.SIGHUP)
         self.daemon.wait_log("read again|settings are as before|" + LOST)
         self.address = max(address for address in self.daemon.listening()
@@ -342,7 +343,7 @@ class Background(Run):
         os.chmod(self.dir, 0o777)
         os.chmod(self.spool, 0o777)
         return dict(Listen=self.path("listen"), User="nobody",
-                    OutAddress="localhost:%d" % self.scene.hop.port,
+                    OutAddress="%s:%d" % (harness.localhost(), self.scene.hop.port),
                     ClamAddress=self.scene.clamd.address,
                     TempDirectory=self.spool, PidFile=self.path("pid"))
 

@@ -341,6 +341,7 @@ def test_kubernetes_gives_it_a_tmpfs_and_nothing_else():
     assert volumes[mount["name"]]["emptyDir"]["medium"] == "Memory"
 
 
+@pytest.mark.postfix
 @pytest.mark.skipif(not real.find("postconf"), reason="no Postfix installed")
 def test_postfix_understands_its_containerfile(tmp_path):
     shutil.copy("/usr/share/postfix/master.cf.dist", tmp_path / "master.cf")

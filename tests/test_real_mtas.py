@@ -106,6 +106,7 @@ class Holding(real.Postfix):
                                         re.S)[1].decode()
 
 
+@pytest.mark.postfix
 @pytest.mark.skipif(not real.find("postconf") or not real.user("postfix"),
                     reason="no Postfix installed")
 @pytest.mark.parametrize("bare_newline", ["normalize", "no"])

@@ -15,6 +15,7 @@ import real
 from harness import EICAR, HEADER, VIRUS, until
 
 pytestmark = [
+    pytest.mark.postfix,
     pytest.mark.skipif(os.geteuid() != 0, reason="Postfix needs root"),
     pytest.mark.skipif(not real.find("postconf") or not real.user("postfix"),
                        reason="no Postfix installed"),

@@ -12,7 +12,8 @@ import pytest
 
 import real
 from harness import (BAD, CLOSE, Failed, GOOD, Hold, Server, WAIT,
-                     bind, connect, full_listener, mounting, own_host, reset, since, turns, until)
+                     bind, connect, full_listener, localhost, mounting, own_host,
+                     reset, since, turns, until)
 
 VERDICTS = ("clean", "virus", "unscanned", "oversize", "clamd_error", "error")
 VISITORS = 8                # that are served at once
@@ -113,7 +114,7 @@ def test_it_is_off_unless_asked_for(site):
 
 @pytest.mark.parametrize("form, where", [
     ("PORT", "127.0.0.1:PORT"), ("HOST", "HOST:10080"),
-    ("localhost:PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),
+    (localhost() + ":PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),
 ])
 def test_forms_of_the_address(site, form, where):
     def here(text):
@@ -552,7 +553,9 @@ def test_the_histogram_has_the_time_from_the_dot_to_the_verdict(site, clock):
 
 @pytest.fixture(scope="module")
 def promtool(debian_package):
-    return real.find("promtool") or debian_package("prometheus") + "/usr/bin/promtool"
+    """Since Debian 13 promtool is a package of its own."""
+    return (real.find("promtool") or
+            debian_package("promtool", "prometheus") + "/usr/bin/promtool")
 
 
 def test_promtool_has_nothing_to_say(site, promtool):
@@ -755,8 +758,8 @@ def one_line_and(status, result):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT", "localhost:PORT",
-                                   "0.0.0.0:PORT"])
+@pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT",
+                                   localhost() + ":PORT", "0.0.0.0:PORT"])
 def test_C_is_silent_when_all_is_well(site, run, where):
     where = where.replace("PORT", str(site.port("0.0.0.0"))).replace("PATH", site.path("s"))
     daemon = site.start(StatusListen=where)

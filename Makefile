@@ -20,7 +20,7 @@ endif
 # glibc it is dynamic: getpwnam(3) would load glibc's libraries at run time.
 H := \#
 STATIC = $(shell \
-	if printf '%sinclude <limits.h>\n' '$H' | $(CC) -E -dM - | \
+	if printf '%sinclude <limits.h>\n' '$H' | $(CC) -x c -E -dM - | \
 	    grep -q __GLIBC__; then :; \
 	elif $(CC) -static-pie '-$H$H$H' -x c /dev/null 2>&1 | \
 	    grep -q rcrt1; then echo -static-pie -fPIE; \

@@ -32,6 +32,8 @@
 #define KILL_TIME	(5 * SECOND)	/* between TERM and KILL */
 #define LOOKUP_LIMIT	(30 * SECOND)
 #define LOOKUP_RETRY	(5 * SECOND)
+#define STORE_NAME	"clamsmtpd_"	/* of listeners in systemd's store */
+#define NOTIFY_TIME	(5 * SECOND)	/* for room at systemd, at the start */
 #define TRIM_TIME	(2 * SECOND)
 #define MAXVISITORS	8		/* of the status page */
 #define VISIT_TIME	(10 * SECOND)
@@ -954,6 +956,129 @@ visitors_watch(void)
 }
 
 /*
+ * What systemd offers to a service, without its library: sd_notify(3),
+ * sd_pid_notify_with_fds(3), sd_listen_fds(3), sd_watchdog_enabled(3).
+ */
+
+static int notify_fd = -1;		/* connected to NOTIFY_SOCKET; -1: none */
+static int notify_ready;		/* READY=1 is sent */
+static int has_store;			/* for descriptors, over a restart */
+static int64_t watchdog_time;		/* ms from WATCHDOG=1 to the next; 0: none */
+static int64_t watchdog_at;
+
+/* A variable that is a number above 0; 0: it is not. */
+static int64_t
+env_number(const char *name)
+{
+	const char *v = getenv(name);
+	char *end;
+	int64_t n;
+
+	if (v == NULL || *v < '0' || *v > '9')
+		return 0;
+	n = strtoll(v, &end, 10);
+	return *end == '\0' ? n : 0;
+}
+
+/* As root still: the socket of OpenRC's start-stop-daemon is for root alone. */
+static void
+notify_open(void)
+{
+	const char *path = getenv("NOTIFY_SOCKET");
+	struct addr a;
+
+	if (path == NULL || addr_path(&a, path) == -1)
+		return;
+	if (*path == '@') {		/* abstract: no NUL at the end */
+		a.u.un.sun_path[0] = '\0';
+		a.len--;
+	}
+	notify_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (notify_fd == -1 || connect(notify_fd, &a.u.sa, a.len) == -1) {
+		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %s:", path);
+		if (notify_fd != -1)
+			close(notify_fd);
+		notify_fd = -1;
+		return;
+	}
+	has_store = env_number("FDSTORE") > 0;
+	if (getenv("WATCHDOG_PID") == NULL ||
+	    env_number("WATCHDOG_PID") == getpid())
+		watchdog_time = env_number("WATCHDOG_USEC") / 1000 / 2;
+}
+
+static ssize_t
+notify_send(const char *state, int fd)
+{
+	union {
+		struct cmsghdr head;
+		char	 space[CMSG_SPACE(sizeof fd)];
+	} control;
+	struct iovec iov = { (void *)(uintptr_t)state, strlen(state) };
+	struct msghdr m;
+
+	memset(&m, 0, sizeof m);
+	m.msg_iov = &iov;
+	m.msg_iovlen = 1;
+	if (fd != -1) {
+		memset(&control, 0, sizeof control);
+		m.msg_control = &control;
+		m.msg_controllen = sizeof control;
+		control.head.cmsg_level = SOL_SOCKET;
+		control.head.cmsg_type = SCM_RIGHTS;
+		control.head.cmsg_len = CMSG_LEN(sizeof fd);
+		memcpy(CMSG_DATA(&control.head), &fd, sizeof fd);
+	}
+	return sendmsg(notify_fd, &m, MSG_NOSIGNAL);
+}
+
+/* Send the state to systemd, with a descriptor unless that is -1. */
+static void
+notify(const char *state, int fd)
+{
+	struct pollfd room = { notify_fd, POLLOUT, 0 };
+	ssize_t n;
+
+	if (notify_fd == -1)
+		return;
+	n = notify_send(state, fd);
+	if (n == -1 && errno == EAGAIN && !notify_ready &&
+	    poll(&room, 1, NOTIFY_TIME) == 1)
+		n = notify_send(state, fd);
+	if (n != -1)
+		return;
+	if (!notify_ready || errno != ECONNREFUSED)
+		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %.*s:",
+		    (int)strcspn(state, "\n"), state);
+	else {			/* it was there for READY=1 only: OpenRC */
+		close(notify_fd);
+		notify_fd = -1;
+		watchdog_time = 0;
+	}
+}
+
+static void
+watchdog_feed(void)
+{
+	if (watchdog_time == 0)
+		return;
+	if (now >= watchdog_at) {
+		notify("WATCHDOG=1", -1);
+		watchdog_at = now + watchdog_time;
+	}
+	wait_until(watchdog_at);
+}
+
+/* How many descriptors from 3 on are listeners passed to this process. */
+static int
+listen_fds(void)
+{
+	int64_t n = env_number("LISTEN_FDS");
+
+	return env_number("LISTEN_PID") == getpid() && n < 1000 ? n : 0;
+}
+
+/*
  * Listeners and sessions.
  */
 
@@ -963,10 +1088,10 @@ struct listener {
 	int	 fd;			/* -1: it makes room for another one */
 	serve_fn *serve;		/* as the settings in effect have it, */
 	serve_fn *wanted;		/* and the new ones; NULL: not at all */
-	char	*text;			/* the Listen or StatusListen line */
 	struct addr asked;		/* its port may be 0 */
 	struct addr addr;
 	int	 v6only;		/* [::], and IPv4 has a line of its own */
+	int	 foreign;		/* a socket unit's, not made by us */
 	struct listener *next;
 };
 static struct listener *listeners;
@@ -1057,43 +1182,156 @@ on_accept(void *arg, int revents)
 	paused_until = now + PAUSE_TIME;
 }
 
-/* A child may still hold a copy of the descriptor, and with it the port. */
+/*
+ * Store the listener with systemd for the next start, or remove it from there.
+ * The name has to be one that the listener keeps over a restart.
+ */
+static void
+listener_store(struct listener *l, int keep)
+{
+	char state[NOTESZ], *p;
+
+	if (!has_store)
+		return;
+	format(state, sizeof state, "%s=1\nFDNAME=" STORE_NAME "%s",
+	    keep ? "FDSTORE" : "FDSTOREREMOVE", addr_full(&l->addr));
+	for (p = strstr(state, STORE_NAME); *p != '\0'; p++)
+		if (*p <= ' ' || *p > '~' || *p == ':')
+			*p = '_';
+	notify(state, keep ? l->fd : -1);
+}
+
+/* systemd or a child may still hold a copy, and with it the port. */
 static void
 listener_shut(struct listener *l)
 {
+	listener_store(l, 0);
 	shutdown(l->fd, SHUT_RDWR);
 	close(l->fd);
 	l->fd = -1;
 }
 
+/*
+ * ending: the daemon ends.  What systemd has a copy of stays as it is, and
+ * clients wait there for the next start.
+ */
 static void
-listener_close(struct listener *l)
+listener_close(struct listener *l, int ending)
 {
 	struct listener **p;
 
 	for (p = &listeners; *p != l; p = &(*p)->next)
 		;
 	*p = l->next;
-	if (l->addr.u.sa.sa_family == AF_UNIX && l->fd != -1 &&
-	    unlink(l->addr.u.un.sun_path) == -1 && errno != ENOENT)
-		logmsg(LOG_WARNING, "%s: the socket stays, for it cannot be "
-		    "removed:", addr_full(&l->addr));
-	if (l->fd != -1)
+	if (l->foreign || (ending && has_store))
+		close(l->fd);
+	else if (l->fd != -1) {
+		if (l->addr.u.sa.sa_family == AF_UNIX &&
+		    unlink(l->addr.u.un.sun_path) == -1 && errno != ENOENT)
+			logmsg(LOG_WARNING, "%s: the socket stays, for it "
+			    "cannot be removed:", addr_full(&l->addr));
 		listener_shut(l);
-	free(l->text);
+	}
 	free(l);
 }
 
+/* ending: all of them; else those that the new settings do not want. */
 static void
-listeners_close(int kept_ones)
+listeners_close(int ending)
 {
 	struct listener *l, *next;
 
 	for (l = listeners; l != NULL; l = next) {
 		next = l->next;
-		if (kept_ones || l->wanted == NULL)
-			listener_close(l);
+		if (ending || l->wanted == NULL)
+			listener_close(l, ending);
 	}
+}
+
+/* Whether a unix listener still has its path.  Its directory may be a new one:
+ * systemd removes those of RuntimeDirectory=. */
+static int
+has_path(const struct addr *a)
+{
+	struct stat st;
+
+	return a->u.sa.sa_family != AF_UNIX ||
+	    (a->len > offsetof(struct sockaddr_un, sun_path) &&
+	    lstat(a->u.un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode));
+}
+
+/* Returns 0, or -1 if the descriptor is not a listener of a kind we have. */
+static int
+listener_inherit(struct listener *l)
+{
+	int is = 0, type = 0, flags = fcntl(l->fd, F_GETFL);
+	socklen_t len = sizeof is, n = sizeof type;
+
+	l->addr.len = sizeof l->addr.u;
+	if (flags == -1 || fcntl(l->fd, F_SETFL, flags | O_NONBLOCK) == -1 ||
+	    fcntl(l->fd, F_SETFD, FD_CLOEXEC) == -1 ||
+	    getsockopt(l->fd, SOL_SOCKET, SO_ACCEPTCONN, &is, &len) == -1 ||
+	    getsockopt(l->fd, SOL_SOCKET, SO_TYPE, &type, &n) == -1 ||
+	    !is || type != SOCK_STREAM ||
+	    getsockname(l->fd, &l->addr.u.sa, &l->addr.len) == -1)
+		return -1;
+	switch (l->addr.u.sa.sa_family) {
+	case AF_INET6:
+		len = sizeof l->v6only;
+		if (IN6_IS_ADDR_UNSPECIFIED(&l->addr.u.in6.sin6_addr))
+			getsockopt(l->fd, IPPROTO_IPV6, IPV6_V6ONLY,
+			    &l->v6only, &len);
+		/* FALLTHROUGH */
+	case AF_INET:
+		l->asked = l->addr;
+		addr_set_port(&l->asked, 0);
+		return 0;
+	case AF_UNIX:
+		l->asked = l->addr;
+		return 0;
+	}
+	return -1;
+}
+
+/*
+ * The listeners that systemd passes: those of the last daemon, from its store,
+ * and those of a socket unit.
+ */
+static void
+listeners_inherit(void)
+{
+	const char *name = getenv("LISTEN_FDNAMES");
+	int fd, n = listen_fds();
+	struct listener *l;
+
+	for (fd = 3; fd < 3 + n; fd++) {
+		if ((l = calloc(1, sizeof *l)) == NULL)
+			die(1, "listeners from systemd:");
+		l->fd = fd;
+		l->foreign = name == NULL ||
+		    strncmp(name, STORE_NAME, sizeof STORE_NAME - 1) != 0;
+		if (name != NULL) {
+			name += strcspn(name, ":");
+			name += *name == ':';
+		}
+		if (listener_inherit(l) == -1) {
+			logmsg(LOG_WARNING, "LISTEN_FDS: descriptor %d is not a "
+			    "listening stream socket; it is closed", fd);
+			close(fd);
+			free(l);
+			continue;
+		}
+		l->next = listeners;
+		listeners = l;
+		if (!has_path(&l->addr)) {
+			if (!l->foreign)
+				listener_shut(l);
+			listener_close(l, 0);
+		}
+	}
+	unsetenv("LISTEN_PID");
+	unsetenv("LISTEN_FDS");
+	unsetenv("LISTEN_FDNAMES");
 }
 
 /* The Listen and StatusListen lines; how many. */
@@ -1115,19 +1353,20 @@ listen_targets(const struct conf *c, struct target *t[MAXLISTEN + 1])
 static void
 listen_resolve(struct target *t, int starting)
 {
-	struct listener *l;
+	struct target *old[MAXLISTEN + 1];
+	int i, n = listen_targets(conf, old);
 
 	if (t->name == NULL)
 		return;
-	t->naddr = 0;
 	if (starting)
 		t->naddr = addr_lookup(t->name, t->port, t->addr);
 	else
-		for (l = listeners; l != NULL; l = l->next)
-			if (strcmp(l->text, t->text) == 0 &&
-			    addr_port(&l->asked) == t->port &&
-			    t->naddr < MAXADDRS)
-				t->addr[t->naddr++] = l->addr;
+		for (i = 0; i < n; i++)
+			if (strcmp(old[i]->text, t->text) == 0 &&
+			    old[i]->port == t->port) {
+				memcpy(t->addr, old[i]->addr, sizeof t->addr);
+				t->naddr = old[i]->naddr;
+			}
 }
 
 /* [::]:25 leaves IPv4 to a Listen line for IPv4 with the same port. */
@@ -1174,7 +1413,7 @@ listeners_make_room(const struct addr *a)
 	int n = 0;
 
 	for (l = listeners; l != NULL; l = l->next)
-		if (l->wanted == NULL && l->fd != -1 &&
+		if (l->wanted == NULL && l->fd != -1 && !l->foreign &&
 		    a->u.sa.sa_family != AF_UNIX &&
 		    l->addr.u.sa.sa_family != AF_UNIX &&
 		    addr_port(&l->addr) == addr_port(a)) {
@@ -1186,8 +1425,7 @@ listeners_make_room(const struct addr *a)
 
 /* Returns 0, or -1 with errno set. */
 static int
-listener_open(const struct conf *c, const struct target *t, serve_fn *serve,
-    const struct addr *a)
+listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
 {
 	struct listener *l = listener_find(c, a);
 	int err;
@@ -1198,11 +1436,8 @@ listener_open(const struct conf *c, const struct target *t, serve_fn *serve,
 		errno = EADDRINUSE;
 		return -1;
 	}
-	l = calloc(1, sizeof *l);
-	if (l == NULL || (l->text = strdup(t->text)) == NULL) {
-		free(l);
+	if ((l = calloc(1, sizeof *l)) == NULL)
 		return -1;
-	}
 	l->wanted = serve;
 	l->asked = l->addr = *a;
 	l->v6only = is_v6only(c, a);
@@ -1213,12 +1448,13 @@ listener_open(const struct conf *c, const struct target *t, serve_fn *serve,
 		l->fd = addr_listen(a, c->transparent, l->v6only);
 	if (l->fd == -1) {
 		err = errno;
-		listener_close(l);
+		listener_close(l, 0);
 		errno = err;
 		return -1;
 	}
 	if (a->u.sa.sa_family != AF_UNIX)	/* port 0: the kernel's choice */
 		getsockname(l->fd, &l->addr.u.sa, &l->addr.len);
+	listener_store(l, 1);
 	return 0;
 }
 
@@ -1234,7 +1470,7 @@ listen_on(const struct conf *c, const struct target *t, int starting)
 		    "no address found for this name" :
 		    "a name is looked up at the start only; give an address");
 	for (i = 0; i < t->naddr; i++)
-		if (listener_open(c, t, t == c->status ? visitor_add :
+		if (listener_open(c, t == c->status ? visitor_add :
 		    session_add, &t->addr[i]) == 0)
 			opened++;
 		else
@@ -1254,7 +1490,7 @@ listeners_restore(struct listener *old)
 	struct listener *l, *next;
 
 	while (listeners != old)
-		listener_close(listeners);
+		listener_close(listeners, 0);
 	for (l = listeners; l != NULL; l = next) {
 		next = l->next;
 		if (l->fd != -1)
@@ -1263,8 +1499,9 @@ listeners_restore(struct listener *old)
 		if (l->fd == -1) {
 			logmsg(LOG_ERR, "%s: it cannot be opened again:",
 			    addr_full(&l->addr));
-			listener_close(l);
-		}
+			listener_close(l, 0);
+		} else
+			listener_store(l, 1);
 	}
 }
 
@@ -1308,6 +1545,11 @@ listeners_open(const struct conf *c, int starting)
 			listeners_restore(old);
 			return -1;
 		}
+	for (l = listeners; starting && l != NULL; l = l->next)
+		if (l->wanted == NULL)
+			logmsg(LOG_NOTICE, "%s: systemd passed this listener, "
+			    "but no Listen line asks for it; it is closed",
+			    addr_full(&l->addr));
 	listeners_close(0);
 	for (l = listeners; l != NULL; l = l->next)
 		l->serve = l->wanted;
@@ -1467,6 +1709,26 @@ drop_privileges(const char *user)
 		die(1, "User: %s:", user);
 	if (uid != 0 && (setuid(0) != -1 || geteuid() != uid || getegid() != gid))
 		die(1, "User: %s: root's rights could not be given up", user);
+}
+
+/*
+ * What a unit gave us to open ports and for TPROXY is of no use any more.  Root
+ * keeps its rights: only User takes them away.  The kernel's numbers, as below.
+ */
+static void
+drop_capabilities(void)
+{
+	struct { uint32_t version; int32_t pid; } head = { 0x20080522, 0 };
+	struct { uint32_t effective, permitted, inheritable; } caps[2];
+
+	if (geteuid() == 0)
+		return;
+	if (syscall(SYS_capget, &head, caps) == 0 && caps[0].permitted == 0 &&
+	    caps[1].permitted == 0)
+		return;
+	memset(caps, 0, sizeof caps);
+	if (syscall(SYS_capset, &head, caps) == -1)
+		logmsg(LOG_WARNING, "capabilities could not be given up:");
 }
 
 /*
@@ -1675,42 +1937,6 @@ reload(void)
 	clamd_check(conf);
 }
 
-/*
- * Under systemd, sd_listen_fds(3) without its library: how many descriptors
- * from 3 on are listeners that were passed to this process.
- */
-static int
-listen_fds(void)
-{
-	const char *pid = getenv("LISTEN_PID"), *n = getenv("LISTEN_FDS");
-
-	if (pid == NULL || n == NULL || strtol(pid, NULL, 10) != getpid() ||
-	    *n < '0' || *n > '9' || strlen(n) > 3)
-		return 0;
-	return strtol(n, NULL, 10);
-}
-
-/* Under systemd, Type=notify: sd_notify(3) without its library. */
-static void
-notify(const char *state)
-{
-	const char *path = getenv("NOTIFY_SOCKET");
-	struct addr a;
-	int fd;
-
-	if (path == NULL || addr_path(&a, path) == -1)
-		return;
-	if (*path == '@') {		/* abstract: no NUL at the end */
-		a.u.un.sun_path[0] = '\0';
-		a.len--;
-	}
-	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-	if (fd == -1 || sendto(fd, state, strlen(state), MSG_NOSIGNAL,
-	    &a.u.sa, a.len) == -1)
-		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %s:", path);
-	close(fd);
-}
-
 static void
 on_signals(void *arg, int revents)
 {
@@ -1733,7 +1959,7 @@ on_signals(void *arg, int revents)
 			logmsg(LOG_NOTICE, stopping ? "stopping at once" :
 			    "stopping when the messages under way are done");
 			if (!stopping)
-				notify("STOPPING=1");
+				notify("STOPPING=1", -1);
 			stopping++;
 			drain_until = now + DRAIN_TIME;
 		}
@@ -1836,6 +2062,7 @@ watch_all(void)
 	watch(sigpipe[0], POLLIN, on_signals, NULL);
 	children_watch();
 	jobs_watch();
+	watchdog_feed();
 	clamd_watch();
 	visitors_watch();
 	sessions_watch();
@@ -2317,6 +2544,8 @@ main(int argc, char **argv)
 	}
 	if (o.health)
 		return check_health(conf);
+	notify_open();
+	listeners_inherit();
 	/* systemd wants to hear from the process that it has started. */
 	if (to_syslog && !o.foreground && getenv("NOTIFY_SOCKET") == NULL)
 		ready = detach();
@@ -2330,6 +2559,7 @@ main(int argc, char **argv)
 	}
 	if (conf->user != NULL)
 		drop_privileges(conf->user);
+	drop_capabilities();
 	user_name();
 	if (try_tempdir(conf) == -1)
 		return 1;
@@ -2345,7 +2575,8 @@ main(int argc, char **argv)
 	listeners_log(conf);
 	look_up_all(conf);
 	clamd_check(conf);
-	notify("READY=1");
+	notify("READY=1", -1);
+	notify_ready = 1;
 	serve();
 	leave();
 	return 0;

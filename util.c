@@ -325,6 +325,27 @@ log_finish(void)
 	return 0;
 }
 
+/* Whether standard error is a socket of systemd's journal. */
+static int
+is_journal(void)
+{
+	static int known = -1;
+	const char *v = getenv("JOURNAL_STREAM");
+	char text[64];
+	struct stat st;
+
+	if (known == -1) {
+		known = 0;
+		if (v != NULL && fstat(2, &st) == 0) {
+			format(text, sizeof text, "%llu:%llu",
+			    (unsigned long long)st.st_dev,
+			    (unsigned long long)st.st_ino);
+			known = strcmp(v, text) == 0;
+		}
+	}
+	return known;
+}
+
 static int
 log_write(int level, const char *text, size_t n)
 {
@@ -334,6 +355,9 @@ log_write(int level, const char *text, size_t n)
 		/* Without the time: every syslogd puts in its own then. */
 		log_n = format(log_out, sizeof log_out, "<%d>clamsmtpd: %.*s",
 		    LOG_MAIL | level, (int)n, text);
+	else if (is_journal())		/* it has tags of its own */
+		log_n = format(log_out, sizeof log_out, "<%d>%.*s\n", level,
+		    (int)n, text);
 	else
 		log_n = format(log_out, sizeof log_out, "%s%.*s\n",
 		    log_json ? "" : "clamsmtpd: ", (int)n, text);

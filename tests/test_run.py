@@ -135,17 +135,20 @@ def test_descriptor_inherited_without_close_range_is_closed(site, faulty_build):
     assert path not in site.daemon.open_files()
 
 
-@pytest.mark.parametrize("pid, count, kept", [
+@pytest.mark.parametrize("pid, count, taken", [
     ("$$", "2", [3, 4]), ("1", "2", []), ("$$", "", []), ("$$", "-1", []),
     ("$$", "4294967297", [])], ids=str)
-def test_descriptors_of_listen_fds_are_kept(site, pid, count, kept):
-    """Descriptors passed by systemd to this process, and no others, stay open."""
+def test_descriptors_of_listen_fds_alone_are_taken(site, pid, count, taken):
+    """Descriptors passed by systemd to this process, and no others, are taken for
+    listeners.  A file is none: it is closed with a warning."""
     paths = {fd: site.path("passed%d" % fd) for fd in (3, 4, 5)}
     redirect = " ".join('%d>"%s"' % item for item in paths.items())
     site.start(binary=inheriting(
         site, "exec %s\nexport LISTEN_PID=%s LISTEN_FDS=%s" % (redirect, pid, count)))
-    files = site.daemon.open_files()
-    assert [fd for fd, path in paths.items() if path in files] == kept
+    assert not set(paths.values()) & set(site.daemon.open_files())
+    assert site.daemon.log("^LISTEN_FDS: ") == [
+        "LISTEN_FDS: descriptor %d is not a listening stream socket; it is closed"
+        % fd for fd in taken]
 
 
 # ---------------------------------------------------------------- pid file

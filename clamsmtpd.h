@@ -19,6 +19,7 @@
  *  7	Nothing is left behind.
  *  8	What a peer says is text, wherever it goes.
  *  9	A configuration file and a log watcher of ClamSMTP's still work.
+ *  10	No client gets past the next hop's own checks because of the filter.
  */
 
 #include <sys/types.h>
@@ -61,6 +62,7 @@
 #define MAXNETWORKS	32
 #define MAXCLAMDS	32		/* one bit each in scan.tried */
 #define MAXCOPIES	8		/* quarantines at once */
+#define MAXREFUSALS	20		/* commands refused in one session */
 #define MAXACTIONS	8		/* VirusActions at once */
 #define MAXWAITING	64		/* VirusActions that wait for one of those */
 
@@ -258,6 +260,9 @@ struct session {
 	int	 hop;			/* which address of the target */
 	unsigned hops_tried;		/* bit i: that address has failed */
 
+	int	 rejected;		/* by a 5xx greeting: 503 until QUIT */
+	int	 refusals;		/* commands that we have refused */
+
 	/* The command at the next hop: at most one, and at most one NOOP. */
 	const struct verb *verb;
 	int	 asked;			/* a reply to verb is owed to us */
@@ -270,7 +275,9 @@ struct session {
 	int64_t	 hop_size;		/* bytes; 0: no limit */
 	int	 hop_chunking;
 	int	 hop_xclient;		/* X_ bits (smtp.c) */
-	int	 xclient_done;
+	/* Whether the next hop is to be sent XCLIENT: no more (or XClient is
+	 * off); before any mail; refused after HELO, at EHLO if it comes. */
+	enum { XC_DONE, XC_WANTED, XC_EHLO } xclient;
 	struct str helo;		/* the last HELO or EHLO line */
 
 	/* The mail: from an accepted MAIL to mail_reset(). */
@@ -548,6 +555,8 @@ int peer_reset(struct peer *);
 /* Returns 1 when bytes, EOF or an error wait to be read, else 0.  Reads nothing
  * and needs no memory. */
 int peer_unread(struct peer *);
+/* Returns 1 when there is input, in the buffer or in the kernel, else 0. */
+int peer_waiting(const struct peer *);
 
 const char *addr_text(const struct addr *);	/* a.b.c.d, v6, path, "local" */
 const char *addr_full(const struct addr *);	/* with its port */

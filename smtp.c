@@ -49,6 +49,7 @@
 
 /* All that we ever say to a client of our own accord. */
 static const char
+    r_bye[] =		"221 2.0.0 Bye",
     r_ready[] =		"354 Start mail input; end with <CRLF>.<CRLF>",
     r_chunk[] =		"250 2.0.0 %llu octets received",
     r_virus_drop[] =	"250 2.0.0 Virus Detected; Discarded Email",
@@ -60,6 +61,7 @@ static const char
     r_hop_lost[] =	"421 4.4.2 Local Error (next mail server: %s)",
     r_hop_lost_mail[] =	"451 4.4.2 Local Error (next mail server: %s)",
     r_idle[] =		"421 4.4.2 Timeout, closing connection",
+    r_too_many[] =	"421 4.7.0 Too many refused commands, closing connection",
     r_no_scan[] =	"451 4.3.0 Local Error (clamd: %s)",
     r_local[] =		"451 4.3.0 Local Error (%s: %s)",
     r_full[] =		"452 4.3.1 Local Error (%s: %s)",
@@ -76,6 +78,8 @@ static const char
     r_no_tls[] =	"502 5.5.1 Command not implemented",
     r_sequence[] =	"503 5.5.1 Bad sequence of commands",
     r_no_rcpt[] =	"503 5.5.1 No accepted MAIL and RCPT before this",
+    r_early_body[] =	"554 5.5.0 Input after DATA before the reply to it",
+    r_not_smtp[] =	"554 5.5.1 Not an SMTP command, closing connection",
     r_xclient[] =	"554 5.7.0 Insufficient authorization";
 
 /* The attributes of XCLIENT that we have values for. */
@@ -90,7 +94,8 @@ static int st_proxy(struct session *), st_connect(struct session *),
     st_replay(struct session *), st_final(struct session *),
     st_reset(struct session *), st_linger(struct session *);
 
-enum { CLIENT = 1, SERVER = 2 };
+/* RESET: only a reset of the client's connection is noticed. */
+enum { CLIENT = 1, SERVER = 2, RESET = 4 };
 
 /* How long a state may last: TimeOut since the client's last command (of a
  * body: its last byte) or the last reply that it took; TimeOut in all; what is
@@ -104,10 +109,11 @@ static const struct {
 	int	(*step)(struct session *);	/* 1: got on, call again; 0: wait */
 } states[] = {
 	[S_PROXY] =	{ "proxy", CLIENT, C_OTHER, st_proxy },
-	[S_CONNECT] =	{ "connect", 0, C_OTHER, st_connect },
-	[S_GREETING] =	{ "greeting", SERVER, C_TOTAL, st_greeting },
+	[S_CONNECT] =	{ "connect", CLIENT | RESET, C_OTHER, st_connect },
+	[S_GREETING] =	{ "greeting", CLIENT | SERVER | RESET, C_TOTAL,
+			    st_greeting },
 	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command },
-	[S_REPLY] =	{ "reply", SERVER, C_TOTAL, st_reply },
+	[S_REPLY] =	{ "reply", SERVER | RESET, C_TOTAL, st_reply },
 	[S_AUTH] =	{ "auth", CLIENT | SERVER, C_IDLE, st_auth },
 	[S_BODY] =	{ "body", CLIENT | SERVER, C_IDLE, st_body },
 	[S_CHUNK] =	{ "chunk", CLIENT | SERVER, C_IDLE, st_chunk },
@@ -116,7 +122,7 @@ static const struct {
 	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data },
 	[S_REPLAY] =	{ "replay", CLIENT | SERVER, C_OTHER, st_replay },
 	[S_FINAL] =	{ "final", SERVER, C_OTHER, st_final },
-	[S_RESET] =	{ "reset", SERVER, C_TOTAL, st_reset },
+	[S_RESET] =	{ "reset", SERVER | RESET, C_TOTAL, st_reset },
 	[S_LINGER] =	{ "linger", CLIENT, C_OTHER, st_linger },
 	[S_DEAD] =	{ "dead", 0, C_OTHER, NULL },
 };
@@ -321,6 +327,21 @@ finish(struct session *s)
 	others_close(s);
 	enter(s, S_LINGER);
 	s->deadline = now + s->conf->timeout;
+}
+
+/* Refuse a command.  Promise 10: a client that does not speak SMTP cannot try
+ * one line after the other until some of them pass. */
+static void
+refuse(struct session *s, const char *reply)
+{
+	if (++s->refusals < MAXREFUSALS) {
+		say(s, "%s", reply);
+		return;
+	}
+	slog(s, LOG_WARNING, "CLIENT: %d commands refused, session ends",
+	    s->refusals);
+	say(s, r_too_many);
+	finish(s);
 }
 
 const char *const fates[NFATES] = {
@@ -768,6 +789,7 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
 		s->local_addr.len = 0;
 	addr_unmap(&s->local_addr);
+	s->xclient = conf->xclient ? XC_WANTED : XC_DONE;
 	if (conf->transparent)
 		original_target(fd, &s->local_addr, &s->server_addr);
 	if (peer->u.sa.sa_family != AF_UNIX)
@@ -966,12 +988,29 @@ hop_count(const struct session *s)
 	return s->conf->transparent || t->naddr == 0 ? 1 : t->naddr;
 }
 
+/* The client has gone before anything was sent to it.  One that has sent
+ * commands and closed its side only is served. */
+static int
+gone_early(struct session *s)
+{
+	const struct buf *in = &s->client.in;
+
+	if (!s->client.err && (!s->client.eof ||
+	    memchr(buf_head(in), '\n', buf_len(in)) != NULL))
+		return 0;
+	slog(s, LOG_DEBUG, "CLIENT: gone before the greeting");
+	session_end(s);
+	return 1;
+}
+
 static int
 st_connect(struct session *s)
 {
 	socklen_t len = sizeof(int);
 	int err = 0, done;
 
+	if (gone_early(s))
+		return 1;
 	if (s->server.fd == -1) {
 		switch (hop_address(s)) {
 		case 0:
@@ -1017,14 +1056,25 @@ st_greeting(struct session *s)
 	struct reply r;
 	int got;
 
+	if (gone_early(s))
+		return 1;
 	if (!client_ready(s))
 		return 0;
 	if ((got = reply_get(s, &r)) != REPLY)
 		return got;
 	if (r.class == 3)
 		return hop_lost(s, "its greeting makes no sense");
-	if (r.class != 2)
+	if (r.class == 4)
 		return relay_last(s, &r);
+	if (r.class == 5) {		/* RFC 5321 3.1 */
+		slog(s, LOG_NOTICE, "SERVER: refused the session: %s",
+		    first_line(&r));
+		relay(s, &r);
+		s->rejected = 1;
+		enter(s, S_COMMAND);
+		hop_close(s);
+		return 1;
+	}
 	if (!s->conf->transparent)
 		target_worked(s->conf->out, &s->server_addr);
 	say(s, "%d " OUR_NAME, r.code);
@@ -1047,6 +1097,7 @@ struct verb {
 	int	(*take)(struct session *, char *line, size_t n);
 	int	(*told)(struct session *, const struct reply *);
 	int	 in_chunks;		/* may stand between two BDATs */
+	int	 unnamed;		/* may come before XCLIENT */
 };
 
 static const struct verb verb_xclient;
@@ -1138,7 +1189,7 @@ take_mail(struct session *s, char *line, size_t n)
 			return 0;
 		}
 		if (strncasecmp(p, "BODY=BINARYMIME", 15) == 0) {
-			say(s, r_binary);
+			refuse(s, r_binary);
 			return 0;
 		}
 	}
@@ -1211,7 +1262,7 @@ take_starttls(struct session *s, char *line, size_t n)
 {
 	(void)line;
 	(void)n;
-	say(s, r_no_tls);
+	refuse(s, r_no_tls);
 	return 0;
 }
 
@@ -1221,7 +1272,7 @@ take_xclient(struct session *s, char *line, size_t n)
 	(void)line;
 	(void)n;
 	slog(s, LOG_WARNING, "client attempted use of privileged XCLIENT feature");
-	say(s, r_xclient);
+	refuse(s, r_xclient);
 	return 0;
 }
 
@@ -1229,7 +1280,7 @@ static int
 take_xforward(struct session *s, char *line, size_t n)
 {
 	if (s->mail) {
-		say(s, r_sequence);
+		refuse(s, r_sequence);
 		return 0;
 	}
 	return str_set(&s->pending, line, n) == 0 || no_memory(s);
@@ -1383,7 +1434,7 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 	p[3] = ' ';		/* the last line says that it is the last */
 }
 
-/* Whose address the next hop shall see; the client's, since it is ours. */
+/* The next hop is to see the client's address, not ours. */
 static int
 ask_xclient(struct session *s)
 {
@@ -1403,15 +1454,18 @@ ask_xclient(struct session *s)
 		    addr_port(&s->client_addr));
 	n += format(line + n, sizeof line - n, "\r\n");
 	if (!hop_put(s, line, n))
-		return 0;
+		return hop_lost(s, "no memory for a command to it");
 	s->verb = &verb_xclient;
 	s->asked = 1;
-	s->xclient_done = 1;
 	enter(s, S_REPLY);
 	return 1;
 }
 
-/* XCLIENT later than at the first HELO or EHLO would undo an AUTH. */
+/*
+ * Promise 10: XCLIENT goes out at the first accepted HELO or EHLO.  Later it
+ * would undo an AUTH.  After HELO the next hop lists nothing: NAME and ADDR are
+ * tried, and if they are refused, EHLO may still list them.
+ */
 static int
 told_hello(struct session *s, const struct reply *r, int esmtp)
 {
@@ -1420,11 +1474,14 @@ told_hello(struct session *s, const struct reply *r, int esmtp)
 	mail_over(s);
 	ehlo_filter(s, r, esmtp);
 	if (!esmtp)
-		s->hop_xclient = X_ADDR;	/* as the original did */
-	if (s->conf->xclient && !s->xclient_done && s->hop_xclient != 0 &&
-	    ask_xclient(s))
-		return 1;
-	s->xclient_done = 1;
+		s->hop_xclient = X_NAME | X_ADDR;
+	if (s->xclient == XC_WANTED || (s->xclient == XC_EHLO && esmtp)) {
+		if (s->hop_xclient != 0)
+			return ask_xclient(s);
+		slog(s, LOG_WARNING, "SERVER: offers no XCLIENT: "
+		    "it takes the client for this host");
+		s->xclient = XC_DONE;
+	}
 	if (!s->client.err)
 		say_held(s);
 	enter(s, S_COMMAND);
@@ -1447,23 +1504,23 @@ static int take_data(struct session *, char *, size_t);
 static int take_bdat(struct session *, char *, size_t);
 
 static const struct verb verbs[] = {
-	{ "EHLO", take_helo, told_ehlo, 1 },
-	{ "HELO", take_helo, told_helo, 1 },
-	{ "MAIL", take_mail, told_mail, 0 },
-	{ "RCPT", take_rcpt, told_rcpt, 0 },
-	{ "DATA", take_data, NULL, 0 },
-	{ "BDAT", take_bdat, NULL, 1 },
-	{ "RSET", NULL, told_rset, 1 },
-	{ "NOOP", NULL, NULL, 1 },
-	{ "QUIT", NULL, NULL, 1 },
-	{ "AUTH", NULL, NULL, 0 },
-	{ "VRFY", NULL, NULL, 1 },
-	{ "EXPN", NULL, NULL, 1 },
-	{ "HELP", NULL, NULL, 1 },
-	{ "ETRN", NULL, NULL, 0 },
-	{ "XFORWARD", take_xforward, told_xforward, 0 },
-	{ "XCLIENT", take_xclient, NULL, 1 },
-	{ "STARTTLS", take_starttls, NULL, 1 },
+	{ "EHLO", take_helo, told_ehlo, 1, 1 },
+	{ "HELO", take_helo, told_helo, 1, 1 },
+	{ "MAIL", take_mail, told_mail, 0, 0 },
+	{ "RCPT", take_rcpt, told_rcpt, 0, 0 },
+	{ "DATA", take_data, NULL, 0, 0 },
+	{ "BDAT", take_bdat, NULL, 1, 1 },	/* there is no MAIL: 503 */
+	{ "RSET", NULL, told_rset, 1, 1 },
+	{ "NOOP", NULL, NULL, 1, 1 },
+	{ "QUIT", NULL, NULL, 1, 1 },
+	{ "AUTH", NULL, NULL, 0, 0 },
+	{ "VRFY", NULL, NULL, 1, 0 },
+	{ "EXPN", NULL, NULL, 1, 0 },
+	{ "HELP", NULL, NULL, 1, 1 },
+	{ "ETRN", NULL, NULL, 0, 0 },
+	{ "XFORWARD", take_xforward, told_xforward, 0, 0 },
+	{ "XCLIENT", take_xclient, NULL, 1, 0 },
+	{ "STARTTLS", take_starttls, NULL, 1, 0 },
 };
 
 static const struct verb *
@@ -1478,9 +1535,17 @@ verb_find(const char *line)
 }
 
 static int
-verb_is(const struct session *s, const char *name)
+verb_is(const struct verb *v, const char *name)
 {
-	return s->verb != NULL && strcmp(s->verb->name, name) == 0;
+	return v != NULL && strcmp(v->name, name) == 0;
+}
+
+/* The codes that refuse the command.  Any other is the next hop's reply to the
+ * client, as the greeting would have been. */
+static int
+is_xclient_refused(const struct reply *r)
+{
+	return (r->code >= 500 && r->code <= 504) || r->code == 550;
 }
 
 /* After XCLIENT the next hop is where it was before the first HELO: once more,
@@ -1488,15 +1553,30 @@ verb_is(const struct session *s, const char *name)
 static int
 told_xclient(struct session *s, const struct reply *r)
 {
-	if (r->code == 421)
-		return 0;
-	if (r->class != 2) {
+	int helo = *s->helo.s == 'H' || *s->helo.s == 'h';
+
+	if (r->code == 501 && helo && (s->hop_xclient & X_NAME)) {
+		s->hop_xclient &= ~X_NAME;
+		return ask_xclient(s);
+	}
+	if (is_xclient_refused(r)) {
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
 		    first_line(r));
+		s->xclient = helo ? XC_EHLO : XC_DONE;
 		say_held(s);
 		enter(s, S_COMMAND);
 		return 1;
 	}
+	if (r->class != 2) {
+		slog(s, LOG_NOTICE, "SERVER: refused the client: %s",
+		    first_line(r));
+		if (r->code == 421)
+			return 0;
+		relay(s, r);
+		finish(s);
+		return 1;
+	}
+	s->xclient = XC_DONE;
 	s->verb = verb_find(s->helo.s);
 	if (!hop_put(s, s->helo.s, s->helo.len))
 		return hop_lost(s, "no memory for a command to it");
@@ -1505,7 +1585,49 @@ told_xclient(struct session *s, const struct reply *r)
 	return 1;
 }
 
-static const struct verb verb_xclient = { "XCLIENT", NULL, told_xclient, 0 };
+static const struct verb verb_xclient = { "XCLIENT", NULL, told_xclient, 0, 0 };
+
+/*
+ * Promise 10: a line in the client's buffer, whole or not, that no SMTP client
+ * sends.  It begins with a verb of HTTP, or with a byte that is neither a letter
+ * nor a blank, as a TLS ClientHello does.  (Postfix: smtpd_forbidden_commands.)
+ * An empty line is refused, and no more.
+ */
+static int
+is_not_smtp(const struct session *s)
+{
+	static const char *const words[] = { "CONNECT", "GET", "POST" };
+	const char *p = buf_head(&s->client.in);
+	size_t len = buf_len(&s->client.in), i, n;
+
+	if (s->skipping || len == 0 || *p == ' ' || *p == '\t' || *p == '\n' ||
+	    (*p == '\r' && (len == 1 || p[1] == '\n')))
+		return 0;
+	if ((*p < 'A' || *p > 'Z') && (*p < 'a' || *p > 'z'))
+		return 1;
+	for (n = 0; n < len && strchr(" \t\r\n", p[n]) == NULL; n++)
+		;
+	for (i = 0; i < sizeof words / sizeof words[0]; i++)
+		if (n < len && word_is(p, n, words[i]))
+			return 1;
+	return 0;
+}
+
+static int
+not_smtp(struct session *s)
+{
+	const char *p = buf_head(&s->client.in);
+	size_t n = buf_len(&s->client.in);
+	const char *nl = memchr(p, '\n', n);
+
+	if (nl != NULL)
+		n = nl - p;
+	slog(s, LOG_WARNING, "CLIENT: does not speak SMTP, session ends: %s",
+	    printable(p, n < 60 ? n : 60));
+	say(s, r_not_smtp);
+	finish(s);
+	return 1;
+}
 
 /*
  * Take a line from the client: 1, with *line NUL-terminated and without its
@@ -1531,13 +1653,13 @@ client_line(struct session *s, char **line, size_t *n)
 	if (s->skipping || *n > LINESZ) {
 		s->skipping = 0;
 		buf_eat(in, nl + 1 - p);
-		say(s, r_long);
+		refuse(s, r_long);
 		return -1;
 	}
 	p[*n] = '\0';
 	if (memchr(p, '\0', *n) != NULL || memchr(p, '\r', *n) != NULL) {
 		buf_eat(in, nl + 1 - p);
-		say(s, r_control);
+		refuse(s, r_control);
 		return -1;
 	}
 	in->r += nl + 1 - p;	/* not buf_eat(): the line must stay */
@@ -1551,7 +1673,7 @@ log_command(struct session *s, const char *who, const struct verb *v,
 {
 	size_t i = n > 5 ? 5 + strcspn(p + 5, " \t") : n;
 
-	if (v != NULL && strcmp(v->name, "AUTH") == 0 && i < n)
+	if (verb_is(v, "AUTH") && i < n)
 		slog(s, LOG_DEBUG, "%s %s ***", who, printable(p, i));
 	else
 		log_dialogue(s, who, p, n);
@@ -1564,11 +1686,27 @@ command(struct session *s, char *line, size_t n)
 
 	log_command(s, "CLIENT <", v, line, n);
 	if (v == NULL) {
-		say(s, r_unknown);
+		refuse(s, r_unknown);
 		return 1;
 	}
-	if (s->bdat && !v->in_chunks) {
-		say(s, r_sequence);
+	/* Promise 10: DATA is the last command of a group (RFC 2920 3.1).  What
+	 * comes with it would be taken for commands if DATA is refused. */
+	if (verb_is(v, "DATA") && peer_waiting(&s->client)) {
+		slog(s, LOG_WARNING, "CLIENT: sent input after DATA without "
+		    "waiting for the reply, session ends");
+		say(s, r_early_body);
+		finish(s);
+		return 1;
+	}
+	if (s->rejected && verb_is(v, "QUIT")) {
+		say(s, r_bye);
+		finish(s);
+		return 1;
+	}
+	if ((s->bdat && !v->in_chunks) ||
+	    (s->xclient == XC_WANTED && !v->unnamed) ||
+	    (s->rejected && !verb_is(v, "BDAT"))) {
+		refuse(s, r_sequence);
 		return 1;
 	}
 	if (v->take != NULL && !v->take(s, line, n))
@@ -1598,6 +1736,14 @@ hop_farewell(struct session *s)
 	return relay_last(s, &r);
 }
 
+static void
+log_closed(const struct session *s)
+{
+	if (s->mail)
+		slog(s, LOG_NOTICE, "CLIENT: closed the connection "
+		    "in the middle of a transaction");
+}
+
 static int
 st_command(struct session *s)
 {
@@ -1609,6 +1755,8 @@ st_command(struct session *s)
 		return 0;
 	if (buf_len(&s->server.in) > 0 || s->server.eof)
 		return hop_farewell(s);
+	if (is_not_smtp(s))
+		return not_smtp(s);
 	r = client_line(s, &line, &n);
 	if (r == 1) {
 		r = command(s, line, n);
@@ -1616,9 +1764,7 @@ st_command(struct session *s)
 		return r;
 	}
 	if (r == 0 && (s->client.eof || s->client.err)) {
-		if (s->mail)
-			slog(s, LOG_NOTICE, "CLIENT: closed the connection "
-			    "in the middle of a transaction");
+		log_closed(s);
 		finish(s);	/* it may have closed its side only */
 		return 1;
 	}
@@ -1633,8 +1779,13 @@ static int
 st_reply(struct session *s)
 {
 	struct reply r;
-	int auth = verb_is(s, "AUTH"), quit = verb_is(s, "QUIT"), got, done;
+	int auth = verb_is(s->verb, "AUTH"), quit = verb_is(s->verb, "QUIT"), got, done;
 
+	if (s->client.err) {
+		log_closed(s);
+		session_end(s);
+		return 1;
+	}
 	if (!client_ready(s))
 		return 0;
 	if ((got = reply_get(s, &r)) != REPLY)
@@ -2027,11 +2178,11 @@ take_data(struct session *s, char *line, size_t n)
 {
 	(void)n;
 	if (line[4 + strspn(line + 4, " \t")] != '\0') {
-		say(s, r_no_args);
+		refuse(s, r_no_args);
 		return 0;
 	}
 	if (!s->mail || s->rcpts == 0) {
-		say(s, r_no_rcpt);
+		refuse(s, r_no_rcpt);
 		return 0;
 	}
 	message_begin(s);
@@ -2127,10 +2278,11 @@ static void
 chunk_end(struct session *s)
 {
 	s->dot_at = now;
-	if (s->rcpts == 0 && s->server.fd != -1) {	/* there was none to end */
-		say_held(s);
-		s->bdat = s->error = 0;
+	if (s->rcpts == 0 && (s->server.fd != -1 || s->rejected)) {
+		s->bdat = s->error = 0;		/* there was none to end */
+		str_free(&s->held);
 		enter(s, S_COMMAND);
+		refuse(s, r_no_rcpt);
 	} else if (s->error)
 		turn_away(s);
 	else if (s->chunk_last)
@@ -2728,6 +2880,10 @@ st_reset(struct session *s)
 	struct reply r;
 	int ok, got;
 
+	if (s->client.err) {
+		session_end(s);
+		return 1;
+	}
 	if (!client_ready(s))
 		return 0;
 	if (!s->asked) {
@@ -2896,6 +3052,8 @@ on_client(void *arg, int revents)
 		if (is_body(s))
 			s->deadline = now + s->conf->timeout;
 	}
+	if ((states[s->state].from & RESET) && (revents & POLLERR))
+		peer_reset(&s->client);
 	session_run(s);
 }
 
@@ -2940,6 +3098,15 @@ wants(const struct session *s, const struct peer *p, int who)
 	return events;
 }
 
+/* poll() reports a reset without being asked for any event.  Not so on a unix
+ * socket, where it reports the end of the input like this, again and again. */
+static int
+wants_reset(const struct session *s)
+{
+	return (states[s->state].from & RESET) &&
+	    s->peer_addr.u.sa.sa_family != AF_UNIX;
+}
+
 static void
 sooner(struct session *s, int64_t t)
 {
@@ -2955,7 +3122,7 @@ session_watch(struct session *s)
 
 	if (s->state == S_REPLAY && buf_len(&s->server.in) == 0)
 		server |= POLLOUT;
-	if (client != 0)
+	if (client != 0 || wants_reset(s))
 		watch(s->client.fd, client, on_client, s);
 	if (server != 0)
 		watch(s->server.fd, server, on_server, s);

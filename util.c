@@ -1007,6 +1007,15 @@ peer_unread(struct peer *p)
 	    (errno != EAGAIN && errno != EINTR);
 }
 
+int
+peer_waiting(const struct peer *p)
+{
+	char c;
+
+	return buf_len(&p->in) > 0 ||
+	    recv(p->fd, &c, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
+}
+
 /*
  * Addresses.
  */

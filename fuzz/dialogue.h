@@ -44,7 +44,8 @@ hop_reply(const char *line, size_t n, int auth, int flags)
 struct model {
 	struct text out;
 	int	 flags, ehlo;
-	int	 mail, rcpts, bdat, raw, closed, auth;
+	int	 mail, rcpts, bdat, raw, closed, auth, refusals;
+	const struct stream *in;	/* where its pieces end */
 	struct text from, message;
 };
 
@@ -54,6 +55,17 @@ hears(struct model *m, const char *code)
 	text_add(&m->out, "< ", 2);
 	text_add(&m->out, code, 3);
 	text_add(&m->out, "\n", 1);
+}
+
+/* A refusal of the daemon's own; the twentieth ends the session. */
+static void
+refused(struct model *m, const char *code)
+{
+	if (++m->refusals == 20) {
+		hears(m, "421");
+		m->closed = 1;
+	} else
+		hears(m, code);
 }
 
 static void
@@ -231,7 +243,7 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 		m->raw = m->ehlo && (m->flags & 2);
 	}
 	if (m->rcpts == 0) {
-		hears(m, "503");
+		refused(m, "503");
 		m->bdat = 0;
 		return size;
 	}
@@ -256,6 +268,41 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 	return size;
 }
 
+/* Whether the piece that has the line before p has more than that. */
+static int
+comes_with_more(const struct model *m, const char *p, size_t n)
+{
+	size_t i, at = p - m->in->p;
+
+	if (n == 0)
+		return 0;
+	for (i = 0; i < m->in->ncut; i++)
+		if (m->in->cut[i] == at)
+			return 0;
+	return 1;
+}
+
+/* What no SMTP client says: n bytes, the first of a line. */
+static int
+not_said(const char *p, size_t n)
+{
+	static const char *const words[] = { "CONNECT", "GET", "POST", NULL };
+	size_t i, k;
+
+	if (n == 0 || *p == '\n' || (*p == '\r' && (n == 1 || p[1] == '\n')))
+		return 0;
+	if (strchr("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz \t",
+	    *p) == NULL || *p == '\0')
+		return 1;
+	for (i = 0; words[i] != NULL; i++) {
+		k = strlen(words[i]);
+		if (n > k && strncasecmp(p, words[i], k) == 0 &&
+		    (p[k] == ' ' || p[k] == '\t' || p[k] == '\r' || p[k] == '\n'))
+			return 1;
+	}
+	return 0;
+}
+
 /* One command, without its line end; p, n: what follows.  How much of that it
  * took, or -1. */
 static long
@@ -267,22 +314,25 @@ model_command(struct model *m, const char *line, size_t len, const char *p,
 	const char *code;
 
 	if (!known(line))
-		hears(m, "500");
-	else if (m->bdat && not_in_chunks(line))
-		hears(m, "503");
-	else if (verb(line, "STARTTLS"))
-		hears(m, "502");
-	else if (verb(line, "XCLIENT"))
+		refused(m, "500");
+	else if (verb(line, "DATA") && comes_with_more(m, p, n)) {
 		hears(m, "554");
+		m->closed = 1;
+	} else if (m->bdat && not_in_chunks(line))
+		refused(m, "503");
+	else if (verb(line, "STARTTLS"))
+		refused(m, "502");
+	else if (verb(line, "XCLIENT"))
+		refused(m, "554");
 	else if (verb(line, "XFORWARD") && m->mail)
-		hears(m, "503");
+		refused(m, "503");
 	else if (verb(line, "BDAT"))
 		return model_bdat(m, line, p, n);
 	else if (verb(line, "DATA")) {
 		if (*blanks(line + 4) != '\0')
-			hears(m, "501");
+			refused(m, "501");
 		else if (!m->mail || m->rcpts == 0)
-			hears(m, "503");
+			refused(m, "503");
 		else {
 			hears(m, "354");
 			if (!ref_end(p, n, &end, &taken))
@@ -293,8 +343,12 @@ model_command(struct model *m, const char *line, size_t len, const char *p,
 			return taken;
 		}
 	} else if (verb(line, "MAIL")) {
-		if ((code = mail_refusal(m, line, &from)) != NULL)
-			hears(m, code);
+		if ((code = mail_refusal(m, line, &from)) != NULL) {
+			if (strcmp(code, "501") == 0)
+				refused(m, code);
+			else
+				hears(m, code);
+		}
 		else if (passes(m, line, len)) {
 			model_reset(m);
 			m->mail = 1;
@@ -328,13 +382,18 @@ model_run(struct model *m, const char *p, size_t n)
 	long took;
 
 	for (; !m->closed; p += took, n -= took) {
+		if (!m->auth && not_said(p, n)) {
+			hears(m, "554");
+			m->closed = 1;
+			return;
+		}
 		for (i = 0; i < n && p[i] != '\n'; i++)
 			;
 		if (i == n)
 			return;
 		if (i > LINESZ) {
-			hears(m, "500");
-			m->closed = m->auth;
+			refused(m, "500");
+			m->closed |= m->auth;
 			took = i + 1;
 			continue;
 		}
@@ -345,8 +404,8 @@ model_run(struct model *m, const char *p, size_t n)
 		n -= i + 1;
 		took = 0;
 		if (memchr(line, '\0', len) || memchr(line, '\r', len)) {
-			hears(m, "501");
-			m->closed = m->auth;
+			refused(m, "501");
+			m->closed |= m->auth;
 		} else if (m->auth)
 			passes(m, line, len);
 		else if ((took = model_command(m, line, len, p, n)) == -1)
@@ -456,6 +515,7 @@ dialogue(const uint8_t *data, size_t size)
 	text_add(&out, "", 0);
 	memset(&m, 0, sizeof m);
 	m.flags = flags;
+	m.in = &in;
 	text_add(&m.out, "", 0);
 	text_add(&m.message, "", 0);
 	text_add(&m.from, "", 0);

@@ -37,13 +37,43 @@ def test_greeting_shapes(site, greeting):
 
 
 @pytest.mark.parametrize("greeting", [
-    "554 5.3.2 go away", "421 4.3.2 come later", "554-no\n554-no\n554 never",
+    "421 4.3.2 come later", "450-not\n450-just\n450 yet",
 ])
-def test_greeting_that_refuses_is_relayed_whole(site, greeting):
+def test_greeting_4xx_is_relayed_whole_and_ends_the_session(site, greeting):
     site.hop.on("greeting", Then(greeting, CLOSE))
     client = site.client()
     assert client.reply().text == greeting
     client.eof()
+
+
+@pytest.mark.parametrize("ending", ["stays", "closes"])
+@pytest.mark.parametrize("greeting", [
+    "554 5.3.2 go away", "554-no\n554-no\n554 never", "521 no mail here"])
+def test_greeting_5xx_is_relayed_whole_and_leaves_503_until_quit(site, greeting, ending):
+    """RFC 5321 3.1.  The next hop is asked for nothing more."""
+    site.hop.on("greeting", greeting if ending == "stays" else Then(greeting, CLOSE))
+    client = site.client()
+    assert client.reply().text == greeting
+    for command in ("EHLO me", "HELO me", "MAIL FROM:<a@b>", "NOOP", "RSET", "HELP",
+                    "DATA", "STARTTLS", "AUTH PLAIN AA=="):
+        client.cmd(command, "503 5.5.1")
+    client.chunk(b"QUIT\r\n", last=True)
+    client.expect("503 5.5.1")
+    client.cmd("FOO", "500")
+    client.cmd("QUIT", "221 2.0.0")
+    client.eof()
+    assert site.hop.session.wait_end() == "quit" if ending == "stays" else "closed"
+    assert set(site.hop.commands) <= {"QUIT"}
+    site.daemon.wait_log("^100000: SERVER: refused the session: 5")
+    assert not site.daemon.log("status=")
+
+
+def test_greeting_5xx_and_a_client_that_goes_frees_its_place(site):
+    site.hop.on("greeting", "554 5.3.2 go away")
+    client = site.client()
+    client.expect("554")
+    client.close()
+    site.daemon.settle()
 
 
 @pytest.mark.parametrize("greeting", [
@@ -210,8 +240,8 @@ def refused_here(site, command, want):
 
 @pytest.mark.parametrize("command", [
     "FOO", "XEXCH50 10 2", "TURN", "SEND FROM:<a@b>", "DATAX", "BDATX 3",
-    "MAILX FROM:<a>", "", " ", "250 ok", "HELOO x", "QUITT",
-    "MAIL\x0b", "\xff\xfe", "ATRN", "BURL imap://x LAST", "STARTTLSX",
+    "MAILX FROM:<a>", "", " ", "HELOO x", "QUITT", "GETX /", " GET /",
+    "MAIL\x0b", "MAIL\xff", "ATRN", "BURL imap://x LAST", "STARTTLSX",
 ])
 def test_unknown_command_is_500_and_not_forwarded(site, command):
     refused_here(site, command.encode("latin-1"), "500 5.5.1")
@@ -230,7 +260,7 @@ def test_command_that_is_refused(site, command, want):
 @pytest.mark.core
 @pytest.mark.parametrize("command", [
     b"NOOP\rDATA", b"NOOP\0DATA", b"MAIL FROM:<a@b>\rRCPT TO:<c@d>",
-    b"\0NOOP", b"NOOP\0", b"NOOP \r x", b"\rNOOP",
+    b"NOOP\0", b"NOOP \r x", b"N\0OOP", b"N\rOOP",
     b"RCPT TO:<a\0b@c>",
 ])
 def test_nul_or_bare_cr_in_a_command_is_501(site, command):
@@ -259,6 +289,18 @@ def test_a_line_of_12_kib_passes_whatever_its_end(site, end):
     client.quit()
 
 
+def test_a_line_of_12_kib_whose_lf_comes_alone_passes(site):
+    """Its CR is not one byte too many."""
+    client = site.session()
+    command = "NOOP " + "x" * (12 * 1024 - 5)
+    client.send(command + "\r")
+    turns(site)
+    client.send("\n")
+    client.expect("250")
+    assert command in site.hop.commands
+    client.quit()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("size", [12 * 1024 + 10, 20000, 300000])
 def test_a_longer_line_is_500_and_not_forwarded(site, size):
@@ -274,6 +316,94 @@ def test_an_endless_line_takes_no_memory(site):
     client.cmd("", "500 5.5.2")
     assert site.daemon.grown(before) < 2048
     client.cmd("NOOP", "250")
+    client.quit()
+
+
+# ---------------------------------------------------------------- not SMTP
+
+POST = (b"POST /x HTTP/1.1\r\nHost: 127.0.0.1:10025\r\nContent-Length: 99\r\n\r\n"
+        b"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n\r\n"
+        b"hi\r\n.\r\nQUIT\r\n")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("line", [
+    b"GET / HTTP/1.1\r\n", b"post /x\r\n", b"Connect a:25 HTTP/1.0\r\n", b"POST\n",
+    b"GET\t/\r\n", b"GET /", b"POST /" + b"x" * 20000 + b"\r\n", POST,
+    b"\x16\x03\x01", b"\x80\x2e\x01", b"\0NOOP\r\n", b"\rNOOP\r\n", b"\r\r\n",
+    b"250 ok\r\n", b"{\"a\": 1}\r\n", b"\xff\xfe\r\n", b"-\r\n", b"[x\r\n",
+], ids=lambda line: repr(line[:12]))
+def test_line_of_no_smtp_client_ends_the_session(site, line):
+    """PROMISE 10: HTTP's verbs, and what begins with no letter and no blank."""
+    client = site.session()
+    client.send(line)
+    client.expect("554 5.5.1")
+    client.eof()
+    assert site.hop.session.wait_end() == "quit"
+    assert site.hop.commands == ["EHLO client.example", "QUIT"]
+    assert len(site.daemon.wait_log("CLIENT: does not speak SMTP")) == 1
+
+
+def test_line_of_no_smtp_client_in_pieces_ends_the_session(site):
+    """A word is looked at when it is whole."""
+    client = site.session()
+    client.send("GE")
+    turns(site)
+    client.send("T")
+    turns(site)
+    assert not client.stream.more()
+    client.send(" ")
+    client.expect("554 5.5.1")
+    client.eof()
+
+
+def test_http_request_with_an_unknown_verb_delivers_nothing(site):
+    """PROMISE 10: the DATA in its body comes with what follows it."""
+    client = site.client()
+    client.send(POST.replace(b"POST", b"PUT"))
+    said = client.rest().split(b"\r\n")
+    assert said[-2].startswith(b"554 5.5.0")
+    site.hop.session.wait_end()
+    assert site.hop.messages == [] and "DATA" not in site.hop.session.verbs()
+
+
+LONG_LINE = b"NOOP " + b"x" * 13000
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("command, want", [
+    (b"FOO", "500 5.5.1"), (b"", "500 5.5.1"), (LONG_LINE, "500 5.5.2"),
+    (b"NOOP\0", "501 5.5.2"), (b"DATA x", "501 5.5.4"),
+    (b"MAIL FROM:<a@b> BODY=BINARYMIME", "501 5.5.4"), (b"STARTTLS", "502"),
+    (b"DATA", "503"), (b"BDAT 3\r\nabc", "503"), (b"XFORWARD ADDR=1.2.3.4", "503"),
+    (b"XCLIENT ADDR=1.2.3.4", "554"),
+], ids=lambda value: repr(value[:20]))
+def test_twentieth_refused_command_gets_421(site, command, want):
+    """PROMISE 10: a client that speaks something else gets no more tries."""
+    client = site.session()
+    if command.startswith(b"XFORWARD"):
+        client.cmd("MAIL FROM:<a@b>", "250")
+    end = b"" if command.startswith(b"BDAT") else b"\r\n"
+    for _ in range(19):
+        client.send(command + end)
+        client.expect(want)
+    client.cmd("NOOP", "250")
+    client.send(command + end)
+    client.expect("421 4.7.0")
+    client.eof()
+    assert site.hop.session.wait_end() == "quit"
+    assert len(site.daemon.wait_log("CLIENT: 20 commands refused")) == 1
+
+
+def test_commands_that_the_next_hop_refuses_are_not_counted(site):
+    site.hop.on("RCPT", lambda s, line: "550 5.1.1 no" if "no@" in line else None)
+    client = site.session()
+    client.cmd("MAIL FROM:<a@b>", "250")
+    client.send("RCPT TO:<no@b>\r\n" * 40)
+    for _ in range(40):
+        client.expect("550 5.1.1")
+    client.cmd("RCPT TO:<c@d>", "250")
+    client.data(BODY)
     client.quit()
 
 
@@ -594,7 +724,7 @@ def test_an_overlong_reply_line_takes_no_memory(site):
 @pytest.mark.core
 @pytest.mark.parametrize("answer", [
     "DATA", "QUIT", "STARTTLS", "RSET", "BDAT 5 LAST", "*", "",
-    "MAIL FROM:<x@y>", "XCLIENT ADDR=1", "=", base64.b64encode(b"x" * 6000).decode(),
+    "MAIL FROM:<x@y>", "XCLIENT ADDR=1", "=", "GET /", "\x16\x03", base64.b64encode(b"x" * 6000).decode(),
 ])
 def test_a_continuation_of_auth_is_opaque(site, answer):
     site.hop.on("AUTH", "334 VXNlcm5hbWU6")
@@ -687,31 +817,99 @@ def test_auth_broken_off_sends_no_quit_for_an_answer(site, clock, ending):
     assert site.hop.commands == ["EHLO client.example", "AUTH LOGIN"]
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("behind", [BODY + b".\r\n", b"x", b"\r\n", b"QUIT\r\n"], ids=repr)
+@pytest.mark.parametrize("data", [b"DATA\r\n", b"data \n", b"DATA x\r\n"], ids=repr)
+def test_input_behind_data_is_554_and_ends_the_session(site, data, behind):
+    """PROMISE 10: DATA is the last command of a group (RFC 2920 3.1)."""
+    client = site.session()
+    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n" + data + behind)
+    for want in ("250 2.1.0", "250 2.1.5", "554 5.5.0"):
+        client.expect(want)
+    client.eof()
+    assert site.hop.session.wait_end() == "quit"
+    assert site.hop.session.verbs() == ["EHLO", "MAIL", "RCPT", "QUIT"]
+    assert len(site.daemon.wait_log("CLIENT: sent input after DATA")) == 1
+
+
+def test_input_behind_data_that_the_daemon_has_not_read_is_554(site):
+    """It comes while a command is out, and waits in the kernel."""
+    hold = Hold()
+    site.hop.on("RCPT", hold)
+    client = site.session()
+    client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+    client.expect("250 2.1.0")
+    hold.reached()
+    client.send(BODY + b".\r\n")
+    hold.go()
+    client.expect("250 2.1.5")
+    client.expect("554 5.5.0")
+    client.eof()
+    assert site.hop.messages == []
+
+
+def test_input_behind_data_of_no_transaction_is_554(site):
+    """Nor are the lines of a body taken for commands."""
+    client = site.session()
+    client.send(b"DATA\r\nMAIL FROM:<a@b>\r\n.\r\n")
+    client.expect("554 5.5.0")
+    client.eof()
+    assert "MAIL" not in site.hop.session.verbs()
+
+
+def test_second_transaction_pipelined_behind_a_body_is_taken(site):
+    """What follows the final dot is a group of its own."""
+    client = site.session()
+    client.begin(BODY + b".\r\n" + ENVELOPE)
+    for want in ("250 2.0.0", "250", "250", "250", "354"):
+        client.expect(want)
+    client.send(BODY + b".\r\n")
+    client.expect("250 2.0.0")
+    client.quit()
+
+
+def test_second_accepted_mail_forgets_the_recipients_of_the_first(site):
+    """A next hop that takes it has begun another transaction."""
+    client = site.session()
+    client.envelope("first@example.com", "one@example.com")
+    client.cmd("MAIL FROM:<second@example.com>", "250")
+    client.cmd("DATA", "503 5.5.1")
+    client.cmd("RCPT TO:<two@example.com>", "250")
+    client.data(BODY)
+    client.quit()
+    site.daemon.wait_log("^100000: from=second@example.com, to=two@example.com, "
+                         "status=CLEAN$")
+
+
 # ---------------------------------------------------------------- pipelining
 
-def transcript(count, body=BODY):
-    one = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nDATA\r\n" + \
-        stuff(body) + b".\r\n"
-    return b"EHLO me\r\n" + one * count + b"QUIT\r\n"
+ENVELOPE = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nDATA\r\n"
 
 
-def expect_all(client, count):
+def expect_all(client, count, body=BODY, send=None, half_close=False):
+    """The client has sent EHLO and an ENVELOPE.  What may follow each 354 comes
+    in one piece: the body, and the next envelope or QUIT."""
     client.expect("220")
     client.expect("250")
-    for _ in range(count):
+    for number in range(count):
         client.expect("250 2.1.0")
         client.expect("250 2.1.5")
         client.expect("250 2.1.5")
         client.expect("354")
+        last = number == count - 1
+        (send or client.send)(stuff(body) + b".\r\n" +
+                              (b"QUIT\r\n" if last else ENVELOPE))
+        if last and half_close:
+            client.half_close()
         client.expect("250 2.0.0 queued")
     client.expect("221")
     client.eof()
 
 
 @pytest.mark.core
-def test_two_transactions_and_quit_in_one_packet(site):
+def test_two_transactions_and_quit_pipelined(site):
     client = site.client()
-    client.send(transcript(2))
+    client.send(b"EHLO me\r\n" + ENVELOPE)
     expect_all(client, 2)
     assert len(site.hop.messages) == 2
     assert len(site.hop.messages[1].rcpts) == 2
@@ -720,15 +918,15 @@ def test_two_transactions_and_quit_in_one_packet(site):
 @pytest.mark.core
 def test_a_session_one_byte_at_a_time(site):
     client = site.client()
-    client.drip(transcript(2, b"Subject: x\r\n\r\n.dot\r\n..\r\n.\r\n"))
-    expect_all(client, 2)
+    client.drip(b"EHLO me\r\n" + ENVELOPE)
+    expect_all(client, 2, b"Subject: x\r\n\r\n.dot\r\n..\r\n.\r\n", client.drip)
     for message in site.hop.messages:
         assert message.body.endswith(b"\r\n\r\n.dot\r\n..\r\n.\r\n")
 
 
-def test_twenty_transactions_in_one_packet(site):
+def test_twenty_transactions_pipelined(site):
     client = site.client()
-    client.send(transcript(20))
+    client.send(b"EHLO me\r\n" + ENVELOPE)
     expect_all(client, 20)
     assert len(site.hop.messages) == 20
 
@@ -775,7 +973,7 @@ def test_everything_sent_before_the_greeting(site):
     hold = Hold()
     site.hop.on("greeting", hold)
     client = site.client()
-    client.send(transcript(1))
+    client.send(b"EHLO me\r\n" + ENVELOPE)
     hold.go()
     expect_all(client, 1)
 
@@ -822,9 +1020,8 @@ def test_quit_is_passed_and_both_sides_close(site):
 @pytest.mark.core
 def test_eof_behind_quit_is_a_half_close_and_served(site):
     client = site.client()
-    client.send(transcript(2))
-    client.half_close()
-    expect_all(client, 2)
+    client.send(b"EHLO me\r\n" + ENVELOPE)
+    expect_all(client, 2, half_close=True)
     assert len(site.hop.messages) == 2
 
 

@@ -133,11 +133,20 @@ def test_text_in_helo_and_xclient(site, name):
 def test_text_in_an_unknown_command(site, text):
     client = site.session()
     client.cmd(b"X" + text, "500 5.5.1")
-    client.cmd(text, "500")
+    client.cmd(b" " + text, "500")
     client.mail()
     client.quit()
     assert len(site.hop.commands) == 5
     check_log(site, "CLEAN")
+
+
+def test_text_in_a_line_that_is_not_smtp(site, text):
+    """Logged in one harmless line when it ends the session."""
+    client = site.session()
+    client.cmd(b"GET " + text, "554 5.5.1")
+    client.eof()
+    site.daemon.wait_log("CLIENT: does not speak SMTP, session ends: GET ")
+    check_log(site)
 
 
 # ---------------------------------------------------------------- virus names
@@ -224,7 +233,9 @@ def test_text_in_replies_of_the_next_hop(site, name, place):
     raw = [got.raw for got in said]
     same(b"\r\n".join(want), raw[-1] if place in ("DATA", ".") or not mail else
          raw[2] if place == "MAIL" else raw[3])
-    if ending:
+    if place == "greeting":
+        client.quit()
+    elif ending:
         client.eof()
     else:
         client.cmd("NOOP", "250 2.0.0 noop")
@@ -282,17 +293,19 @@ CLIENT_HELLO = bytes.fromhex(
 
 @pytest.mark.parametrize("where", ["before EHLO", "before MAIL", "before DATA"])
 def test_commands_behind_starttls_are_ordinary(site, where):
-    """A transaction in one packet with STARTTLS somewhere in it: what stands
-    behind is neither dropped nor taken for anything else."""
+    """A transaction pipelined with STARTTLS somewhere in it: what comes after is
+    neither dropped nor taken for anything else."""
     script = ["EHLO me", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"]
     want = ["250", "250 2.1.0", "250 2.1.5", "354"]
     at = [s[:4] for s in script].index(where.split()[1])
     script.insert(at, "STARTTLS")
     want.insert(at, "502 5.5.1")
     client = site.client()
-    client.send("\r\n".join(script).encode() + b"\r\n" + stuff(GOOD) +
-                b".\r\nstarttls\r\nNOOP\r\n")
-    for code in ["220", *want, "250 2.0.0 queued", "502", "250 2.0.0 noop"]:
+    client.send("\r\n".join(script) + "\r\n")
+    for code in ["220", *want]:
+        client.expect(code)
+    client.send(stuff(GOOD) + b".\r\nstarttls\r\nNOOP\r\n")
+    for code in ["250 2.0.0 queued", "502", "250 2.0.0 noop"]:
         client.expect(code)
     client.quit()
     message, = site.hop.messages
@@ -300,18 +313,18 @@ def test_commands_behind_starttls_are_ordinary(site, where):
     assert "STARTTLS" not in site.hop.session.verbs()
 
 
-def test_a_tls_handshake_behind_starttls_reaches_nobody(site):
+def test_a_tls_handshake_after_starttls_ends_the_session(site):
+    """Its first byte is enough, since it may have no line end."""
     client = site.session()
-    client.send(b"STARTTLS\r\n" + CLIENT_HELLO + b"\r\nNOOP\r\n")
-    client.expect("502")
-    while True:
-        got = client.reply()
-        if got.code[0] == "2":
-            break
-        assert got.code in ("500", "501")
-    client.mail()
-    client.quit()
-    assert site.hop.commands[:2] == ["EHLO client.example", "NOOP"]
+    client.cmd("STARTTLS", "502")
+    client.send(CLIENT_HELLO[:5])
+    client.expect("554 5.5.1")
+    client.send(CLIENT_HELLO[5:] + b"\r\nNOOP\r\n")
+    client.eof()
+    assert site.hop.session.wait_end() == "quit"
+    assert site.hop.commands == ["EHLO client.example", "QUIT"]
+    site.daemon.wait_log(r"^100000: CLIENT: does not speak SMTP, "
+                         r"session ends: \\x16\\x03\\x01\\x000$")
 
 
 # ---------------------------------------------------------------- AUTH
@@ -358,8 +371,11 @@ def test_auth_broken_off_with_commands_pipelined(site):
     site.hop.on("334", "501 5.7.0 cancelled")
     client = site.session()
     client.send(b"AUTH LOGIN\r\n*\r\nSTARTTLS\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>"
-                b"\r\nDATA\r\n" + GOOD + b".\r\nQUIT\r\n")
-    for want in ("334 go", "501 5.7.0", "502", "250", "250", "354", "250", "221"):
+                b"\r\nDATA\r\n")
+    for want in ("334 go", "501 5.7.0", "502", "250", "250", "354"):
+        client.expect(want)
+    client.send(GOOD + b".\r\nQUIT\r\n")
+    for want in ("250", "221"):
         client.expect(want)
     client.eof()
     assert site.hop.session.verbs() == ["EHLO", "AUTH", "*", "MAIL", "RCPT",

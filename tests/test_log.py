@@ -213,7 +213,7 @@ def test_every_line_parses_whatever_a_client_says(site, name):
     client.expect("220")
     client.cmd(b"EHLO " + text, "250")
     client.cmd(b"XFORWARD NAME=" + text, "250")
-    client.line(text)
+    client.line(b" " + text)
     client.reply()
     for command in (b"MAIL FROM:<" + text + b">", b"RCPT TO:<" + text + b">",
                     b"RCPT TO:<b@example.com>"):
@@ -451,7 +451,7 @@ def test_fail2ban_finds_who_sends_viruses(site, fail2ban, prefix, settings):
         sly.cmd('MAIL FROM:<"%s"@example.com>' % sender, "250")
         sly.cmd("RCPT TO:<b@example.com>", "250")
         sly.data(GOOD)
-    sly.cmd("100001: accepted connection from: 127.0.0.7", "500")
+    sly.cmd(" 100001: accepted connection from: 127.0.0.7", "500")
     sly.cmd("EHLO 100001: from=a, to=b, status=VIRUS:z", "250")
     sly.cmd("accepted connection from: 127.0.0.7", "500")
     bad.mail(to=["a@b", "c@d"], body=BAD, want="250 2.0.0 Virus")

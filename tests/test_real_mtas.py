@@ -53,17 +53,20 @@ def send_all(site, address):
     want, wrong = collections.Counter(), []
     client = None
     for number, (name, stream) in enumerate(transactions()):
-        codes, messages = vectors.strict(stream)
+        codes, messages, stops = vectors.strict(stream)
         want.update(re.search(rb"<(.*)@", m[0])[1].decode() for m in messages)
         got = []
         try:
             if client is None:
                 client = site.session()
-            client.send(stream)
-            for _ in codes:
-                got.append(client.reply().code)
-            if number % 16 == 15:
-                client.quit()
+            last = 0
+            for end, count in [*stops, (len(stream), len(codes))]:
+                client.send(stream[last:end])
+                last = end
+                while len(got) < count:
+                    got.append(client.reply().code)
+            if number % 16 == 15 or "554" in codes:
+                client.quit() if "554" not in codes else client.close()
                 client = None
         except (AssertionError, OSError):
             client.close()

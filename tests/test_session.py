@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from harness import (CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream, Then, VIRUS,
+from harness import (BAD, CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream, Then, VIRUS,
                      WAIT, at_once, full_listener, has_ipv6, never, same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
@@ -316,12 +316,13 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
     site.hop.on(verb, answer)
     site.start(TimeOut="300", **clock.settings())
     client = site.client()
-    client.send(b"EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n" +
-                BODY + b".\r\n")
+    client.send(b"EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
     stages = ["greeting", "EHLO", "MAIL", "RCPT", "DATA"]
     replies = ["220", "250", "250", "250", "354"]
     for want in replies[:stages.index(verb) + (verb == "DATA")]:
         client.expect(want)
+    if verb == "DATA":
+        client.send(BODY + b".\r\n")
     if verb == "greeting":
         until(lambda: site.hop.accepted, "a connection to the next hop")
         site.client()
@@ -639,9 +640,8 @@ def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
 def test_the_error_at_the_dot_is_answered_once_and_in_order(site):
     site.start(MaxScanSize="10K")
     client = site.session()
-    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n" +
-                b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n.\r\nNOOP\r\n")
-    for want in ("250", "250", "354", "552", "250 2.0.0 noop"):
+    client.begin(b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n.\r\nNOOP\r\n")
+    for want in ("552", "250 2.0.0 noop"):
         client.expect(want)
     client.quit()
 
@@ -1169,16 +1169,15 @@ def test_eof_soon_after_the_dot_is_served_while_the_next_hop_is_asked(
     site.hop.sessions[0].wait_end()
 
 
-def test_client_gone_while_the_next_hop_does_not_accept(site, clock):
-    """Nobody listens to the client then; it is gone at TimeOut."""
+def test_client_gone_while_the_next_hop_does_not_accept_frees_its_place(site):
     with full_listener() as address:
-        site.start(OutAddress=address, **clock.settings())
+        site.start(OutAddress=address)
         clients = [site.client() for _ in range(3)]
         site.daemon.wait_log("accepted connection", 3)
         for client, ending in zip(clients, ENDINGS):
             getattr(client, ending)()
-        clock.go(site.daemon, 180)
-        site.daemon.wait_log("couldn't connect", 3)
+        site.daemon.wait_log("CLIENT: gone before the greeting", 3)
+        site.daemon.settle()
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -1190,6 +1189,99 @@ def test_client_gone_while_a_command_is_out(site, verb, ending):
     client.send("EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
     leaves(site, client, ending, hold)
     assert site.hop.messages == []
+
+
+@pytest.fixture
+def ungreeted(site):
+    """A client whose next hop does not greet yet."""
+    hold = Hold()
+    site.hop.on("greeting", hold)
+    client = site.client()
+    hold.reached()
+    return client, hold
+
+
+def frees_its_place(site, hold):
+    """The daemon has given the session up, and serves the next client."""
+    site.daemon.settle()
+    hold.go()
+    site.session().quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("sent", ["", "EHLO m"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_client_gone_before_the_greeting_frees_its_place(site, ungreeted, ending, sent):
+    """EOF is enough when there is no whole command to answer."""
+    client, hold = ungreeted
+    client.send(sent)
+    getattr(client, ending)()
+    frees_its_place(site, hold)
+
+
+def test_client_reset_before_the_greeting_with_commands_sent_frees_its_place(
+        site, ungreeted):
+    """A reset ends the session although a whole command waits."""
+    client, hold = ungreeted
+    client.send("EHLO me\r\n")
+    client.reset()
+    frees_its_place(site, hold)
+
+
+def test_client_reset_before_the_greeting_behind_a_full_buffer_frees_its_place(
+        site, ungreeted):
+    """The daemon reads no more of it, does not spin, and notices the reset."""
+    client, hold = ungreeted
+    client.send(b"NOOP\r\n" * 20000)
+    site.daemon.rests()
+    client.reset()
+    frees_its_place(site, hold)
+
+
+def test_client_half_closed_before_the_greeting_with_a_command_is_served(
+        site, ungreeted):
+    """A client may send its commands early and close its side."""
+    client, hold = ungreeted
+    client.send("EHLO me\r\n")
+    client.half_close()
+    site.daemon.rests()
+    hold.go()
+    client.expect("220")
+    client.expect("250")
+    client.eof()
+
+
+def test_unix_client_gone_before_the_greeting_with_commands_does_not_spin(site):
+    """poll() reports its end again and again while the greeting is awaited."""
+    hold = Hold()
+    site.hop.on("greeting", hold)
+    site.start(Listen=site.path("in.sock"))
+    client = site.client()
+    hold.reached()
+    client.send(b"NOOP\r\n" * 10000)
+    client.close()
+    site.daemon.rests()
+    hold.go()
+    site.hop.session.wait_end()
+
+
+@pytest.mark.parametrize("verb", ["EHLO", "MAIL", "RSET"])
+def test_client_reset_while_a_command_is_out_frees_its_place(site, verb):
+    """RSET is the daemon's own, after a virus."""
+    hold = Hold()
+    site.hop.on(verb, [hold])
+    client = site.client()
+    client.send("EHLO me\r\n")
+    if verb != "EHLO":
+        client.expect("220")
+        client.expect("250")
+        if verb == "MAIL":
+            client.line("MAIL FROM:<a@b>")
+        else:
+            client.submit(BAD)
+    hold.reached()
+    client.reset()
+    frees_its_place(site, hold)
 
 
 # ---------------------------------------------------------------- loopback

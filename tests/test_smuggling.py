@@ -44,21 +44,24 @@ class Talk:
                 raise Failed("the daemon does not read")
 
     def send(self, stream, start, cuts):
-        """The envelope and the body behind it (from start), cut there."""
-        codes, messages = vectors.strict(stream)
+        """The envelope and the body behind it (from start), cut there, and where
+        a client has to wait for a reply."""
+        codes, messages, stops = vectors.strict(stream)
+        stops = dict(stops)
         at = stream.index(b"\r\n", start - 2) + 2 if start else 0
-        if cuts:
-            first = codes[:3]
-            self.client.send(stream[:at])
-            if self.way == "DATA":
-                self.expect(first)
-                codes = codes[3:]
-            for piece in vectors.pieces(stream[at:], cuts):
+        cuts = [at, *(at + cut for cut in cuts if cut > 0)] if cuts else []
+        seen = last = 0
+        for end in sorted({*stops, *(c for c in cuts if 0 < c < len(stream)),
+                           len(stream)}):
+            if last and last not in stops:
                 self.wait_read()
-                self.client.send(piece)
-        else:
-            self.client.send(stream)
-        self.expect(codes)
+            self.client.send(stream[last:end])
+            if end in stops:
+                self.expect(codes[seen:stops[end]])
+                seen = stops[end]
+            last = end
+        self.expect(codes[seen:])
+        self.refused = any(code[0] == "5" for code in codes)
         return messages
 
     def expect(self, codes):
@@ -69,6 +72,8 @@ class Talk:
     def data(self, body, cuts=()):
         start = ENVELOPE + b"DATA\r\n"
         self.check(self.send(start + body + b"\r\n.\r\n", len(start), cuts))
+        if self.refused:
+            self.again()
 
     def bdat(self, body, chunks=(), cuts=()):
         parts = vectors.pieces(body, chunks)
@@ -104,8 +109,20 @@ class Talk:
             same(wire, want)
         assert len(scans) == len(came)
 
+    def again(self):
+        """Another session: the daemon ends one with too many refusals."""
+        self.no_evil()
+        self.client.close()
+        self.client = self.site.session()
+        self.hop = self.site.hop.session
+        self.seen = 0
+        self.site.clamd.scans.clear()
+
     def close(self):
         self.client.quit()
+        self.no_evil()
+
+    def no_evil(self):
         assert not any("evil" in c for c in self.hop.commands) or \
             any("evil" in m.mail for m in self.hop.messages)
 
@@ -120,12 +137,7 @@ def try_all(talk, cases):
             bad.append("%s: %s" % (name, str(error).split("\n")[0]))
             if isinstance(error, Failed) and "nothing came" in str(error):
                 break
-            # from here in step again
-            talk.client.close()
-            talk.client = talk.site.session()
-            talk.hop = talk.site.hop.session
-            talk.seen = 0
-            talk.site.clamd.scans.clear()
+            talk.again()            # from here in step
         if len(bad) > 20:
             break
     assert not bad, "%d vectors:\n%s" % (len(bad), "\n".join(bad))

@@ -2,6 +2,7 @@
 them, and hostile text.  No socket is used here."""
 
 import itertools
+import re
 
 from harness import shown, stuff
 
@@ -93,8 +94,10 @@ def normal_line(line):
 def strict(stream):
     """What a server that knows no line end of data but CRLF.CRLF answers to a
     client, and the messages it takes: codes, [(sender, how, body)].  No newline
-    rules here."""
-    codes, messages = [], []
+    rules here.  And where a client has to wait for a reply before it goes on:
+    [(bytes of the stream up to there, codes up to there)]."""
+    codes, messages, stops = [], [], []
+    size_all = len(stream)
     sender = rcpts = chunks = None
     while stream:
         line, lf, stream = stream.partition(b"\n")
@@ -102,6 +105,11 @@ def strict(stream):
         if line.endswith(b"\r"):
             line = line[:-1]
         verb = line.split(b" ")[0].upper()
+        if verb == b"DATA":
+            stops.append((size_all - len(stream), len(codes) + 1))
+        if re.match(rb"[^A-Za-z \t]", line):
+            codes.append("554")
+            break
         if b"\r" in line or b"\0" in line:
             codes.append("501")
         elif verb == b"MAIL":
@@ -131,7 +139,7 @@ def strict(stream):
                 sender = rcpts = None
         else:
             codes.append("503" if verb in (b"DATA", b"BDAT") else "500")
-    return codes, messages
+    return codes, messages, stops
 
 
 # ------------------------------------------------- next hops

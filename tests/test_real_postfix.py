@@ -362,3 +362,73 @@ def test_xclient_not_allowed(site, postfix):
     queued = client.mail(body=BODY).text.split()[-1]
     client.quit()
     postfix.wait_log(r"%s: client=\S*\[127.0.0.1\]" % queued)
+
+
+# Only this host may relay, as by Postfix's own default; and who may send XCLIENT.
+RELAY = """mynetworks = 127.0.0.1/32
+smtpd_authorized_xclient_hosts = 127.0.0.1
+smtpd_relay_restrictions = permit_mynetworks, reject_unauth_destination
+smtpd_recipient_restrictions =
+"""
+
+
+@pytest.fixture(scope="module")
+def relay():
+    """A Postfix that is an open relay for the filter's own address."""
+    postfix = real.Postfix(more=RELAY)
+    yield postfix
+    postfix.close()
+
+
+@pytest.mark.parametrize("hello, codes", [
+    ([], []), (["EHLO"], ["501"]), (["HELO"], ["501"]),
+    (["EHLO a.example"], ["250"]), (["HELO a.example"], ["250"])], ids=str)
+def test_xclient_makes_no_open_relay(site, relay, hello, codes):
+    """PROMISE 10: whether it says EHLO or not, a stranger cannot send to
+    strangers through the filter."""
+    site.start(OutAddress=relay.address("smtp"), XClient="on")
+    client = site.client(source="127.0.0.7")
+    client.expect("220")
+    for command, code in zip(hello, codes):
+        client.cmd(command, code)
+    if "250" not in codes:
+        client.cmd("MAIL FROM:<a@example.org>", "503 5.5.1")
+        client.cmd("RCPT TO:<stranger@elsewhere.example>", "503 5.5.1")
+        client.cmd("EHLO a.example", "250")
+    client.cmd("MAIL FROM:<a@example.org>", "250")
+    client.cmd("RCPT TO:<stranger@elsewhere.example>", "554 5.7.1")
+    client.quit()
+
+
+def test_xclient_relays_what_postfix_says_of_the_client_at_once(site):
+    """With smtpd_delay_reject = no the reply to XCLIENT is the refusal."""
+    postfix = real.Postfix(
+        more=RELAY + "smtpd_delay_reject = no\nsmtpd_client_restrictions = "
+        "check_client_access inline:{{127.0.0.7 = 450 4.7.1 not yet}}\n")
+    try:
+        site.start(OutAddress=postfix.address("smtp"), XClient="on")
+        client = site.client(source="127.0.0.7")
+        client.expect("220")
+        client.cmd("EHLO a.example", "450 4.7.1")
+        client.eof()
+        client = site.session(source="127.0.0.8")
+        client.cmd("MAIL FROM:<a@example.org>", "250")
+        client.quit()
+    finally:
+        postfix.close()
+
+
+def test_http_request_with_a_mail_in_it_delivers_nothing(site, postfix):
+    """PROMISE 10: as when it is sent to Postfix itself."""
+    site.start(OutAddress=postfix.address("other"))
+    for verb in "POST", "PUT":
+        client = site.client()
+        client.send("%s / HTTP/1.1\r\nHost: x\r\n\r\nHELO x\r\n"
+                    "MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n"
+                    "Subject: by http\r\n\r\n.\r\nQUIT\r\n" % verb)
+        assert b"\r\n554 5.5." in client.rest()
+    client = site.session()
+    client.mail(body=real.titled(b"after http"))
+    client.quit()
+    postfix.wait_delivered(b"after http")
+    assert not [m for m in postfix.delivered() if b"Subject: by http\n" in m[0]]

@@ -61,23 +61,129 @@ def test_no_xclient_when_it_is_off(site, xhop):
     client.quit()
 
 
-def test_no_xclient_when_it_is_not_offered(site):
+@pytest.mark.parametrize("offer", [[], ["XCLIENT"], ["XCLIENT LOGIN PROTO"]])
+def test_no_xclient_offered_gets_a_warning_and_goes_on(site, offer):
+    site.hop.ehlo = ["DSN"] + offer
     site.start(XClient="on")
     client = site.session()
     assert site.hop.commands == ["EHLO client.example"]
     client.mail()
     client.quit()
+    site.daemon.wait_log("^100000: SERVER: offers no XCLIENT")
 
 
-def test_xclient_behind_helo(site):
+HELO_XCLIENT = "XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9"
+
+
+def helo(site):
+    """A session that has begun with HELO."""
+    client = site.client(source="127.0.0.9")
+    client.expect("220")
+    client.cmd("HELO my.name", "250 smtp.passthru")
+    return client
+
+
+@pytest.mark.core
+def test_xclient_after_helo_has_name_and_address(site):
+    """There is no list of attributes, so what most next hops take is sent."""
+    site.start(XClient="on")
+    client = helo(site)
+    assert site.hop.commands == ["HELO my.name", HELO_XCLIENT, "HELO my.name"]
+    client.mail()
+    client.quit()
+
+
+def test_xclient_after_helo_refused_with_501_is_sent_without_name(site):
+    site.hop.on("XCLIENT", ["501 5.5.4 Bad NAME syntax"])
+    site.start(XClient="on")
+    client = helo(site)
+    assert site.hop.commands == ["HELO my.name", HELO_XCLIENT,
+                                 "XCLIENT ADDR=127.0.0.9", "HELO my.name"]
+    client.mail()
+    client.quit()
+    assert not site.daemon.log("refused XCLIENT")
+
+
+def test_xclient_after_helo_refused_with_501_twice_is_refused(site):
+    site.hop.on("XCLIENT", ["501 5.5.4 no", "501 5.5.4 never"])
+    site.start(XClient="on")
+    client = helo(site)
+    assert site.hop.session.verbs() == ["HELO", "XCLIENT", "XCLIENT"]
+    site.daemon.wait_log("SERVER: refused XCLIENT: 501 5.5.4 never")
+    client.mail()
+    client.quit()
+
+
+@pytest.mark.core
+def test_xclient_refused_after_helo_is_sent_at_the_first_ehlo(site, xhop):
+    """Some next hops take it after EHLO only.  A second HELO tries nothing."""
+    xhop.on("XCLIENT", ["503 5.5.1 EHLO first"])
+    site.start(XClient="on")
+    client = helo(site)
+    client.cmd("HELO my.name", "250")
+    client.mail()
+    client.cmd("EHLO my.name", "250")
+    client.cmd("EHLO my.name", "250")
+    client.mail()
+    client.quit()
+    verbs = [v for v in site.hop.session.verbs() if v in ("HELO", "EHLO", "XCLIENT")]
+    assert verbs == ["HELO", "XCLIENT", "HELO", "EHLO", "XCLIENT", "EHLO", "EHLO"]
+    assert "PORT=" in site.hop.told("XCLIENT")[1]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("command", [
+    "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "VRFY a", "EXPN a", "ETRN a",
+    "AUTH PLAIN AA==", "XFORWARD ADDR=1.2.3.4", "STARTTLS"])
+def test_xclient_withheld_helo_gets_503(site, xhop, command):
+    """PROMISE 10: the next hop would take the client for the filter."""
     site.start(XClient="on")
     client = site.client()
     client.expect("220")
-    client.cmd("HELO my.name", "250 smtp.passthru")
-    verbs = site.hop.session.verbs()
-    assert verbs == ["HELO", "XCLIENT", "HELO"]
+    client.cmd(command, "503 5.5.1")
+    assert site.hop.commands == []
+    client.cmd("EHLO me", "250")
     client.mail()
     client.quit()
+
+
+def test_xclient_withheld_helo_discards_bdat(site, xhop):
+    """PROMISE 10: the octets of a chunk are no commands."""
+    site.start(XClient="on")
+    client = site.client()
+    client.expect("220")
+    client.chunk(b"NOOP\r\n" * 3, last=True)
+    client.expect("503 5.5.1")
+    client.cmd("HELP", "214")
+    assert site.hop.commands == ["HELP"]
+    client.quit()
+
+
+def test_commands_that_pass_before_xclient(site, xhop):
+    site.start(XClient="on")
+    client = site.client()
+    client.expect("220")
+    for command, want in ("NOOP", "250"), ("RSET", "250"), ("HELP", "214"):
+        client.cmd(command, want)
+    assert site.hop.commands == ["NOOP", "RSET", "HELP"]
+    client.quit()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("hello", ["EHLO", "HELO"])
+def test_xclient_withheld_while_hello_is_refused(site, xhop, hello):
+    """PROMISE 10: the 503s last until XCLIENT was accepted."""
+    xhop.on(hello, ["501 5.5.4 Syntax: %s hostname" % hello])
+    site.start(XClient="on")
+    client = site.client()
+    client.expect("220")
+    client.cmd("MAIL FROM:<a@b>", "503 5.5.1")
+    client.cmd(hello, "501 5.5.4")
+    client.cmd("MAIL FROM:<a@b>", "503 5.5.1")
+    client.cmd("EHLO me", "250")
+    client.mail()
+    client.quit()
+    assert site.hop.session.verbs()[:5] == [hello, "EHLO", "XCLIENT", "EHLO", "MAIL"]
 
 
 @pytest.mark.core
@@ -102,24 +208,42 @@ def test_a_later_ehlo_sends_none_when_it_is_offered_only_then(site):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("reply", ["550 5.7.0 insufficient authorization",
-                                   "501-5.5.4 a\n501 5.5.4 b", "421 4.3.2 bye"])
+@pytest.mark.parametrize("reply", [
+    "550 5.7.0 insufficient authorization", "501-5.5.4 a\n501 5.5.4 b",
+    "500 5.5.1 what", "502 5.5.1 no", "503 5.5.1 not now", "504 5.5.4 no"])
 def test_xclient_refused_goes_on_with_the_first_reply(site, xhop, reply):
     xhop.on("XCLIENT", reply)
     site.start(XClient="on")
     client = site.client()
     client.expect("220")
-    if reply.startswith("421"):
-        client.line("EHLO me")
-        client.reply()
-        client.rest()
-        return
     got = client.cmd("EHLO me", "250")
     assert "DSN" in got.keywords()
     assert site.hop.session.verbs() == ["EHLO", "XCLIENT"]
-    site.daemon.wait_log("XCLIENT")
+    site.daemon.wait_log("SERVER: refused XCLIENT: " + reply[:3])
+    client.cmd("EHLO me", "250")
     client.mail()
     client.quit()
+    assert len(site.hop.told("XCLIENT")) == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("reply", [
+    "450 4.7.1 Client host rejected: cannot find your hostname", "421 4.3.2 bye",
+    "554-5.7.1 no\n554 5.7.1 never", "521 5.7.1 no", "551 5.7.1 x", "452 4.3.1 x"])
+@pytest.mark.parametrize("hello", ["EHLO", "HELO"])
+def test_xclient_answered_with_a_refusal_of_the_client_ends_the_session(
+        site, xhop, reply, hello):
+    """It is the greeting that the client would have had."""
+    xhop.on("XCLIENT", reply)
+    site.start(XClient="on")
+    client = site.client()
+    client.expect("220")
+    assert client.cmd(hello + " me").text == reply
+    client.eof()
+    assert site.hop.session.wait_end() in ("quit", "eof")
+    assert site.hop.session.verbs()[:2] == [hello, "XCLIENT"]
+    assert len(site.hop.commands) == 3 - reply.startswith("421")
+    site.daemon.wait_log("SERVER: refused the client: " + reply[:3])
 
 
 def test_the_second_ehlo_refused_is_what_the_client_gets(site, xhop):

@@ -1605,7 +1605,7 @@ is_not_smtp(const struct session *s)
 		return 0;
 	if ((*p < 'A' || *p > 'Z') && (*p < 'a' || *p > 'z'))
 		return 1;
-	for (n = 0; n < len && strchr(" \t\r\n", p[n]) == NULL; n++)
+	for (n = 0; n < len && memchr(" \t\r\n", p[n], 4) == NULL; n++)
 		;
 	for (i = 0; i < sizeof words / sizeof words[0]; i++)
 		if (n < len && word_is(p, n, words[i]))

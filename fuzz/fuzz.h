@@ -76,6 +76,12 @@ child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
 	return NULL;
 }
 
+int
+child_room(void)
+{
+	return 1;
+}
+
 void
 child_forget(struct child *c)
 {

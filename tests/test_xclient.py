@@ -1,10 +1,11 @@
 """XCLIENT to the next hop, XFORWARD through us."""
 
 import re
+import struct
 
 import pytest
 
-from harness import BAD, CLOSE, XCLIENT, environment, has_ipv6
+from harness import BAD, CLOSE, Hold, XCLIENT, environment, has_ipv6
 
 @pytest.fixture
 def xhop(site):
@@ -244,6 +245,37 @@ def test_xclient_answered_with_a_refusal_of_the_client_ends_the_session(
     assert site.hop.session.verbs()[:2] == [hello, "XCLIENT"]
     assert len(site.hop.commands) == 3 - reply.startswith("421")
     site.daemon.wait_log("SERVER: refused the client: " + reply[:3])
+
+
+@pytest.mark.parametrize("which", range(1, 5))
+def test_xclient_without_memory_is_not_skipped(site, xhop, faulty_build, which):
+    """PROMISE 10: rather the session ends.  One allocation fails after the reply
+    to EHLO, when others have the buffers that were kept."""
+    hello, greeting = Hold(), Hold()
+    xhop.on("EHLO", [hello]).on("greeting", [None, greeting, greeting])
+    counts = site.path("faults")
+    with open(counts, "wb") as file:
+        file.truncate(8 + 255 * 16)                 # struct faults
+    site.start(XClient="on", binary=faulty_build,
+               env={"FAULT": "malloc:1000000:0:12", "FAULTS": counts})
+    client = site.client()
+    client.send("EHLO me\r\nMAIL FROM:<a@b>\r\n")
+    client.half_close()
+    hello.reached()
+    others = [site.client() for _ in range(2)]
+    for other in others:
+        other.send("EHLO")
+    greeting.reached(2)
+    site.daemon.rests()
+    with open(counts, "rb+") as file:
+        at = file.read().index(b"malloc\0\0")
+        file.seek(at + 8)
+        file.write(struct.pack("Q", 1000000 - which))
+    hello.go()
+    client.rest()
+    verbs = site.hop.sessions[0].verbs()
+    assert "MAIL" not in verbs or "XCLIENT" in verbs, verbs
+    greeting.go()
 
 
 def test_the_second_ehlo_refused_is_what_the_client_gets(site, xhop):

@@ -153,9 +153,8 @@ class Client:
                 self.accounts.fail("unexplained", "354 without MAIL: %s" % m)
             if m.told is None and (stage == "body" or not good):
                 m.told, m.told_at = reply, stage
-            if reply[:3] == b"421" or not good and m.pace == "burst" and \
-                    not m.bdat and stage != "body":
-                return False            # what is the body now?
+            if reply[:3] == b"421":
+                return False
         return True
 
     def quit_reply(self, c, m):

@@ -130,9 +130,8 @@ class Message:
             self.clamd = [pick(r, CLAMD) for _ in range(r.choice((1, 1, 2, 4)))]
         if self.leave == "flood" and self.session.unix:
             self.leave = "scan"         # there is no reset on a unix socket
-        if self.pace == "burst" and not self.bdat and \
-                (self.hop.keys() & {"MAIL", "RCPT"} or self.leave):
-            self.pace = "pipelined"     # a body must not become commands
+        if self.pace == "burst" and not self.bdat:
+            self.pace = "pipelined"     # DATA is the last command of a group
 
     def plan_body(self, r):
         """raw is first + block * times."""

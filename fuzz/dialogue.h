@@ -391,13 +391,13 @@ model_run(struct model *m, const char *p, size_t n)
 			;
 		if (i == n)
 			return;
-		if (i > LINESZ) {
+		len = i > 0 && p[i - 1] == '\r' ? i - 1 : i;
+		if (len > LINESZ) {
 			refused(m, "500");
 			m->closed |= m->auth;
 			took = i + 1;
 			continue;
 		}
-		len = i > 0 && p[i - 1] == '\r' ? i - 1 : i;
 		memcpy(line, p, len);
 		line[len] = '\0';
 		p += i + 1;

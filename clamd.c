@@ -129,7 +129,7 @@ slot_take(struct session *s, struct clamd *c)
 {
 	c->running++;
 	c->refs++;
-	s->scan.at = c;
+	s->scan.clamd = c;
 }
 
 static void queue_run(void);
@@ -251,11 +251,11 @@ verdict_is(struct session *s, enum verdict v)
 static void
 scan_leave(struct session *s)
 {
-	struct clamd *c = s->scan.at;
+	struct clamd *c = s->scan.clamd;
 
 	peer_close(&s->clamd);
-	s->scan.at = NULL;
-	s->scan.started = 0;
+	s->scan.clamd = NULL;
+	s->scan.scanning = 0;
 	if (c != NULL)
 		slot_free(c);
 }
@@ -264,16 +264,16 @@ scan_leave(struct session *s)
 static int
 scan_failed(struct session *s, int dead, const char *why)
 {
-	struct clamd *c = s->scan.at;
+	struct clamd *c = s->scan.clamd;
 	int i;
 
 	slog(s, LOG_DEBUG, "clamd %s: %s", clamd_name(c), why);
-	format(s->virus, sizeof s->virus, "%s", why);
+	format(s->verdict_text, sizeof s->verdict_text, "%s", why);
 	clamd_complain(c, why);
 	c->failures++;
 	if (dead) {
 		c->dead_until = now + RETRY_TIME;
-		target_look(c->target, 1);
+		target_resolve(c->target, 1);
 	}
 	for (i = 0; i < s->conf->nclamd; i++)
 		if (s->conf->clamd[i] == c)
@@ -307,18 +307,18 @@ clamd_begin(struct session *s)
 {
 	memset(&s->scan, 0, sizeof s->scan);
 	s->verdict = UNKNOWN;
-	s->virus[0] = '\0';
+	s->verdict_text[0] = '\0';
 	queue_join(s, 0);
 }
 
 static int
 scan_lookup(struct session *s)
 {
-	struct target *t = s->scan.at->target;
+	struct target *t = s->scan.clamd->target;
 
-	target_look(t, 0);
+	target_resolve(t, 0);
 	if (t->naddr == 0) {
-		if (t->looking)
+		if (t->resolving)
 			return 0;
 		return scan_failed(s, 1, "this name has no address");
 	}
@@ -344,16 +344,16 @@ static int
 scan_command(struct session *s)
 {
 	static const char command[] = "zINSTREAM";
-	struct target *t = s->scan.at->target;
+	struct target *t = s->scan.clamd->target;
 
-	s->scan.sent = s->scan.chunk = 0;
-	s->scan.ended = 0;
-	s->scan.again = s->scan.until = 0;
+	s->scan.sent = s->scan.chunk_end = 0;
+	s->scan.queued = 0;
+	s->scan.retry_at = s->scan.connect_deadline = 0;
 	if (!buf_ready(&s->clamd.out, sizeof command))
 		return 0;
 	if (t->addr[s->scan.addr].u.sa.sa_family != AF_UNIX)
 		keep_alive(s->clamd.fd);
-	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, clamd_name(s->scan.at));
+	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, clamd_name(s->scan.clamd));
 	buf_put(&s->clamd.out, command, sizeof command);
 	s->scan.phase = SC_SEND;
 	return 1;
@@ -362,28 +362,28 @@ scan_command(struct session *s)
 static int
 scan_connect(struct session *s)
 {
-	struct target *t = s->scan.at->target;
+	struct target *t = s->scan.clamd->target;
 	socklen_t len = sizeof(int);
 	int err = 0, done, i;
 
-	if (s->scan.again > now)
+	if (s->scan.retry_at > now)
 		return 0;
 	if (s->clamd.fd == -1) {
 		i = target_next(t, s->scan.addrs_tried);
 		s->scan.addr = i != -1 ? i : 0;	/* -1: others were looked up */
 		s->clamd.fd = addr_connect(&t->addr[s->scan.addr], &done);
 		if (s->clamd.fd == -1 && errno == EAGAIN) {
-			s->scan.again = now + BUSY_TIME;
+			s->scan.retry_at = now + CONNECT_RETRY;
 			return 0;
 		}
-		s->scan.again = 0;
-		s->scan.until = now + CONNECT_TIME;
+		s->scan.retry_at = 0;
+		s->scan.connect_deadline = now + CONNECT_TIME;
 		s->clamd.connecting = s->clamd.fd != -1 && !done;
 		if (s->clamd.fd == -1)
 			err = errno;
 	} else if (!s->clamd.connecting)
 		getsockopt(s->clamd.fd, SOL_SOCKET, SO_ERROR, &err, &len);
-	else if (now >= s->scan.until)
+	else if (now >= s->scan.connect_deadline)
 		err = ETIMEDOUT;
 	if (err == 0)
 		return s->clamd.connecting ? 0 : scan_command(s);
@@ -404,7 +404,7 @@ send_length(struct session *s, off_t n)
 	if (!buf_ready(&s->clamd.out, sizeof length))
 		return 0;
 	buf_put(&s->clamd.out, &length, sizeof length);
-	s->scan.chunk += n;
+	s->scan.chunk_end += n;
 	return 1;
 }
 
@@ -424,7 +424,7 @@ send_tail(struct session *s, size_t n)
 		return 0;
 	r = pread(s->spool, out->b + out->w, n, s->scan.sent);
 	if (r <= 0) {
-		s->clamd.err = OURS;
+		s->clamd.err = PEER_LOCAL;
 		s->clamd.eof = 1;
 		return 1;
 	}
@@ -432,7 +432,7 @@ send_tail(struct session *s, size_t n)
 	s->scan.sent += r;
 	if ((size_t)r == n) {
 		buf_put(out, end, sizeof end);
-		s->scan.ended = 1;
+		s->scan.queued = 1;
 	}
 	return 1;
 }
@@ -441,8 +441,8 @@ static int
 send_next(struct session *s)
 {
 	struct scan *c = &s->scan;
-	off_t end = scan_line_len + s->size, n = c->chunk - c->sent;
-	off_t tail = c->chunk == end ? TAILSZ : 0;
+	off_t end = scan_line_len + s->msg_size, n = c->chunk_end - c->sent;
+	off_t tail = c->chunk_end == end ? TAILSZ : 0;
 
 	if (n == 0)
 		return send_length(s, end - c->sent < CHUNKSZ ?
@@ -451,7 +451,7 @@ send_next(struct session *s)
 		return send_tail(s, n);
 	return peer_drain(&s->clamd, 1) &&
 	    peer_sendfile(&s->clamd, s->spool, &c->sent, n - tail) &&
-	    --s->budget > 0;
+	    --s->io_budget > 0;
 }
 
 static int
@@ -461,20 +461,20 @@ scan_send(struct session *s)
 	struct peer *p = &s->clamd;
 
 	/* Promise 4: an OK that is here before the last bytes leave is none. */
-	if (c->ended && !p->eof)
+	if (c->queued && !p->eof)
 		peer_fill(p);
 	/* It said something already, or it went away: that is the answer. */
 	if (p->err || p->eof || buf_len(&p->in) > 0) {
 		c->phase = SC_ANSWER;
 		return 1;
 	}
-	if (c->sent > 0 && !peer_drain(p, !c->ended))
+	if (c->sent > 0 && !peer_drain(p, !c->queued))
 		return 0;
 	if (p->err)
 		return 1;
-	if (!c->ended)
+	if (!c->queued)
 		return send_next(s);
-	c->started = 1;
+	c->scanning = 1;
 	c->phase = SC_ANSWER;
 	return 1;
 }
@@ -536,7 +536,7 @@ scan_count(struct session *s)
 		;
 	count.scans[i]++;
 	count.scan_ms += ms;
-	s->judged_at = now;
+	s->verdict_at = now;
 }
 
 /* The answer is there, n bytes without its terminator; whole: it had one, and
@@ -544,15 +544,15 @@ scan_count(struct session *s)
 static int
 scan_answer(struct session *s, const char *p, size_t n, int whole)
 {
-	struct clamd *c = s->scan.at;
+	struct clamd *c = s->scan.clamd;
 	char why[NOTESZ / 4];
 	enum verdict v;
 
 	slog(s, LOG_DEBUG, "CLAMAV < %s", printable(p, n));
-	v = clamd_parse(p, n, s->virus);
+	v = clamd_parse(p, n, s->verdict_text);
 	if (!whole && v != TOOBIG)
 		v = FAILED;
-	if (v == CLEAN && !s->scan.started)
+	if (v == CLEAN && !s->scan.scanning)
 		return scan_failed(s, 0,
 		    "it answered OK before it had the whole message");
 	if (v == FAILED) {
@@ -588,7 +588,7 @@ scan_read(struct session *s)
 		return scan_failed(s, 0, "it answered at too great a length");
 	if (!s->clamd.eof)
 		return 0;
-	if (s->clamd.err == OURS)
+	if (s->clamd.err == PEER_LOCAL)
 		return scan_failed(s, 0, "the message could not be sent to it");
 	if (n == 0)
 		return scan_failed(s, 1,
@@ -627,7 +627,7 @@ clamd_scan(struct session *s)
 }
 
 int
-clamd_wants(const struct session *s)
+clamd_events(const struct session *s)
 {
 	switch (s->scan.phase) {
 	case SC_CONNECT:
@@ -642,34 +642,34 @@ clamd_wants(const struct session *s)
 }
 
 int64_t
-clamd_time(const struct session *s)
+clamd_deadline(const struct session *s)
 {
 	if (s->scan.phase != SC_CONNECT)
 		return 0;
-	return s->scan.again != 0 ? s->scan.again : s->scan.until;
+	return s->scan.retry_at != 0 ? s->scan.retry_at : s->scan.connect_deadline;
 }
 
 void
-clamd_drop(struct session *s)
+clamd_cancel(struct session *s)
 {
 	struct abandoned *a;
 
 	if (s->scan.phase == SC_QUEUE)
 		queue_leave(s);
-	if (s->scan.at != NULL && s->scan.started && s->clamd.fd != -1 &&
+	if (s->scan.clamd != NULL && s->scan.scanning && s->clamd.fd != -1 &&
 	    (a = calloc(1, sizeof *a)) != NULL) {
 		a->peer = s->clamd;
 		buf_free(&a->peer.in);
 		buf_free(&a->peer.out);
-		a->at = s->scan.at;
-		a->until = now + ABANDON_TIME;
+		a->at = s->scan.clamd;
+		a->until = now + ABANDON_LIMIT;
 		a->next = abandoned;
 		abandoned = a;
 		a->at->abandoned++;
 		s->clamd.fd = -1;
 		memset(&s->clamd.in, 0, sizeof s->clamd.in);
 		memset(&s->clamd.out, 0, sizeof s->clamd.out);
-		s->scan.at = NULL;
+		s->scan.clamd = NULL;
 		queue_run();		/* on trial, it may have another one */
 	}
 	scan_leave(s);
@@ -677,24 +677,24 @@ clamd_drop(struct session *s)
 }
 
 void
-clamd_late(struct session *s)
+clamd_timeout(struct session *s)
 {
 	static int64_t quiet_until;
-	struct clamd *c = s->scan.at;
+	struct clamd *c = s->scan.clamd;
 
-	format(s->virus, sizeof s->virus, "no %s within ScanTimeOut",
+	format(s->verdict_text, sizeof s->verdict_text, "no %s within ScanTimeOut",
 	    c != NULL ? "verdict" : "free slot");
 	if (c != NULL) {
-		clamd_complain(c, s->virus);
+		clamd_complain(c, s->verdict_text);
 		c->failures++;
 		c->dead_until = now + RETRY_TIME;
 		c->on_trial = 1;
 	} else if (now >= quiet_until) {
 		quiet_until = now + REPEAT_TIME;
 		logmsg(LOG_ERR, "clamd %s: %s; is MaxScans as large as its "
-		    "MaxThreads?", clamd_name(s->conf->clamd[0]), s->virus);
+		    "MaxThreads?", clamd_name(s->conf->clamd[0]), s->verdict_text);
 	}
-	clamd_drop(s);
+	clamd_cancel(s);
 }
 
 static void
@@ -773,13 +773,13 @@ ping_next(void)
 	peer_close(&ping.peer);
 	while (ping.which < ping.conf->nclamd) {
 		t = ping.conf->clamd[ping.which]->target;
-		target_look(t, 0);
-		if (t->naddr == 0 && t->looking && now < ping.clamd_until) {
+		target_resolve(t, 0);
+		if (t->naddr == 0 && t->resolving && now < ping.clamd_until) {
 			ping.until = ping.clamd_until;
 			return;
 		}
 		if (t->naddr == 0)
-			ping_why(t->looking ? "its name is still being looked "
+			ping_why(t->resolving ? "its name is still being looked "
 			    "up" : "this name has no address");
 		ping.addr = target_next(t, ping.tried);
 		if (ping.addr == -1) {
@@ -832,25 +832,25 @@ on_ping(void *arg, int revents)
 }
 
 static void
-ping_watch(void)
+ping_poll(void)
 {
-	int looking;
+	int resolving;
 
 	if (ping.conf == NULL)
 		return;
-	looking = ping.peer.fd == -1;
+	resolving = ping.peer.fd == -1;
 	if (now >= ping.until) {
-		if (!looking)
+		if (!resolving)
 			ping_why("no answer to PING in time");
 		ping_next();
-	} else if (looking && !ping.conf->clamd[ping.which]->target->looking)
+	} else if (resolving && !ping.conf->clamd[ping.which]->target->resolving)
 		ping_next();
 	if (ping.conf == NULL)
 		return;
 	if (ping.peer.fd != -1)
-		watch(ping.peer.fd, ping.peer.connecting ? POLLOUT : POLLIN,
+		poll_add(ping.peer.fd, ping.peer.connecting ? POLLOUT : POLLIN,
 		    on_ping, NULL);
-	wait_until(ping.until);
+	poll_deadline(ping.until);
 }
 
 static void
@@ -899,7 +899,7 @@ clamd_waiting(void)
 
 /* The daemon ends. */
 void
-clamd_end(void)
+clamd_shutdown(void)
 {
 	struct abandoned *a;
 
@@ -913,14 +913,14 @@ clamd_end(void)
 }
 
 void
-clamd_watch(void)
+clamd_poll(void)
 {
 	struct abandoned *a, **p = &abandoned;
 	struct clamd *c;
 
 	/* One that is dead no longer may serve those that wait. */
 	for (c = clamds; c != NULL && queue != NULL; c = c->next) {
-		wait_until(c->dead_until);
+		poll_deadline(c->dead_until);
 		if (now >= c->dead_until && c->dead_until != 0) {
 			c->dead_until = 0;
 			queue_run();
@@ -932,9 +932,9 @@ clamd_watch(void)
 			abandoned_free(a);
 			continue;
 		}
-		watch(a->peer.fd, POLLIN, on_abandoned, a);
-		wait_until(a->until);
+		poll_add(a->peer.fd, POLLIN, on_abandoned, a);
+		poll_deadline(a->until);
 		p = &a->next;
 	}
-	ping_watch();
+	ping_poll();
 }

@@ -35,15 +35,15 @@
 #define STORE_NAME	"clamsmtpd_"	/* of listeners in systemd's store */
 #define NOTIFY_TIME	(5 * SECOND)	/* for room at systemd, at the start */
 #define TRIM_TIME	(2 * SECOND)
-#define MAXVISITORS	8		/* of the status page */
-#define VISIT_TIME	(10 * SECOND)
+#define MAXHTTP	8		/* of the status page */
+#define HTTP_TIME	(10 * SECOND)
 #define REQUESTSZ	4096		/* bytes of theirs */
-#define BUSY_FOR	100		/* after a session ran it is a busy one */
-#define LOOK_TIME	10		/* how often the others are looked at, if */
+#define ACTIVE_TIME	100		/* after a session ran it is a busy one */
+#define IDLE_POLL	10		/* how often the others are looked at, if */
 #define MANY_IDLE	64		/* they are more than that */
 
 int64_t now;
-int wake_all;
+int run_all;
 struct counters count;
 
 static struct conf *conf;
@@ -71,10 +71,10 @@ static struct owner {
 	void	*arg;
 } *owners;
 static int nfds, fds_size;
-static int64_t turn_end;
+static int64_t poll_until;
 
 void
-watch(int fd, int events, void (*ready)(void *, int), void *arg)
+poll_add(int fd, int events, void (*ready)(void *, int), void *arg)
 {
 	int size = fds_size * 2 + 64;
 	struct pollfd *f;
@@ -86,7 +86,7 @@ watch(int fd, int events, void (*ready)(void *, int), void *arg)
 		if ((o = realloc(owners, size * sizeof *o)) != NULL)
 			owners = o;
 		if (f == NULL || o == NULL) {
-			starved = 1;	/* in the next turn, then */
+			nomem = 1;	/* in the next turn, then */
 			return;
 		}
 		fds_size = size;
@@ -99,10 +99,10 @@ watch(int fd, int events, void (*ready)(void *, int), void *arg)
 }
 
 void
-wait_until(int64_t t)
+poll_deadline(int64_t t)
 {
-	if (t != 0 && t < turn_end)
-		turn_end = t;
+	if (t != 0 && t < poll_until)
+		poll_until = t;
 }
 
 /* What was asked for is ready if the socket failed: the call that reads or
@@ -142,7 +142,7 @@ static struct child *children;
 
 /* Whoever started us may have ignored some. */
 static void
-default_signals(void)
+signals_default(void)
 {
 	sigset_t none;
 	int sig;
@@ -155,7 +155,7 @@ default_signals(void)
 
 /* A signal to all of us must not come twice, through the child's handlers. */
 static pid_t
-fork_quietly(void)
+fork_blocked(void)
 {
 	sigset_t all, before;
 	pid_t pid;
@@ -164,7 +164,7 @@ fork_quietly(void)
 	sigprocmask(SIG_SETMASK, &all, &before);
 	pid = fork();
 	if (pid == 0)
-		default_signals();
+		signals_default();
 	else
 		sigprocmask(SIG_SETMASK, &before, NULL);
 	return pid;
@@ -196,7 +196,7 @@ child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
 		goto fail;
 	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1)
 		goto fail;
-	if ((c->pid = fork_quietly()) == -1)
+	if ((c->pid = fork_blocked()) == -1)
 		goto fail;
 	if (c->pid == 0) {
 		keep[0] = p[1];
@@ -259,7 +259,7 @@ child_free(struct child *c)
 		;
 	*p = c->next;
 	if (c->copy != NULL)
-		wake_all = 1;		/* there is room for one that waits */
+		run_all = 1;		/* there is room for one that waits */
 	free(c->scratch);
 	free(c->copy);
 	free(c);
@@ -334,7 +334,7 @@ on_child(void *arg, int revents)
 }
 
 static void
-children_watch(void)
+children_poll(void)
 {
 	struct child *c, *next;
 
@@ -347,8 +347,8 @@ children_watch(void)
 			child_end(c);
 			continue;
 		}
-		watch(c->fd, POLLIN, on_child, c);
-		wait_until(c->deadline);
+		poll_add(c->fd, POLLIN, on_child, c);
+		poll_deadline(c->deadline);
 	}
 }
 
@@ -373,7 +373,7 @@ on_lookup(void *ctx, const char *answer, size_t n)
 {
 	struct target *t = ctx;
 
-	t->looking = 0;
+	t->resolving = 0;
 	if (n == 0 || n % sizeof t->addr[0] != 0) {
 		if (!stopping)
 			logmsg(LOG_WARNING, "%s: no address found for this "
@@ -381,57 +381,57 @@ on_lookup(void *ctx, const char *answer, size_t n)
 			    "; the old one stays" : "");
 	} else
 		target_set(t, answer, n / sizeof t->addr[0]);
-	wake_all = 1;
+	run_all = 1;
 	target_put(t);
 }
 
 void
-target_look(struct target *t, int force)
+target_resolve(struct target *t, int force)
 {
-	int64_t age = now - t->looked;
+	int64_t age = now - t->resolved_at;
 
-	if (t->name == NULL || t->looking)
+	if (t->name == NULL || t->resolving)
 		return;
-	if (t->looked != 0 && age < (force || t->naddr == 0 ?
+	if (t->resolved_at != 0 && age < (force || t->naddr == 0 ?
 	    LOOKUP_RETRY : LOOKUP_TIME))
 		return;
-	t->looked = now;
-	t->looking = 1;
+	t->resolved_at = now;
+	t->resolving = 1;
 	t->refs++;
 	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
 	    LOOKUP_LIMIT) != NULL)
 		return;
 	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
-	t->looking = 0;
+	t->resolving = 0;
 	t->refs--;
 }
 
 /* Not to wait for it when the first mail comes. */
 static void
-look_up_all(struct conf *c)
+resolve_all(struct conf *c)
 {
 	int i;
 
 	if (c->out != NULL && !c->transparent)
-		target_look(c->out, 0);
+		target_resolve(c->out, 0);
 	for (i = 0; i < c->nclamd; i++)
-		target_look(c->clamd[i]->target, 0);
+		target_resolve(c->clamd[i]->target, 0);
 }
 
 /*
  * VirusActions.
  */
 
-struct job {
+struct virusaction {
 	unsigned id;			/* the session's, for the log */
 	char	*command;
 	char	**env;
 	int64_t	 ms, deadline;
 	pid_t	 pid;			/* 0: waits */
 	int	 warned;		/* TERM sent */
-	struct job *next;
+	struct virusaction *next;
 };
-static struct job *jobs;		/* running ones and waiting ones, by age */
+static struct virusaction *virusactions;		/* running ones and waiting ones, by age */
 
 void
 env_free(char **env)
@@ -450,11 +450,11 @@ job_text(const char *command)
 }
 
 static void
-job_free(struct job *j)
+virusaction_free(struct virusaction *j)
 {
-	struct job **p;
+	struct virusaction **p;
 
-	for (p = &jobs; *p != NULL; p = &(*p)->next)
+	for (p = &virusactions; *p != NULL; p = &(*p)->next)
 		if (*p == j) {
 			*p = j->next;
 			break;
@@ -464,10 +464,10 @@ job_free(struct job *j)
 	free(j);
 }
 
-static void job_exec(const struct job *) __attribute__((noreturn));
+static void virusaction_exec(const struct virusaction *) __attribute__((noreturn));
 
 static void
-job_exec(const struct job *j)
+virusaction_exec(const struct virusaction *j)
 {
 	static char sh[] = "sh", c[] = "-c";
 	char *argv[] = { sh, c, j->command, NULL };
@@ -487,25 +487,25 @@ job_exec(const struct job *j)
 }
 
 static void
-jobs_start(void)
+virusactions_start(void)
 {
-	struct job *j, *next;
+	struct virusaction *j, *next;
 	int running = 0;
 
-	for (j = jobs; j != NULL; j = j->next)
+	for (j = virusactions; j != NULL; j = j->next)
 		running += j->pid != 0;
-	for (j = jobs; j != NULL && running < MAXACTIONS; j = next) {
+	for (j = virusactions; j != NULL && running < MAXACTIONS; j = next) {
 		next = j->next;
 		if (j->pid != 0)
 			continue;
-		switch (j->pid = fork_quietly()) {
+		switch (j->pid = fork_blocked()) {
 		case -1:
 			logmsg(LOG_ERR, "%06X: VirusAction: fork: %s: %s",
 			    j->id, strerror(errno), job_text(j->command));
-			job_free(j);
+			virusaction_free(j);
 			break;
 		case 0:
-			job_exec(j);
+			virusaction_exec(j);
 		default:
 			setpgid(j->pid, j->pid);	/* whoever is first */
 			j->deadline = now + j->ms;
@@ -515,12 +515,12 @@ jobs_start(void)
 }
 
 void
-action_start(unsigned id, const char *command, char **env, int64_t ms)
+virusaction_start(unsigned id, const char *command, char **env, int64_t ms)
 {
-	struct job *j, **last;
+	struct virusaction *j, **last;
 	int waiting = 0;
 
-	for (last = &jobs; *last != NULL; last = &(*last)->next)
+	for (last = &virusactions; *last != NULL; last = &(*last)->next)
 		waiting += (*last)->pid == 0;
 	if (waiting >= MAXWAITING) {
 		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d wait already: "
@@ -540,15 +540,15 @@ action_start(unsigned id, const char *command, char **env, int64_t ms)
 	j->env = env;
 	j->ms = ms;
 	*last = j;
-	jobs_start();
+	virusactions_start();
 }
 
 static void
-job_ended(pid_t pid, int status)
+virusaction_ended(pid_t pid, int status)
 {
-	struct job *j;
+	struct virusaction *j;
 
-	for (j = jobs; j != NULL; j = j->next)
+	for (j = virusactions; j != NULL; j = j->next)
 		if (j->pid == pid)
 			break;
 	if (j == NULL)
@@ -562,15 +562,15 @@ job_ended(pid_t pid, int status)
 	/* What it left in its group has had its time if it was killed. */
 	if (j->warned)
 		kill(-pid, SIGKILL);
-	job_free(j);
+	virusaction_free(j);
 }
 
 static void
-jobs_watch(void)
+virusactions_poll(void)
 {
-	struct job *j;
+	struct virusaction *j;
 
-	for (j = jobs; j != NULL; j = j->next) {
+	for (j = virusactions; j != NULL; j = j->next) {
 		if (j->pid == 0)
 			continue;
 		if (now >= j->deadline) {
@@ -582,7 +582,7 @@ jobs_watch(void)
 			j->warned = 1;
 			j->deadline = now + KILL_TIME;
 		}
-		wait_until(j->deadline);
+		poll_deadline(j->deadline);
 	}
 }
 
@@ -596,19 +596,19 @@ reap(void)
 		pid = waitpid(-1, &status, WNOHANG);
 		if (pid > 0) {
 			child_reaped(pid);
-			job_ended(pid, status);
+			virusaction_ended(pid, status);
 		}
 	} while (pid > 0 || (pid == -1 && errno == EINTR));
-	jobs_start();
+	virusactions_start();
 }
 
 /* The daemon ends, and nothing of it stays. */
 static void
-jobs_kill(void)
+virusactions_kill(void)
 {
-	struct job *j;
+	struct virusaction *j;
 
-	while ((j = jobs) != NULL) {
+	while ((j = virusactions) != NULL) {
 		logmsg(LOG_WARNING, "%06X: VirusAction: %s, the daemon ends: %s",
 		    j->id, j->pid == 0 ? "not run" : "killed",
 		    job_text(j->command));
@@ -616,7 +616,7 @@ jobs_kill(void)
 			kill(-j->pid, SIGKILL);
 			waitpid(j->pid, NULL, 0);
 		}
-		job_free(j);
+		virusaction_free(j);
 	}
 }
 
@@ -624,21 +624,21 @@ jobs_kill(void)
  * The status page: HTTP/1.0, one request a connection.
  */
 
-struct visitor {
+struct http_client {
 	struct peer peer;
 	int64_t	 deadline;
-	int	 asks_health;		/* and waits for clamd's PONG */
+	int	 awaits_ping;		/* and waits for clamd's PONG */
 	int	 answered;		/* to HEAD: the head is all */
 	int	 head;
-	struct visitor *next;
+	struct http_client *next;
 };
-static struct visitor *visitors;
+static struct http_client *http_clients;
 
-static void on_visit(void *, int);
+static void on_http(void *, int);
 
 /* Reset, or hung up, though nobody has looked at it yet. */
 static int
-visitor_gone(struct visitor *v)
+http_gone(struct http_client *v)
 {
 	struct pollfd p = { v->peer.fd, 0, 0 };
 
@@ -649,31 +649,31 @@ visitor_gone(struct visitor *v)
 
 /* Where there are too many, the one goes that has been silent longest. */
 static void
-visitor_add(int fd, const struct addr *a)
+http_accept(int fd, const struct addr *a)
 {
-	struct visitor *v, *silent = NULL;
+	struct http_client *v, *silent = NULL;
 	int n = 0;
 
 	(void)a;
-	for (v = visitors; v != NULL; v = v->next) {
-		if (now >= v->deadline || visitor_gone(v))
+	for (v = http_clients; v != NULL; v = v->next) {
+		if (now >= v->deadline || http_gone(v))
 			continue;
 		n++;
-		if (!v->asks_health)
+		if (!v->awaits_ping)
 			silent = v;
 	}
-	if ((n >= MAXVISITORS && silent == NULL) ||
+	if ((n >= MAXHTTP && silent == NULL) ||
 	    (v = calloc(1, sizeof *v)) == NULL) {
 		close(fd);
 		return;
 	}
-	if (n >= MAXVISITORS)
+	if (n >= MAXHTTP)
 		silent->deadline = now;
 	v->peer.fd = fd;
-	v->deadline = now + VISIT_TIME;
-	v->next = visitors;
-	visitors = v;
-	on_visit(v, POLLIN);		/* the request is here, mostly */
+	v->deadline = now + HTTP_TIME;
+	v->next = http_clients;
+	http_clients = v;
+	on_http(v, POLLIN);		/* the request is here, mostly */
 }
 
 static unsigned long long
@@ -682,17 +682,17 @@ count_messages(void)
 	unsigned long long n = 0;
 	int f;
 
-	for (f = 0; f < NFATES; f++)
+	for (f = 0; f < NOUTCOMES; f++)
 		n += count.messages[f];
 	return n;
 }
 
-static void visit_say(struct visitor *, const char *, ...)
+static void http_say(struct http_client *, const char *, ...)
     __attribute__((format(printf, 2, 3)));
 
 /* What has no room in one buffer is left out.  Promise 8: text is ASCII. */
 static void
-visit_say(struct visitor *v, const char *fmt, ...)
+http_say(struct http_client *v, const char *fmt, ...)
 {
 	char line[NOTESZ], *p;
 	va_list ap;
@@ -711,9 +711,9 @@ visit_say(struct visitor *v, const char *fmt, ...)
 }
 
 static void
-visit_head(struct visitor *v, const char *status)
+http_head(struct http_client *v, const char *status)
 {
-	visit_say(v, "HTTP/1.0 %s\r\nContent-Type: text/plain; version=0.0.4; "
+	http_say(v, "HTTP/1.0 %s\r\nContent-Type: text/plain; version=0.0.4; "
 	    "charset=utf-8\r\nConnection: close\r\n\r\n", status);
 	v->answered = 1;
 }
@@ -726,42 +726,42 @@ clamd_health(const struct clamd *c)
 }
 
 static void
-visit_page(struct visitor *v)
+http_page(struct http_client *v)
 {
 	const struct clamd *c;
 	int i, running = 0;
 
-	visit_say(v, "clamsmtpd " VERSION ", up since %s\n",
+	http_say(v, "clamsmtpd " VERSION ", up since %s\n",
 	    rfc3339_date(started));
-	visit_say(v, "sessions: %d now, %d at most so far, %d allowed; %llu in "
+	http_say(v, "sessions: %d now, %d at most so far, %d allowed; %llu in "
 	    "all, %llu refused\n", nsessions, most_sessions, (int)conf->maxconn,
 	    count.sessions, count.refused);
-	visit_say(v, "messages: %llu", count_messages());
-	for (i = 0; i < NFATES; i++)
-		visit_say(v, ", %llu %s", count.messages[i], fates[i]);
+	http_say(v, "messages: %llu", count_messages());
+	for (i = 0; i < NOUTCOMES; i++)
+		http_say(v, ", %llu %s", count.messages[i], outcome_names[i]);
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		running += c->running;
-		visit_say(v, "\nclamd %s: %s", clamd_name(c), clamd_health(c));
+		http_say(v, "\nclamd %s: %s", clamd_name(c), clamd_health(c));
 	}
-	visit_say(v, "\nscans: %d running, %d waiting\n", running,
+	http_say(v, "\nscans: %d running, %d waiting\n", running,
 	    clamd_waiting());
 }
 
 static void
-metric_head(struct visitor *v, const char *name, const char *type,
+metric_head(struct http_client *v, const char *name, const char *type,
     const char *help)
 {
-	visit_say(v, "# HELP clamsmtpd_%s %s\n# TYPE clamsmtpd_%s %s\n", name,
+	http_say(v, "# HELP clamsmtpd_%s %s\n# TYPE clamsmtpd_%s %s\n", name,
 	    help, name, type);
 }
 
 static void
-metric(struct visitor *v, const char *name, const char *type, const char *help,
+metric(struct http_client *v, const char *name, const char *type, const char *help,
     unsigned long long n)
 {
 	metric_head(v, name, type, help);
-	visit_say(v, "clamsmtpd_%s %llu\n", name, n);
+	http_say(v, "clamsmtpd_%s %llu\n", name, n);
 }
 
 /* A label's value: what is in a configuration file has no control characters. */
@@ -781,7 +781,7 @@ label(const char *text)
 }
 
 static void
-visit_scans(struct visitor *v)
+http_scans(struct http_client *v)
 {
 	unsigned long long n = 0;
 	int i, ms;
@@ -791,24 +791,24 @@ visit_scans(struct visitor *v)
 	for (i = 0; i < NBUCKETS - 1; i++) {
 		ms = scan_limits[i];
 		n += count.scans[i];
-		visit_say(v, "clamsmtpd_scan_seconds_bucket{le=\"%d.%02d\"} "
+		http_say(v, "clamsmtpd_scan_seconds_bucket{le=\"%d.%02d\"} "
 		    "%llu\n", ms / 1000, ms % 1000 / 10, n);
 	}
 	n += count.scans[i];
-	visit_say(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n", n);
-	visit_say(v, "clamsmtpd_scan_seconds_sum %llu.%03d\n"
+	http_say(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n", n);
+	http_say(v, "clamsmtpd_scan_seconds_sum %llu.%03d\n"
 	    "clamsmtpd_scan_seconds_count %llu\n", count.scan_ms / 1000,
 	    (int)(count.scan_ms % 1000), n);
 }
 
 static void
-visit_metrics(struct visitor *v)
+http_metrics(struct http_client *v)
 {
 	const struct clamd *c;
 	int i, running = 0;
 
 	metric_head(v, "build_info", "gauge", "Its version.");
-	visit_say(v, "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
+	http_say(v, "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
 	metric(v, "start_time_seconds", "gauge", "Since 1970.", started);
 	metric(v, "sessions", "gauge", "Open now.", nsessions);
 	metric(v, "sessions_total", "counter", "Accepted.", count.sessions);
@@ -817,78 +817,78 @@ visit_metrics(struct visitor *v)
 	metric(v, "message_bytes_total", "counter", "Of all messages.",
 	    count.bytes);
 	metric_head(v, "messages_total", "counter", "By what became of them.");
-	for (i = 0; i < NFATES; i++)
-		visit_say(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
-		    fates[i], count.messages[i]);
+	for (i = 0; i < NOUTCOMES; i++)
+		http_say(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
+		    outcome_names[i], count.messages[i]);
 	metric_head(v, "clamd_up", "gauge", "0: its last scan failed.");
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		running += c->running;
-		visit_say(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
+		http_say(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
 		    label(clamd_name(c)), c->complaint[0] == '\0');
 	}
 	metric_head(v, "clamd_failures_total", "counter",
 	    "Scans without a verdict.");
 	for (i = 0; i < conf->nclamd; i++)
-		visit_say(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
+		http_say(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
 		    "%llu\n", label(clamd_name(conf->clamd[i])),
 		    conf->clamd[i]->failures);
 	metric(v, "scans_running", "gauge", "At clamd now.", running);
 	metric(v, "scans_waiting", "gauge", "For MaxScans.", clamd_waiting());
-	visit_scans(v);
+	http_scans(v);
 }
 
 /* 0: wait for clamd. */
 static void
-visit_health(struct visitor *v)
+http_health(struct http_client *v)
 {
 	const char *why;
 	int well = clamd_ping(conf, &why);
 
-	v->asks_health = well == -1;
+	v->awaits_ping = well == -1;
 	if (well == 1) {
-		visit_head(v, "200 OK");
-		visit_say(v, "ok\n");
+		http_head(v, "200 OK");
+		http_say(v, "ok\n");
 	} else if (well == 0) {
-		visit_head(v, "503 Service Unavailable");
-		visit_say(v, "%s\n", why);
+		http_head(v, "503 Service Unavailable");
+		http_say(v, "%s\n", why);
 	}
 }
 
 /* The request is there; only its first line matters. */
 static void
-visit_answer(struct visitor *v, const char *line)
+http_answer(struct http_client *v, const char *line)
 {
 	static const struct {
 		const char *path;
-		void	(*say)(struct visitor *);
-	} pages[] = { { "/", visit_page }, { "/metrics", visit_metrics } };
+		void	(*client_reply)(struct http_client *);
+	} pages[] = { { "/", http_page }, { "/metrics", http_metrics } };
 	size_t i, n;
 
 	v->head = strncmp(line, "HEAD ", 5) == 0;
 	if (!v->head && strncmp(line, "GET ", 4) != 0) {
-		visit_head(v, "405 Method Not Allowed");
+		http_head(v, "405 Method Not Allowed");
 		return;
 	}
 	line += v->head ? 5 : 4;
 	n = strcspn(line, " ?\r\n");
 	if (n == 8 && memcmp(line, "/healthz", 8) == 0) {
-		visit_health(v);
+		http_health(v);
 		return;
 	}
 	for (i = 0; i < sizeof pages / sizeof pages[0]; i++)
 		if (strlen(pages[i].path) == n &&
 		    memcmp(line, pages[i].path, n) == 0) {
-			visit_head(v, "200 OK");
-			pages[i].say(v);
+			http_head(v, "200 OK");
+			pages[i].client_reply(v);
 			return;
 		}
-	visit_head(v, "404 Not Found");
+	http_head(v, "404 Not Found");
 }
 
 /* What stands behind the blank line at a head's end; NULL: it has none. */
 static const char *
-behind_head(const char *p)
+http_body(const char *p)
 {
 	while ((p = strchr(p, '\n')) != NULL) {
 		p++;
@@ -900,18 +900,18 @@ behind_head(const char *p)
 }
 
 static void
-visit(struct visitor *v)
+http_serve(struct http_client *v)
 {
 	struct buf *in = &v->peer.in;
 	char request[REQUESTSZ];
 
-	if (!v->answered && !v->asks_health) {
+	if (!v->answered && !v->awaits_ping) {
 		format(request, sizeof request, "%.*s", (int)buf_len(in),
 		    buf_head(in));
-		if (behind_head(request) != NULL)
-			visit_answer(v, request);
+		if (http_body(request) != NULL)
+			http_answer(v, request);
 		else if (buf_len(in) >= sizeof request)
-			visit_head(v, "400 Bad Request");
+			http_head(v, "400 Bad Request");
 	}
 	if (v->answered)
 		buf_free(in);
@@ -921,36 +921,36 @@ visit(struct visitor *v)
 }
 
 static void
-on_visit(void *arg, int revents)
+on_http(void *arg, int revents)
 {
-	struct visitor *v = arg;
+	struct http_client *v = arg;
 
 	if (revents & POLLIN)
 		peer_fill(&v->peer);
-	visit(v);
+	http_serve(v);
 }
 
 static void
-visitors_watch(void)
+http_poll(void)
 {
-	struct visitor *v, **p = &visitors;
+	struct http_client *v, **p = &http_clients;
 
 	while ((v = *p) != NULL) {
-		if (v->asks_health) {
-			visit_health(v);
-			visit(v);
+		if (v->awaits_ping) {
+			http_health(v);
+			http_serve(v);
 		}
 		if (now >= v->deadline || v->peer.err || (v->peer.eof &&
-		    !v->asks_health && buf_len(&v->peer.out) == 0)) {
+		    !v->awaits_ping && buf_len(&v->peer.out) == 0)) {
 			*p = v->next;
 			peer_close(&v->peer);
 			free(v);
 			continue;
 		}
-		if (!v->asks_health)
-			watch(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
-			    POLLIN, on_visit, v);
-		wait_until(v->deadline);
+		if (!v->awaits_ping)
+			poll_add(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
+			    POLLIN, on_http, v);
+		poll_deadline(v->deadline);
 		p = &v->next;
 	}
 }
@@ -1066,7 +1066,7 @@ watchdog_feed(void)
 		notify("WATCHDOG=1", -1);
 		watchdog_at = now + watchdog_time;
 	}
-	wait_until(watchdog_at);
+	poll_deadline(watchdog_at);
 }
 
 /* How many descriptors from 3 on are listeners passed to this process. */
@@ -1143,7 +1143,7 @@ session_add(int fd, const struct addr *a)
 	}
 	next_id = next_id >= 0xFFFFFF ? FIRST_ID : next_id + 1;
 	count.sessions++;
-	s->wake = s->busy = 1;
+	s->runnable = s->active = 1;
 	if (nbusy < nsessions)
 		sessions[nsessions] = sessions[nbusy];
 	sessions[nbusy++] = s;
@@ -1470,7 +1470,7 @@ listen_on(const struct conf *c, const struct target *t, int starting)
 		    "no address found for this name" :
 		    "a name is looked up at the start only; give an address");
 	for (i = 0; i < t->naddr; i++)
-		if (listener_open(c, t == c->status ? visitor_add :
+		if (listener_open(c, t == c->status ? http_accept :
 		    session_add, &t->addr[i]) == 0)
 			opened++;
 		else
@@ -1538,7 +1538,7 @@ listeners_open(const struct conf *c, int starting)
 		for (j = 0; j < t[i]->naddr; j++)
 			if ((l = listener_find(c, &t[i]->addr[j])) != NULL &&
 			    l->wanted == NULL)
-				l->wanted = t[i] == c->status ? visitor_add :
+				l->wanted = t[i] == c->status ? http_accept :
 				    session_add;
 	for (i = 0; i < n; i++)
 		if (listen_on(c, t[i], starting) == -1) {
@@ -1576,7 +1576,7 @@ listeners_log(const struct conf *c)
 	struct listener *l;
 
 	for (l = listeners; l != NULL; l = l->next) {
-		if (l->serve == visitor_add) {
+		if (l->serve == http_accept) {
 			logmsg(LOG_INFO, "status on %s", addr_full(&l->addr));
 			continue;
 		}
@@ -1866,8 +1866,8 @@ log_counters(void)
 	n = format(line, sizeof line, "sessions=%d of %llu refused=%llu "
 	    "messages=%llu bytes=%llu", nsessions, count.sessions,
 	    count.refused, count_messages(), count.bytes);
-	for (i = 0; i < NFATES; i++)
-		n += format(line + n, sizeof line - n, " %s=%llu", fates[i],
+	for (i = 0; i < NOUTCOMES; i++)
+		n += format(line + n, sizeof line - n, " %s=%llu", outcome_names[i],
 		    count.messages[i]);
 	logmsg(LOG_NOTICE, "%s", line);
 }
@@ -1933,7 +1933,7 @@ reload(void)
 	log_format(conf->json);
 	logmsg(LOG_NOTICE, "%s: read again", conf_path);
 	listeners_log(conf);
-	look_up_all(conf);
+	resolve_all(conf);
 	clamd_check(conf);
 }
 
@@ -1967,7 +1967,7 @@ on_signals(void *arg, int revents)
 
 /* At the end of a turn, when no listener is about to be served. */
 static void
-obey_signals(void)
+handle_signals(void)
 {
 	int i;
 
@@ -1989,52 +1989,52 @@ obey_signals(void)
  * the mail of the others.  So there are turns for the busy ones alone: as long
  * as these have something to do, and for LOOK_TIME at most.
  */
-static int whole_turn = 1;
+static int full_pass = 1;
 static int64_t looked;			/* when the last whole turn began */
-static int woken;			/* one of the others is to run */
+static int idle_runnable;			/* one of the others is to run */
 
 void
 session_wake(struct session *s)
 {
-	s->wake = 1;
-	if (!s->busy)
-		woken = 1;
+	s->runnable = 1;
+	if (!s->active)
+		idle_runnable = 1;
 }
 
 /* in_vain: nothing came of the last turn. */
 static void
-turn_begin(int in_vain)
+pass_begin(int in_vain)
 {
-	whole_turn = (in_vain && !whole_turn) || woken || wake_all ||
+	full_pass = (in_vain && !full_pass) || idle_runnable || run_all ||
 	    stopping || nsessions - nbusy < MANY_IDLE ||
-	    now - looked >= LOOK_TIME;
-	turn_end = now + (whole_turn ? 60 * SECOND : 1);
-	if (whole_turn) {
+	    now - looked >= IDLE_POLL;
+	poll_until = now + (full_pass ? 60 * SECOND : 1);
+	if (full_pass) {
 		looked = now;
-		woken = 0;
+		idle_runnable = 0;
 	}
 }
 
 /* How many of the sessions this turn is for. */
 static int
-in_turn(void)
+npass(void)
 {
-	return whole_turn ? nsessions : nbusy;
+	return full_pass ? nsessions : nbusy;
 }
 
 static void
-sessions_watch(void)
+sessions_poll(void)
 {
 	struct session *s;
-	int i, n = in_turn();
+	int i, n = npass();
 
-	if (whole_turn)
+	if (full_pass)
 		nbusy = 0;
 	for (i = 0; i < n; i++) {
-		session_watch(s = sessions[i]);
-		if (whole_turn)
-			s->busy = now - s->ran_at < BUSY_FOR;
-		if (whole_turn && s->busy) {
+		session_poll(s = sessions[i]);
+		if (full_pass)
+			s->active = now - s->ran_at < ACTIVE_TIME;
+		if (full_pass && s->active) {
 			sessions[i] = sessions[nbusy];
 			sessions[nbusy++] = s;
 		}
@@ -2043,71 +2043,71 @@ sessions_watch(void)
 
 /* A session that is to run was woken by another one: no sleep. */
 static int
-is_awake(void)
+has_runnable(void)
 {
 	int i;
 
-	for (i = 0; i < in_turn(); i++)
-		if (sessions[i]->wake)
+	for (i = 0; i < npass(); i++)
+		if (sessions[i]->runnable)
 			return 1;
 	return 0;
 }
 
 static void
-watch_all(void)
+poll_collect(void)
 {
 	struct listener *l;
 
 	nfds = 0;
-	watch(sigpipe[0], POLLIN, on_signals, NULL);
-	children_watch();
-	jobs_watch();
+	poll_add(sigpipe[0], POLLIN, on_signals, NULL);
+	children_poll();
+	virusactions_poll();
 	watchdog_feed();
-	clamd_watch();
-	visitors_watch();
-	sessions_watch();
+	clamd_poll();
+	http_poll();
+	sessions_poll();
 	if (now >= paused_until)
 		for (l = listeners; l != NULL; l = l->next)
-			watch(l->fd, POLLIN, on_accept, l);
+			poll_add(l->fd, POLLIN, on_accept, l);
 	else
-		wait_until(paused_until);
+		poll_deadline(paused_until);
 	if (stopping)
-		wait_until(drain_until);
+		poll_deadline(drain_until);
 	if (has_spares())
-		wait_until(now + TRIM_TIME);
+		poll_deadline(now + TRIM_TIME);
 	if (log_is_behind())
-		wait_until(now + SECOND);
-	if (wake_all || is_awake())
-		turn_end = now;
-	if (starved) {		/* a pause, for only time brings memory back */
-		poll(fds, 1, BUSY_TIME);
-		now = turn_end = monotonic();
-		wake_all = 1;
+		poll_deadline(now + SECOND);
+	if (run_all || has_runnable())
+		poll_until = now;
+	if (nomem) {		/* a pause, for only time brings memory back */
+		poll(fds, 1, CONNECT_RETRY);
+		now = poll_until = monotonic();
+		run_all = 1;
 	}
-	starved = 0;
+	nomem = 0;
 }
 
 static void
-run_due(void)
+run_ready(void)
 {
-	int i, all = wake_all;
+	int i, all = run_all;
 
-	if (whole_turn)
-		wake_all = 0;
-	for (i = 0; i < in_turn(); i++)
-		if (all || sessions[i]->wake || now >= sessions[i]->next_time)
+	if (full_pass)
+		run_all = 0;
+	for (i = 0; i < npass(); i++)
+		if (all || sessions[i]->runnable || now >= sessions[i]->next_time)
 			if (sessions[i]->state != S_DEAD)
 				session_run(sessions[i]);
 }
 
 /* The dead are freed; those that have just become busy go to the others. */
 static void
-bury(void)
+sessions_reap(void)
 {
 	struct session *s;
 	int i = 0;
 
-	while (i < in_turn()) {
+	while (i < npass()) {
 		s = sessions[i];
 		if (s->state == S_DEAD) {
 			session_free(s);
@@ -2119,7 +2119,7 @@ bury(void)
 			continue;
 		}
 		if (i >= nbusy && s->ran_at == now) {
-			s->busy = 1;
+			s->active = 1;
 			sessions[i] = sessions[nbusy];
 			sessions[nbusy++] = s;
 		}
@@ -2132,20 +2132,20 @@ serve(void)
 {
 	int n = 1;
 
-	while (stopping < 2 && (!stopping || nsessions > 0 || jobs != NULL)) {
-		turn_begin(n == 0);
-		watch_all();
-		n = poll(fds, nfds, turn_end > now ? turn_end - now : 0);
+	while (stopping < 2 && (!stopping || nsessions > 0 || virusactions != NULL)) {
+		pass_begin(n == 0);
+		poll_collect();
+		n = poll(fds, nfds, poll_until > now ? poll_until - now : 0);
 		now = monotonic();
 		if (n > 0)
 			serve_ready();
-		else if (n == 0 && whole_turn) {
+		else if (n == 0 && full_pass) {
 			spares_free();
 			log_retry();
 		}
-		run_due();
-		obey_signals();
-		bury();
+		run_ready();
+		handle_signals();
+		sessions_reap();
 		if (stopping && now >= drain_until && nsessions == 0)
 			break;
 	}
@@ -2168,9 +2168,9 @@ remove_files(void)
 }
 
 static void
-leave(void)
+shutdown_all(void)
 {
-	struct visitor *v;
+	struct http_client *v;
 	int i;
 
 	for (i = 0; i < nsessions; i++)
@@ -2179,13 +2179,13 @@ leave(void)
 		session_free(sessions[--nsessions]);
 	while (children != NULL)
 		child_stop(children);
-	while ((v = visitors) != NULL) {
-		visitors = v->next;
+	while ((v = http_clients) != NULL) {
+		http_clients = v->next;
 		peer_close(&v->peer);
 		free(v);
 	}
-	clamd_end();
-	jobs_kill();
+	clamd_shutdown();
+	virusactions_kill();
 	free(sessions);
 	free(fds);
 	free(owners);
@@ -2205,11 +2205,11 @@ health_answer(int fd, char *answer, size_t size)
 	size_t n = 0;
 	ssize_t r;
 
-	if (poll(&p, 1, VISIT_TIME) == 1 &&
+	if (poll(&p, 1, HTTP_TIME) == 1 &&
 	    send(fd, request, sizeof request - 1, MSG_NOSIGNAL) == -1)
 		return -1;
 	p.events = POLLIN;
-	while (n < size - 1 && poll(&p, 1, VISIT_TIME) == 1) {
+	while (n < size - 1 && poll(&p, 1, HTTP_TIME) == 1) {
 		r = recv(fd, answer + n, size - 1 - n, 0);
 		if (r == 0) {
 			answer[n] = '\0';
@@ -2252,7 +2252,7 @@ check_health(const struct conf *c)
 	}
 	if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
 		return 0;
-	if ((why = behind_head(answer)) == NULL)
+	if ((why = http_body(answer)) == NULL)
 		why = "it gave no answer that makes sense";
 	logmsg(LOG_ERR, "%s", printable(why, strcspn(why, "\n")));
 	return 1;
@@ -2501,7 +2501,7 @@ inherit_nothing(void)
 {
 	int fd;
 
-	default_signals();
+	signals_default();
 	do
 		fd = open("/dev/null", O_RDWR);
 	while (fd >= 0 && fd <= 2);
@@ -2573,11 +2573,11 @@ main(int argc, char **argv)
 	peer_reserve();
 	sandbox(conf);
 	listeners_log(conf);
-	look_up_all(conf);
+	resolve_all(conf);
 	clamd_check(conf);
 	notify("READY=1", -1);
 	notify_ready = 1;
 	serve();
-	leave();
+	shutdown_all();
 	return 0;
 }

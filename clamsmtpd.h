@@ -78,9 +78,9 @@
 #define DRAIN_TIME	(8 * SECOND)	/* after SIGTERM */
 #define LOOKUP_TIME	(60 * SECOND)	/* an address of a name is good for */
 #define RETRY_TIME	(30 * SECOND)	/* a dead clamd is left alone for */
-#define ABANDON_TIME	(600 * SECOND)	/* an abandoned scan counts for */
+#define ABANDON_LIMIT	(600 * SECOND)	/* an abandoned scan counts for */
 #define REPEAT_TIME	(60 * SECOND)	/* between two equal complaints */
-#define BUSY_TIME	100		/* between two knocks at a full backlog */
+#define CONNECT_RETRY	100		/* between two knocks at a full backlog */
 #define SLOWEST_BODY	100		/* bytes a second, over TimeOut */
 
 /*
@@ -104,7 +104,7 @@ struct str {
  * will be read.  err: it failed or was reset, what we write goes nowhere; OURS:
  * it would take it, but we lack memory, or cannot read the spool.
  */
-#define OURS	2
+#define PEER_LOCAL	2
 
 struct peer {
 	int	 fd;
@@ -137,8 +137,8 @@ struct target {
 	int	 naddr;
 	struct addr addr[MAXADDRS];
 	int	 first;			/* the one that worked last */
-	int	 looking;		/* a child is at it */
-	int64_t	 looked;		/* when the last one began; 0: never */
+	int	 resolving;		/* a child is at it */
+	int64_t	 resolved_at;	/* when the last one began; 0: never */
 };
 
 /* One ClamAddress and its health; lives on over a reload of the settings. */
@@ -225,15 +225,15 @@ enum header {
 struct scan {
 	/* SC_QUEUE ends when a clamd has a slot again: in queue_run(). */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
-	struct clamd *at;		/* we hold one of its slots; or NULL */
+	struct clamd *clamd;		/* we hold one of its slots; or NULL */
 	int	 addr;			/* which of the target's addresses */
 	unsigned addrs_tried;		/* bit i: that address has failed */
 	uint32_t tried;			/* bit i: conf->clamd[i] has failed us */
-	int	 started;		/* all has left: clamd may be scanning */
+	int	 scanning;		/* all has left: clamd may be scanning */
 	off_t	 sent;			/* of the spool */
-	off_t	 chunk;			/* end of the chunk announced */
-	int	 ended;			/* all is queued, the empty chunk too */
-	int64_t	 until, again;		/* connect limit, next knock; 0: none */
+	off_t	 chunk_end;			/* end of the chunk announced */
+	int	 queued;			/* all is queued, the empty chunk too */
+	int64_t	 connect_deadline, retry_at;		/* connect limit, next knock; 0: none */
 	struct session *next;		/* in the queue */
 };
 
@@ -242,14 +242,14 @@ struct verb;
 struct session {
 	unsigned id;			/* first word of its log lines */
 	enum state state;		/* assigned in enter() only */
-	int	 busy;			/* it is looked at in every turn */
-	int	 wake;			/* run it, whatever poll says */
+	int	 active;			/* it is looked at in every turn */
+	int	 runnable;			/* run it, whatever poll says */
 	int64_t	 ran_at;
 	int64_t	 next_time;		/* or then; the earliest of its times */
 	struct conf *conf;
 	int64_t	 deadline;		/* monotonic ms, like every time here */
-	int64_t	 slow_at;		/* BODY: when the rate is looked at, */
-	uint64_t slow_bytes;		/* and what has come since the last look */
+	int64_t	 rate_check_at;		/* BODY: when the rate is looked at, */
+	uint64_t rate_bytes;		/* and what has come since the last look */
 
 	struct peer client, server, clamd;
 	struct addr peer_addr;		/* who connected, */
@@ -257,7 +257,7 @@ struct session {
 	struct addr local_addr;		/* to which address of ours */
 	struct addr server_addr;	/* the next hop, */
 	struct addr server_local;	/* and our end of that connection */
-	int	 hop;			/* which address of the target */
+	int	 addr_index;			/* which address of the target */
 	unsigned hops_tried;		/* bit i: that address has failed */
 
 	int	 rejected;		/* by a 5xx greeting: 503 until QUIT */
@@ -272,61 +272,61 @@ struct session {
 	int	 skipping;		/* the rest of an overlong line */
 
 	/* What the next hop offered last. */
-	int64_t	 hop_size;		/* bytes; 0: no limit */
-	int	 hop_chunking;
-	int	 hop_xclient;		/* X_ bits (smtp.c) */
+	int64_t	 server_size;		/* bytes; 0: no limit */
+	int	 server_chunking;
+	int	 server_xclient;		/* X_ bits (smtp.c) */
 	/* Whether the next hop is to be sent XCLIENT: no more (or XClient is
 	 * off); before any mail; refused after HELO, at EHLO if it comes. */
 	enum { XC_DONE, XC_WANTED, XC_EHLO } xclient;
 	struct str helo;		/* the last HELO or EHLO line */
 
 	/* The mail: from an accepted MAIL to mail_reset(). */
-	int	 mail;			/* MAIL accepted */
-	int	 rcpts;			/* RCPTs accepted */
-	struct str from, to;		/* bare; `to' has one on a line, */
-	int	 to_cut;		/* and "..." for those that are too many */
-	struct str pending;		/* the address of the MAIL or RCPT asked */
+	int	 have_mail;			/* MAIL accepted */
+	int	 nrcpt;			/* RCPTs accepted */
+	struct str from, rcpt_list;		/* bare; `to' has one on a line, */
+	int	 rcpt_truncated;		/* and "..." for those that are too many */
+	struct str asked_addr;		/* the address of the MAIL or RCPT asked */
 	struct str remote, remote_helo;	/* from XFORWARD; empty: not known */
-	struct str held;		/* the reply that we owe the client */
+	struct str deferred;		/* the reply that we owe the client */
 
 	/* The message.  spool >= 0 from DATA or the first BDAT to mail_reset(). */
 	int	 spool;			/* its file; -1: none */
-	int	 bdat;			/* it comes in chunks */
-	int	 raw;			/* chunks, to be replayed as BDAT */
+	int	 in_bdat;			/* it comes in chunks */
+	int	 relay_bdat;			/* chunks, to be replayed as BDAT */
 	uint64_t chunk_left;
 	int	 chunk_last;
-	off_t	 size;			/* behind the scan line */
-	off_t	 spooled;		/* bytes in the spool, the scan line's too */
-	enum eol eol;
-	uint64_t pending_bytes;		/* CRs or NULs held back by the automaton */
-	int	 dots;			/* a line of the spool begins with a dot */
-	enum header header;
+	off_t	 msg_size;			/* behind the scan line */
+	off_t	 spool_size;		/* bytes in the spool, the scan line's too */
+	enum eol body_state;
+	uint64_t held_bytes;		/* CRs or NULs held back by the automaton */
+	int	 has_dot_lines;			/* a line of the spool begins with a dot */
+	enum header header_state;
 	off_t	 top;			/* the end of the mbox lines before it */
-	off_t	 header_at;		/* the end of the header section */
+	off_t	 header_end;		/* the end of the header section */
 	int	 matched;		/* H_FROM: bytes of "From " */
 	int	 indented;		/* a line with a blank in front is at top */
-	int	 error;			/* held has the first error: store no more */
+	int	 failed;			/* held has the first error: store no more */
 	int64_t	 eof_at;		/* when client.eof was set */
 	int64_t	 dot_at;		/* when the final dot or chunk had come, */
-	int64_t	 judged_at;		/* and clamd's verdict; 0: none came */
+	int64_t	 verdict_at;		/* and clamd's verdict; 0: none came */
 
 	struct scan scan;
 	enum verdict verdict;
-	char	 virus[NAMESZ];		/* printable; or why the scan FAILED */
+	char	 verdict_text[NAMESZ];		/* printable; or why the scan FAILED */
 	enum action action;		/* what is done with a VIRUS */
 	struct str quarantined;		/* path of the copy */
 	struct child *child;		/* the quarantine's, */
 	int	 copying;		/* which runs, or has ended */
 
 	/* The replay: our header goes in at insert_at. */
-	struct str insert;
-	off_t	 insert_at;
-	int	 inserted;
-	off_t	 sent;			/* of size */
-	int64_t	 final_at;		/* the last word on it has to be here */
+	struct str header;
+	off_t	 header_off;
+	int	 header_queued;
+	off_t	 replay_off;			/* of size */
+	int64_t	 reply_deadline;		/* the last word on it has to be here */
 	int	 at_bol;		/* the next byte begins a line */
-	int	 dotted;		/* the final dot is queued */
-	int	 budget;		/* pieces it may still send in this turn */
+	int	 dot_queued;		/* the final dot is queued */
+	int	 io_budget;		/* pieces it may still send in this turn */
 	int	 shut;			/* LINGER: our last line is out */
 };
 
@@ -334,18 +334,18 @@ struct session {
 struct child;
 
 extern int64_t now;			/* CLOCK_MONOTONIC, ms; set once a turn */
-extern int wake_all;			/* run every session in the next turn */
+extern int run_all;			/* run every session in the next turn */
 
 /* What has become of a message: for counting, and the log. */
-enum fate {
-	F_CLEAN, F_VIRUS, F_CLAMD_ERROR, F_UNSCANNED, F_OVERSIZE, F_ERROR, NFATES
+enum outcome {
+	OUT_CLEAN, OUT_VIRUS, OUT_CLAMD_ERROR, OUT_UNSCANNED, OUT_OVERSIZE, OUT_ERROR, NOUTCOMES
 };
-extern const char *const fates[NFATES];	/* as the metrics call them (smtp.c) */
+extern const char *const outcome_names[NOUTCOMES];	/* as the metrics call them (smtp.c) */
 
 #define NBUCKETS 9
 
 struct counters {			/* since the start */
-	unsigned long long sessions, refused, messages[NFATES], bytes;
+	unsigned long long sessions, refused, messages[NOUTCOMES], bytes;
 	unsigned long long scans[NBUCKETS];	/* took so long (scan_limits) */
 	unsigned long long scan_ms;		/* all together */
 };
@@ -378,21 +378,21 @@ void child_forget(struct child *);
  * process group of its own for at most ms; waits its turn if there are
  * many.  Takes env, which is freed with env_free().
  */
-void action_start(unsigned id, const char *command, char **env, int64_t ms);
+void virusaction_start(unsigned id, const char *command, char **env, int64_t ms);
 void env_free(char **env);
 
 /* Look a target's name up if that has not been done lately (force: if the
  * address we had was of no use).  Returns at once. */
-void target_look(struct target *, int force);
+void target_resolve(struct target *, int force);
 
 /* Run it in this turn or the next, whatever poll says. */
 void session_wake(struct session *);
 
 /* For this turn: call ready(arg) when one of events (or an error) is there. */
-void watch(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
+void poll_add(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
 
 /* For this turn: sleep no longer than until time t; 0: no matter. */
-void wait_until(int64_t t);
+void poll_deadline(int64_t t);
 
 /* Whether we ourselves have connected from this address (to that one; NULL: to
  * any) as to a next hop. */
@@ -404,7 +404,7 @@ int is_own_connection(const struct addr *from, const struct addr *to);
 struct session *session_new(int fd, const struct addr *, struct conf *, unsigned id);
 
 /* Its descriptors and times for this turn. */
-void session_watch(struct session *);
+void session_poll(struct session *);
 
 /* Run it until it must wait, its time being up or not. */
 void session_run(struct session *);
@@ -433,12 +433,12 @@ struct clamd *clamd_get(struct target *);
 void clamd_put(struct clamd *);
 void clamd_begin(struct session *);		/* the message is complete: queue it */
 int clamd_scan(struct session *);		/* 1: s->verdict is there; 0: wait */
-int clamd_wants(const struct session *);	/* poll events of s->clamd; 0: none */
-int64_t clamd_time(const struct session *);	/* when to look again; 0: no matter */
-void clamd_late(struct session *);		/* ScanTimeOut is over */
-void clamd_drop(struct session *);		/* no verdict is wanted any more */
-void clamd_watch(void);				/* abandoned scans, and PING */
-void clamd_end(void);				/* closes those */
+int clamd_events(const struct session *);	/* poll events of s->clamd; 0: none */
+int64_t clamd_deadline(const struct session *);	/* when to look again; 0: no matter */
+void clamd_timeout(struct session *);		/* ScanTimeOut is over */
+void clamd_cancel(struct session *);		/* no verdict is wanted any more */
+void clamd_poll(void);				/* abandoned scans, and PING */
+void clamd_shutdown(void);				/* closes those */
 int clamd_waiting(void);			/* sessions without a slot */
 /* What messages call it: its ClamAddress, or the usual path that is used. */
 const char *clamd_name(const struct clamd *);
@@ -531,7 +531,7 @@ void buf_eat(struct buf *, size_t n);
 void buf_free(struct buf *);
 int has_spares(void);				/* memory of buffers is kept */
 void spares_free(void);				/* idle: give it back */
-extern int starved;				/* buf_ready had no memory */
+extern int nomem;				/* buf_ready had no memory */
 
 int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
 int str_set(struct str *, const char *, size_t n);

@@ -45,7 +45,7 @@
 #define OUR_NAME	"smtp.passthru"
 
 #define PROXYSZ		2048		/* bytes of a PROXY header */
-#define SMALL		(BUFSZ / 4)	/* bytes of a message, to copy them */
+#define TAIL		(BUFSZ / 4)	/* bytes of a message, to copy them */
 
 /* All that we ever say to a client of our own accord. */
 static const char
@@ -164,7 +164,7 @@ client_ready(struct session *s)
 
 /* For want of memory: replies must not get out of step. */
 static void
-client_lost(struct session *s)
+client_nomem(struct session *s)
 {
 	s->client.err = s->client.eof = 1;
 }
@@ -174,7 +174,7 @@ static void
 client_put(struct session *s, const char *p, size_t n)
 {
 	if (!buf_ready(&s->client.out, n)) {
-		client_lost(s);
+		client_nomem(s);
 		return;
 	}
 	buf_put(&s->client.out, p, n);
@@ -195,11 +195,11 @@ format_line(char line[NOTESZ], const char *fmt, va_list ap)
 	return len;
 }
 
-static void say(struct session *, const char *, ...)
+static void client_reply(struct session *, const char *, ...)
     __attribute__((format(printf, 2, 3)));
 
 static void
-say(struct session *s, const char *fmt, ...)
+client_reply(struct session *s, const char *fmt, ...)
 {
 	char line[NOTESZ];
 	va_list ap;
@@ -209,39 +209,39 @@ say(struct session *s, const char *fmt, ...)
 	va_end(ap);
 }
 
-static void hold(struct session *, const char *, ...)
+static void defer_reply(struct session *, const char *, ...)
     __attribute__((format(printf, 2, 3)));
 
 static void
-vhold(struct session *s, const char *fmt, va_list ap)
+vdefer_reply(struct session *s, const char *fmt, va_list ap)
 {
 	char line[NOTESZ];
 
-	if (str_set(&s->held, line, format_line(line, fmt, ap)) == -1)
-		client_lost(s);
+	if (str_set(&s->deferred, line, format_line(line, fmt, ap)) == -1)
+		client_nomem(s);
 }
 
 /* To be said when what goes before it has been done. */
 static void
-hold(struct session *s, const char *fmt, ...)
+defer_reply(struct session *s, const char *fmt, ...)
 {
 	va_list ap;
 
 	va_start(ap, fmt);
-	vhold(s, fmt, ap);
+	vdefer_reply(s, fmt, ap);
 	va_end(ap);
 }
 
 static void
-say_held(struct session *s)
+send_deferred(struct session *s)
 {
-	client_put(s, s->held.s, s->held.len);
-	str_free(&s->held);
+	client_put(s, s->deferred.s, s->deferred.len);
+	str_free(&s->deferred);
 }
 
 /* 0: there is no memory for it now. */
 static int
-hop_put(struct session *s, const char *p, size_t n)
+server_put(struct session *s, const char *p, size_t n)
 {
 	if (!buf_ready(&s->server.out, n))
 		return 0;
@@ -255,28 +255,28 @@ hop_put(struct session *s, const char *p, size_t n)
  */
 
 static void
-mail_reset(struct session *s)
+envelope_reset(struct session *s)
 {
-	s->mail = s->rcpts = 0;
+	s->have_mail = s->nrcpt = 0;
 	str_free(&s->from);
-	str_free(&s->to);
+	str_free(&s->rcpt_list);
 	str_free(&s->quarantined);
-	str_free(&s->insert);
-	str_free(&s->pending);
-	s->to_cut = 0;
+	str_free(&s->header);
+	str_free(&s->asked_addr);
+	s->rcpt_truncated = 0;
 	if (s->spool != -1)
 		close(s->spool);
 	s->spool = -1;
-	s->bdat = s->raw = s->error = 0;
-	s->noop_at = s->judged_at = 0;
+	s->in_bdat = s->relay_bdat = s->failed = 0;
+	s->noop_at = s->verdict_at = 0;
 	s->verdict = UNKNOWN;
 }
 
 /* The transaction is over, and so is XFORWARD (Postfix XFORWARD_README). */
 static void
-mail_over(struct session *s)
+transaction_reset(struct session *s)
 {
-	mail_reset(s);
+	envelope_reset(s);
 	str_free(&s->remote);
 	str_free(&s->remote_helo);
 }
@@ -284,14 +284,14 @@ mail_over(struct session *s)
 /* QUIT where the next hop waits for a command; in the middle of a message
  * nothing, so that it never sees an end of it. */
 static void
-hop_close(struct session *s)
+server_close(struct session *s)
 {
 	struct peer *p = &s->server;
 	int waits = s->state > S_GREETING && s->state != S_AUTH && !s->asked &&
 	    !s->noop;
 
 	if (p->fd != -1 && waits && !p->eof && !p->err &&
-	    hop_put(s, "QUIT\r\n", 6))
+	    server_put(s, "QUIT\r\n", 6))
 		peer_drain(&s->server, 0);
 	peer_close(&s->server);
 	s->asked = s->noop = 0;
@@ -307,24 +307,24 @@ quarantine_drop(struct session *s)
 
 /* All but the client. */
 static void
-others_close(struct session *s)
+server_and_scan_close(struct session *s)
 {
-	hop_close(s);
-	clamd_drop(s);
+	server_close(s);
+	clamd_cancel(s);
 	quarantine_drop(s);
 }
 
 static void
-session_end(struct session *s)
+session_kill(struct session *s)
 {
-	others_close(s);
+	server_and_scan_close(s);
 	enter(s, S_DEAD);
 }
 
 static void
-finish(struct session *s)
+start_linger(struct session *s)
 {
-	others_close(s);
+	server_and_scan_close(s);
 	enter(s, S_LINGER);
 	s->deadline = now + s->conf->timeout;
 }
@@ -335,49 +335,49 @@ static void
 refuse(struct session *s, const char *reply)
 {
 	if (++s->refusals < MAXREFUSALS) {
-		say(s, "%s", reply);
+		client_reply(s, "%s", reply);
 		return;
 	}
 	slog(s, LOG_WARNING, "CLIENT: %d commands refused, session ends",
 	    s->refusals);
-	say(s, r_too_many);
-	finish(s);
+	client_reply(s, r_too_many);
+	start_linger(s);
 }
 
-const char *const fates[NFATES] = {
+const char *const outcome_names[NOUTCOMES] = {
 	"clean", "virus", "clamd_error", "unscanned", "oversize", "error"
 };
 
-static enum fate
-fate(const struct session *s)
+static enum outcome
+outcome(const struct session *s)
 {
-	if (s->error)
-		return s->held.len > 3 && memcmp(s->held.s, "552", 3) == 0 ?
-		    F_OVERSIZE : F_ERROR;
+	if (s->failed)
+		return s->deferred.len > 3 && memcmp(s->deferred.s, "552", 3) == 0 ?
+		    OUT_OVERSIZE : OUT_ERROR;
 	if (s->verdict == CLEAN)
-		return F_CLEAN;
+		return OUT_CLEAN;
 	if (s->verdict == VIRUS)
-		return F_VIRUS;
+		return OUT_VIRUS;
 	if (s->conf->failopen)
-		return F_UNSCANNED;
-	return s->verdict == TOOBIG ? F_OVERSIZE : F_CLAMD_ERROR;
+		return OUT_UNSCANNED;
+	return s->verdict == TOOBIG ? OUT_OVERSIZE : OUT_CLAMD_ERROR;
 }
 
 /* Promise 9: the line that every message gets, with its verdict. */
 static void
-mail_log(struct session *s, enum fate f)
+mail_log(struct session *s, enum outcome f)
 {
-	static const char *const status[NFATES] = {
+	static const char *const status[NOUTCOMES] = {
 		"CLEAN", "VIRUS:", "CLAMAV-ERROR", "UNSCANNED", "OVERSIZE", "ERROR"
 	};
-	const char *p, *end, *word, *virus = f == F_VIRUS ? s->virus : "";
+	const char *p, *end, *word, *virus = f == OUT_VIRUS ? s->verdict_text : "";
 	char line[LOGSZ];
 	size_t n, room = sizeof line - sizeof "100000: , to=..., status=" -
 	    strlen(status[f]) - strlen(virus);
 
 	n = format(line, room / 2, "from=%s",
 	    printable_word(s->from.s, s->from.len));
-	for (p = s->to.s; p != NULL && *p != '\0'; p = end + 1) {
+	for (p = s->rcpt_list.s; p != NULL && *p != '\0'; p = end + 1) {
 		end = strchr(p, '\n');
 		word = printable_word(p, end - p);
 		if (n + strlen(word) + 5 > room) {
@@ -390,26 +390,26 @@ mail_log(struct session *s, enum fate f)
 }
 
 static void
-mail_log_json(struct session *s, enum fate f, const char *reply, size_t n)
+mail_log_json(struct session *s, enum outcome f, const char *reply, size_t n)
 {
 	const char *client = addr_text(&s->client_addr);
 
 	json_begin(s, LOG_INFO);
 	json_text("event", "mail", 4);
-	json_text("status", fates[f], strlen(fates[f]));
+	json_text("status", outcome_names[f], strlen(outcome_names[f]));
 	if (s->verdict == VIRUS)
-		json_text("virus", s->virus, strlen(s->virus));
+		json_text("virus", s->verdict_text, strlen(s->verdict_text));
 	if (s->verdict == FAILED)
-		json_text("reason", s->virus, strlen(s->virus));
+		json_text("reason", s->verdict_text, strlen(s->verdict_text));
 	json_text("client", client, strlen(client));
 	if (s->helo.len > 7)		/* behind the verb, without the CRLF */
 		json_text("helo", s->helo.s + 5, s->helo.len - 7);
 	json_text("from", s->from.s, s->from.len);
-	json_lines("to", s->to.s);
-	json_number("size", s->size);
+	json_lines("to", s->rcpt_list.s);
+	json_number("size", s->msg_size);
 	json_number("ms", now - s->dot_at);
-	if (s->judged_at != 0)
-		json_number("scan_ms", s->judged_at - s->dot_at);
+	if (s->verdict_at != 0)
+		json_number("scan_ms", s->verdict_at - s->dot_at);
 	if (n > 0)
 		json_text("reply", reply, strcspn(reply, "\r\n"));
 	if (s->quarantined.len > 0)
@@ -421,10 +421,10 @@ mail_log_json(struct session *s, enum fate f, const char *reply, size_t n)
 static void
 mail_done(struct session *s, const char *reply, size_t n)
 {
-	enum fate f = fate(s);
+	enum outcome f = outcome(s);
 
 	count.messages[f]++;
-	count.bytes += s->size;
+	count.bytes += s->msg_size;
 	if (!log_is_json())
 		mail_log(s, f);
 	else if (log_wants(LOG_INFO))
@@ -435,14 +435,14 @@ mail_done(struct session *s, const char *reply, size_t n)
  * A message that came whole, but is not forwarded: `held' has the reply.
  */
 static void
-turn_away(struct session *s)
+reject_message(struct session *s)
 {
-	mail_done(s, s->held.s, s->held.len);
-	s->error = 1;		/* nothing that comes now changes `held' */
+	mail_done(s, s->deferred.s, s->deferred.len);
+	s->failed = 1;		/* nothing that comes now changes `held' */
 	enter(s, S_RESET);
 }
 
-static void remember(struct session *, const char *, ...)
+static void fail_message(struct session *, const char *, ...)
     __attribute__((format(printf, 2, 3)));
 
 /*
@@ -450,28 +450,28 @@ static void remember(struct session *, const char *, ...)
  * rest of the body is read for nothing, and the error is told at the dot.
  */
 static void
-remember(struct session *s, const char *fmt, ...)
+fail_message(struct session *s, const char *fmt, ...)
 {
 	va_list ap;
 
-	if (s->error)
+	if (s->failed)
 		return;
-	s->error = 1;
+	s->failed = 1;
 	va_start(ap, fmt);
-	vhold(s, fmt, ap);
+	vdefer_reply(s, fmt, ap);
 	va_end(ap);
-	if (s->held.len > 2)
+	if (s->deferred.len > 2)
 		slog(s, LOG_WARNING, "message will be refused: %.*s",
-		    (int)s->held.len - 2, s->held.s);
+		    (int)s->deferred.len - 2, s->deferred.s);
 }
 
 static void
-remember_errno(struct session *s, const char *what)
+fail_message_errno(struct session *s, const char *what)
 {
 	int full = errno == ENOSPC || errno == EDQUOT || errno == EMFILE ||
 	    errno == ENFILE || errno == ENOMEM || errno == EFBIG;
 
-	remember(s, full ? r_full : r_local, what, strerror(errno));
+	fail_message(s, full ? r_full : r_local, what, strerror(errno));
 }
 
 /*
@@ -479,7 +479,7 @@ remember_errno(struct session *s, const char *what)
  * it was that the client waits for, it hears of it.
  */
 static int
-hop_lost(struct session *s, const char *why)
+server_lost(struct session *s, const char *why)
 {
 	slog(s, LOG_WARNING, "SERVER: %s%s", why, s->state == S_FINAL ?
 	    ": whether it has the message is unknown" : "");
@@ -490,23 +490,23 @@ hop_lost(struct session *s, const char *why)
 	case S_CHUNK:
 	case S_SCAN:
 	case S_QUARANTINE:
-		remember(s, r_hop_lost_mail, why);
+		fail_message(s, r_hop_lost_mail, why);
 		return 1;
 	case S_DATA:
 	case S_REPLAY:
 	case S_FINAL:
-		hold(s, r_hop_lost_mail, why);
-		s->error = 1;
-		mail_done(s, s->held.s, s->held.len);
+		defer_reply(s, r_hop_lost_mail, why);
+		s->failed = 1;
+		mail_done(s, s->deferred.s, s->deferred.len);
 		/* FALLTHROUGH */
 	case S_RESET:
-		say_held(s);
+		send_deferred(s);
 		break;
 	default:
-		say(s, r_hop_lost, why);
+		client_reply(s, r_hop_lost, why);
 		break;
 	}
-	finish(s);
+	start_linger(s);
 	return 1;
 }
 
@@ -542,17 +542,17 @@ client_gone(struct session *s)
 static const char *
 bare_lf(const struct session *s)
 {
-	return s->state == S_BODY && s->eol == LINE && s->pending_bytes == 0 ?
+	return s->state == S_BODY && s->body_state == LINE && s->held_bytes == 0 ?
 	    ": client ends lines with LF alone" : "";
 }
 
 /* Nobody is there to hear of it: the next hop must not get this message. */
 static int
-give_up(struct session *s)
+abort_transaction(struct session *s)
 {
 	slog(s, LOG_NOTICE, "CLIENT: gone before its message was forwarded%s",
 	    bare_lf(s));
-	session_end(s);
+	session_kill(s);
 	return 1;
 }
 
@@ -597,7 +597,7 @@ reply_code(const char *p, size_t n)
  * (reply_eat() takes it away).  Else what a step returns: 0, wait; 1, none will
  * come, the hop is lost.
  */
-#define REPLY	2
+#define REPLY_COMPLETE	2
 
 static int
 reply_get(struct session *s, struct reply *r)
@@ -616,17 +616,17 @@ reply_get(struct session *s, struct reply *r)
 		r->code = reply_code(r->text, buf_len(in));
 		r->class = r->code / 100;
 		if (code == 0 || code != r->code)
-			return hop_lost(s, "it does not speak SMTP");
+			return server_lost(s, "it does not speak SMTP");
 		s->reply_seen = nl + 1 - r->text;
 		if (line[3] != '-' && s->reply_seen <= REPLYSZ) {
 			r->len = s->reply_seen;
 			log_dialogue(s, "SERVER <", r->text, r->len);
-			return REPLY;
+			return REPLY_COMPLETE;
 		}
 	}
 	if (buf_len(in) > REPLYSZ)		/* promise 6 */
-		return hop_lost(s, "its reply is too long");
-	return s->server.eof ? hop_lost(s, "it closed the connection") : 0;
+		return server_lost(s, "its reply is too long");
+	return s->server.eof ? server_lost(s, "it closed the connection") : 0;
 }
 
 static void
@@ -666,10 +666,10 @@ reply_clean(const struct reply *r)
 }
 
 static void
-hold_reply(struct session *s, const struct reply *r)
+defer_relay(struct session *s, const struct reply *r)
 {
-	if (str_set(&s->held, clean, reply_clean(r)) == -1)
-		client_lost(s);
+	if (str_set(&s->deferred, clean, reply_clean(r)) == -1)
+		client_nomem(s);
 }
 
 static void
@@ -680,11 +680,11 @@ relay(struct session *s, const struct reply *r)
 
 /* It ends the session. */
 static int
-relay_last(struct session *s, const struct reply *r)
+relay_and_close(struct session *s, const struct reply *r)
 {
 	relay(s, r);
 	peer_close(&s->server);
-	finish(s);
+	start_linger(s);
 	return 1;
 }
 
@@ -694,13 +694,13 @@ relay_last(struct session *s, const struct reply *r)
  * for a command; 0: it owes us a reply, or it is lost (server.fd is -1).
  */
 static int
-hop_listen(struct session *s)
+server_idle(struct session *s)
 {
 	struct reply r;
 
 	while (s->server.fd != -1 &&
 	    (buf_len(&s->server.in) > 0 || s->server.eof)) {
-		if (reply_get(s, &r) != REPLY)
+		if (reply_get(s, &r) != REPLY_COMPLETE)
 			return 0;
 		if (s->noop && r.class == 2) {
 			s->noop = 0;
@@ -710,18 +710,18 @@ hop_listen(struct session *s)
 		}
 		slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
 		    first_line(&r));
-		if (r.class == 4 && !s->error) {
-			s->error = 1;
-			hold_reply(s, &r);
+		if (r.class == 4 && !s->failed) {
+			s->failed = 1;
+			defer_relay(s, &r);
 		}
-		remember(s, r_hop_lost_mail, "it refused a NOOP");
+		fail_message(s, r_hop_lost_mail, "it refused a NOOP");
 		peer_close(&s->server);
 		s->noop = 0;
 	}
 	if (s->server.fd == -1)
 		return 0;
-	if (s->noop_at != 0 && now >= s->noop_at && !s->noop && !s->error) {
-		s->noop = hop_put(s, "NOOP\r\n", 6);
+	if (s->noop_at != 0 && now >= s->noop_at && !s->noop && !s->failed) {
+		s->noop = server_put(s, "NOOP\r\n", 6);
 		s->noop_at = now + s->conf->keepalives;
 	}
 	return !s->noop;
@@ -806,7 +806,7 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 /* Decimal digits up to a blank or the end; -1: they are none.  INT64_MAX: more
  * than can be meant. */
 static int64_t
-octets(const char *p)
+parse_octets(const char *p)
 {
 	int64_t n = 0;
 	int digits = 0;
@@ -821,7 +821,7 @@ octets(const char *p)
 
 /* Version 2, behind its signature. */
 static int
-proxy_binary(const unsigned char *p, size_t n, struct addr *a)
+proxy_parse_v2(const unsigned char *p, size_t n, struct addr *a)
 {
 	size_t len;
 
@@ -855,7 +855,7 @@ proxy_binary(const unsigned char *p, size_t n, struct addr *a)
 
 /* Version 1: PROXY TCP4 from to port port CRLF, or PROXY UNKNOWN. */
 static int
-proxy_text(const char *p, size_t n, struct addr *a)
+proxy_parse_v1(const char *p, size_t n, struct addr *a)
 {
 	const char *nl = memchr(p, '\n', n < 107 ? n : 107);
 	char line[108], *from = line + 11, *to, *port;
@@ -876,7 +876,7 @@ proxy_text(const char *p, size_t n, struct addr *a)
 	    (port = strchr(to + 1, ' ')) == NULL)
 		return -1;
 	*to = '\0';
-	number = octets(port + 1);
+	number = parse_octets(port + 1);
 	if (number < 0 || number > 65535 || addr_ip(a, from, number) == -1 ||
 	    (line[9] == '6') != (strchr(from, ':') != NULL))
 		return -1;
@@ -890,14 +890,14 @@ proxy_parse(const char *p, size_t n, struct addr *a)
 
 	memset(a, 0, sizeof *a);
 	if (memcmp(p, v2, n < 12 ? n : 12) == 0)
-		return proxy_binary((const unsigned char *)p, n, a);
+		return proxy_parse_v2((const unsigned char *)p, n, a);
 	if (memcmp(p, v1, n < 6 ? n : 6) == 0)
-		return proxy_text(p, n, a);
+		return proxy_parse_v1(p, n, a);
 	return -1;
 }
 
 static void
-begin(struct session *s)
+session_connect(struct session *s)
 {
 	slog(s, LOG_INFO, "accepted connection from: %s",
 	    addr_text(&s->client_addr));
@@ -908,8 +908,8 @@ begin(struct session *s)
 	slog(s, LOG_ERR, "mail loop: %s is our own connection to a next hop; "
 	    "check OutAddress or the firewall's redirection",
 	    addr_full(&s->peer_addr));
-	say(s, r_loop);
-	finish(s);
+	client_reply(s, r_loop);
+	start_linger(s);
 }
 
 static int
@@ -920,7 +920,7 @@ st_proxy(struct session *s)
 	int n;
 
 	if (!is_proxy(s->conf, &s->peer_addr)) {
-		begin(s);
+		session_connect(s);
 		return 1;
 	}
 	n = proxy_parse(buf_head(in), buf_len(in), &a);
@@ -929,19 +929,19 @@ st_proxy(struct session *s)
 	if (n <= 0) {
 		slog(s, LOG_WARNING, "%s: no PROXY header, though ProxyFrom has "
 		    "this address", addr_text(&s->peer_addr));
-		session_end(s);
+		session_kill(s);
 		return 1;
 	}
 	buf_eat(in, n);
 	if (a.len > 0)
 		s->client_addr = a;
-	begin(s);
+	session_connect(s);
 	return 1;
 }
 
 /* Which address is next; 0: it is being looked up, -1: there is none. */
 static int
-hop_address(struct session *s)
+server_next_addr(struct session *s)
 {
 	struct target *t = s->conf->out;
 
@@ -955,17 +955,17 @@ hop_address(struct session *s)
 		addr_set_port(&s->server_addr, t->port);
 		return 1;
 	}
-	target_look(t, 0);
+	target_resolve(t, 0);
 	if (t->naddr == 0)
-		return t->looking ? 0 : -1;
-	if ((s->hop = target_next(t, s->hops_tried)) == -1)
+		return t->resolving ? 0 : -1;
+	if ((s->addr_index = target_next(t, s->hops_tried)) == -1)
 		return -1;
-	s->server_addr = t->addr[s->hop];
+	s->server_addr = t->addr[s->addr_index];
 	return 1;
 }
 
 static int
-no_hop(struct session *s, const char *why)
+connect_failed(struct session *s, const char *why)
 {
 	struct target *t = s->conf->transparent ? NULL : s->conf->out;
 
@@ -973,15 +973,15 @@ no_hop(struct session *s, const char *why)
 	    s->server_addr.len > 0 || t == NULL ? addr_full(&s->server_addr) :
 	    t->text, why);
 	if (t != NULL)
-		target_look(t, 1);
-	say(s, r_no_hop, why);
-	finish(s);
+		target_resolve(t, 1);
+	client_reply(s, r_no_hop, why);
+	start_linger(s);
 	return 1;
 }
 
 /* How many addresses there are to try. */
 static int
-hop_count(const struct session *s)
+server_naddrs(const struct session *s)
 {
 	const struct target *t = s->conf->out;
 
@@ -999,7 +999,7 @@ gone_early(struct session *s)
 	    memchr(buf_head(in), '\n', buf_len(in)) != NULL))
 		return 0;
 	slog(s, LOG_DEBUG, "CLIENT: gone before the greeting");
-	session_end(s);
+	session_kill(s);
 	return 1;
 }
 
@@ -1012,18 +1012,18 @@ st_connect(struct session *s)
 	if (gone_early(s))
 		return 1;
 	if (s->server.fd == -1) {
-		switch (hop_address(s)) {
+		switch (server_next_addr(s)) {
 		case 0:
 			return now < s->deadline ? 0 :
-			    no_hop(s, "its name is still being looked up");
+			    connect_failed(s, "its name is still being looked up");
 		case -1:
-			return no_hop(s, "no address");
+			return connect_failed(s, "no address");
 		}
 		s->server.fd = addr_connect(&s->server_addr, &done);
 		s->server.connecting = s->server.fd != -1 && !done;
 		if (s->server.fd == -1)
 			err = errno;
-		s->deadline = now + s->conf->timeout / hop_count(s);
+		s->deadline = now + s->conf->timeout / server_naddrs(s);
 		s->server_local.len = sizeof s->server_local.u;
 		if (getsockname(s->server.fd, &s->server_local.u.sa,
 		    &s->server_local.len) == -1)
@@ -1039,10 +1039,10 @@ st_connect(struct session *s)
 		return 1;
 	}
 	peer_close(&s->server);
-	s->hops_tried |= 1U << s->hop;
+	s->hops_tried |= 1U << s->addr_index;
 	if (s->conf->transparent ||
 	    target_next(s->conf->out, s->hops_tried) == -1)
-		return no_hop(s, strerror(err));
+		return connect_failed(s, strerror(err));
 	return 1;
 }
 
@@ -1060,24 +1060,24 @@ st_greeting(struct session *s)
 		return 1;
 	if (!client_ready(s))
 		return 0;
-	if ((got = reply_get(s, &r)) != REPLY)
+	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	if (r.class == 3)
-		return hop_lost(s, "its greeting makes no sense");
+		return server_lost(s, "its greeting makes no sense");
 	if (r.class == 4)
-		return relay_last(s, &r);
+		return relay_and_close(s, &r);
 	if (r.class == 5) {		/* RFC 5321 3.1 */
 		slog(s, LOG_NOTICE, "SERVER: refused the session: %s",
 		    first_line(&r));
 		relay(s, &r);
 		s->rejected = 1;
 		enter(s, S_COMMAND);
-		hop_close(s);
+		server_close(s);
 		return 1;
 	}
 	if (!s->conf->transparent)
 		target_worked(s->conf->out, &s->server_addr);
-	say(s, "%d " OUR_NAME, r.code);
+	client_reply(s, "%d " OUR_NAME, r.code);
 	reply_eat(s, &r);
 	enter(s, S_COMMAND);
 	return 1;
@@ -1094,8 +1094,8 @@ st_greeting(struct session *s)
  */
 struct verb {
 	const char *name;
-	int	(*take)(struct session *, char *line, size_t n);
-	int	(*told)(struct session *, const struct reply *);
+	int	(*on_command)(struct session *, char *line, size_t n);
+	int	(*on_reply)(struct session *, const struct reply *);
 	int	 in_chunks;		/* may stand between two BDATs */
 	int	 unnamed;		/* may come before XCLIENT */
 };
@@ -1134,7 +1134,7 @@ path_parse(const char *line, const char **addr, size_t *n)
 static int
 no_memory(struct session *s)
 {
-	say(s, r_full, "memory", strerror(ENOMEM));
+	client_reply(s, r_full, "memory", strerror(ENOMEM));
 	return 0;
 }
 
@@ -1145,7 +1145,7 @@ keep_address(struct session *s, const char *line, const char **params)
 	size_t n;
 
 	*params = path_parse(line, &addr, &n);
-	return str_set(&s->pending, addr, n) == 0 || no_memory(s);
+	return str_set(&s->asked_addr, addr, n) == 0 || no_memory(s);
 }
 
 /* The largest message that is scanned, in bytes; 0: no limit.  clamd's own limits
@@ -1167,13 +1167,13 @@ size_limit(const struct session *s)
 {
 	int64_t max = s->conf->failopen ? 0 : scan_limit(s);
 
-	if (max == 0 || (s->hop_size > 0 && s->hop_size < max))
-		max = s->hop_size;
+	if (max == 0 || (s->server_size > 0 && s->server_size < max))
+		max = s->server_size;
 	return max;
 }
 
 static int
-take_mail(struct session *s, char *line, size_t n)
+mail_command(struct session *s, char *line, size_t n)
 {
 	int64_t limit = size_limit(s);
 	const char *p;
@@ -1184,8 +1184,8 @@ take_mail(struct session *s, char *line, size_t n)
 	for (p += strspn(p, " \t"); *p != '\0';
 	    p += strcspn(p, " \t"), p += strspn(p, " \t")) {
 		if (strncasecmp(p, "SIZE=", 5) == 0 && limit > 0 &&
-		    octets(p + 5) > limit) {
-			say(s, r_too_big, (long long)limit);
+		    parse_octets(p + 5) > limit) {
+			client_reply(s, r_too_big, (long long)limit);
 			return 0;
 		}
 		if (strncasecmp(p, "BODY=BINARYMIME", 15) == 0) {
@@ -1197,23 +1197,23 @@ take_mail(struct session *s, char *line, size_t n)
 }
 
 static int
-told_mail(struct session *s, const struct reply *r)
+mail_reply(struct session *s, const struct reply *r)
 {
-	struct str from = s->pending;
+	struct str from = s->asked_addr;
 
 	if (r->class != 2)
 		return 0;
-	memset(&s->pending, 0, sizeof s->pending);
-	mail_reset(s);
-	s->mail = 1;
+	memset(&s->asked_addr, 0, sizeof s->asked_addr);
+	envelope_reset(s);
+	s->have_mail = 1;
 	s->from = from;
 	if (s->from.len == 0 && str_set(&s->from, "<>", 2) == -1)
-		client_lost(s);
+		client_nomem(s);
 	return 0;
 }
 
 static int
-take_rcpt(struct session *s, char *line, size_t n)
+rcpt_command(struct session *s, char *line, size_t n)
 {
 	const char *params;
 
@@ -1223,42 +1223,42 @@ take_rcpt(struct session *s, char *line, size_t n)
 
 /* All count, though no more than RCPTSZ bytes of them are remembered. */
 static int
-told_rcpt(struct session *s, const struct reply *r)
+rcpt_reply(struct session *s, const struct reply *r)
 {
 	if (r->class != 2)
 		return 0;
-	s->rcpts++;
-	if (s->to_cut)
+	s->nrcpt++;
+	if (s->rcpt_truncated)
 		return 0;
-	if (s->to.len + s->pending.len + 1 > RCPTSZ) {
+	if (s->rcpt_list.len + s->asked_addr.len + 1 > RCPTSZ) {
 		slog(s, LOG_NOTICE, "so many recipients that RECIPIENTS and "
 		    "the log have only the first of them");
-		s->to_cut = 1;
-		str_set(&s->pending, "...", 3);
+		s->rcpt_truncated = 1;
+		str_set(&s->asked_addr, "...", 3);
 	}
-	if (str_add(&s->to, s->pending.s, s->pending.len) == -1 ||
-	    str_add(&s->to, "\n", 1) == -1)
-		client_lost(s);
+	if (str_add(&s->rcpt_list, s->asked_addr.s, s->asked_addr.len) == -1 ||
+	    str_add(&s->rcpt_list, "\n", 1) == -1)
+		client_nomem(s);
 	return 0;
 }
 
 static int
-told_rset(struct session *s, const struct reply *r)
+rset_reply(struct session *s, const struct reply *r)
 {
 	if (r->class == 2)
-		mail_over(s);
+		transaction_reset(s);
 	return 0;
 }
 
 static int
-take_helo(struct session *s, char *line, size_t n)
+helo_command(struct session *s, char *line, size_t n)
 {
 	return (str_set(&s->helo, line, n) == 0 &&
 	    str_add(&s->helo, "\r\n", 2) == 0) || no_memory(s);
 }
 
 static int
-take_starttls(struct session *s, char *line, size_t n)
+starttls_command(struct session *s, char *line, size_t n)
 {
 	(void)line;
 	(void)n;
@@ -1267,7 +1267,7 @@ take_starttls(struct session *s, char *line, size_t n)
 }
 
 static int
-take_xclient(struct session *s, char *line, size_t n)
+xclient_command(struct session *s, char *line, size_t n)
 {
 	(void)line;
 	(void)n;
@@ -1277,13 +1277,13 @@ take_xclient(struct session *s, char *line, size_t n)
 }
 
 static int
-take_xforward(struct session *s, char *line, size_t n)
+xforward_command(struct session *s, char *line, size_t n)
 {
-	if (s->mail) {
+	if (s->have_mail) {
 		refuse(s, r_sequence);
 		return 0;
 	}
-	return str_set(&s->pending, line, n) == 0 || no_memory(s);
+	return str_set(&s->asked_addr, line, n) == 0 || no_memory(s);
 }
 
 /* xtext (RFC 3461 4) to what it stands for. */
@@ -1315,9 +1315,9 @@ xtext_decode(struct str *to, const char *p, size_t n)
 }
 
 static int
-told_xforward(struct session *s, const struct reply *r)
+xforward_reply(struct session *s, const struct reply *r)
 {
-	const char *p = s->pending.s;
+	const char *p = s->asked_addr.s;
 	size_t n;
 	int bad = 0;
 
@@ -1331,8 +1331,8 @@ told_xforward(struct session *s, const struct reply *r)
 			bad |= xtext_decode(&s->remote_helo, p + 5, n - 5);
 	}
 	if (bad)
-		client_lost(s);
-	str_free(&s->pending);
+		client_nomem(s);
+	str_free(&s->asked_addr);
 	return 0;
 }
 
@@ -1346,7 +1346,7 @@ static const char *const ehlo_keywords[] = {
 };
 
 static int
-word_is(const char *p, size_t n, const char *word)
+word_equal(const char *p, size_t n, const char *word)
 {
 	return n == strlen(word) && strncasecmp(p, word, n) == 0;
 }
@@ -1358,12 +1358,12 @@ learn_xclient(struct session *s, const char *p)
 
 	for (; *p != '\0'; p += n, p += strspn(p, " \t\r")) {
 		n = strcspn(p, " \t\r");
-		if (word_is(p, n, "NAME"))
-			s->hop_xclient |= X_NAME;
-		else if (word_is(p, n, "ADDR"))
-			s->hop_xclient |= X_ADDR;
-		else if (word_is(p, n, "PORT"))
-			s->hop_xclient |= X_PORT;
+		if (word_equal(p, n, "NAME"))
+			s->server_xclient |= X_NAME;
+		else if (word_equal(p, n, "ADDR"))
+			s->server_xclient |= X_ADDR;
+		else if (word_equal(p, n, "PORT"))
+			s->server_xclient |= X_PORT;
 	}
 }
 
@@ -1374,28 +1374,28 @@ ehlo_line(struct session *s, const char *p)
 {
 	size_t i, n = strcspn(p, " =");
 
-	if (word_is(p, n, "CHUNKING"))
-		s->hop_chunking = 1;
-	if (word_is(p, n, "XCLIENT"))
+	if (word_equal(p, n, "CHUNKING"))
+		s->server_chunking = 1;
+	if (word_equal(p, n, "XCLIENT"))
 		learn_xclient(s, p + n);
-	if (word_is(p, n, "SIZE") && p[n] == ' ' && octets(p + n + 1) > 0)
-		s->hop_size = octets(p + n + 1);
+	if (word_equal(p, n, "SIZE") && p[n] == ' ' && parse_octets(p + n + 1) > 0)
+		s->server_size = parse_octets(p + n + 1);
 	if (p[n] == '=')		/* an old form that some clients look for */
-		return word_is(p, n, "AUTH");
+		return word_equal(p, n, "AUTH");
 	for (i = 0; i < sizeof ehlo_keywords / sizeof ehlo_keywords[0]; i++)
-		if (word_is(p, n, ehlo_keywords[i]))
+		if (word_equal(p, n, ehlo_keywords[i]))
 			return 1;
 	return 0;
 }
 
 static int
-hold_line(struct session *s, const char *text)
+ehlo_add(struct session *s, const char *text)
 {
-	if (str_add(&s->held, "250-", 4) == 0 &&
-	    str_add(&s->held, text, strlen(text)) == 0 &&
-	    str_add(&s->held, "\r\n", 2) == 0)
+	if (str_add(&s->deferred, "250-", 4) == 0 &&
+	    str_add(&s->deferred, text, strlen(text)) == 0 &&
+	    str_add(&s->deferred, "\r\n", 2) == 0)
 		return 0;
-	client_lost(s);
+	client_nomem(s);
 	return -1;
 }
 
@@ -1405,9 +1405,9 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 {
 	char *p, *next, size[48];
 
-	s->hop_size = s->hop_chunking = s->hop_xclient = 0;
-	s->held.len = 0;
-	if (hold_line(s, OUR_NAME) == -1)
+	s->server_size = s->server_chunking = s->server_xclient = 0;
+	s->deferred.len = 0;
+	if (ehlo_add(s, OUR_NAME) == -1)
 		return;
 	reply_clean(r);
 	for (p = strchr(clean, '\n') + 1; *p != '\0' && esmtp; p = next + 1) {
@@ -1418,29 +1418,29 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 		if (strncasecmp(p + 4, "SIZE", 4) == 0 && size_limit(s) > 0) {
 			format(size, sizeof size, "SIZE %lld",
 			    (long long)size_limit(s));
-			hold_line(s, size);
+			ehlo_add(s, size);
 		} else
-			hold_line(s, p + 4);
+			ehlo_add(s, p + 4);
 	}
 	if (esmtp) {
-		hold_line(s, "PIPELINING");
-		if (s->hop_chunking)
-			hold_line(s, "CHUNKING");
+		ehlo_add(s, "PIPELINING");
+		if (s->server_chunking)
+			ehlo_add(s, "CHUNKING");
 	}
 	if (s->client.err)
 		return;
-	for (p = s->held.s + s->held.len - 2; p > s->held.s && p[-1] != '\n'; p--)
+	for (p = s->deferred.s + s->deferred.len - 2; p > s->deferred.s && p[-1] != '\n'; p--)
 		;
 	p[3] = ' ';		/* the last line says that it is the last */
 }
 
 /* The next hop is to see the client's address, not ours. */
 static int
-ask_xclient(struct session *s)
+xclient_send(struct session *s)
 {
 	char line[NOTESZ];
 	size_t n;
-	int x = s->hop_xclient, ip = s->client_addr.u.sa.sa_family != AF_UNIX;
+	int x = s->server_xclient, ip = s->client_addr.u.sa.sa_family != AF_UNIX;
 
 	n = format(line, sizeof line, "XCLIENT");
 	if (x & X_NAME)
@@ -1453,8 +1453,8 @@ ask_xclient(struct session *s)
 		n += format(line + n, sizeof line - n, " PORT=%u",
 		    addr_port(&s->client_addr));
 	n += format(line + n, sizeof line - n, "\r\n");
-	if (!hop_put(s, line, n))
-		return hop_lost(s, "no memory for a command to it");
+	if (!server_put(s, line, n))
+		return server_lost(s, "no memory for a command to it");
 	s->verb = &verb_xclient;
 	s->asked = 1;
 	enter(s, S_REPLY);
@@ -1467,50 +1467,50 @@ ask_xclient(struct session *s)
  * tried, and if they are refused, EHLO may still list them.
  */
 static int
-told_hello(struct session *s, const struct reply *r, int esmtp)
+hello_reply(struct session *s, const struct reply *r, int esmtp)
 {
 	if (r->class != 2)
 		return 0;
-	mail_over(s);
+	transaction_reset(s);
 	ehlo_filter(s, r, esmtp);
 	if (!esmtp)
-		s->hop_xclient = X_NAME | X_ADDR;
+		s->server_xclient = X_NAME | X_ADDR;
 	if (s->xclient == XC_WANTED || (s->xclient == XC_EHLO && esmtp)) {
-		if (s->hop_xclient != 0)
-			return ask_xclient(s);
+		if (s->server_xclient != 0)
+			return xclient_send(s);
 		slog(s, LOG_WARNING, "SERVER: offers no XCLIENT: "
 		    "it takes the client for this host");
 		s->xclient = XC_DONE;
 	}
 	if (!s->client.err)
-		say_held(s);
+		send_deferred(s);
 	enter(s, S_COMMAND);
 	return 1;
 }
 
 static int
-told_ehlo(struct session *s, const struct reply *r)
+ehlo_reply(struct session *s, const struct reply *r)
 {
-	return told_hello(s, r, 1);
+	return hello_reply(s, r, 1);
 }
 
 static int
-told_helo(struct session *s, const struct reply *r)
+helo_reply(struct session *s, const struct reply *r)
 {
-	return told_hello(s, r, 0);
+	return hello_reply(s, r, 0);
 }
 
-static int take_data(struct session *, char *, size_t);
-static int take_bdat(struct session *, char *, size_t);
+static int data_command(struct session *, char *, size_t);
+static int bdat_command(struct session *, char *, size_t);
 
 static const struct verb verbs[] = {
-	{ "EHLO", take_helo, told_ehlo, 1, 1 },
-	{ "HELO", take_helo, told_helo, 1, 1 },
-	{ "MAIL", take_mail, told_mail, 0, 0 },
-	{ "RCPT", take_rcpt, told_rcpt, 0, 0 },
-	{ "DATA", take_data, NULL, 0, 0 },
-	{ "BDAT", take_bdat, NULL, 1, 1 },	/* there is no MAIL: 503 */
-	{ "RSET", NULL, told_rset, 1, 1 },
+	{ "EHLO", helo_command, ehlo_reply, 1, 1 },
+	{ "HELO", helo_command, helo_reply, 1, 1 },
+	{ "MAIL", mail_command, mail_reply, 0, 0 },
+	{ "RCPT", rcpt_command, rcpt_reply, 0, 0 },
+	{ "DATA", data_command, NULL, 0, 0 },
+	{ "BDAT", bdat_command, NULL, 1, 1 },	/* there is no MAIL: 503 */
+	{ "RSET", NULL, rset_reply, 1, 1 },
 	{ "NOOP", NULL, NULL, 1, 1 },
 	{ "QUIT", NULL, NULL, 1, 1 },
 	{ "AUTH", NULL, NULL, 0, 0 },
@@ -1518,9 +1518,9 @@ static const struct verb verbs[] = {
 	{ "EXPN", NULL, NULL, 1, 0 },
 	{ "HELP", NULL, NULL, 1, 1 },
 	{ "ETRN", NULL, NULL, 0, 0 },
-	{ "XFORWARD", take_xforward, told_xforward, 0, 0 },
-	{ "XCLIENT", take_xclient, NULL, 1, 0 },
-	{ "STARTTLS", take_starttls, NULL, 1, 0 },
+	{ "XFORWARD", xforward_command, xforward_reply, 0, 0 },
+	{ "XCLIENT", xclient_command, NULL, 1, 0 },
+	{ "STARTTLS", starttls_command, NULL, 1, 0 },
 };
 
 static const struct verb *
@@ -1529,7 +1529,7 @@ verb_find(const char *line)
 	size_t i, n = strcspn(line, " \t");
 
 	for (i = 0; i < sizeof verbs / sizeof verbs[0]; i++)
-		if (word_is(line, n, verbs[i].name))
+		if (word_equal(line, n, verbs[i].name))
 			return &verbs[i];
 	return NULL;
 }
@@ -1551,19 +1551,19 @@ is_xclient_refused(const struct reply *r)
 /* After XCLIENT the next hop is where it was before the first HELO: once more,
  * for its list is another one now. */
 static int
-told_xclient(struct session *s, const struct reply *r)
+xclient_reply(struct session *s, const struct reply *r)
 {
 	int helo = *s->helo.s == 'H' || *s->helo.s == 'h';
 
-	if (r->code == 501 && helo && (s->hop_xclient & X_NAME)) {
-		s->hop_xclient &= ~X_NAME;
-		return ask_xclient(s);
+	if (r->code == 501 && helo && (s->server_xclient & X_NAME)) {
+		s->server_xclient &= ~X_NAME;
+		return xclient_send(s);
 	}
 	if (is_xclient_refused(r)) {
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
 		    first_line(r));
 		s->xclient = helo ? XC_EHLO : XC_DONE;
-		say_held(s);
+		send_deferred(s);
 		enter(s, S_COMMAND);
 		return 1;
 	}
@@ -1573,19 +1573,19 @@ told_xclient(struct session *s, const struct reply *r)
 		if (r->code == 421)
 			return 0;
 		relay(s, r);
-		finish(s);
+		start_linger(s);
 		return 1;
 	}
 	s->xclient = XC_DONE;
 	s->verb = verb_find(s->helo.s);
-	if (!hop_put(s, s->helo.s, s->helo.len))
-		return hop_lost(s, "no memory for a command to it");
+	if (!server_put(s, s->helo.s, s->helo.len))
+		return server_lost(s, "no memory for a command to it");
 	s->asked = 1;
 	enter(s, S_REPLY);
 	return 1;
 }
 
-static const struct verb verb_xclient = { "XCLIENT", NULL, told_xclient, 0, 0 };
+static const struct verb verb_xclient = { "XCLIENT", NULL, xclient_reply, 0, 0 };
 
 /*
  * Promise 10: a line in the client's buffer, whole or not, that no SMTP client
@@ -1608,7 +1608,7 @@ is_not_smtp(const struct session *s)
 	for (n = 0; n < len && memchr(" \t\r\n", p[n], 4) == NULL; n++)
 		;
 	for (i = 0; i < sizeof words / sizeof words[0]; i++)
-		if (n < len && word_is(p, n, words[i]))
+		if (n < len && word_equal(p, n, words[i]))
 			return 1;
 	return 0;
 }
@@ -1624,8 +1624,8 @@ not_smtp(struct session *s)
 		n = nl - p;
 	slog(s, LOG_WARNING, "CLIENT: does not speak SMTP, session ends: %s",
 	    printable(p, n < 60 ? n : 60));
-	say(s, r_not_smtp);
-	finish(s);
+	client_reply(s, r_not_smtp);
+	start_linger(s);
 	return 1;
 }
 
@@ -1694,22 +1694,22 @@ command(struct session *s, char *line, size_t n)
 	if (verb_is(v, "DATA") && peer_waiting(&s->client)) {
 		slog(s, LOG_WARNING, "CLIENT: sent input after DATA without "
 		    "waiting for the reply, session ends");
-		say(s, r_early_body);
-		finish(s);
+		client_reply(s, r_early_body);
+		start_linger(s);
 		return 1;
 	}
 	if (s->rejected && verb_is(v, "QUIT")) {
-		say(s, r_bye);
-		finish(s);
+		client_reply(s, r_bye);
+		start_linger(s);
 		return 1;
 	}
-	if ((s->bdat && !v->in_chunks) ||
+	if ((s->in_bdat && !v->in_chunks) ||
 	    (s->xclient == XC_WANTED && !v->unnamed) ||
 	    (s->rejected && !verb_is(v, "BDAT"))) {
 		refuse(s, r_sequence);
 		return 1;
 	}
-	if (v->take != NULL && !v->take(s, line, n))
+	if (v->on_command != NULL && !v->on_command(s, line, n))
 		return 1;
 	buf_put(&s->server.out, line, n);
 	buf_put(&s->server.out, "\r\n", 2);
@@ -1722,24 +1722,24 @@ command(struct session *s, char *line, size_t n)
 
 /* The next hop speaks unasked: that is its farewell. */
 static int
-hop_farewell(struct session *s)
+server_spoke(struct session *s)
 {
 	struct reply r;
 	int got;
 
-	if ((got = reply_get(s, &r)) != REPLY)
+	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	slog(s, LOG_NOTICE, "SERVER: said unasked: %s",
 	    first_line(&r));
 	if (r.code < 400)	/* not to be taken for an answer to anything */
-		return hop_lost(s, "it spoke unasked");
-	return relay_last(s, &r);
+		return server_lost(s, "it spoke unasked");
+	return relay_and_close(s, &r);
 }
 
 static void
 log_closed(const struct session *s)
 {
-	if (s->mail)
+	if (s->have_mail)
 		slog(s, LOG_NOTICE, "CLIENT: closed the connection "
 		    "in the middle of a transaction");
 }
@@ -1754,7 +1754,7 @@ st_command(struct session *s)
 	if (!client_ready(s) || !buf_ready(&s->server.out, LINESZ + 2))
 		return 0;
 	if (buf_len(&s->server.in) > 0 || s->server.eof)
-		return hop_farewell(s);
+		return server_spoke(s);
 	if (is_not_smtp(s))
 		return not_smtp(s);
 	r = client_line(s, &line, &n);
@@ -1765,7 +1765,7 @@ st_command(struct session *s)
 	}
 	if (r == 0 && (s->client.eof || s->client.err)) {
 		log_closed(s);
-		finish(s);	/* it may have closed its side only */
+		start_linger(s);	/* it may have closed its side only */
 		return 1;
 	}
 	return r != 0;
@@ -1783,17 +1783,17 @@ st_reply(struct session *s)
 
 	if (s->client.err) {
 		log_closed(s);
-		session_end(s);
+		session_kill(s);
 		return 1;
 	}
 	if (!client_ready(s))
 		return 0;
-	if ((got = reply_get(s, &r)) != REPLY)
+	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	s->asked = 0;
 	if (r.class == 3 && !(auth && r.code == 334))
-		return hop_lost(s, "its reply makes no sense");
-	done = s->verb->told != NULL && s->verb->told(s, &r);
+		return server_lost(s, "its reply makes no sense");
+	done = s->verb->on_reply != NULL && s->verb->on_reply(s, &r);
 	if (!done)
 		relay(s, &r);
 	reply_eat(s, &r);
@@ -1801,7 +1801,7 @@ st_reply(struct session *s)
 		return 1;
 	if (quit || r.code == 421) {
 		peer_close(&s->server);
-		finish(s);
+		start_linger(s);
 	} else
 		enter(s, r.code == 334 ? S_AUTH : S_COMMAND);
 	return 1;
@@ -1821,7 +1821,7 @@ st_auth(struct session *s)
 	if (!client_ready(s) || !buf_ready(&s->server.out, LINESZ + 2))
 		return 0;
 	if (buf_len(&s->server.in) > 0 || s->server.eof)
-		return hop_farewell(s);
+		return server_spoke(s);
 	switch (r = client_line(s, &line, &n)) {
 	case 1:
 		slog(s, LOG_DEBUG, "CLIENT < ***");
@@ -1833,12 +1833,12 @@ st_auth(struct session *s)
 		enter(s, S_REPLY);
 		return 1;
 	case -1:		/* the next hop still waits for it */
-		finish(s);
+		start_linger(s);
 		return 1;
 	}
 	if (!s->client.eof && !s->client.err)
 		return 0;
-	finish(s);
+	start_linger(s);
 	return 1;
 }
 
@@ -1854,20 +1854,20 @@ static void
 spool_flush(struct session *s)
 {
 	struct iovec *v = gather;
-	off_t left = scan_line_len + s->size - s->spooled;
+	off_t left = scan_line_len + s->msg_size - s->spool_size;
 	ssize_t n;
 
 	v->iov_base = (char *)(uintptr_t)scan_line;
-	v->iov_len = s->spooled == 0 ? scan_line_len : 0;
-	while (left > 0 && !s->error) {
-		n = pwritev(s->spool, v, gather + ngather - v, s->spooled);
+	v->iov_len = s->spool_size == 0 ? scan_line_len : 0;
+	while (left > 0 && !s->failed) {
+		n = pwritev(s->spool, v, gather + ngather - v, s->spool_size);
 		if (n == -1 && errno == EINTR)
 			continue;
 		if (n == -1) {
-			remember_errno(s, "TempDirectory");
+			fail_message_errno(s, "TempDirectory");
 			break;
 		}
-		s->spooled += n;
+		s->spool_size += n;
 		left -= n;
 		for (; left > 0 && (size_t)n >= v->iov_len; v++)
 			n -= v->iov_len;
@@ -1891,52 +1891,52 @@ is_name_char(char c)
  * before it; a server like Postfix takes them for headers there, and nowhere else.
  */
 static void
-header_eat(struct session *s, const char *p, size_t n)
+header_scan(struct session *s, const char *p, size_t n)
 {
-	off_t at = s->size;
+	off_t at = s->msg_size;
 
-	for (; n > 0 && s->header != H_DONE; p++, n--, at++)
-		switch (s->header) {
+	for (; n > 0 && s->header_state != H_DONE; p++, n--, at++)
+		switch (s->header_state) {
 		case H_FIRST:
-			s->top = s->header_at = at;
+			s->top = s->header_end = at;
 			s->matched = *p == 'F';
 			s->indented = *p == ' ' || *p == '\t';
-			s->header = *p == 'F' || *p == '>' ? H_FROM :
+			s->header_state = *p == 'F' || *p == '>' ? H_FROM :
 			    is_name_char(*p) ? H_NAME : H_DONE;
 			break;
 		case H_MBOX:
 			if (*p == '\n')
-				s->header = H_FIRST;
+				s->header_state = H_FIRST;
 			break;
 		case H_LINE:
 			if (*p == ' ' || *p == '\t') {
-				s->header = H_REST;
+				s->header_state = H_REST;
 				break;
 			}
-			s->header_at = at;
-			s->header = is_name_char(*p) ? H_NAME : H_DONE;
+			s->header_end = at;
+			s->header_state = is_name_char(*p) ? H_NAME : H_DONE;
 			break;
 		case H_FROM:
 			if (*p == '>' && s->matched == 0)
 				break;
 			if (*p == "From "[s->matched]) {
 				if (++s->matched == 5)
-					s->header = H_MBOX;
+					s->header_state = H_MBOX;
 				break;
 			}
-			s->header = H_NAME;
+			s->header_state = H_NAME;
 			/* FALLTHROUGH */
 		case H_NAME:
 			if (is_name_char(*p))
 				break;
 			/* FALLTHROUGH */
 		case H_BLANK:
-			s->header = *p == ':' ? H_REST :
+			s->header_state = *p == ':' ? H_REST :
 			    *p == ' ' || *p == '\t' ? H_BLANK : H_DONE;
 			break;
 		case H_REST:
 			if (*p == '\n')
-				s->header = H_LINE;
+				s->header_state = H_LINE;
 			break;
 		case H_DONE:
 			break;
@@ -1944,20 +1944,20 @@ header_eat(struct session *s, const char *p, size_t n)
 }
 
 static void
-emit(struct session *s, const char *p, size_t n)
+spool_append(struct session *s, const char *p, size_t n)
 {
 	struct iovec *last = &gather[ngather - 1];
 	int64_t limit = size_limit(s);
 
-	if (s->error || n == 0)
+	if (s->failed || n == 0)
 		return;
-	if (limit > 0 && s->size + (int64_t)n > limit) {
-		remember(s, r_too_big, (long long)limit);
+	if (limit > 0 && s->msg_size + (int64_t)n > limit) {
+		fail_message(s, r_too_big, (long long)limit);
 		return;
 	}
-	if (s->header != H_DONE)
-		header_eat(s, p, n);
-	s->size += n;
+	if (s->header_state != H_DONE)
+		header_scan(s, p, n);
+	s->msg_size += n;
 	if (ngather > 1 && (char *)last->iov_base + last->iov_len == p) {
 		last->iov_len += n;
 		return;
@@ -1975,13 +1975,13 @@ static const char crlf[] = "\r\n", nuls[BLOCKSZ], spaces[] =
 
 /* The CRs or NULs that were held back turn out to be text. */
 static void
-emit_pending(struct session *s, const char *block)
+spool_append_held(struct session *s, const char *block)
 {
 	size_t n;
 
-	for (; s->pending_bytes > 0; s->pending_bytes -= n) {
-		n = s->pending_bytes < BLOCKSZ ? s->pending_bytes : BLOCKSZ;
-		emit(s, block, n);
+	for (; s->held_bytes > 0; s->held_bytes -= n) {
+		n = s->held_bytes < BLOCKSZ ? s->held_bytes : BLOCKSZ;
+		spool_append(s, block, n);
 	}
 }
 
@@ -2042,89 +2042,89 @@ plain_text(const char *p, const char *stop)
  *			drop NULs, and some end a line at one
  *
  * Takes up to n bytes from p, fewer only when *end; returns how many.  With
- * s->bdat the dots mean nothing and there is no end.
+ * s->in_bdat the dots mean nothing and there is no end.
  */
 static size_t
-body_eat(struct session *s, const char *p, size_t n, int *end)
+body_filter(struct session *s, const char *p, size_t n, int *end)
 {
 	const char *q = p, *stop = p + n, *run;
 
 	*end = 0;
 	while (q < stop)
-		switch (s->eol) {
+		switch (s->body_state) {
 		case BOL:		/* at the start, or behind CRLF */
-			s->eol = LINE;
-			if (*q == '.' && !s->bdat) {
-				s->eol = BOL_DOT;
+			s->body_state = LINE;
+			if (*q == '.' && !s->in_bdat) {
+				s->body_state = BOL_DOT;
 				q++;
 			}
 			break;
 		case BOL_DOT:
-			s->eol = LINE;
+			s->body_state = LINE;
 			if (*q == '\r') {
-				s->eol = BOL_DOT_CR;
+				s->body_state = BOL_DOT_CR;
 				q++;
 			}
 			break;
 		case BOL_DOT_CR:
 			if (*q == '\n') {
-				s->eol = BOL;
+				s->body_state = BOL;
 				*end = 1;
 				return q + 1 - p;
 			}
-			s->pending_bytes = 1;
-			s->eol = CRS;
+			s->held_bytes = 1;
+			s->body_state = CRS;
 			break;
 		case LINE:		/* at a line's first byte; NULs held */
 			if (*q == '\0') {
-				s->pending_bytes++;
+				s->held_bytes++;
 				q++;
 				break;
 			}
 			if (*q == '.') {
-				s->pending_bytes = 0;
-				s->dots = 1;
+				s->held_bytes = 0;
+				s->has_dot_lines = 1;
 			}
-			emit_pending(s, nuls);
-			s->eol = TEXT;
+			spool_append_held(s, nuls);
+			s->body_state = TEXT;
 			break;
 		case TEXT:
 			run = plain_text(q, stop);
 			if (stop - run >= 2 && run[0] == '\r' && run[1] == '\n') {
-				emit(s, q, run + 2 - q);
-				s->eol = BOL;
+				spool_append(s, q, run + 2 - q);
+				s->body_state = BOL;
 				q = run + 2;
 				break;
 			}
-			emit(s, q, run - q);
+			spool_append(s, q, run - q);
 			q = run;
 			if (q == stop)
 				break;
 			if (*q++ == '\n') {
-				emit(s, crlf, 2);
-				s->eol = LINE;
+				spool_append(s, crlf, 2);
+				s->body_state = LINE;
 			} else {
-				s->pending_bytes = 1;
-				s->eol = CRS;
+				s->held_bytes = 1;
+				s->body_state = CRS;
 			}
 			break;
 		case CRS:		/* behind CRs in a line; they are held */
 			if (*q == '\n') {
-				s->pending_bytes = 0;
-				emit(s, crlf, 2);
-				s->eol = BOL;
+				s->held_bytes = 0;
+				spool_append(s, crlf, 2);
+				s->body_state = BOL;
 				q++;
 			} else if (*q == '\r') {
-				s->pending_bytes++;
+				s->held_bytes++;
 				q++;
 			} else {
-				emit_pending(s, spaces);
-				s->eol = TEXT;
+				spool_append_held(s, spaces);
+				s->body_state = TEXT;
 			}
 			break;
 		}
-	if (s->pending_bytes > MAXPENDING)
-		remember(s, r_flood);
+	if (s->held_bytes > MAXPENDING)
+		fail_message(s, r_flood);
 	return q - p;
 }
 
@@ -2132,17 +2132,17 @@ body_eat(struct session *s, const char *p, size_t n, int *end)
 static void
 body_end(struct session *s)
 {
-	if (s->pending_bytes > 0) {
-		emit_pending(s, s->eol == CRS ? spaces : nuls);
-		s->eol = TEXT;
+	if (s->held_bytes > 0) {
+		spool_append_held(s, s->body_state == CRS ? spaces : nuls);
+		s->body_state = TEXT;
 	}
-	if (s->eol == TEXT && !s->raw)	/* DATA has whole lines only */
-		emit(s, crlf, 2);
+	if (s->body_state == TEXT && !s->relay_bdat)	/* DATA has whole lines only */
+		spool_append(s, crlf, 2);
 	spool_flush(s);
-	if (s->header == H_FIRST)
-		s->top = s->size;
-	if (s->header == H_FIRST || s->header == H_LINE)
-		s->header_at = s->size;
+	if (s->header_state == H_FIRST)
+		s->top = s->msg_size;
+	if (s->header_state == H_FIRST || s->header_state == H_LINE)
+		s->header_end = s->msg_size;
 }
 
 /*
@@ -2152,41 +2152,41 @@ body_end(struct session *s)
 static void
 message_begin(struct session *s)
 {
-	s->size = s->spooled = s->top = s->header_at = 0;
-	s->eol = BOL;
-	s->header = H_FIRST;
+	s->msg_size = s->spool_size = s->top = s->header_end = 0;
+	s->body_state = BOL;
+	s->header_state = H_FIRST;
 	s->indented = 0;
-	s->pending_bytes = 0;
-	s->dots = s->error = 0;
+	s->held_bytes = 0;
+	s->has_dot_lines = s->failed = 0;
 	if (s->conf->keepalives > 0)
 		s->noop_at = now + s->conf->keepalives;
 	s->spool = spool_open(s->conf->tempdir, s->conf->debug_files);
 	if (s->spool == -1)
-		remember_errno(s, "TempDirectory");
+		fail_message_errno(s, "TempDirectory");
 }
 
 static void
 enter_body(struct session *s, enum state state)
 {
 	enter(s, state);
-	s->slow_at = now + s->conf->timeout;
-	s->slow_bytes = 0;
+	s->rate_check_at = now + s->conf->timeout;
+	s->rate_bytes = 0;
 }
 
 static int
-take_data(struct session *s, char *line, size_t n)
+data_command(struct session *s, char *line, size_t n)
 {
 	(void)n;
 	if (line[4 + strspn(line + 4, " \t")] != '\0') {
 		refuse(s, r_no_args);
 		return 0;
 	}
-	if (!s->mail || s->rcpts == 0) {
+	if (!s->have_mail || s->nrcpt == 0) {
 		refuse(s, r_no_rcpt);
 		return 0;
 	}
 	message_begin(s);
-	say(s, r_ready);
+	client_reply(s, r_ready);
 	enter_body(s, S_BODY);
 	return 0;
 }
@@ -2198,13 +2198,13 @@ message_end(struct session *s)
 	int64_t max = scan_limit(s);
 
 	body_end(s);
-	if (s->error) {
-		turn_away(s);
+	if (s->failed) {
+		reject_message(s);
 		return;
 	}
 	enter(s, S_SCAN);
 	s->deadline = s->dot_at + s->conf->scantimeout;
-	if (max > 0 && s->size > max)
+	if (max > 0 && s->msg_size > max)
 		s->verdict = TOOBIG;
 	else
 		clamd_begin(s);
@@ -2217,11 +2217,11 @@ st_body(struct session *s)
 	size_t n;
 	int end = 0;
 
-	hop_listen(s);
+	server_idle(s);
 	if (!client_ready(s))
 		return 0;
 	if (buf_len(in) > 0) {
-		n = body_eat(s, buf_head(in), buf_len(in), &end);
+		n = body_filter(s, buf_head(in), buf_len(in), &end);
 		spool_flush(s);
 		buf_eat(in, n);
 		if (end) {
@@ -2231,7 +2231,7 @@ st_body(struct session *s)
 		return 1;
 	}
 	if (s->client.eof)
-		return give_up(s);
+		return abort_transaction(s);
 	return 0;
 }
 
@@ -2240,10 +2240,10 @@ st_body(struct session *s)
  */
 
 static int
-take_bdat(struct session *s, char *line, size_t n)
+bdat_command(struct session *s, char *line, size_t n)
 {
 	char *p = line + 4 + strspn(line + 4, " \t");
-	int64_t size = octets(p), limit = size_limit(s);
+	int64_t size = parse_octets(p), limit = size_limit(s);
 	int last;
 
 	(void)n;
@@ -2252,23 +2252,23 @@ take_bdat(struct session *s, char *line, size_t n)
 	last = strcasecmp(p, "LAST") == 0;
 	if (size == -1 || size == INT64_MAX || (*p != '\0' && !last)) {
 		/* Where the next command begins nobody knows. */
-		say(s, r_bad_size);
-		finish(s);
+		client_reply(s, r_bad_size);
+		start_linger(s);
 		return 0;
 	}
 	s->chunk_left = size;
 	s->chunk_last = last;
-	if (!s->bdat) {
-		if (!s->mail || s->rcpts == 0) {
-			s->error = 1;
-			hold(s, r_no_rcpt);
+	if (!s->in_bdat) {
+		if (!s->have_mail || s->nrcpt == 0) {
+			s->failed = 1;
+			defer_reply(s, r_no_rcpt);
 		} else
 			message_begin(s);
-		s->bdat = 1;
-		s->raw = s->hop_chunking;
+		s->in_bdat = 1;
+		s->relay_bdat = s->server_chunking;
 	}
-	if (limit > 0 && s->size + size > limit && !s->error)
-		remember(s, r_too_big, (long long)limit);
+	if (limit > 0 && s->msg_size + size > limit && !s->failed)
+		fail_message(s, r_too_big, (long long)limit);
 	enter_body(s, S_CHUNK);
 	return 0;
 }
@@ -2278,17 +2278,17 @@ static void
 chunk_end(struct session *s)
 {
 	s->dot_at = now;
-	if (s->rcpts == 0 && (s->server.fd != -1 || s->rejected)) {
-		s->bdat = s->error = 0;		/* there was none to end */
-		str_free(&s->held);
+	if (s->nrcpt == 0 && (s->server.fd != -1 || s->rejected)) {
+		s->in_bdat = s->failed = 0;		/* there was none to end */
+		str_free(&s->deferred);
 		enter(s, S_COMMAND);
 		refuse(s, r_no_rcpt);
-	} else if (s->error)
-		turn_away(s);
+	} else if (s->failed)
+		reject_message(s);
 	else if (s->chunk_last)
 		message_end(s);
 	else {
-		say(s, r_chunk, (unsigned long long)s->size);
+		client_reply(s, r_chunk, (unsigned long long)s->msg_size);
 		enter(s, S_COMMAND);
 	}
 }
@@ -2300,7 +2300,7 @@ st_chunk(struct session *s)
 	size_t n = buf_len(in);
 	int end;
 
-	hop_listen(s);
+	server_idle(s);
 	if (!client_ready(s))
 		return 0;
 	if (s->chunk_left == 0) {
@@ -2311,15 +2311,15 @@ st_chunk(struct session *s)
 	}
 	if (n == 0) {
 		if (s->client.eof)
-			return give_up(s);
+			return abort_transaction(s);
 		return 0;
 	}
 	if (n > s->chunk_left)
 		n = s->chunk_left;
-	if (s->raw)
-		emit(s, buf_head(in), n);
+	if (s->relay_bdat)
+		spool_append(s, buf_head(in), n);
 	else
-		body_eat(s, buf_head(in), n, &end);
+		body_filter(s, buf_head(in), n, &end);
 	spool_flush(s);
 	s->chunk_left -= n;
 	buf_eat(in, n);
@@ -2338,7 +2338,7 @@ expand(struct str *to, const struct session *s, const char *fmt)
 	int bad = 0;
 
 	for (; *fmt != '\0' && !bad; fmt++) {
-		if (*fmt == '.' && !s->raw &&
+		if (*fmt == '.' && !s->relay_bdat &&
 		    (to->len == 0 || to->s[to->len - 1] == '\n') &&
 		    str_add(to, ".", 1) == -1)
 			return -1;
@@ -2373,17 +2373,17 @@ choose_header(struct session *s)
 	char own[NAMESZ + 64], *p;
 
 	if (s->verdict == CLEAN)
-		return h == NULL ? 0 : expand(&s->insert, s, h);
+		return h == NULL ? 0 : expand(&s->header, s, h);
 	if (s->verdict == VIRUS)
-		format(own, sizeof own, "X-Virus-Infected: %s", s->virus);
+		format(own, sizeof own, "X-Virus-Infected: %s", s->verdict_text);
 	else
 		format(own, sizeof own, "X-Virus-Unscanned: %s",
-		    s->verdict == TOOBIG ? "message too big" : s->virus);
+		    s->verdict == TOOBIG ? "message too big" : s->verdict_text);
 	for (p = own; *p != '\0'; p++)
 		if (*p < ' ' || *p > 126)
 			*p = '?';
-	return str_add(&s->insert, own, p - own) == -1 ||
-	    str_add(&s->insert, crlf, 2) == -1 ? -1 : 0;
+	return str_add(&s->header, own, p - own) == -1 ||
+	    str_add(&s->header, crlf, 2) == -1 ? -1 : 0;
 }
 
 /* Where it goes; -1: no memory.  The first line of a text, if it begins with a
@@ -2391,10 +2391,10 @@ choose_header(struct session *s)
 static int
 place_header(struct session *s)
 {
-	s->insert_at = s->insert.len >= 9 &&
-	    strncasecmp(s->insert.s, "Received:", 9) == 0 ? s->top : s->header_at;
-	return s->indented && s->insert.len > 0 ?
-	    str_add(&s->insert, crlf, 2) : 0;
+	s->header_off = s->header.len >= 9 &&
+	    strncasecmp(s->header.s, "Received:", 9) == 0 ? s->top : s->header_end;
+	return s->indented && s->header.len > 0 ?
+	    str_add(&s->header, crlf, 2) : 0;
 }
 
 static void
@@ -2402,12 +2402,12 @@ forward(struct session *s)
 {
 	if (choose_header(s) == -1 || place_header(s) == -1) {
 		errno = ENOMEM;
-		remember_errno(s, "header");
-		turn_away(s);
+		fail_message_errno(s, "header");
+		reject_message(s);
 		return;
 	}
-	s->inserted = s->dotted = 0;
-	s->sent = 0;
+	s->header_queued = s->dot_queued = 0;
+	s->replay_off = 0;
 	s->at_bol = 1;
 	s->noop_at = 0;
 	enter(s, S_DATA);
@@ -2471,13 +2471,13 @@ virus_env(struct session *s)
 	/* As in env_names. */
 	values[0] = addr_text(&s->client_addr);
 	values[1] = s->quarantined.s;
-	values[2] = s->to.s;
+	values[2] = s->rcpt_list.s;
 	values[3] = s->remote.s;
 	values[4] = s->remote_helo.s;
 	values[5] = s->from.s;
 	values[6] = addr_text(&s->server_addr);
 	values[7] = s->conf->tempdir;
-	values[8] = s->virus;
+	values[8] = s->verdict_text;
 	for (i = 0; environ[i] != NULL; i++)
 		size++;
 	if ((env = calloc(size, sizeof *env)) == NULL)
@@ -2487,7 +2487,7 @@ virus_env(struct session *s)
 			bad = (env[n++] = strdup(environ[i])) == NULL;
 	for (i = 0; i < NENV && !bad; i++)
 		bad = env_add(env, &n, env_names[i], values[i],
-		    values[i] == s->to.s ? '\n' : '\0');
+		    values[i] == s->rcpt_list.s ? '\n' : '\0');
 	if (!bad)
 		return env;
 	env_free(env);
@@ -2506,19 +2506,19 @@ virus_found(struct session *s)
 			    strerror(errno), printable(s->conf->virusaction,
 			    strlen(s->conf->virusaction)));
 		else
-			action_start(s->id, s->conf->virusaction, env,
+			virusaction_start(s->id, s->conf->virusaction, env,
 			    s->conf->timeout);
 	}
 	if (s->action == PASS) {
 		forward(s);
 		return;
 	}
-	s->error = 0;		/* whatever became of the next hop meanwhile */
+	s->failed = 0;		/* whatever became of the next hop meanwhile */
 	if (s->action == BOUNCE)
-		hold(s, r_virus_bounce, s->virus);
+		defer_reply(s, r_virus_bounce, s->verdict_text);
 	else
-		hold(s, r_virus_drop);
-	turn_away(s);
+		defer_reply(s, r_virus_drop);
+	reject_message(s);
 }
 
 /* The answer has a NUL behind it. */
@@ -2546,7 +2546,7 @@ judge(struct session *s)
 		forward(s);
 		return 1;
 	case VIRUS:
-		s->action = conf_action(s->conf, s->virus);
+		s->action = conf_action(s->conf, s->verdict_text);
 		if (!s->conf->quarantine) {
 			virus_found(s);
 			return 1;
@@ -2561,10 +2561,10 @@ judge(struct session *s)
 		forward(s);
 	else {
 		if (s->verdict == TOOBIG)
-			hold(s, r_not_scanned, (long long)s->size);
+			defer_reply(s, r_not_scanned, (long long)s->msg_size);
 		else
-			hold(s, r_no_scan, s->virus);
-		turn_away(s);
+			defer_reply(s, r_no_scan, s->verdict_text);
+		reject_message(s);
 	}
 	return 1;
 }
@@ -2573,11 +2573,11 @@ static int
 st_scan(struct session *s)
 {
 	if (client_gone(s))
-		return give_up(s);
-	hop_listen(s);
-	if (s->error) {
-		clamd_drop(s);
-		turn_away(s);
+		return abort_transaction(s);
+	server_idle(s);
+	if (s->failed) {
+		clamd_cancel(s);
+		reject_message(s);
 		return 1;
 	}
 	if (s->verdict == UNKNOWN && !clamd_scan(s))
@@ -2602,10 +2602,10 @@ copy_start(struct session *s)
 static int
 st_quarantine(struct session *s)
 {
-	hop_listen(s);
+	server_idle(s);
 	if (!s->copying) {
 		if (client_gone(s))
-			return give_up(s);
+			return abort_transaction(s);
 		if (!child_room())
 			return 0;
 		copy_start(s);
@@ -2614,24 +2614,24 @@ st_quarantine(struct session *s)
 		return 0;
 	if (s->quarantined.len == 0) {
 		/* Promise 1: not kept, so not taken; it comes again. */
-		remember(s, r_local, "quarantine", "no copy could be made");
-		turn_away(s);
+		fail_message(s, r_local, "quarantine", "no copy could be made");
+		reject_message(s);
 		return 1;
 	}
 	slog(s, LOG_NOTICE, "quarantined virus file as: %s", s->quarantined.s);
 	if (client_gone(s))
-		return give_up(s);
+		return abort_transaction(s);
 	virus_found(s);
 	return 1;
 }
 
 /* TimeOut for the next piece, and no more than there is for all of it. */
 static void
-replay_moves(struct session *s)
+replay_extend(struct session *s)
 {
 	s->deadline = now + s->conf->timeout;
-	if (s->deadline > s->final_at)
-		s->deadline = s->final_at;
+	if (s->deadline > s->reply_deadline)
+		s->deadline = s->reply_deadline;
 }
 
 /* The client waits for ten minutes; for longer, if it has done so already. */
@@ -2639,10 +2639,10 @@ static void
 begin_replay(struct session *s)
 {
 	enter(s, S_REPLAY);
-	s->final_at = s->dot_at + FINAL_TIME;
-	if (s->final_at < now + s->conf->timeout)
-		s->final_at = now + s->conf->timeout;
-	replay_moves(s);
+	s->reply_deadline = s->dot_at + FINAL_TIME;
+	if (s->reply_deadline < now + s->conf->timeout)
+		s->reply_deadline = now + s->conf->timeout;
+	replay_extend(s);
 }
 
 /*
@@ -2658,26 +2658,26 @@ st_data(struct session *s)
 
 	if (!s->asked) {
 		if (client_gone(s))
-			return give_up(s);
-		if (!hop_listen(s) && s->server.fd != -1)
+			return abort_transaction(s);
+		if (!server_idle(s) && s->server.fd != -1)
 			return 0;
 		if (s->state != S_DATA)
 			return 1;
-		if (s->error) {
-			turn_away(s);
+		if (s->failed) {
+			reject_message(s);
 			return 1;
 		}
 		n = format(line, sizeof line, "BDAT %lld LAST\r\n",
-		    (long long)(s->size + s->insert.len));
-		s->asked = s->raw ? hop_put(s, line, n) :
-		    hop_put(s, "DATA\r\n", 6);
-		if (s->asked && s->raw)
+		    (long long)(s->msg_size + s->header.len));
+		s->asked = s->relay_bdat ? server_put(s, line, n) :
+		    server_put(s, "DATA\r\n", 6);
+		if (s->asked && s->relay_bdat)
 			begin_replay(s);
 		return s->asked;
 	}
 	if (!client_ready(s))
 		return 0;
-	if ((got = reply_get(s, &r)) != REPLY)
+	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	if (r.code == 354) {
 		reply_eat(s, &r);
@@ -2685,14 +2685,14 @@ st_data(struct session *s)
 		return 1;
 	}
 	if (r.code < 400)
-		return hop_lost(s, "its reply makes no sense");
+		return server_lost(s, "its reply makes no sense");
 	s->asked = 0;
 	log_refusal(s, &r);
-	hold_reply(s, &r);
+	defer_relay(s, &r);
 	reply_eat(s, &r);
 	if (r.code == 421)
 		peer_close(&s->server);		/* RESET has nobody to ask */
-	turn_away(s);
+	reject_message(s);
 	return 1;
 }
 
@@ -2709,13 +2709,13 @@ early_reply(struct session *s)
 	struct reply r;
 	int got;
 
-	if ((got = reply_get(s, &r)) != REPLY)
+	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	if (r.code < 400)
-		return hop_lost(s, "it accepted a message that it did not have");
+		return server_lost(s, "it accepted a message that it did not have");
 	log_refusal(s, &r);
 	mail_done(s, r.text, r.len);
-	return relay_last(s, &r);
+	return relay_and_close(s, &r);
 }
 
 /*
@@ -2726,18 +2726,18 @@ early_reply(struct session *s)
 static int
 replay_copy(struct session *s, off_t left)
 {
-	static char chunk[SMALL];
+	static char chunk[TAIL];
 	struct buf *out = &s->server.out;
 	const char *p, *stop, *nl;
-	ssize_t n = left < SMALL ? left : SMALL;
+	ssize_t n = left < TAIL ? left : TAIL;
 
-	if (!buf_ready(out, 2 * SMALL))		/* every byte may be a dot */
+	if (!buf_ready(out, 2 * TAIL))		/* every byte may be a dot */
 		return 0;
-	n = pread(s->spool, chunk, n, scan_line_len + s->sent);
+	n = pread(s->spool, chunk, n, scan_line_len + s->replay_off);
 	if (n <= 0)
-		return hop_lost(s, "the spool cannot be read");
-	s->sent += n;
-	if (!s->dots || s->raw) {
+		return server_lost(s, "the spool cannot be read");
+	s->replay_off += n;
+	if (!s->has_dot_lines || s->relay_bdat) {
 		buf_put(out, chunk, n);
 		return 1;
 	}
@@ -2750,22 +2750,22 @@ replay_copy(struct session *s, off_t left)
 		nl = nl != NULL ? nl + 1 : stop;
 		buf_put(out, p, nl - p);
 	}
-	return --s->budget > 0;
+	return --s->io_budget > 0;
 }
 
 static int
 replay_file(struct session *s, off_t left)
 {
-	off_t at = scan_line_len + s->sent;
+	off_t at = scan_line_len + s->replay_off;
 	int r;
 
 	if (buf_len(&s->server.out) > 0)
 		return 0;
 	r = peer_sendfile(&s->server, s->spool, &at, left);
-	if (at != (off_t)scan_line_len + s->sent)
-		replay_moves(s);
-	s->sent = at - scan_line_len;
-	return r && --s->budget > 0;
+	if (at != (off_t)scan_line_len + s->replay_off)
+		replay_extend(s);
+	s->replay_off = at - scan_line_len;
+	return r && --s->io_budget > 0;
 }
 
 /*
@@ -2773,7 +2773,7 @@ replay_file(struct session *s, off_t left)
  * nothing.  Nor may a reply that is here already be taken for one to them.
  */
 static void
-last_look(struct session *s)
+recheck_peers(struct session *s)
 {
 	if (!s->client.eof)
 		client_fill(s);
@@ -2784,16 +2784,16 @@ last_look(struct session *s)
 
 /* The last bytes stand in `out'. */
 static int
-is_all_queued(const struct session *s)
+replay_queued(const struct session *s)
 {
-	return s->inserted && s->sent == s->size && (s->raw || s->dotted);
+	return s->header_queued && s->replay_off == s->msg_size && (s->relay_bdat || s->dot_queued);
 }
 
 /* They have left: from here on a reply is the reply. */
 static int
-is_all_out(const struct session *s)
+replay_sent(const struct session *s)
 {
-	return is_all_queued(s) && buf_len(&s->server.out) == 0 &&
+	return replay_queued(s) && buf_len(&s->server.out) == 0 &&
 	    !s->server.err;
 }
 
@@ -2802,41 +2802,41 @@ static int
 replay_next(struct session *s)
 {
 	struct buf *out = &s->server.out;
-	off_t left = (s->inserted ? s->size : s->insert_at) - s->sent;
+	off_t left = (s->header_queued ? s->msg_size : s->header_off) - s->replay_off;
 
-	if (left > SMALL && (!s->dots || s->raw))
-		return replay_file(s, left - SMALL);
+	if (left > TAIL && (!s->has_dot_lines || s->relay_bdat))
+		return replay_file(s, left - TAIL);
 	if (left > 0)
 		return replay_copy(s, left);
-	if (s->inserted)
-		return s->dotted = hop_put(s, ".\r\n", 3);
-	if (!buf_ready(out, s->insert.len))
+	if (s->header_queued)
+		return s->dot_queued = server_put(s, ".\r\n", 3);
+	if (!buf_ready(out, s->header.len))
 		return 0;
-	buf_put(out, s->insert.s, s->insert.len);
-	return s->inserted = 1;
+	buf_put(out, s->header.s, s->header.len);
+	return s->header_queued = 1;
 }
 
 static int
 st_replay(struct session *s)
 {
-	if (is_all_out(s)) {
+	if (replay_sent(s)) {
 		enter(s, S_FINAL);
-		s->deadline = s->final_at;
+		s->deadline = s->reply_deadline;
 		return 1;
 	}
-	if (is_all_queued(s))
-		last_look(s);
+	if (replay_queued(s))
+		recheck_peers(s);
 	if (client_gone(s))
-		return give_up(s);
-	if (s->server.err == OURS || (s->server.err &&
+		return abort_transaction(s);
+	if (s->server.err == PEER_LOCAL || (s->server.err &&
 	    buf_len(&s->server.in) == 0 && !s->server.eof &&
 	    !peer_fill(&s->server)))
-		return hop_lost(s, "no writing to it, or no reading of the spool");
+		return server_lost(s, "no writing to it, or no reading of the spool");
 	if (buf_len(&s->server.in) > 0 || s->server.eof) {
 		s->server.err = 1;	/* what waits in `out' is not sent */
 		return client_ready(s) ? early_reply(s) : 0;
 	}
-	return is_all_queued(s) ? 0 : replay_next(s);
+	return replay_queued(s) ? 0 : replay_next(s);
 }
 
 /*
@@ -2852,19 +2852,19 @@ st_final(struct session *s)
 
 	if (!client_ready(s))
 		return 0;
-	if ((got = reply_get(s, &r)) != REPLY)
+	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	if (r.class == 3)
-		return hop_lost(s, "its reply makes no sense");
+		return server_lost(s, "its reply makes no sense");
 	s->asked = 0;
 	mail_done(s, r.text, r.len);
 	if (r.class != 2)
 		log_refusal(s, &r);
 	relay(s, &r);
 	reply_eat(s, &r);
-	mail_over(s);
+	transaction_reset(s);
 	if (r.code == 421)
-		finish(s);
+		start_linger(s);
 	else
 		enter(s, S_COMMAND);
 	return 1;
@@ -2881,34 +2881,34 @@ st_reset(struct session *s)
 	int ok, got;
 
 	if (s->client.err) {
-		session_end(s);
+		session_kill(s);
 		return 1;
 	}
 	if (!client_ready(s))
 		return 0;
 	if (!s->asked) {
-		if (!hop_listen(s) && s->server.fd != -1)
+		if (!server_idle(s) && s->server.fd != -1)
 			return 0;
 		if (s->state != S_RESET)
 			return 1;
 		if (s->server.fd == -1) {
-			say_held(s);
-			finish(s);
+			send_deferred(s);
+			start_linger(s);
 			return 1;
 		}
-		return s->asked = hop_put(s, "RSET\r\n", 6);
+		return s->asked = server_put(s, "RSET\r\n", 6);
 	}
-	if ((got = reply_get(s, &r)) != REPLY)
+	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	ok = r.class == 2;
 	reply_eat(s, &r);
 	s->asked = 0;
-	say_held(s);
-	mail_over(s);
+	send_deferred(s);
+	transaction_reset(s);
 	if (ok)
 		enter(s, S_COMMAND);
 	else
-		finish(s);
+		start_linger(s);
 	return 1;
 }
 
@@ -2921,7 +2921,7 @@ static int
 st_linger(struct session *s)
 {
 	if (s->client.err) {
-		session_end(s);
+		session_kill(s);
 		return 1;
 	}
 	buf_free(&s->client.in);
@@ -2934,7 +2934,7 @@ st_linger(struct session *s)
 	}
 	if (!s->client.eof)
 		return 0;
-	session_end(s);
+	session_kill(s);
 	return 1;
 }
 
@@ -2959,11 +2959,11 @@ timed_out(struct session *s)
 	case S_CHUNK:
 		slog(s, LOG_WARNING, "CLIENT: network read operation timed out%s",
 		    bare_lf(s));
-		say(s, r_idle);
-		finish(s);
+		client_reply(s, r_idle);
+		start_linger(s);
 		break;
 	case S_SCAN:
-		clamd_late(s);
+		clamd_timeout(s);
 		s->verdict = FAILED;
 		break;
 	case S_QUARANTINE:
@@ -2973,10 +2973,10 @@ timed_out(struct session *s)
 		quarantine_drop(s);
 		break;
 	case S_LINGER:
-		session_end(s);
+		session_kill(s);
 		break;
 	default:
-		hop_lost(s, "no answer in time");
+		server_lost(s, "no answer in time");
 	}
 }
 
@@ -2988,14 +2988,14 @@ is_body(const struct session *s)
 
 /* A body may be slow, but not for ever. */
 static void
-look_at_rate(struct session *s)
+rate_check(struct session *s)
 {
-	if (!is_body(s) || now < s->slow_at)
+	if (!is_body(s) || now < s->rate_check_at)
 		return;
-	if (s->slow_bytes < (uint64_t)(s->conf->timeout / SECOND) * SLOWEST_BODY)
+	if (s->rate_bytes < (uint64_t)(s->conf->timeout / SECOND) * SLOWEST_BODY)
 		timed_out(s);
-	s->slow_at = now + s->conf->timeout;
-	s->slow_bytes = 0;
+	s->rate_check_at = now + s->conf->timeout;
+	s->rate_bytes = 0;
 }
 
 /* Write what can be written; 1: there is room that was not there before. */
@@ -3003,7 +3003,7 @@ static int
 flush(struct session *s)
 {
 	size_t c = buf_len(&s->client.out), h = buf_len(&s->server.out);
-	int more = s->state == S_REPLAY && !is_all_queued(s);
+	int more = s->state == S_REPLAY && !replay_queued(s);
 
 	if (c > 0)
 		peer_drain(&s->client, 0);
@@ -3014,7 +3014,7 @@ flush(struct session *s)
 	if (states[s->state].clock == C_IDLE && buf_len(&s->client.out) < c)
 		s->deadline = now + s->conf->timeout;
 	if (s->state == S_REPLAY)
-		replay_moves(s);
+		replay_extend(s);
 	return 1;
 }
 
@@ -3022,19 +3022,19 @@ void
 session_run(struct session *s)
 {
 	s->ran_at = now;
-	s->budget = 4;
+	s->io_budget = 4;
 	if (now >= s->deadline)
 		timed_out(s);
-	look_at_rate(s);
+	rate_check(s);
 	do {
 		while (s->state != S_DEAD && states[s->state].step(s))
 			;
-	} while (s->state != S_DEAD && flush(s) && s->budget > 0);
-	s->wake = 0;
+	} while (s->state != S_DEAD && flush(s) && s->io_budget > 0);
+	s->runnable = 0;
 	if (peer_settle(&s->client) + peer_settle(&s->server) +
 	    peer_settle(&s->clamd) != 0 && s->state != S_DEAD) {
 		slog(s, LOG_ERR, "out of memory: session ends");
-		session_end(s);
+		session_kill(s);
 	}
 }
 
@@ -3048,7 +3048,7 @@ on_client(void *arg, int revents)
 		return;
 	if ((revents & POLLIN) && client_fill(s) &&
 	    buf_len(&s->client.in) > had) {
-		s->slow_bytes += buf_len(&s->client.in) - had;
+		s->rate_bytes += buf_len(&s->client.in) - had;
 		if (is_body(s))
 			s->deadline = now + s->conf->timeout;
 	}
@@ -3115,7 +3115,7 @@ sooner(struct session *s, int64_t t)
 }
 
 void
-session_watch(struct session *s)
+session_poll(struct session *s)
 {
 	int client = wants(s, &s->client, CLIENT);
 	int server = s->server.fd == -1 ? 0 : wants(s, &s->server, SERVER);
@@ -3123,20 +3123,20 @@ session_watch(struct session *s)
 	if (s->state == S_REPLAY && buf_len(&s->server.in) == 0)
 		server |= POLLOUT;
 	if (client != 0 || wants_reset(s))
-		watch(s->client.fd, client, on_client, s);
+		poll_add(s->client.fd, client, on_client, s);
 	if (server != 0)
-		watch(s->server.fd, server, on_server, s);
-	if (s->clamd.fd != -1 && clamd_wants(s) != 0)
-		watch(s->clamd.fd, clamd_wants(s), on_clamd, s);
+		poll_add(s->server.fd, server, on_server, s);
+	if (s->clamd.fd != -1 && clamd_events(s) != 0)
+		poll_add(s->clamd.fd, clamd_events(s), on_clamd, s);
 	s->next_time = s->deadline;
-	sooner(s, clamd_time(s));
+	sooner(s, clamd_deadline(s));
 	if (is_body(s))
-		sooner(s, s->slow_at);
+		sooner(s, s->rate_check_at);
 	/* As in hop_listen(): a time at which nothing is done makes us spin. */
 	if ((is_body(s) || s->state == S_SCAN || s->state == S_QUARANTINE) &&
-	    !s->noop && !s->error && buf_len(&s->server.in) == 0)
+	    !s->noop && !s->failed && buf_len(&s->server.in) == 0)
 		sooner(s, s->noop_at);
-	wait_until(s->next_time);
+	poll_deadline(s->next_time);
 }
 
 /* A client that does not close its connection must not delay the end. */
@@ -3159,12 +3159,12 @@ session_shutdown(struct session *s, int at_once)
 	case S_AUTH:
 		break;
 	case S_COMMAND:
-		if (s->mail && !at_once)
+		if (s->have_mail && !at_once)
 			return;
 		break;
 	case S_LINGER:
 		if (at_once)
-			session_end(s);
+			session_kill(s);
 		linger_less(s);
 		return;
 	case S_DATA:
@@ -3172,7 +3172,7 @@ session_shutdown(struct session *s, int at_once)
 	case S_FINAL:
 	case S_RESET:
 		if (at_once) {
-			hop_lost(s, "no time left to wait for it");
+			server_lost(s, "no time left to wait for it");
 			session_run(s);
 		}
 		return;
@@ -3180,8 +3180,8 @@ session_shutdown(struct session *s, int at_once)
 		if (!at_once)
 			return;
 	}
-	say(s, r_stopping);
-	finish(s);
+	client_reply(s, r_stopping);
+	start_linger(s);
 	session_run(s);
 	linger_less(s);
 }
@@ -3204,9 +3204,9 @@ session_refuse(int fd)
 void
 session_free(struct session *s)
 {
-	mail_over(s);
+	transaction_reset(s);
 	str_free(&s->helo);
-	str_free(&s->held);
+	str_free(&s->deferred);
 	peer_close(&s->client);
 	peer_close(&s->server);
 	peer_close(&s->clamd);

@@ -699,7 +699,7 @@ rfc5322_date(void)
 
 static char *spare[SPARE_BUFS];
 static int nspare;
-int starved;
+int nomem;
 
 static char *
 mem_get(void)
@@ -709,7 +709,7 @@ mem_get(void)
 	if (nspare > 0)
 		return spare[--nspare];
 	if ((b = malloc(BUFSZ)) == NULL)
-		starved = 1;
+		nomem = 1;
 	return b;
 }
 
@@ -895,7 +895,7 @@ peer_settle(struct peer *p)
 static int
 send_impossible(struct peer *p)
 {
-	p->err = OURS;
+	p->err = PEER_LOCAL;
 	p->eof = 1;
 	buf_free(&p->out);
 	return 1;
@@ -1224,7 +1224,7 @@ addr_lookup(const char *name, unsigned port, struct addr *addr)
 }
 
 static int
-is_there(const struct addr *a)
+socket_exists(const struct addr *a)
 {
 	struct stat st;
 
@@ -1240,7 +1240,7 @@ target_next(const struct target *t, unsigned tried)
 	for (n = 0; n < t->naddr; n++) {
 		i = (t->first + n) % t->naddr;
 		if ((tried & 1U << i) == 0 &&
-		    (t->naddr == 1 || is_there(&t->addr[i])))
+		    (t->naddr == 1 || socket_exists(&t->addr[i])))
 			return i;
 	}
 	return t->naddr > 0 && tried == 0 ? t->first : -1;
@@ -1254,7 +1254,7 @@ target_text(const struct target *t)
 	if (t->name != NULL || t->naddr <= 1)
 		return t->text;
 	a = &t->addr[target_next(t, 0)];
-	return is_there(a) ? a->u.un.sun_path : t->text;
+	return socket_exists(a) ? a->u.un.sun_path : t->text;
 }
 
 void
@@ -1267,7 +1267,7 @@ target_worked(struct target *t, const struct addr *a)
 	if (i == t->naddr || i == was)
 		return;
 	t->first = i;
-	if (is_there(&t->addr[was]))
+	if (socket_exists(&t->addr[was]))
 		logmsg(LOG_NOTICE, "%s: %s works and is tried first from now on",
 		    t->text, addr_text(a));
 }

@@ -40,12 +40,12 @@ take(struct text *out)
 static void
 spool_text(struct session *s, struct text *t)
 {
-	char *p = malloc(s->size + 1);
+	char *p = malloc(s->msg_size + 1);
 
 	CHECK(p != NULL, "memory");
-	CHECK(pread(s->spool, p, s->size + 1, scan_line_len) == s->size,
+	CHECK(pread(s->spool, p, s->msg_size + 1, scan_line_len) == s->msg_size,
 	    "the spool is not as long as the daemon thinks");
-	text_add(t, p, s->size);
+	text_add(t, p, s->msg_size);
 	free(p);
 }
 
@@ -116,10 +116,10 @@ replay(struct session *s, const struct text *spooled, int flags)
 	text_add(&want, spooled->p + at, spooled->n - at);
 
 	/* As forward() and st_data() leave it. */
-	CHECK(str_set(&s->insert, header, strlen(header)) == 0 &&
+	CHECK(str_set(&s->header, header, strlen(header)) == 0 &&
 	    place_header(s) == 0, "memory");
-	s->inserted = s->dotted = 0;
-	s->sent = 0;
+	s->header_queued = s->dot_queued = 0;
+	s->replay_off = 0;
 	s->at_bol = 1;
 	s->asked = 1;
 	s->verdict = CLEAN;
@@ -127,7 +127,7 @@ replay(struct session *s, const struct text *spooled, int flags)
 	enter(s, S_REPLAY);
 	for (turns = 0; s->state == S_REPLAY; turns++) {
 		CHECK(turns < 100000, "the replay does not end");
-		s->budget = 4;
+		s->io_budget = 4;
 		do {
 			while (s->state == S_REPLAY && st_replay(s))
 				;
@@ -161,9 +161,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	close(s->client.fd);
 	s->server.fd = hop;
 	s->client.fd = client;
-	s->bdat = (flags & 2) != 0;
-	s->hop_size = flags & 4 ? 64 : 0;
-	s->rcpts = 1;
+	s->in_bdat = (flags & 2) != 0;
+	s->server_size = flags & 4 ? 64 : 0;
+	s->nrcpt = 1;
 	message_begin(s);
 	CHECK(s->spool != -1, "no spool: %s", strerror(errno));
 
@@ -173,38 +173,38 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		CHECK(piece != NULL, "memory");
 		piece++;
 		memcpy(piece, in.p + at, in.cut[i] - at);
-		at += body_eat(s, piece, in.cut[i] - at, &end);
+		at += body_filter(s, piece, in.cut[i] - at, &end);
 		CHECK(end || at == in.cut[i], "bytes were left over");
 		spool_flush(s);
 		free(piece - 1);
 	}
 
 	ended = 1;
-	if (s->bdat)
+	if (s->in_bdat)
 		body = taken = in.n;
 	else
 		ended = ref_end(in.p, in.n, &body, &taken);
-	CHECK(end == (ended && !s->bdat), "end of data: reference says %d", ended);
+	CHECK(end == (ended && !s->in_bdat), "end of data: reference says %d", ended);
 	if (ended) {
 		CHECK(at == taken, "%zu bytes taken, reference: %zu", at, taken);
 		body_end(s);
-		ref_body(&want, in.p, body, !s->bdat);
-		if (s->hop_size > 0 && want.n > 64) {
-			CHECK(s->error, "the size limit is not seen");
-			CHECK(s->size <= 64, "more is stored than the limit");
+		ref_body(&want, in.p, body, !s->in_bdat);
+		if (s->server_size > 0 && want.n > 64) {
+			CHECK(s->failed, "the size limit is not seen");
+			CHECK(s->msg_size <= 64, "more is stored than the limit");
 		} else {
-			CHECK(!s->error, "an error: %s", s->held.s);
+			CHECK(!s->failed, "an error: %s", s->deferred.s);
 			spool_text(s, &got);
 			same("spool", got.p, got.n, want.p, want.n);
 			at = ref_header(want.p, want.n, ref_top(want.p, want.n));
-			CHECK((size_t)s->header_at == at,
+			CHECK((size_t)s->header_end == at,
 			    "header ends at %zu, reference %zu",
-			    (size_t)s->header_at, at);
+			    (size_t)s->header_end, at);
 			replay(s, &want, flags);
 		}
 	}
 	s->client.fd = s->server.fd = -1;
-	str_free(&s->insert);
+	str_free(&s->header);
 	session_free(s);
 	spares_free();
 	text_free(&want);

@@ -76,7 +76,7 @@ check_session(struct session *s, const struct stream *in, int early)
 	size_t i, sent = 0, n, k;
 	int too_long = 0, done = 0;
 
-	s->scan.started = !early;
+	s->scan.scanning = !early;
 	s->scan.phase = SC_ANSWER;
 	slot_take(s, c);
 	for (i = 0; i <= in->ncut && !done; i++) {
@@ -107,9 +107,9 @@ check_session(struct session *s, const struct stream *in, int early)
 		want = FAILED;		/* so long, it may be refused */
 	CHECK(s->verdict == want, "verdict %d, reference %d", s->verdict, want);
 	if (want == VIRUS)
-		same("name", s->virus, strlen(s->virus), name, strlen(name));
-	CHECK(strlen(s->virus) < NAMESZ, "the reason is too long");
-	clamd_drop(s);
+		same("name", s->verdict_text, strlen(s->verdict_text), name, strlen(name));
+	CHECK(strlen(s->verdict_text) < NAMESZ, "the reason is too long");
+	clamd_cancel(s);
 	CHECK(c->running == 0, "a slot is lost");
 	c->complaint[0] = '\0';
 	c->dead_until = 0;

@@ -457,19 +457,19 @@ exchange(struct session *s, struct text *out, int flags)
 static void
 scan(struct session *s, struct text *out)
 {
-	char head[64], *p = malloc(s->size + 1);
+	char head[64], *p = malloc(s->msg_size + 1);
 
 	CHECK(p != NULL, "memory");
-	CHECK(pread(s->spool, p, s->size + 1, scan_line_len) == s->size,
+	CHECK(pread(s->spool, p, s->msg_size + 1, scan_line_len) == s->msg_size,
 	    "the spool is not as long as the daemon thinks");
-	snprintf(head, sizeof head, "M %zu ", (size_t)s->size);
+	snprintf(head, sizeof head, "M %zu ", (size_t)s->msg_size);
 	text_puts(out, head);
-	text_add(out, p, s->size);
+	text_add(out, p, s->msg_size);
 	text_add(out, "\n", 1);
 	free(p);
-	clamd_drop(s);
+	clamd_cancel(s);
 	s->verdict = VIRUS;
-	snprintf(s->virus, sizeof s->virus, "X");
+	snprintf(s->verdict_text, sizeof s->verdict_text, "X");
 }
 
 static void

@@ -62,7 +62,7 @@ __ubsan_default_options(void)
  */
 
 int64_t now = 1000000;
-int wake_all;
+int run_all;
 struct counters count;
 
 struct child *
@@ -99,14 +99,14 @@ env_free(char **env)
 }
 
 void
-action_start(unsigned id, const char *command, char **env, int64_t ms)
+virusaction_start(unsigned id, const char *command, char **env, int64_t ms)
 {
 	(void)id, (void)command, (void)ms;
 	env_free(env);
 }
 
 void
-target_look(struct target *t, int force)
+target_resolve(struct target *t, int force)
 {
 	(void)t, (void)force;
 }
@@ -114,17 +114,17 @@ target_look(struct target *t, int force)
 void
 session_wake(struct session *s)
 {
-	s->wake = 1;
+	s->runnable = 1;
 }
 
 void
-watch(int fd, int events, void (*ready)(void *, int), void *arg)
+poll_add(int fd, int events, void (*ready)(void *, int), void *arg)
 {
 	(void)fd, (void)events, (void)ready, (void)arg;
 }
 
 void
-wait_until(int64_t t)
+poll_deadline(int64_t t)
 {
 	(void)t;
 }

@@ -52,7 +52,7 @@ ref_reply(const char *p, size_t len, size_t *n, int *code)
 			*n = k + 1;
 			*code = (p[0] - '0') * 100 + (p[1] - '0') * 10 +
 			    p[2] - '0';
-			return REPLY;
+			return REPLY_COMPLETE;
 		}
 	}
 }
@@ -181,13 +181,13 @@ check_reply(struct session *s, const struct reply *r, const char *p, size_t n,
 	if (flags & 6) {
 		ehlo_filter(s, r, (flags & 2) != 0);
 		ref_ehlo(&want, &o, p, n, (flags & 2) != 0, max);
-		same("EHLO", s->held.s, s->held.len, want.p, want.n);
-		CHECK(s->hop_size == o.size && s->hop_chunking == o.chunking &&
-		    s->hop_xclient == o.xclient, "size %lld/%lld chunking %d/%d "
-		    "xclient %d/%d", (long long)s->hop_size, o.size,
-		    s->hop_chunking, o.chunking, s->hop_xclient, o.xclient);
-		str_free(&s->held);
-		s->held.len = 0;
+		same("EHLO", s->deferred.s, s->deferred.len, want.p, want.n);
+		CHECK(s->server_size == o.size && s->server_chunking == o.chunking &&
+		    s->server_xclient == o.xclient, "size %lld/%lld chunking %d/%d "
+		    "xclient %d/%d", (long long)s->server_size, o.size,
+		    s->server_chunking, o.chunking, s->server_xclient, o.xclient);
+		str_free(&s->deferred);
+		s->deferred.len = 0;
 	} else {
 		ref_relay(&want, p, n);
 		CHECK(client_ready(s), "no room");
@@ -226,13 +226,13 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		do {
 			got = reply_get(s, &r);
 			want = ref_reply(in.p + at, sent - at, &n, &code);
-			if (want == REPLY && n > REPLYSZ)
+			if (want == REPLY_COMPLETE && n > REPLYSZ)
 				want = 1;
 			if (want == 0 && (sent - at > REPLYSZ || eof))
 				want = 1;
 			CHECK(got == want, "reply_get: %d, reference: %d", got,
 			    want);
-			if (got == REPLY) {
+			if (got == REPLY_COMPLETE) {
 				CHECK(r.code == code, "code %d", r.code);
 				check_reply(s, &r, in.p + at, n, flags);
 				reply_eat(s, &r);
@@ -241,7 +241,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				    "not all of it was eaten");
 			}
 			lost = got == 1;
-		} while (got == REPLY);
+		} while (got == REPLY_COMPLETE);
 		CHECK(!lost || s->server.fd == -1, "the hop is not closed");
 	}
 	session_free(s);

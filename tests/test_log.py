@@ -406,13 +406,19 @@ def test_classic_is_as_ever(site, settings):
 PREFIXES = ["Nov  2 13:14:15 mail ", "2026-11-22T13:14:15.123456+01:00 mail.example.com "]
 
 
+# The tag is without a number from the daemon itself, with one in the journal.
+TAGS = ["clamsmtpd: ", "clamsmtpd[4711]: "]
+# No prefix: the log of a container.
+ALL = [prefix + tag for prefix in PREFIXES for tag in TAGS]
+
+
 def syslogged(daemon, file, prefix):
-    """Its log as syslogd writes it."""
+    """Its log as syslogd or the journal writes it, or without a prefix."""
     with open(daemon.stderr, errors="surrogateescape") as log, \
             open(file, "w", errors="surrogateescape") as out:
         for line in log:
-            out.write(prefix + ("" if line.startswith("clamsmtpd: ") else "clamsmtpd: ") +
-                      line)
+            out.write(prefix + (line[len(TAGS[0]):] if prefix and line.startswith(TAGS[0])
+                                else line))
 
 
 @pytest.fixture(scope="module")
@@ -437,9 +443,10 @@ def fail2ban(tmp_path_factory, debian_package):
     return fail2ban
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"level": 3}, {"LogFormat": "json"}], ids=str)
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix,settings", [
+    (prefix, settings) for prefix in ALL
+    for settings in ({}, {"level": 3}, {"LogFormat": "json"})] +
+    [("", {"LogFormat": "json"})], ids=str)
 def test_fail2ban_finds_who_sends_viruses(site, fail2ban, prefix, settings):
     """And nobody else, whatever they say."""
     daemon = (start if settings.get("LogFormat") else Site.start)(site, **settings)
@@ -460,6 +467,15 @@ def test_fail2ban_finds_who_sends_viruses(site, fail2ban, prefix, settings):
     syslogged(daemon, file, prefix)
     got = fail2ban("regex", "-o", "ip", file, "clamsmtpd")
     assert got.stdout.split() == ["127.0.0.6", "127.0.0.6", "127.0.0.8"], got
+
+
+def test_fail2ban_takes_the_time_of_a_json_line(fail2ban, tmp_path):
+    """Without a prefix there is no other time, and an old line bans nobody."""
+    log = tmp_path / "log"
+    log.write_text('{"time":"2026-11-25T19:00:00.123Z","level":"info","session":"100000",'
+                   '"event":"mail","status":"virus","virus":"x","client":"192.0.2.1"}\n')
+    got = fail2ban("regex", "-o", "<ip> <time>", str(log), "clamsmtpd")
+    assert got.stdout.split() == ["192.0.2.1", "1795633200"], got
 
 
 def test_fail2ban_takes_the_jail(site, fail2ban):
@@ -486,10 +502,10 @@ def logcheck(daemon, file, prefix):
     syslogged(daemon, file, prefix)
     got = subprocess.run(["grep", "-E", "-v", "-f", os.path.join(LOGS, "logcheck"), file],
                          capture_output=True, text=True)
-    return [line[len(prefix + "clamsmtpd: "):] for line in got.stdout.splitlines()]
+    return [line[len(prefix):] for line in got.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", ALL)
 def test_logcheck_is_silent_in_everyday_life(site, prefix):
     listen = [site.path("in.sock"), "127.0.0.1:0"]
     daemon = site.start(level=3, Listen=listen, Quarantine="on", MaxScanSize="1000",
@@ -512,7 +528,7 @@ def test_logcheck_is_silent_in_everyday_life(site, prefix):
     assert len(daemon.log()) > 12
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", ALL)
 def test_logcheck_tells_of_what_somebody_should_see(site, prefix):
     site.clamd.verdict = ["sick ERROR"]
     daemon = site.start(level=3, MaxConnections="2", Listen=["127.0.0.1:0"],
@@ -543,5 +559,5 @@ def test_logcheck_is_not_deceived(site):
     client.cmd('MAIL FROM:<"x, to=y, status=CLEAN"@example.com>', "250")
     client.cmd("RCPT TO:<b@example.com>", "250")
     client.data(GOOD, "451")
-    left = logcheck(daemon, site.path("mail.log"), PREFIXES[0])
+    left = logcheck(daemon, site.path("mail.log"), ALL[0])
     assert [line for line in left if "status=CLAMAV-ERROR" in line]

@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -105,6 +106,22 @@ def debian_package(tmp_path_factory):
         pytest.skip("%s is not to be had: %s"
                     % (" or ".join(names), got.stderr.strip()[-200:]))
     return debian_package
+
+
+@pytest.fixture(scope="session")
+def python_with(tmp_path_factory):
+    """python_with(name): a Python that has the package of PyPI, in an
+    environment that is thrown away; or skip."""
+    def python_with(name):
+        directory = str(tmp_path_factory.mktemp("venv"))
+        for command in ([sys.executable, "-m", "venv", directory],
+                        [directory + "/bin/python", "-m", "pip", "-q", "install",
+                         "--disable-pip-version-check", name]):
+            got = subprocess.run(command, capture_output=True, text=True)
+            if got.returncode != 0:
+                pytest.skip("%s is not to be had: %s" % (name, (got.stdout + got.stderr)[-200:]))
+        return directory + "/bin/python"
+    return python_with
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 
 import pytest
 
@@ -43,18 +44,23 @@ class Container:
     """A bundle with a read-only root of the program alone, and it running.
     The network is ours."""
 
-    def __init__(self, directory, env, mounts=(TMPFS,)):
+    def __init__(self, directory, env, mounts=(TMPFS,),
+                 runtime=("crun", "--cgroup-manager=disabled")):
         self.id = "clamsmtpd-test-%d-%d" % (os.getpid(), id(self))
-        self.crun = ["crun", "--root", directory + "/state",
-                     "--cgroup-manager=disabled"]
+        self.runtime = list(runtime) + ["--root", directory + "/state"]
+        self.directory = directory
         self.stderr = directory + "/stderr"
-        os.makedirs(directory + "/rootfs")
+        os.makedirs(directory + "/rootfs/tmp")
+        os.chmod(directory + "/rootfs/tmp", 0o1777)
         shutil.copy(CLAMSMTPD, directory + "/rootfs/clamsmtpd")
         with open(directory + "/config.json", "w") as file:
             json.dump(self.config(env, mounts), file)
+        self.start()
+
+    def start(self):
         with open(self.stderr, "wb") as err:
             self.process = subprocess.Popen(
-                self.crun + ["run", "-b", directory, self.id],
+                self.runtime + ["run", "-b", self.directory, self.id],
                 stdin=subprocess.DEVNULL, stdout=err, stderr=err,
                 preexec_fn=self.preexec)
 
@@ -80,7 +86,7 @@ class Container:
                 {"type": kind} for kind in ("pid", "mount", "ipc", "uts")]}}
 
     def ask(self, *command):
-        return subprocess.run(self.crun + list(command), preexec_fn=self.preexec,
+        return subprocess.run(self.runtime + list(command), preexec_fn=self.preexec,
                               capture_output=True, text=True, timeout=2 * WAIT)
 
     def health(self):
@@ -138,7 +144,7 @@ def test_the_image_is_the_program_alone():
     last = instructions()[-1]
     assert last[0] == ("FROM", "scratch")
     assert [rest for word, rest in last if word in ("COPY", "ADD", "RUN")] == \
-        ["--from=build /src/clamsmtpd /clamsmtpd"]
+        ["--from=build /image/ /"]
     assert USER > 0 and GROUP > 0
 
 
@@ -150,11 +156,139 @@ def test_what_is_copied_is_enough_to_build_it(tmp_path):
     for name in files:
         shutil.copy(os.path.join(TOP, name), tmp_path)
     for word, command in build:
-        if word == "RUN" and not command.startswith("apk "):
-            subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
-    program = tmp_path / "clamsmtpd"
+        if word == "RUN" and not command.startswith("apt-get "):
+            subprocess.run(["sh", "-c", command.replace("/image", "image")], cwd=tmp_path,
+                           check=True)
+    assert os.stat(tmp_path / "image/tmp").st_mode & 0o7777 == 0o1777
+    program = tmp_path / "image/clamsmtpd"
     assert subprocess.check_output([program, "-v"]).startswith(b"clamsmtpd ")
     assert b"INTERP" not in subprocess.check_output(["readelf", "-l", program])
+
+
+BUILD = r"""set -e
+cd {work}
+mkdir -p /etc/containers storage
+printf '[storage]\ndriver = "vfs"\ngraphroot = "%s/storage"\nrunroot = "%s/run"\n' \
+    {work} {work} >/etc/containers/storage.conf
+export BUILDAH_ISOLATION=chroot
+debootstrap --variant=minbase trixie base
+base=$(buildah from scratch)
+buildah add -q $base base /
+buildah commit -q $base docker.io/library/debian:13-slim
+buildah build -q --pull-never --format docker -t ours \
+    -f {top}/packaging/container/Containerfile {top}
+buildah build -q --pull-never --format docker -t postfix \
+    -f {top}/packaging/container/Containerfile.postfix {top}/packaging/container
+for image in ours postfix; do
+    cp -a $(buildah mount $(buildah from --pull-never $image)) $image
+    buildah inspect --type image --format '{{{{.Docker.Config.Healthcheck}}}}' $image
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def images():
+    """A directory with the files of both images, which buildah builds on a
+    Debian made for it, and what buildah says of their health checks."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        pytest.skip("needs root and Debian's packages")
+    with tempfile.TemporaryDirectory(prefix="clamsmtpd-test.") as work:
+        os.chmod(work, 0o755)
+        got = subprocess.run(
+            ["tests/overlay.sh", "buildah", "debootstrap", "ca-certificates", "--",
+             "sh", "-c", BUILD.format(work=work, top=TOP)],
+            cwd=TOP, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if got.returncode == 77:
+            pytest.skip(got.stderr.strip()[-200:])
+        assert got.returncode == 0, (got.stdout + got.stderr)[-3000:]
+        yield work, got.stdout
+
+
+@pytest.mark.long
+def test_the_image_as_built_is_the_program_and_an_open_tmp(images):
+    """Nothing else is in it, and it has its health check."""
+    work, said = images
+    assert sorted(os.listdir(work + "/ours")) == ["clamsmtpd", "tmp"]
+    assert os.stat(work + "/ours/tmp").st_mode & 0o7777 == 0o1777
+    assert "/clamsmtpd -C" in said
+    shown = subprocess.check_output([work + "/ours/clamsmtpd", "-v"])
+    assert shown.startswith(b"clamsmtpd ")
+
+
+class Pod:
+    """A network of its own with Postfix of the image in it, as the user of the
+    image without capabilities, and its queue on a volume that root owns."""
+
+    def __init__(self, root, env):
+        self.root, self.env = root, env
+        shutil.rmtree(root + "/var/spool/postfix")
+        os.mkdir(root + "/var/spool/postfix")
+        os.chown(root + "/var/spool/postfix", 0, 2525)
+        os.chmod(root + "/var/spool/postfix", 0o2775)
+        with open(root + "/etc/hosts", "w") as file:
+            file.write("127.0.0.1 localhost clamsmtpd\n")
+
+    def start(self):
+        self.shell = subprocess.Popen(
+            ["unshare", "-m", "-n", "-p", "-f", "--kill-child", "sh"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.env)
+        self.does("ip link set lo up; mount --bind /dev {0}/dev; mount -t proc proc {0}/proc"
+                  .format(self.root))
+        self.does(self.inside("postfix start-fg 2>&1 | cat >/tmp/postfix.log") + " &")
+        self.does("../ours/clamsmtpd -f /nonexistent -d 3 2>../log &")
+        for port in (2525, 10025, 10026):
+            until(lambda: self.does("ss -Hltn sport = :%d" % port), "it listens")
+
+    def does(self, command):
+        """Its output, in the network of the pod."""
+        self.shell.stdin.write("cd %s; %s\necho\necho DONE\n" % (self.root, command))
+        self.shell.stdin.flush()
+        lines = list(iter(self.shell.stdout.readline, "DONE\n"))
+        return "".join(lines).strip()
+
+    def inside(self, command):
+        return ("chroot . setpriv --reuid 2525 --regid 2525 --clear-groups --no-new-privs "
+                "--bounding-set=-all env LD_PRELOAD=/usr/local/lib/unprivileged.so "
+                "sh -c %s" % shlex.quote(command))
+
+    def mail(self, text):
+        """The replies to a mail, sent at once."""
+        return self.does("python3 -c %s" % shlex.quote(
+            "import smtplib; s = smtplib.SMTP('127.0.0.1', 2525)\n"
+            "try: print(s.sendmail('a@example.com', ['b@example.net'], %r))\n"
+            "except smtplib.SMTPException as e: print(e)" % text))
+
+    def queue(self):
+        return self.does(self.inside("postqueue -p"))
+
+    def kill(self):
+        self.shell.kill()
+        self.shell.communicate()
+
+
+@pytest.mark.long
+def test_postfix_of_its_image_needs_no_root_and_keeps_its_queue(images, open_site):
+    """Mail goes through Postfix, clamsmtpd and Postfix, a virus does not, and
+    what waits in the queue does so after the container was killed."""
+    work, _ = images
+    one = Pod(work + "/postfix", dict(
+        os.environ, CLAMSMTPD_OUTADDRESS="127.0.0.1:10026", CLAMSMTPD_ACTION="bounce",
+        CLAMSMTPD_LISTEN="127.0.0.1:10025", CLAMSMTPD_CLAMADDRESS=open_site.clamd.address,
+        CLAMSMTPD_TEMPDIRECTORY=open_site.spool))
+    one.start()
+    try:
+        assert one.mail("Subject: well\r\n\r\nhello\r\n") == "{}"
+        assert "550" in one.mail("Subject: sick\r\n\r\n%s\r\n" % EICAR.decode())
+        assert one.queue().count("a@example.com") == 1
+        owners = one.does("for p in proc/[0-9]*; do case $(cat $p/comm) in "
+                          "master|smtpd|qmgr) grep -e Uid -e CapBnd $p/status; esac; "
+                          "done | sort -u")
+        assert owners.split() == ["CapBnd:", "0" * 16, "Uid:"] + ["2525"] * 4
+        one.kill()
+        one.start()
+        assert one.queue().count("a@example.com") == 1
+    finally:
+        one.kill()
 
 
 # ---------------------------------------------------------------- it runs
@@ -190,10 +324,28 @@ def test_a_virus_is_quarantined_in_the_tmpfs(container):
         assert EICAR in file.read()
 
 
+def test_a_stopped_container_starts_again(container, debian_package):
+    """runc gives a tmpfs the mode that /tmp of the image has, from the second
+    start on if not from the first."""
+    runc = real.find("runc") or debian_package("runc") + "/usr/sbin/runc"
+    tmpfs = dict(TMPFS, options=[o for o in TMPFS["options"] if "mode=" not in o])
+    one = container(mounts=(tmpfs,), runtime=(runc,))
+    for _ in range(2):
+        client = container.site.session(address=one.address())
+        client.mail()
+        client.quit()
+        one.terminate()
+        assert one.process.wait(WAIT) == 0
+        one.close()
+        one.start()
+    one.address()
+
+
 def test_without_a_tmpfs_it_says_so(container):
-    one = container({"CLAMSMTPD_STATUSLISTEN": "127.0.0.1:0"}, mounts=())
+    status = "127.0.0.1:%d" % container.site.port()
+    one = container({"CLAMSMTPD_STATUSLISTEN": status}, mounts=())
     assert one.process.wait(WAIT) == 1
-    assert one.log(r"TempDirectory: /tmp .*tmpfs.*: No such file or directory")
+    assert one.log(r"TempDirectory: /tmp .*tmpfs.*: Read-only file system")
 
 
 def test_health_is_well_while_clamd_answers(container):
@@ -207,6 +359,20 @@ def test_health_is_well_while_clamd_answers(container):
                 "it is no longer well")
     assert ill.returncode == 1
     assert container.site.clamd.address in ill.stderr
+
+
+def test_health_is_well_while_one_of_two_clamds_answers(container):
+    """A restart of one clamd takes no pod out of service."""
+    site = container.site
+    other = site.new_clamd(tcp=True)
+    one = container({"CLAMSMTPD_CLAMADDRESS": "%s\n%s" % (site.clamd.address, other.address)})
+    client = site.session(address=one.address())
+    site.clamd.down()
+    client.mail()
+    well = one.health()
+    assert (well.returncode, well.stderr) == (0, "")
+    other.down()
+    until(lambda: one.health().returncode == 1, "it is no longer well")
 
 
 def test_health_of_no_daemon_is_a_refused_connection(site, run, tmp_path):
@@ -263,16 +429,11 @@ def settings(run, tmp_path, env):
                 if not line.startswith("#"))
 
 
-def clamd_limits(env):
-    return {env["CLAMD_CONF_MaxFileSize"], env["CLAMD_CONF_StreamMaxLength"]}
-
-
 def test_compose_sets_what_clamsmtpd_knows(run, tmp_path):
     services = load("compose.yaml")[0]["services"]
     ours = settings(run, tmp_path, services["clamsmtpd"]["environment"])
     for setting in ("OutAddress", "ClamAddress"):
         assert ours[setting].split(":")[0] in services
-    assert clamd_limits(services["clamav"]["environment"]) == {"25M"}
     assert ours["MaxScanSize"] == str(25 << 20)
 
 
@@ -289,56 +450,231 @@ def test_compose_gives_it_a_tmpfs_and_nothing_else():
 def test_compose_trusts_the_network_that_postfix_is_told_of():
     compose = load("compose.yaml")[0]
     subnet = compose["networks"]["filter"]["ipam"]["config"][0]["subnet"]
-    told = dict(instructions("Containerfile.postfix")[0])["ARG"]
+    told = dict(instructions("Containerfile.postfix")[-1])["ARG"]
     assert subnet in told
     assert compose["services"]["clamsmtpd"]["networks"] == ["filter"]
-    assert compose["services"]["postfix"]["ports"] == ["25:25"]
+    assert compose["services"]["postfix"]["ports"] == ["25:2525"]
 
 
-def pod():
-    return load("kubernetes.yaml")[0]["spec"]["template"]
+def kubernetes(kind, name):
+    """The object of kubernetes.yaml, and of it alone."""
+    found, = [one for one in load("kubernetes.yaml")
+              if (one["kind"], one["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def pod(name):
+    return kubernetes("StatefulSet", name)["spec"]["template"]["spec"]
+
+
+def containers(name):
+    return pod(name).get("initContainers", []) + pod(name)["containers"]
+
+
+def every_container():
+    return [(name, one) for name in ("mail", "clamav") for one in containers(name)]
 
 
 def sidecar():
-    return pod()["spec"]["initContainers"][0]
+    return pod("mail")["initContainers"][0]
 
 
-def test_kubernetes_sets_what_clamsmtpd_knows(run, tmp_path):
-    ours = settings(run, tmp_path,
-                    {one["name"]: one["value"] for one in sidecar()["env"]})
-    clamd, service = load("kubernetes.yaml")[2:]
-    assert ours["ClamAddress"] == "%s:%d" % (service["metadata"]["name"],
-                                             service["spec"]["ports"][0]["port"])
-    env = clamd["spec"]["template"]["spec"]["containers"][0]["env"]
-    assert clamd_limits({one["name"]: one["value"] for one in env}) == {"25M"}
-    assert ours["MaxScanSize"] == str(25 << 20)
+def sidecar_settings(run, tmp_path):
+    return settings(run, tmp_path, {one["name"]: one["value"] for one in sidecar()["env"]})
 
 
-def test_kubernetes_asks_the_status_port(run, tmp_path):
-    ours = settings(run, tmp_path,
-                    {one["name"]: one["value"] for one in sidecar()["env"]})
-    port = sidecar()["ports"][0]
-    assert ours["StatusListen"] == "0.0.0.0:%d" % port["containerPort"]
-    probes = {kind: sidecar()[kind + "Probe"]["httpGet"]
-              for kind in ("startup", "liveness", "readiness")}
-    assert {probe["port"] for probe in probes.values()} == {port["name"]}
-    assert [probes[kind]["path"] for kind in sorted(probes)] == \
-        ["/", "/healthz", "/"]
-    annotations = pod()["metadata"]["annotations"]
+def validate(python, file):
+    return subprocess.run([python, "-m", "kubernetes_validate", "--strict", file],
+                          capture_output=True, text=True, timeout=4 * WAIT)
+
+
+def test_kubernetes_objects_follow_the_schemas(python_with, tmp_path):
+    """Kubernetes' own schemas accept each object, and refuse an unknown key."""
+    python = python_with("kubernetes-validate")
+    got = validate(python, os.path.join(DIRECTORY, "kubernetes.yaml"))
+    assert got.returncode == 0, got.stdout + got.stderr
+    with open(os.path.join(DIRECTORY, "kubernetes.yaml")) as file:
+        text = file.read()
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(text.replace("fsGroupChangePolicy:", "fsGroupPolicy:"))
+    assert "'fsGroupPolicy' was unexpected" in str(validate(python, bad))
+
+
+def test_kubernetes_every_container_passes_restricted():
+    """Each container has what the Pod Security Standard "restricted" asks for,
+    and the namespace demands it."""
+    labels = kubernetes("Namespace", "mail")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
+    for name in ("mail", "clamav"):
+        assert not [key for key in pod(name) if key.startswith("host") and key != "hostAliases"]
+        for volume in pod(name)["volumes"]:
+            assert set(volume) - {"name"} <= allowed
+        context = pod(name)["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    for name, one in every_container():
+        context = one["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False, one["name"]
+        assert context["capabilities"] == {"drop": ["ALL"]}, one["name"]
+        assert context["runAsUser"] > 0 and context["runAsGroup"] > 0, one["name"]
+        assert not {"privileged", "runAsNonRoot", "seccompProfile"} & set(context)
+
+
+def test_kubernetes_every_container_has_probes_and_resources():
+    """Each container has its three probes, on ports that it has, and limits."""
+    for name, one in every_container():
+        ports = {port["name"] for port in one["ports"]}
+        for kind in ("startup", "liveness", "readiness"):
+            probe = one[kind + "Probe"]
+            how = probe.get("httpGet") or probe["tcpSocket"]
+            assert how["port"] in ports, (one["name"], kind)
+        assert {"cpu", "memory"} <= set(one["resources"]["requests"]), one["name"]
+        assert "memory" in one["resources"]["limits"], one["name"]
+
+
+def test_kubernetes_sidecar_is_native():
+    """The filter starts before Postfix and ends after it."""
+    assert sidecar()["name"] == "clamsmtpd"
+    assert sidecar()["restartPolicy"] == "Always"
+
+
+def test_kubernetes_queue_outlives_the_pod():
+    """Postfix's queue is on a volume claim of each pod."""
+    postfix, = pod("mail")["containers"]
+    mounts = {one["mountPath"]: one["name"] for one in postfix["volumeMounts"]}
+    claims = kubernetes("StatefulSet", "mail")["spec"]["volumeClaimTemplates"]
+    assert mounts["/var/spool/postfix"] in [one["metadata"]["name"] for one in claims]
+    assert pod("mail")["securityContext"]["fsGroup"] == \
+        postfix["securityContext"]["runAsGroup"]
+
+
+def test_kubernetes_filter_asks_every_clamd(run, tmp_path):
+    """ClamAddress has each pod of clamd, by the name that a headless service
+    gives it, and there are two."""
+    service = kubernetes("Service", "clamav")
+    port, = service["spec"]["ports"]
+    clamd = kubernetes("StatefulSet", "clamav")["spec"]
+    assert clamd["replicas"] >= 2
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == clamd["selector"]["matchLabels"]
+    assert clamd["serviceName"] == service["metadata"]["name"]
+    env, = [one["value"] for one in sidecar()["env"] if one["name"] == "CLAMSMTPD_CLAMADDRESS"]
+    assert env.split("\n") == ["clamav-%d.clamav:%d" % (i, port["port"])
+                               for i in range(clamd["replicas"])]
+    assert sidecar_settings(run, tmp_path)["ClamAddress"] in env.split("\n")
+
+
+def test_kubernetes_status_port_is_the_one_asked(run, tmp_path):
+    """The probes and Prometheus ask the address of StatusListen."""
+    port, = sidecar()["ports"]
+    assert sidecar_settings(run, tmp_path)["StatusListen"] == \
+        "0.0.0.0:%d" % port["containerPort"]
+    paths = {kind: sidecar()[kind + "Probe"]["httpGet"]["path"]
+             for kind in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/", "liveness": "/", "readiness": "/healthz"}
+    template = kubernetes("StatefulSet", "mail")["spec"]["template"]
+    annotations = template["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == str(port["containerPort"])
     assert annotations["prometheus.io/path"] == "/metrics"
 
 
-def test_kubernetes_gives_it_a_tmpfs_and_nothing_else():
+def test_kubernetes_sidecar_has_a_tmpfs_and_nothing_else():
+    """The filter's root is read-only, and /tmp a volume in memory."""
     context = sidecar()["securityContext"]
     assert (context["runAsUser"], context["runAsGroup"]) == (USER, GROUP)
     assert context["readOnlyRootFilesystem"] is True
-    assert context["allowPrivilegeEscalation"] is False
-    assert context["capabilities"] == {"drop": ["ALL"]}
     mount, = sidecar()["volumeMounts"]
-    volumes = {volume["name"]: volume for volume in pod()["spec"]["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod("mail")["volumes"]}
     assert mount["mountPath"] == "/tmp"
     assert volumes[mount["name"]]["emptyDir"]["medium"] == "Memory"
+
+
+def octets(size):
+    number, unit = re.fullmatch(r"(\d+)([KMG]?)i?b?", size, re.I).groups()
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit.upper()]
+
+
+def postfix_processes():
+    """How many clients Postfix of Containerfile.postfix serves at once."""
+    return int(re.search(r"'2525 inet n - n - (\d+) smtpd'",
+                         dict(instructions("Containerfile.postfix")[-1])["RUN"]).group(1))
+
+
+def test_kubernetes_spool_has_room_for_every_connection(run, tmp_path):
+    """Full connections with the largest messages fill neither the volume nor
+    the container's memory, and Postfix opens no more than them."""
+    ours = sidecar_settings(run, tmp_path)
+    spool, = [one["emptyDir"]["sizeLimit"] for one in pod("mail")["volumes"]
+              if one["name"] == "spool"]
+    assert int(ours["MaxConnections"]) * int(ours["MaxScanSize"]) <= octets(spool)
+    assert octets(spool) + (32 << 20) <= octets(sidecar()["resources"]["limits"]["memory"])
+    assert int(ours["MaxConnections"]) == postfix_processes()
+
+
+def test_compose_spool_has_room_for_every_connection(run, tmp_path):
+    """The same for compose.yaml."""
+    service = load("compose.yaml")[0]["services"]["clamsmtpd"]
+    ours = settings(run, tmp_path, service["environment"])
+    size = re.search(r"size=(\w+)", service["tmpfs"][0]).group(1)
+    assert int(ours["MaxConnections"]) * int(ours["MaxScanSize"]) <= octets(size)
+    assert int(ours["MaxConnections"]) == postfix_processes()
+
+
+def selects(selector, name):
+    labels = kubernetes("StatefulSet", name)["spec"]["template"]["metadata"]["labels"]
+    return selector["matchLabels"] == labels
+
+
+@pytest.mark.parametrize("name", ["mail", "clamav"])
+def test_kubernetes_a_drained_node_takes_one_pod(name):
+    """A PodDisruptionBudget leaves one of the two pods."""
+    budget = kubernetes("PodDisruptionBudget", name)["spec"]
+    assert selects(budget["selector"], name)
+    assert budget["maxUnavailable"] == 1
+    assert kubernetes("StatefulSet", name)["spec"]["replicas"] > 1
+
+
+def test_kubernetes_network_lets_in_what_is_needed():
+    """clamd's port is for the filter, the status page for Prometheus, 2525 for
+    everybody, and 10026 for nobody."""
+    def lets(name):
+        policy = kubernetes("NetworkPolicy", name)["spec"]
+        assert selects(policy["podSelector"], name)
+        assert policy["policyTypes"] == ["Ingress"]
+        return {port["port"]: rule.get("from") for rule in policy["ingress"]
+                for port in rule["ports"]}
+
+    clamd = lets("clamav")
+    assert list(clamd) == [3310]
+    assert [selects(one["podSelector"], "mail") for one in clamd[3310]] == [True]
+    mail = lets("mail")
+    assert set(mail) == {2525, 10080}
+    assert mail[2525] is None and list(mail[10080][0]) == ["namespaceSelector"]
+
+
+def test_clamd_configuration_is_the_same_everywhere(run, tmp_path):
+    """kubernetes.yaml has the files that compose.yaml mounts, and clamd's limits
+    are those of clamsmtpd."""
+    data = kubernetes("ConfigMap", "clamav")["data"]
+    mounts = load("compose.yaml")[0]["services"]["clamav"]["volumes"]
+    for name in ("clamd.conf", "freshclam.conf"):
+        with open(os.path.join(DIRECTORY, name)) as file:
+            assert data[name] == file.read()
+        assert "./%s:/etc/clamav/%s:ro" % (name, name) in mounts
+    limits = re.findall(r"(?m)^(?:MaxFileSize|StreamMaxLength) (.*)$", data["clamd.conf"])
+    ours = sidecar_settings(run, tmp_path)["MaxScanSize"]
+    assert [octets(one) for one in limits] == [int(ours)] * 2
+
+
+@pytest.mark.skipif(not shutil.which("clamconf"), reason="no clamconf here")
+def test_clamd_knows_every_setting_of_its_configuration():
+    """ClamAV's own reader of the two files has no complaint."""
+    got = subprocess.run(["clamconf", "-c", DIRECTORY], capture_output=True, text=True)
+    assert "ERROR" not in got.stdout + got.stderr, got
+    for setting in ('MaxFileSize = "26214400"', 'TCPSocket = "3310"',
+                    'NotifyClamd = "/etc/clamav/clamd.conf"'):
+        assert setting in got.stdout, got.stdout
 
 
 @pytest.mark.postfix
@@ -346,8 +682,9 @@ def test_kubernetes_gives_it_a_tmpfs_and_nothing_else():
 def test_postfix_understands_its_containerfile(tmp_path):
     shutil.copy("/usr/share/postfix/master.cf.dist", tmp_path / "master.cf")
     (tmp_path / "main.cf").write_text("compatibility_level = 3.6\n")
-    stage = instructions("Containerfile.postfix")[0]
+    stage = instructions("Containerfile.postfix")[-1]
     command = [rest for word, rest in stage if rest.startswith("postconf ")][0]
+    command = re.split(r"&& +rm ", command)[0]
     env = dict(os.environ, MAIL_CONFIG=str(tmp_path),
                FILTERS=shlex.split(dict(stage)["ARG"])[0].partition("=")[2])
     subprocess.run(["sh", "-ec", command], env=env, check=True)

@@ -202,7 +202,7 @@ def example(path, table):
     return re.sub("|".join(map(re.escape, table)), lambda m: table[m[0]], text)
 
 
-def start_example(site, recipe, ports, listeners=1, **settings):
+def start_example(site, recipe, ports, listeners=1, binary=None, **settings):
     """The daemon as the recipe has it, with these settings besides; the site
     must be one for all users."""
     if "ClamAddress" not in settings:
@@ -212,7 +212,7 @@ def start_example(site, recipe, ports, listeners=1, **settings):
     return site.start(
         config=example(recipe + "/clamsmtpd.conf", table),
         Listen=[None] * listeners,      # so many are waited for
-        OutAddress=None, ClamAddress=None,
+        OutAddress=None, ClamAddress=None, binary=binary,
         env={"CLAMSMTPD_" + name.upper(): value
              for name, value in settings.items()})
 

@@ -9,6 +9,7 @@ are gone when we are, however we end:
 
 import ctypes
 import os
+import re
 import subprocess
 
 import pytest
@@ -157,11 +158,11 @@ def client(site, net, address):
 BODY = b"Subject: hello\r\n\r\nworld\r\n"
 
 
-def passes(site, net, family, clamd):
+def passes(site, net, family, clamd, **kw):
     """A mail to the server goes through us, a virus does not; while clamd is away
     nothing does."""
     listen(site, net, family)
-    start(site, net, ClamAddress=clamd.path)
+    start(site, net, ClamAddress=clamd.path, **kw)
     c = client(site, net, at(SERVER[family]))
     c.hello()
     c.mail(body=BODY)
@@ -193,6 +194,24 @@ def test_tproxy(open_site, net, family, real_clamd):
     the listener takes such connections without being root, too."""
     tproxy(net)
     passes(open_site, net, family, real_clamd)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_tproxy_with_the_capabilities_of_the_drop_in_passes(open_site, net, family, real_clamd):
+    """The daemon, started as its user with what tproxy.conf has, is enough."""
+    with open(os.path.join(real.EXAMPLES, "transparent/tproxy.conf")) as file:
+        text = file.read()
+    caps, = set(re.findall(r"(?m)^\w+(?:Set|Capabilities)=CAP_(\w+)$", text))
+    assert "\nPrivateUsers=no\n" in text
+    program = open_site.path("program")
+    with open(program, "w") as file:
+        file.write("#!/bin/sh\nexec setpriv --reuid nobody --regid nogroup --clear-groups "
+                   "--no-new-privs --bounding-set=-all,+{0} --inh-caps=-all,+{0} "
+                   "--ambient-caps=-all,+{0} {1} \"$@\"\n".format(caps.lower(), harness.CLAMSMTPD))
+    os.chmod(program, 0o755)
+    tproxy(net)
+    passes(open_site, net, family, real_clamd, binary=program)
+    assert not open_site.daemon.log("IP_TRANSPARENT")
 
 
 @pytest.mark.parametrize("rules", [redirect, tproxy])

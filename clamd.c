@@ -222,7 +222,7 @@ queue_run(void)
 		if (c != NULL)
 			slot_take(s, c);
 		else
-			s->verdict = FAILED;
+			s->result.verdict = FAILED;
 	}
 }
 
@@ -243,7 +243,7 @@ queue_join(struct session *s, int again)
 static int
 verdict_is(struct session *s, enum verdict v)
 {
-	s->verdict = v;
+	s->result.verdict = v;
 	s->scan.phase = SC_NONE;
 	return 1;
 }
@@ -253,7 +253,7 @@ scan_leave(struct session *s)
 {
 	struct clamd *c = s->scan.clamd;
 
-	peer_close(&s->clamd);
+	peer_close(&s->scan.peer);
 	s->scan.clamd = NULL;
 	s->scan.scanning = 0;
 	if (c != NULL)
@@ -268,7 +268,7 @@ scan_failed(struct session *s, int dead, const char *why)
 	int i;
 
 	slog(s, LOG_DEBUG, "clamd %s: %s", clamd_name(c), why);
-	format(s->verdict_text, sizeof s->verdict_text, "%s", why);
+	format(s->result.text, sizeof s->result.text, "%s", why);
 	clamd_complain(c, why);
 	c->failures++;
 	if (dead) {
@@ -305,9 +305,9 @@ scan_errno(struct session *s, const char *what)
 void
 clamd_begin(struct session *s)
 {
-	memset(&s->scan, 0, sizeof s->scan);
-	s->verdict = UNKNOWN;
-	s->verdict_text[0] = '\0';
+	s->scan = (struct scan){ .peer.fd = -1 };
+	s->result.verdict = UNKNOWN;
+	s->result.text[0] = '\0';
 	queue_join(s, 0);
 }
 
@@ -349,12 +349,12 @@ scan_command(struct session *s)
 	s->scan.sent = s->scan.chunk_end = 0;
 	s->scan.queued = 0;
 	s->scan.retry_at = s->scan.connect_deadline = 0;
-	if (!buf_ready(&s->clamd.out, sizeof command))
+	if (!buf_ready(&s->scan.peer.out, sizeof command))
 		return 0;
 	if (t->addr[s->scan.addr].u.sa.sa_family != AF_UNIX)
-		keep_alive(s->clamd.fd);
+		keep_alive(s->scan.peer.fd);
 	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, clamd_name(s->scan.clamd));
-	buf_put(&s->clamd.out, command, sizeof command);
+	buf_put(&s->scan.peer.out, command, sizeof command);
 	s->scan.phase = SC_SEND;
 	return 1;
 }
@@ -368,26 +368,26 @@ scan_connect(struct session *s)
 
 	if (s->scan.retry_at > now)
 		return 0;
-	if (s->clamd.fd == -1) {
+	if (s->scan.peer.fd == -1) {
 		i = target_next(t, s->scan.addrs_tried);
 		s->scan.addr = i != -1 ? i : 0;	/* -1: others were looked up */
-		s->clamd.fd = addr_connect(&t->addr[s->scan.addr], &done);
-		if (s->clamd.fd == -1 && errno == EAGAIN) {
+		s->scan.peer.fd = addr_connect(&t->addr[s->scan.addr], &done);
+		if (s->scan.peer.fd == -1 && errno == EAGAIN) {
 			s->scan.retry_at = now + CONNECT_RETRY;
 			return 0;
 		}
 		s->scan.retry_at = 0;
 		s->scan.connect_deadline = now + CONNECT_TIME;
-		s->clamd.connecting = s->clamd.fd != -1 && !done;
-		if (s->clamd.fd == -1)
+		s->scan.peer.connecting = s->scan.peer.fd != -1 && !done;
+		if (s->scan.peer.fd == -1)
 			err = errno;
-	} else if (!s->clamd.connecting)
-		getsockopt(s->clamd.fd, SOL_SOCKET, SO_ERROR, &err, &len);
+	} else if (!s->scan.peer.connecting)
+		getsockopt(s->scan.peer.fd, SOL_SOCKET, SO_ERROR, &err, &len);
 	else if (now >= s->scan.connect_deadline)
 		err = ETIMEDOUT;
 	if (err == 0)
-		return s->clamd.connecting ? 0 : scan_command(s);
-	peer_close(&s->clamd);
+		return s->scan.peer.connecting ? 0 : scan_command(s);
+	peer_close(&s->scan.peer);
 	s->scan.addrs_tried |= 1U << s->scan.addr;
 	if (target_next(t, s->scan.addrs_tried) != -1)
 		return 1;
@@ -401,9 +401,9 @@ send_length(struct session *s, off_t n)
 {
 	uint32_t length = htonl(n);
 
-	if (!buf_ready(&s->clamd.out, sizeof length))
+	if (!buf_ready(&s->scan.peer.out, sizeof length))
 		return 0;
-	buf_put(&s->clamd.out, &length, sizeof length);
+	buf_put(&s->scan.peer.out, &length, sizeof length);
 	s->scan.chunk_end += n;
 	return 1;
 }
@@ -417,15 +417,15 @@ static int
 send_tail(struct session *s, size_t n)
 {
 	static const char end[4];
-	struct buf *out = &s->clamd.out;
+	struct buf *out = &s->scan.peer.out;
 	ssize_t r;
 
 	if (!buf_ready(out, n + sizeof end))
 		return 0;
-	r = pread(s->spool, out->b + out->w, n, s->scan.sent);
+	r = pread(s->msg.spool, out->b + out->w, n, s->scan.sent);
 	if (r <= 0) {
-		s->clamd.err = PEER_LOCAL;
-		s->clamd.eof = 1;
+		s->scan.peer.err = PEER_LOCAL;
+		s->scan.peer.eof = 1;
 		return 1;
 	}
 	out->w += r;
@@ -441,7 +441,7 @@ static int
 send_next(struct session *s)
 {
 	struct scan *c = &s->scan;
-	off_t end = scan_line_len + s->msg_size, n = c->chunk_end - c->sent;
+	off_t end = scan_line_len + s->msg.size, n = c->chunk_end - c->sent;
 	off_t tail = c->chunk_end == end ? TAILSZ : 0;
 
 	if (n == 0)
@@ -449,8 +449,8 @@ send_next(struct session *s)
 		    end - c->sent : CHUNKSZ);
 	if (n <= tail)
 		return send_tail(s, n);
-	return peer_drain(&s->clamd, 1) &&
-	    peer_sendfile(&s->clamd, s->spool, &c->sent, n - tail) &&
+	return peer_drain(&s->scan.peer, 1) &&
+	    peer_sendfile(&s->scan.peer, s->msg.spool, &c->sent, n - tail) &&
 	    --s->io_budget > 0;
 }
 
@@ -458,7 +458,7 @@ static int
 scan_send(struct session *s)
 {
 	struct scan *c = &s->scan;
-	struct peer *p = &s->clamd;
+	struct peer *p = &s->scan.peer;
 
 	/* Promise 4: an OK that is here before the last bytes leave is none. */
 	if (c->queued && !p->eof)
@@ -529,14 +529,14 @@ const int scan_limits[NBUCKETS - 1] = {		/* ms */
 static void
 scan_count(struct session *s)
 {
-	int64_t ms = now - s->dot_at;
+	int64_t ms = now - s->msg.dot_at;
 	int i;
 
 	for (i = 0; i < NBUCKETS - 1 && ms > scan_limits[i]; i++)
 		;
 	count.scans[i]++;
 	count.scan_ms += ms;
-	s->verdict_at = now;
+	s->result.verdict_at = now;
 }
 
 /* The answer is there, n bytes without its terminator; whole: it had one, and
@@ -549,7 +549,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 	enum verdict v;
 
 	slog(s, LOG_DEBUG, "CLAMAV < %s", printable(p, n));
-	v = clamd_parse(p, n, s->verdict_text);
+	v = clamd_parse(p, n, s->result.text);
 	if (!whole && v != TOOBIG)
 		v = FAILED;
 	if (v == CLEAN && !s->scan.scanning)
@@ -561,7 +561,7 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 		    whole ? "" : ", which is no whole answer");
 		return scan_failed(s, 0, why);
 	}
-	clamd_worked(c, s->scan.addr, s->clamd.fd);
+	clamd_worked(c, s->scan.addr, s->scan.peer.fd);
 	clamd_well(c);
 	scan_leave(s);
 	scan_count(s);
@@ -571,13 +571,13 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 static int
 scan_read(struct session *s)
 {
-	struct buf *in = &s->clamd.in;
+	struct buf *in = &s->scan.peer.in;
 	const char *p, *end;
 	size_t n;
 
 	/* What stands behind the answer, if anything, has come with it. */
 	if (memchr(buf_head(in), '\0', buf_len(in)) != NULL)
-		while (!s->clamd.eof && peer_fill(&s->clamd))
+		while (!s->scan.peer.eof && peer_fill(&s->scan.peer))
 			;
 	p = buf_head(in);
 	n = buf_len(in);
@@ -586,9 +586,9 @@ scan_read(struct session *s)
 		return scan_answer(s, p, end - p, end + 1 == p + n);
 	if (n > ANSWERSZ)
 		return scan_failed(s, 0, "it answered at too great a length");
-	if (!s->clamd.eof)
+	if (!s->scan.peer.eof)
 		return 0;
-	if (s->clamd.err == PEER_LOCAL)
+	if (s->scan.peer.err == PEER_LOCAL)
 		return scan_failed(s, 0, "the message could not be sent to it");
 	if (n == 0)
 		return scan_failed(s, 1,
@@ -635,7 +635,7 @@ clamd_events(const struct session *s)
 	case SC_SEND:
 		return POLLIN | POLLOUT;
 	case SC_ANSWER:
-		return s->clamd.eof ? 0 : POLLIN;
+		return s->scan.peer.eof ? 0 : POLLIN;
 	default:
 		return 0;
 	}
@@ -656,9 +656,9 @@ clamd_cancel(struct session *s)
 
 	if (s->scan.phase == SC_QUEUE)
 		queue_leave(s);
-	if (s->scan.clamd != NULL && s->scan.scanning && s->clamd.fd != -1 &&
+	if (s->scan.clamd != NULL && s->scan.scanning && s->scan.peer.fd != -1 &&
 	    (a = calloc(1, sizeof *a)) != NULL) {
-		a->peer = s->clamd;
+		a->peer = s->scan.peer;
 		buf_free(&a->peer.in);
 		buf_free(&a->peer.out);
 		a->at = s->scan.clamd;
@@ -666,9 +666,9 @@ clamd_cancel(struct session *s)
 		a->next = abandoned;
 		abandoned = a;
 		a->at->abandoned++;
-		s->clamd.fd = -1;
-		memset(&s->clamd.in, 0, sizeof s->clamd.in);
-		memset(&s->clamd.out, 0, sizeof s->clamd.out);
+		s->scan.peer.fd = -1;
+		memset(&s->scan.peer.in, 0, sizeof s->scan.peer.in);
+		memset(&s->scan.peer.out, 0, sizeof s->scan.peer.out);
 		s->scan.clamd = NULL;
 		queue_run();		/* on trial, it may have another one */
 	}
@@ -682,17 +682,17 @@ clamd_timeout(struct session *s)
 	static int64_t quiet_until;
 	struct clamd *c = s->scan.clamd;
 
-	format(s->verdict_text, sizeof s->verdict_text, "no %s within ScanTimeOut",
+	format(s->result.text, sizeof s->result.text, "no %s within ScanTimeOut",
 	    c != NULL ? "verdict" : "free slot");
 	if (c != NULL) {
-		clamd_complain(c, s->verdict_text);
+		clamd_complain(c, s->result.text);
 		c->failures++;
 		c->dead_until = now + RETRY_TIME;
 		c->on_trial = 1;
 	} else if (now >= quiet_until) {
 		quiet_until = now + REPEAT_TIME;
 		logmsg(LOG_ERR, "clamd %s: %s; is MaxScans as large as its "
-		    "MaxThreads?", clamd_name(s->conf->clamd[0]), s->verdict_text);
+		    "MaxThreads?", clamd_name(s->conf->clamd[0]), s->result.text);
 	}
 	clamd_cancel(s);
 }

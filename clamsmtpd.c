@@ -1107,8 +1107,8 @@ is_own_connection(const struct addr *from, const struct addr *to)
 		return 0;
 	for (i = 0; i < nsessions; i++) {
 		s = sessions[i];
-		if (s->server.fd != -1 && addr_equal(&s->server_local, from) &&
-		    (to == NULL || addr_equal(&s->server_addr, to)))
+		if (s->server.peer.fd != -1 && addr_equal(&s->server.local, from) &&
+		    (to == NULL || addr_equal(&s->server.addr, to)))
 			return 1;
 	}
 	return 0;

@@ -213,121 +213,157 @@ enum state {
 	S_DEAD
 };
 
-/* Where the body automaton stands between two bytes (smtp.c). */
+/* Positions of the body filter between two bytes (smtp.c). */
 enum eol { BOL, BOL_DOT, BOL_DOT_CR, LINE, TEXT, CRS };
 
-/* Where the search for the end of the header section stands (smtp.c). */
+/* Positions of the search for the end of the header section (smtp.c). */
 enum header {
 	H_FIRST, H_FROM, H_MBOX, H_LINE, H_NAME, H_BLANK, H_REST, H_DONE
 };
 
-/* The scan of a session's message; clamd.c's alone. */
+struct verb;
+
+/* XCLIENT on this connection to the server. */
+enum xclient {
+	XC_DONE,			/* not wanted, sent, or not possible */
+	XC_WANTED,			/* due before any mail */
+	XC_EHLO				/* refused after HELO: again after EHLO */
+};
+
+/* The connection to the next hop: from the first connect() to its close. */
+struct server {
+	struct peer peer;
+	struct addr addr;		/* of the next hop */
+	struct addr local;		/* our end; len 0: not connected */
+	int	 addr_index;		/* of addr in conf->out */
+	unsigned addrs_tried;		/* bit i: conf->out->addr[i] has failed */
+
+	/* At most one command is outstanding, and none beside a NOOP. */
+	const struct verb *verb;	/* the last command */
+	int	 asked;			/* its reply is outstanding */
+	struct str argument;		/* its address, or XFORWARD's line */
+	int	 noop;			/* the reply to a NOOP is outstanding */
+	int64_t	 noop_at;		/* when to send the next; 0: never */
+	size_t	 reply_seen;		/* bytes of complete lines in peer.in */
+
+	/* The last EHLO reply. */
+	int64_t	 size;			/* bytes; 0: no limit */
+	int	 chunking;
+	int	 xclient;		/* attributes: X_ bits (smtp.c) */
+};
+
+/* The accepted sender and recipients: from MAIL to the end of the transaction. */
+struct envelope {
+	int	 have_mail;		/* MAIL was accepted */
+	int	 nrcpt;			/* RCPT commands that were accepted */
+	struct str from;		/* bare address, or <> */
+	struct str rcpt_list;		/* bare addresses, one per line */
+	int	 rcpt_truncated;	/* rcpt_list ends in "..." */
+};
+
+/* What the next hop accepted with XFORWARD; empty: not known. */
+struct xforward {
+	struct str addr, helo;
+};
+
+/*
+ * A message: from DATA or the first BDAT to the end of the transaction.  The
+ * file `spool' contains scan_line and then `size' bytes.
+ */
+struct message {
+	int	 spool;			/* -1: none */
+	off_t	 size;			/* bytes of the message, */
+	off_t	 spool_size;		/* and bytes written, scan_line included */
+	int	 in_bdat;		/* it comes by BDAT */
+	int	 relay_bdat;		/* and goes out by BDAT, unchanged */
+	uint64_t chunk_left;		/* bytes of this chunk that are to come */
+	int	 chunk_last;		/* BDAT LAST */
+	enum eol body_state;
+	uint64_t held_bytes;		/* CRs or NULs that may have to go */
+	int	 has_dot_lines;		/* a line begins with a dot */
+	enum header header_state;
+	off_t	 top;			/* end of the mbox lines at the top */
+	off_t	 header_end;		/* end of the header section */
+	int	 matched;		/* H_FROM: bytes of "From " */
+	int	 indented;		/* the line at top begins with a blank */
+	int64_t	 rate_check_at;		/* when the rate is checked, */
+	uint64_t rate_bytes;		/* and bytes since the last check */
+	int64_t	 dot_at;		/* when the end of data came */
+};
+
+/* The scan of a message; clamd.c's alone.  From clamd_begin() to the verdict. */
 struct scan {
-	/* SC_QUEUE ends when a clamd has a slot again: in queue_run(). */
+	/* SC_QUEUE ends when a clamd has a free slot: in queue_run(). */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
-	struct clamd *clamd;		/* we hold one of its slots; or NULL */
+	struct peer peer;
+	struct clamd *clamd;		/* the scan has one of its slots; or NULL */
 	int	 addr;			/* which of the target's addresses */
 	unsigned addrs_tried;		/* bit i: that address has failed */
-	uint32_t tried;			/* bit i: conf->clamd[i] has failed us */
-	int	 scanning;		/* all has left: clamd may be scanning */
-	off_t	 sent;			/* of the spool */
-	off_t	 chunk_end;			/* end of the chunk announced */
-	int	 queued;			/* all is queued, the empty chunk too */
-	int64_t	 connect_deadline, retry_at;		/* connect limit, next knock; 0: none */
+	uint32_t tried;			/* bit i: conf->clamd[i] has failed */
+	int64_t	 connect_deadline;	/* 0: not connecting */
+	int64_t	 retry_at;		/* after EAGAIN; 0: no retry is due */
+	off_t	 sent;			/* bytes of the spool */
+	off_t	 chunk_end;		/* end of the chunk that is announced */
+	int	 queued;		/* everything is in peer.out */
+	int	 scanning;		/* everything has left */
 	struct session *next;		/* in the queue */
 };
 
-struct verb;
+/* What became of a message, and why. */
+struct result {
+	int	 failed;		/* reply has the first error */
+	struct str reply;		/* to be sent when the server is ready */
+	enum verdict verdict;
+	char	 text[NAMESZ];		/* the virus, or why the scan FAILED */
+	int64_t	 verdict_at;		/* 0: there was no scan */
+	enum action action;		/* of a VIRUS */
+	struct child *child;		/* makes the quarantine copy */
+	int	 copying;		/* child was started */
+	struct str quarantined;		/* path of the copy */
+};
+
+/* The message on its way to the next hop: from forward() to the final reply. */
+struct replay {
+	struct str header;		/* ours, with CRLF */
+	off_t	 header_off;		/* where it goes in */
+	int	 header_queued;
+	off_t	 off;			/* bytes of the message that are queued */
+	int	 at_bol;		/* the next byte begins a line */
+	int	 dot_queued;		/* the end of data is queued */
+	int64_t	 reply_deadline;	/* for the final reply */
+};
 
 struct session {
 	unsigned id;			/* first word of its log lines */
 	enum state state;		/* assigned in enter() only */
-	int	 active;			/* it is looked at in every turn */
-	int	 runnable;			/* run it, whatever poll says */
+	int64_t	 deadline;		/* of this state; monotonic ms */
+	struct conf *conf;		/* a reference */
+
+	int	 active;		/* polled in each pass (clamsmtpd.c) */
+	int	 runnable;		/* to be run, whatever poll() returns */
 	int64_t	 ran_at;
-	int64_t	 next_time;		/* or then; the earliest of its times */
-	struct conf *conf;
-	int64_t	 deadline;		/* monotonic ms, like every time here */
-	int64_t	 rate_check_at;		/* BODY: when the rate is looked at, */
-	uint64_t rate_bytes;		/* and what has come since the last look */
+	int64_t	 next_time;		/* the earliest of its deadlines */
+	int	 io_budget;		/* pieces it may still send in this run */
 
-	struct peer client, server, clamd;
-	struct addr peer_addr;		/* who connected, */
-	struct addr client_addr;	/* and for whom (PROXY); mostly the same */
-	struct addr local_addr;		/* to which address of ours */
-	struct addr server_addr;	/* the next hop, */
-	struct addr server_local;	/* and our end of that connection */
-	int	 addr_index;			/* which address of the target */
-	unsigned hops_tried;		/* bit i: that address has failed */
-
-	int	 rejected;		/* by a 5xx greeting: 503 until QUIT */
-	int	 refusals;		/* commands that we have refused */
-
-	/* The command at the next hop: at most one, and at most one NOOP. */
-	const struct verb *verb;
-	int	 asked;			/* a reply to verb is owed to us */
-	int	 noop;			/* a reply to a NOOP is owed to us */
-	int64_t	 noop_at;		/* when the next is due; 0: none */
-	size_t	 reply_seen;		/* of server.in: whole lines, looked at */
-	int	 skipping;		/* the rest of an overlong line */
-
-	/* What the next hop offered last. */
-	int64_t	 server_size;		/* bytes; 0: no limit */
-	int	 server_chunking;
-	int	 server_xclient;		/* X_ bits (smtp.c) */
-	/* Whether the next hop is to be sent XCLIENT: no more (or XClient is
-	 * off); before any mail; refused after HELO, at EHLO if it comes. */
-	enum { XC_DONE, XC_WANTED, XC_EHLO } xclient;
-	struct str helo;		/* the last HELO or EHLO line */
-
-	/* The mail: from an accepted MAIL to mail_reset(). */
-	int	 have_mail;			/* MAIL accepted */
-	int	 nrcpt;			/* RCPTs accepted */
-	struct str from, rcpt_list;		/* bare; `to' has one on a line, */
-	int	 rcpt_truncated;		/* and "..." for those that are too many */
-	struct str asked_addr;		/* the address of the MAIL or RCPT asked */
-	struct str remote, remote_helo;	/* from XFORWARD; empty: not known */
-	struct str deferred;		/* the reply that we owe the client */
-
-	/* The message.  spool >= 0 from DATA or the first BDAT to mail_reset(). */
-	int	 spool;			/* its file; -1: none */
-	int	 in_bdat;			/* it comes in chunks */
-	int	 relay_bdat;			/* chunks, to be replayed as BDAT */
-	uint64_t chunk_left;
-	int	 chunk_last;
-	off_t	 msg_size;			/* behind the scan line */
-	off_t	 spool_size;		/* bytes in the spool, the scan line's too */
-	enum eol body_state;
-	uint64_t held_bytes;		/* CRs or NULs held back by the automaton */
-	int	 has_dot_lines;			/* a line of the spool begins with a dot */
-	enum header header_state;
-	off_t	 top;			/* the end of the mbox lines before it */
-	off_t	 header_end;		/* the end of the header section */
-	int	 matched;		/* H_FROM: bytes of "From " */
-	int	 indented;		/* a line with a blank in front is at top */
-	int	 failed;			/* held has the first error: store no more */
+	struct peer client;
+	struct addr peer_addr;		/* the other end of client, */
+	struct addr client_addr;	/* and the client that PROXY names */
+	struct addr local_addr;		/* our end of client */
 	int64_t	 eof_at;		/* when client.eof was set */
-	int64_t	 dot_at;		/* when the final dot or chunk had come, */
-	int64_t	 verdict_at;		/* and clamd's verdict; 0: none came */
+	int	 skipping;		/* the rest of an overlong line */
+	int	 refusals;		/* commands that we have refused */
+	int	 rejected;		/* by a 5xx greeting: 503 until QUIT */
+	int	 shut;			/* LINGER: the last reply has left */
+	struct str helo;		/* the last HELO or EHLO line */
+	enum xclient xclient_state;
+	struct xforward xforward;
 
+	struct server server;
+	struct envelope env;
+	struct message msg;
 	struct scan scan;
-	enum verdict verdict;
-	char	 verdict_text[NAMESZ];		/* printable; or why the scan FAILED */
-	enum action action;		/* what is done with a VIRUS */
-	struct str quarantined;		/* path of the copy */
-	struct child *child;		/* the quarantine's, */
-	int	 copying;		/* which runs, or has ended */
-
-	/* The replay: our header goes in at insert_at. */
-	struct str header;
-	off_t	 header_off;
-	int	 header_queued;
-	off_t	 replay_off;			/* of size */
-	int64_t	 reply_deadline;		/* the last word on it has to be here */
-	int	 at_bol;		/* the next byte begins a line */
-	int	 dot_queued;		/* the final dot is queued */
-	int	 io_budget;		/* pieces it may still send in this turn */
-	int	 shut;			/* LINGER: our last line is out */
+	struct result result;
+	struct replay replay;
 };
 
 /* A child that runs no other program and answers through a pipe. */

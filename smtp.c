@@ -217,7 +217,7 @@ vdefer_reply(struct session *s, const char *fmt, va_list ap)
 {
 	char line[NOTESZ];
 
-	if (str_set(&s->deferred, line, format_line(line, fmt, ap)) == -1)
+	if (str_set(&s->result.reply, line, format_line(line, fmt, ap)) == -1)
 		client_nomem(s);
 }
 
@@ -235,17 +235,17 @@ defer_reply(struct session *s, const char *fmt, ...)
 static void
 send_deferred(struct session *s)
 {
-	client_put(s, s->deferred.s, s->deferred.len);
-	str_free(&s->deferred);
+	client_put(s, s->result.reply.s, s->result.reply.len);
+	str_free(&s->result.reply);
 }
 
 /* 0: there is no memory for it now. */
 static int
 server_put(struct session *s, const char *p, size_t n)
 {
-	if (!buf_ready(&s->server.out, n))
+	if (!buf_ready(&s->server.peer.out, n))
 		return 0;
-	buf_put(&s->server.out, p, n);
+	buf_put(&s->server.peer.out, p, n);
 	log_dialogue(s, "SERVER >", p, n);
 	return 1;
 }
@@ -257,19 +257,19 @@ server_put(struct session *s, const char *p, size_t n)
 static void
 envelope_reset(struct session *s)
 {
-	s->have_mail = s->nrcpt = 0;
-	str_free(&s->from);
-	str_free(&s->rcpt_list);
-	str_free(&s->quarantined);
-	str_free(&s->header);
-	str_free(&s->asked_addr);
-	s->rcpt_truncated = 0;
-	if (s->spool != -1)
-		close(s->spool);
-	s->spool = -1;
-	s->in_bdat = s->relay_bdat = s->failed = 0;
-	s->noop_at = s->verdict_at = 0;
-	s->verdict = UNKNOWN;
+	s->env.have_mail = s->env.nrcpt = 0;
+	str_free(&s->env.from);
+	str_free(&s->env.rcpt_list);
+	str_free(&s->result.quarantined);
+	str_free(&s->replay.header);
+	str_free(&s->server.argument);
+	s->env.rcpt_truncated = 0;
+	if (s->msg.spool != -1)
+		close(s->msg.spool);
+	s->msg.spool = -1;
+	s->msg.in_bdat = s->msg.relay_bdat = s->result.failed = 0;
+	s->server.noop_at = s->result.verdict_at = 0;
+	s->result.verdict = UNKNOWN;
 }
 
 /* The transaction is over, and so is XFORWARD (Postfix XFORWARD_README). */
@@ -277,8 +277,8 @@ static void
 transaction_reset(struct session *s)
 {
 	envelope_reset(s);
-	str_free(&s->remote);
-	str_free(&s->remote_helo);
+	str_free(&s->xforward.addr);
+	str_free(&s->xforward.helo);
 }
 
 /* QUIT where the next hop waits for a command; in the middle of a message
@@ -286,23 +286,23 @@ transaction_reset(struct session *s)
 static void
 server_close(struct session *s)
 {
-	struct peer *p = &s->server;
-	int waits = s->state > S_GREETING && s->state != S_AUTH && !s->asked &&
-	    !s->noop;
+	struct peer *p = &s->server.peer;
+	int waits = s->state > S_GREETING && s->state != S_AUTH && !s->server.asked &&
+	    !s->server.noop;
 
 	if (p->fd != -1 && waits && !p->eof && !p->err &&
 	    server_put(s, "QUIT\r\n", 6))
-		peer_drain(&s->server, 0);
-	peer_close(&s->server);
-	s->asked = s->noop = 0;
+		peer_drain(&s->server.peer, 0);
+	peer_close(&s->server.peer);
+	s->server.asked = s->server.noop = 0;
 }
 
 static void
 quarantine_drop(struct session *s)
 {
-	if (s->child != NULL)
-		child_forget(s->child);
-	s->child = NULL;
+	if (s->result.child != NULL)
+		child_forget(s->result.child);
+	s->result.child = NULL;
 }
 
 /* All but the client. */
@@ -351,16 +351,16 @@ const char *const outcome_names[NOUTCOMES] = {
 static enum outcome
 outcome(const struct session *s)
 {
-	if (s->failed)
-		return s->deferred.len > 3 && memcmp(s->deferred.s, "552", 3) == 0 ?
+	if (s->result.failed)
+		return s->result.reply.len > 3 && memcmp(s->result.reply.s, "552", 3) == 0 ?
 		    OUT_OVERSIZE : OUT_ERROR;
-	if (s->verdict == CLEAN)
+	if (s->result.verdict == CLEAN)
 		return OUT_CLEAN;
-	if (s->verdict == VIRUS)
+	if (s->result.verdict == VIRUS)
 		return OUT_VIRUS;
 	if (s->conf->failopen)
 		return OUT_UNSCANNED;
-	return s->verdict == TOOBIG ? OUT_OVERSIZE : OUT_CLAMD_ERROR;
+	return s->result.verdict == TOOBIG ? OUT_OVERSIZE : OUT_CLAMD_ERROR;
 }
 
 /* Promise 9: the line that every message gets, with its verdict. */
@@ -370,14 +370,14 @@ mail_log(struct session *s, enum outcome f)
 	static const char *const status[NOUTCOMES] = {
 		"CLEAN", "VIRUS:", "CLAMAV-ERROR", "UNSCANNED", "OVERSIZE", "ERROR"
 	};
-	const char *p, *end, *word, *virus = f == OUT_VIRUS ? s->verdict_text : "";
+	const char *p, *end, *word, *virus = f == OUT_VIRUS ? s->result.text : "";
 	char line[LOGSZ];
 	size_t n, room = sizeof line - sizeof "100000: , to=..., status=" -
 	    strlen(status[f]) - strlen(virus);
 
 	n = format(line, room / 2, "from=%s",
-	    printable_word(s->from.s, s->from.len));
-	for (p = s->rcpt_list.s; p != NULL && *p != '\0'; p = end + 1) {
+	    printable_word(s->env.from.s, s->env.from.len));
+	for (p = s->env.rcpt_list.s; p != NULL && *p != '\0'; p = end + 1) {
 		end = strchr(p, '\n');
 		word = printable_word(p, end - p);
 		if (n + strlen(word) + 5 > room) {
@@ -397,23 +397,23 @@ mail_log_json(struct session *s, enum outcome f, const char *reply, size_t n)
 	json_begin(s, LOG_INFO);
 	json_text("event", "mail", 4);
 	json_text("status", outcome_names[f], strlen(outcome_names[f]));
-	if (s->verdict == VIRUS)
-		json_text("virus", s->verdict_text, strlen(s->verdict_text));
-	if (s->verdict == FAILED)
-		json_text("reason", s->verdict_text, strlen(s->verdict_text));
+	if (s->result.verdict == VIRUS)
+		json_text("virus", s->result.text, strlen(s->result.text));
+	if (s->result.verdict == FAILED)
+		json_text("reason", s->result.text, strlen(s->result.text));
 	json_text("client", client, strlen(client));
 	if (s->helo.len > 7)		/* behind the verb, without the CRLF */
 		json_text("helo", s->helo.s + 5, s->helo.len - 7);
-	json_text("from", s->from.s, s->from.len);
-	json_lines("to", s->rcpt_list.s);
-	json_number("size", s->msg_size);
-	json_number("ms", now - s->dot_at);
-	if (s->verdict_at != 0)
-		json_number("scan_ms", s->verdict_at - s->dot_at);
+	json_text("from", s->env.from.s, s->env.from.len);
+	json_lines("to", s->env.rcpt_list.s);
+	json_number("size", s->msg.size);
+	json_number("ms", now - s->msg.dot_at);
+	if (s->result.verdict_at != 0)
+		json_number("scan_ms", s->result.verdict_at - s->msg.dot_at);
 	if (n > 0)
 		json_text("reply", reply, strcspn(reply, "\r\n"));
-	if (s->quarantined.len > 0)
-		json_text("quarantine", s->quarantined.s, s->quarantined.len);
+	if (s->result.quarantined.len > 0)
+		json_text("quarantine", s->result.quarantined.s, s->result.quarantined.len);
 	json_end(LOG_INFO);
 }
 
@@ -424,7 +424,7 @@ mail_done(struct session *s, const char *reply, size_t n)
 	enum outcome f = outcome(s);
 
 	count.messages[f]++;
-	count.bytes += s->msg_size;
+	count.bytes += s->msg.size;
 	if (!log_is_json())
 		mail_log(s, f);
 	else if (log_wants(LOG_INFO))
@@ -437,8 +437,8 @@ mail_done(struct session *s, const char *reply, size_t n)
 static void
 reject_message(struct session *s)
 {
-	mail_done(s, s->deferred.s, s->deferred.len);
-	s->failed = 1;		/* nothing that comes now changes `held' */
+	mail_done(s, s->result.reply.s, s->result.reply.len);
+	s->result.failed = 1;		/* nothing that comes now changes `held' */
 	enter(s, S_RESET);
 }
 
@@ -454,15 +454,15 @@ fail_message(struct session *s, const char *fmt, ...)
 {
 	va_list ap;
 
-	if (s->failed)
+	if (s->result.failed)
 		return;
-	s->failed = 1;
+	s->result.failed = 1;
 	va_start(ap, fmt);
 	vdefer_reply(s, fmt, ap);
 	va_end(ap);
-	if (s->deferred.len > 2)
+	if (s->result.reply.len > 2)
 		slog(s, LOG_WARNING, "message will be refused: %.*s",
-		    (int)s->deferred.len - 2, s->deferred.s);
+		    (int)s->result.reply.len - 2, s->result.reply.s);
 }
 
 static void
@@ -483,8 +483,8 @@ server_lost(struct session *s, const char *why)
 {
 	slog(s, LOG_WARNING, "SERVER: %s%s", why, s->state == S_FINAL ?
 	    ": whether it has the message is unknown" : "");
-	peer_close(&s->server);
-	s->asked = s->noop = 0;
+	peer_close(&s->server.peer);
+	s->server.asked = s->server.noop = 0;
 	switch (s->state) {
 	case S_BODY:
 	case S_CHUNK:
@@ -496,8 +496,8 @@ server_lost(struct session *s, const char *why)
 	case S_REPLAY:
 	case S_FINAL:
 		defer_reply(s, r_hop_lost_mail, why);
-		s->failed = 1;
-		mail_done(s, s->deferred.s, s->deferred.len);
+		s->result.failed = 1;
+		mail_done(s, s->result.reply.s, s->result.reply.len);
 		/* FALLTHROUGH */
 	case S_RESET:
 		send_deferred(s);
@@ -534,7 +534,7 @@ client_gone(struct session *s)
 	if (!s->client.eof)
 		return s->client.err;
 	return peer_reset(&s->client) ||
-	    (s->eof_at - s->dot_at > HALF_CLOSE_TIME &&
+	    (s->eof_at - s->msg.dot_at > HALF_CLOSE_TIME &&
 	    memchr(buf_head(in), '\n', buf_len(in)) == NULL);
 }
 
@@ -542,7 +542,7 @@ client_gone(struct session *s)
 static const char *
 bare_lf(const struct session *s)
 {
-	return s->state == S_BODY && s->body_state == LINE && s->held_bytes == 0 ?
+	return s->state == S_BODY && s->msg.body_state == LINE && s->msg.held_bytes == 0 ?
 	    ": client ends lines with LF alone" : "";
 }
 
@@ -602,14 +602,14 @@ reply_code(const char *p, size_t n)
 static int
 reply_get(struct session *s, struct reply *r)
 {
-	struct buf *in = &s->server.in;
+	struct buf *in = &s->server.peer.in;
 	const char *line, *nl;
 	int code;
 
 	r->text = buf_head(in);
-	while (s->reply_seen < buf_len(in)) {
-		line = r->text + s->reply_seen;
-		nl = memchr(line, '\n', buf_len(in) - s->reply_seen);
+	while (s->server.reply_seen < buf_len(in)) {
+		line = r->text + s->server.reply_seen;
+		nl = memchr(line, '\n', buf_len(in) - s->server.reply_seen);
 		if (nl == NULL)
 			break;
 		code = reply_code(line, nl + 1 - line);
@@ -617,25 +617,25 @@ reply_get(struct session *s, struct reply *r)
 		r->class = r->code / 100;
 		if (code == 0 || code != r->code)
 			return server_lost(s, "it does not speak SMTP");
-		s->reply_seen = nl + 1 - r->text;
-		if (line[3] != '-' && s->reply_seen <= REPLYSZ) {
-			r->len = s->reply_seen;
+		s->server.reply_seen = nl + 1 - r->text;
+		if (line[3] != '-' && s->server.reply_seen <= REPLYSZ) {
+			r->len = s->server.reply_seen;
 			log_dialogue(s, "SERVER <", r->text, r->len);
 			return REPLY_COMPLETE;
 		}
 	}
 	if (buf_len(in) > REPLYSZ)		/* promise 6 */
 		return server_lost(s, "its reply is too long");
-	return s->server.eof ? server_lost(s, "it closed the connection") : 0;
+	return s->server.peer.eof ? server_lost(s, "it closed the connection") : 0;
 }
 
 static void
 reply_eat(struct session *s, const struct reply *r)
 {
-	if (s->server.fd == -1)
+	if (s->server.peer.fd == -1)
 		return;			/* lost meanwhile, and the buffer with it */
-	s->reply_seen = 0;
-	buf_eat(&s->server.in, r->len);
+	s->server.reply_seen = 0;
+	buf_eat(&s->server.peer.in, r->len);
 }
 
 /* Promise 8: a reply as the client may see it, until the next one is cleaned:
@@ -668,7 +668,7 @@ reply_clean(const struct reply *r)
 static void
 defer_relay(struct session *s, const struct reply *r)
 {
-	if (str_set(&s->deferred, clean, reply_clean(r)) == -1)
+	if (str_set(&s->result.reply, clean, reply_clean(r)) == -1)
 		client_nomem(s);
 }
 
@@ -683,7 +683,7 @@ static int
 relay_and_close(struct session *s, const struct reply *r)
 {
 	relay(s, r);
-	peer_close(&s->server);
+	peer_close(&s->server.peer);
 	start_linger(s);
 	return 1;
 }
@@ -698,33 +698,33 @@ server_idle(struct session *s)
 {
 	struct reply r;
 
-	while (s->server.fd != -1 &&
-	    (buf_len(&s->server.in) > 0 || s->server.eof)) {
+	while (s->server.peer.fd != -1 &&
+	    (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof)) {
 		if (reply_get(s, &r) != REPLY_COMPLETE)
 			return 0;
-		if (s->noop && r.class == 2) {
-			s->noop = 0;
-			s->noop_at = now + s->conf->keepalives;
+		if (s->server.noop && r.class == 2) {
+			s->server.noop = 0;
+			s->server.noop_at = now + s->conf->keepalives;
 			reply_eat(s, &r);
 			continue;
 		}
 		slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
 		    first_line(&r));
-		if (r.class == 4 && !s->failed) {
-			s->failed = 1;
+		if (r.class == 4 && !s->result.failed) {
+			s->result.failed = 1;
 			defer_relay(s, &r);
 		}
 		fail_message(s, r_hop_lost_mail, "it refused a NOOP");
-		peer_close(&s->server);
-		s->noop = 0;
+		peer_close(&s->server.peer);
+		s->server.noop = 0;
 	}
-	if (s->server.fd == -1)
+	if (s->server.peer.fd == -1)
 		return 0;
-	if (s->noop_at != 0 && now >= s->noop_at && !s->noop && !s->failed) {
-		s->noop = server_put(s, "NOOP\r\n", 6);
-		s->noop_at = now + s->conf->keepalives;
+	if (s->server.noop_at != 0 && now >= s->server.noop_at && !s->server.noop && !s->result.failed) {
+		s->server.noop = server_put(s, "NOOP\r\n", 6);
+		s->server.noop_at = now + s->conf->keepalives;
 	}
-	return !s->noop;
+	return !s->server.noop;
 }
 
 /*
@@ -783,15 +783,15 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 	s->conf = conf;
 	conf->refs++;
 	s->client.fd = fd;
-	s->server.fd = s->clamd.fd = s->spool = -1;
+	s->server.peer.fd = s->scan.peer.fd = s->msg.spool = -1;
 	s->peer_addr = s->client_addr = *peer;
 	s->local_addr.len = sizeof s->local_addr.u;
 	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
 		s->local_addr.len = 0;
 	addr_unmap(&s->local_addr);
-	s->xclient = conf->xclient ? XC_WANTED : XC_DONE;
+	s->xclient_state = conf->xclient ? XC_WANTED : XC_DONE;
 	if (conf->transparent)
-		original_target(fd, &s->local_addr, &s->server_addr);
+		original_target(fd, &s->local_addr, &s->server.addr);
 	if (peer->u.sa.sa_family != AF_UNIX)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 	s->state = S_PROXY;
@@ -946,21 +946,21 @@ server_next_addr(struct session *s)
 	struct target *t = s->conf->out;
 
 	if (s->conf->transparent)	/* session_new() has found it */
-		return s->server_addr.len == 0 ||
-		    s->server_addr.u.sa.sa_family == AF_UNIX ? -1 : 1;
+		return s->server.addr.len == 0 ||
+		    s->server.addr.u.sa.sa_family == AF_UNIX ? -1 : 1;
 	if (t->naddr == 0 && t->name == NULL) {
-		s->server_addr = s->peer_addr;
+		s->server.addr = s->peer_addr;
 		if (s->peer_addr.u.sa.sa_family == AF_UNIX)
-			addr_ip(&s->server_addr, "127.0.0.1", 0);
-		addr_set_port(&s->server_addr, t->port);
+			addr_ip(&s->server.addr, "127.0.0.1", 0);
+		addr_set_port(&s->server.addr, t->port);
 		return 1;
 	}
 	target_resolve(t, 0);
 	if (t->naddr == 0)
 		return t->resolving ? 0 : -1;
-	if ((s->addr_index = target_next(t, s->hops_tried)) == -1)
+	if ((s->server.addr_index = target_next(t, s->server.addrs_tried)) == -1)
 		return -1;
-	s->server_addr = t->addr[s->addr_index];
+	s->server.addr = t->addr[s->server.addr_index];
 	return 1;
 }
 
@@ -970,7 +970,7 @@ connect_failed(struct session *s, const char *why)
 	struct target *t = s->conf->transparent ? NULL : s->conf->out;
 
 	slog(s, LOG_WARNING, "SERVER: couldn't connect to: %s: %s",
-	    s->server_addr.len > 0 || t == NULL ? addr_full(&s->server_addr) :
+	    s->server.addr.len > 0 || t == NULL ? addr_full(&s->server.addr) :
 	    t->text, why);
 	if (t != NULL)
 		target_resolve(t, 1);
@@ -1011,7 +1011,7 @@ st_connect(struct session *s)
 
 	if (gone_early(s))
 		return 1;
-	if (s->server.fd == -1) {
+	if (s->server.peer.fd == -1) {
 		switch (server_next_addr(s)) {
 		case 0:
 			return now < s->deadline ? 0 :
@@ -1019,29 +1019,29 @@ st_connect(struct session *s)
 		case -1:
 			return connect_failed(s, "no address");
 		}
-		s->server.fd = addr_connect(&s->server_addr, &done);
-		s->server.connecting = s->server.fd != -1 && !done;
-		if (s->server.fd == -1)
+		s->server.peer.fd = addr_connect(&s->server.addr, &done);
+		s->server.peer.connecting = s->server.peer.fd != -1 && !done;
+		if (s->server.peer.fd == -1)
 			err = errno;
 		s->deadline = now + s->conf->timeout / server_naddrs(s);
-		s->server_local.len = sizeof s->server_local.u;
-		if (getsockname(s->server.fd, &s->server_local.u.sa,
-		    &s->server_local.len) == -1)
-			s->server_local.len = 0;
-	} else if (!s->server.connecting)
-		getsockopt(s->server.fd, SOL_SOCKET, SO_ERROR, &err, &len);
+		s->server.local.len = sizeof s->server.local.u;
+		if (getsockname(s->server.peer.fd, &s->server.local.u.sa,
+		    &s->server.local.len) == -1)
+			s->server.local.len = 0;
+	} else if (!s->server.peer.connecting)
+		getsockopt(s->server.peer.fd, SOL_SOCKET, SO_ERROR, &err, &len);
 	else if (now >= s->deadline)
 		err = ETIMEDOUT;
 	if (err == 0) {
-		if (s->server.connecting)
+		if (s->server.peer.connecting)
 			return 0;
 		enter(s, S_GREETING);
 		return 1;
 	}
-	peer_close(&s->server);
-	s->hops_tried |= 1U << s->addr_index;
+	peer_close(&s->server.peer);
+	s->server.addrs_tried |= 1U << s->server.addr_index;
 	if (s->conf->transparent ||
-	    target_next(s->conf->out, s->hops_tried) == -1)
+	    target_next(s->conf->out, s->server.addrs_tried) == -1)
 		return connect_failed(s, strerror(err));
 	return 1;
 }
@@ -1076,7 +1076,7 @@ st_greeting(struct session *s)
 		return 1;
 	}
 	if (!s->conf->transparent)
-		target_worked(s->conf->out, &s->server_addr);
+		target_worked(s->conf->out, &s->server.addr);
 	client_reply(s, "%d " OUR_NAME, r.code);
 	reply_eat(s, &r);
 	enter(s, S_COMMAND);
@@ -1145,7 +1145,7 @@ keep_address(struct session *s, const char *line, const char **params)
 	size_t n;
 
 	*params = path_parse(line, &addr, &n);
-	return str_set(&s->asked_addr, addr, n) == 0 || no_memory(s);
+	return str_set(&s->server.argument, addr, n) == 0 || no_memory(s);
 }
 
 /* The largest message that is scanned, in bytes; 0: no limit.  clamd's own limits
@@ -1167,8 +1167,8 @@ size_limit(const struct session *s)
 {
 	int64_t max = s->conf->failopen ? 0 : scan_limit(s);
 
-	if (max == 0 || (s->server_size > 0 && s->server_size < max))
-		max = s->server_size;
+	if (max == 0 || (s->server.size > 0 && s->server.size < max))
+		max = s->server.size;
 	return max;
 }
 
@@ -1199,15 +1199,15 @@ mail_command(struct session *s, char *line, size_t n)
 static int
 mail_reply(struct session *s, const struct reply *r)
 {
-	struct str from = s->asked_addr;
+	struct str from = s->server.argument;
 
 	if (r->class != 2)
 		return 0;
-	memset(&s->asked_addr, 0, sizeof s->asked_addr);
+	memset(&s->server.argument, 0, sizeof s->server.argument);
 	envelope_reset(s);
-	s->have_mail = 1;
-	s->from = from;
-	if (s->from.len == 0 && str_set(&s->from, "<>", 2) == -1)
+	s->env.have_mail = 1;
+	s->env.from = from;
+	if (s->env.from.len == 0 && str_set(&s->env.from, "<>", 2) == -1)
 		client_nomem(s);
 	return 0;
 }
@@ -1227,17 +1227,17 @@ rcpt_reply(struct session *s, const struct reply *r)
 {
 	if (r->class != 2)
 		return 0;
-	s->nrcpt++;
-	if (s->rcpt_truncated)
+	s->env.nrcpt++;
+	if (s->env.rcpt_truncated)
 		return 0;
-	if (s->rcpt_list.len + s->asked_addr.len + 1 > RCPTSZ) {
+	if (s->env.rcpt_list.len + s->server.argument.len + 1 > RCPTSZ) {
 		slog(s, LOG_NOTICE, "so many recipients that RECIPIENTS and "
 		    "the log have only the first of them");
-		s->rcpt_truncated = 1;
-		str_set(&s->asked_addr, "...", 3);
+		s->env.rcpt_truncated = 1;
+		str_set(&s->server.argument, "...", 3);
 	}
-	if (str_add(&s->rcpt_list, s->asked_addr.s, s->asked_addr.len) == -1 ||
-	    str_add(&s->rcpt_list, "\n", 1) == -1)
+	if (str_add(&s->env.rcpt_list, s->server.argument.s, s->server.argument.len) == -1 ||
+	    str_add(&s->env.rcpt_list, "\n", 1) == -1)
 		client_nomem(s);
 	return 0;
 }
@@ -1279,11 +1279,11 @@ xclient_command(struct session *s, char *line, size_t n)
 static int
 xforward_command(struct session *s, char *line, size_t n)
 {
-	if (s->have_mail) {
+	if (s->env.have_mail) {
 		refuse(s, r_sequence);
 		return 0;
 	}
-	return str_set(&s->asked_addr, line, n) == 0 || no_memory(s);
+	return str_set(&s->server.argument, line, n) == 0 || no_memory(s);
 }
 
 /* xtext (RFC 3461 4) to what it stands for. */
@@ -1317,7 +1317,7 @@ xtext_decode(struct str *to, const char *p, size_t n)
 static int
 xforward_reply(struct session *s, const struct reply *r)
 {
-	const char *p = s->asked_addr.s;
+	const char *p = s->server.argument.s;
 	size_t n;
 	int bad = 0;
 
@@ -1326,13 +1326,13 @@ xforward_reply(struct session *s, const struct reply *r)
 	for (; *p != '\0'; p += n, p += strspn(p, " \t")) {
 		n = strcspn(p, " \t");
 		if (strncasecmp(p, "ADDR=", 5) == 0)
-			bad |= xtext_decode(&s->remote, p + 5, n - 5);
+			bad |= xtext_decode(&s->xforward.addr, p + 5, n - 5);
 		else if (strncasecmp(p, "HELO=", 5) == 0)
-			bad |= xtext_decode(&s->remote_helo, p + 5, n - 5);
+			bad |= xtext_decode(&s->xforward.helo, p + 5, n - 5);
 	}
 	if (bad)
 		client_nomem(s);
-	str_free(&s->asked_addr);
+	str_free(&s->server.argument);
 	return 0;
 }
 
@@ -1359,11 +1359,11 @@ learn_xclient(struct session *s, const char *p)
 	for (; *p != '\0'; p += n, p += strspn(p, " \t\r")) {
 		n = strcspn(p, " \t\r");
 		if (word_equal(p, n, "NAME"))
-			s->server_xclient |= X_NAME;
+			s->server.xclient |= X_NAME;
 		else if (word_equal(p, n, "ADDR"))
-			s->server_xclient |= X_ADDR;
+			s->server.xclient |= X_ADDR;
 		else if (word_equal(p, n, "PORT"))
-			s->server_xclient |= X_PORT;
+			s->server.xclient |= X_PORT;
 	}
 }
 
@@ -1375,11 +1375,11 @@ ehlo_line(struct session *s, const char *p)
 	size_t i, n = strcspn(p, " =");
 
 	if (word_equal(p, n, "CHUNKING"))
-		s->server_chunking = 1;
+		s->server.chunking = 1;
 	if (word_equal(p, n, "XCLIENT"))
 		learn_xclient(s, p + n);
 	if (word_equal(p, n, "SIZE") && p[n] == ' ' && parse_octets(p + n + 1) > 0)
-		s->server_size = parse_octets(p + n + 1);
+		s->server.size = parse_octets(p + n + 1);
 	if (p[n] == '=')		/* an old form that some clients look for */
 		return word_equal(p, n, "AUTH");
 	for (i = 0; i < sizeof ehlo_keywords / sizeof ehlo_keywords[0]; i++)
@@ -1391,9 +1391,9 @@ ehlo_line(struct session *s, const char *p)
 static int
 ehlo_add(struct session *s, const char *text)
 {
-	if (str_add(&s->deferred, "250-", 4) == 0 &&
-	    str_add(&s->deferred, text, strlen(text)) == 0 &&
-	    str_add(&s->deferred, "\r\n", 2) == 0)
+	if (str_add(&s->result.reply, "250-", 4) == 0 &&
+	    str_add(&s->result.reply, text, strlen(text)) == 0 &&
+	    str_add(&s->result.reply, "\r\n", 2) == 0)
 		return 0;
 	client_nomem(s);
 	return -1;
@@ -1405,8 +1405,8 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 {
 	char *p, *next, size[48];
 
-	s->server_size = s->server_chunking = s->server_xclient = 0;
-	s->deferred.len = 0;
+	s->server.size = s->server.chunking = s->server.xclient = 0;
+	s->result.reply.len = 0;
 	if (ehlo_add(s, OUR_NAME) == -1)
 		return;
 	reply_clean(r);
@@ -1424,12 +1424,12 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 	}
 	if (esmtp) {
 		ehlo_add(s, "PIPELINING");
-		if (s->server_chunking)
+		if (s->server.chunking)
 			ehlo_add(s, "CHUNKING");
 	}
 	if (s->client.err)
 		return;
-	for (p = s->deferred.s + s->deferred.len - 2; p > s->deferred.s && p[-1] != '\n'; p--)
+	for (p = s->result.reply.s + s->result.reply.len - 2; p > s->result.reply.s && p[-1] != '\n'; p--)
 		;
 	p[3] = ' ';		/* the last line says that it is the last */
 }
@@ -1440,7 +1440,7 @@ xclient_send(struct session *s)
 {
 	char line[NOTESZ];
 	size_t n;
-	int x = s->server_xclient, ip = s->client_addr.u.sa.sa_family != AF_UNIX;
+	int x = s->server.xclient, ip = s->client_addr.u.sa.sa_family != AF_UNIX;
 
 	n = format(line, sizeof line, "XCLIENT");
 	if (x & X_NAME)
@@ -1455,8 +1455,8 @@ xclient_send(struct session *s)
 	n += format(line + n, sizeof line - n, "\r\n");
 	if (!server_put(s, line, n))
 		return server_lost(s, "no memory for a command to it");
-	s->verb = &verb_xclient;
-	s->asked = 1;
+	s->server.verb = &verb_xclient;
+	s->server.asked = 1;
 	enter(s, S_REPLY);
 	return 1;
 }
@@ -1474,13 +1474,13 @@ hello_reply(struct session *s, const struct reply *r, int esmtp)
 	transaction_reset(s);
 	ehlo_filter(s, r, esmtp);
 	if (!esmtp)
-		s->server_xclient = X_NAME | X_ADDR;
-	if (s->xclient == XC_WANTED || (s->xclient == XC_EHLO && esmtp)) {
-		if (s->server_xclient != 0)
+		s->server.xclient = X_NAME | X_ADDR;
+	if (s->xclient_state == XC_WANTED || (s->xclient_state == XC_EHLO && esmtp)) {
+		if (s->server.xclient != 0)
 			return xclient_send(s);
 		slog(s, LOG_WARNING, "SERVER: offers no XCLIENT: "
 		    "it takes the client for this host");
-		s->xclient = XC_DONE;
+		s->xclient_state = XC_DONE;
 	}
 	if (!s->client.err)
 		send_deferred(s);
@@ -1555,14 +1555,14 @@ xclient_reply(struct session *s, const struct reply *r)
 {
 	int helo = *s->helo.s == 'H' || *s->helo.s == 'h';
 
-	if (r->code == 501 && helo && (s->server_xclient & X_NAME)) {
-		s->server_xclient &= ~X_NAME;
+	if (r->code == 501 && helo && (s->server.xclient & X_NAME)) {
+		s->server.xclient &= ~X_NAME;
 		return xclient_send(s);
 	}
 	if (is_xclient_refused(r)) {
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
 		    first_line(r));
-		s->xclient = helo ? XC_EHLO : XC_DONE;
+		s->xclient_state = helo ? XC_EHLO : XC_DONE;
 		send_deferred(s);
 		enter(s, S_COMMAND);
 		return 1;
@@ -1576,11 +1576,11 @@ xclient_reply(struct session *s, const struct reply *r)
 		start_linger(s);
 		return 1;
 	}
-	s->xclient = XC_DONE;
-	s->verb = verb_find(s->helo.s);
+	s->xclient_state = XC_DONE;
+	s->server.verb = verb_find(s->helo.s);
 	if (!server_put(s, s->helo.s, s->helo.len))
 		return server_lost(s, "no memory for a command to it");
-	s->asked = 1;
+	s->server.asked = 1;
 	enter(s, S_REPLY);
 	return 1;
 }
@@ -1703,19 +1703,19 @@ command(struct session *s, char *line, size_t n)
 		start_linger(s);
 		return 1;
 	}
-	if ((s->in_bdat && !v->in_chunks) ||
-	    (s->xclient == XC_WANTED && !v->unnamed) ||
+	if ((s->msg.in_bdat && !v->in_chunks) ||
+	    (s->xclient_state == XC_WANTED && !v->unnamed) ||
 	    (s->rejected && !verb_is(v, "BDAT"))) {
 		refuse(s, r_sequence);
 		return 1;
 	}
 	if (v->on_command != NULL && !v->on_command(s, line, n))
 		return 1;
-	buf_put(&s->server.out, line, n);
-	buf_put(&s->server.out, "\r\n", 2);
+	buf_put(&s->server.peer.out, line, n);
+	buf_put(&s->server.peer.out, "\r\n", 2);
 	log_command(s, "SERVER >", v, line, n);
-	s->verb = v;
-	s->asked = 1;
+	s->server.verb = v;
+	s->server.asked = 1;
 	enter(s, S_REPLY);
 	return 1;
 }
@@ -1739,7 +1739,7 @@ server_spoke(struct session *s)
 static void
 log_closed(const struct session *s)
 {
-	if (s->have_mail)
+	if (s->env.have_mail)
 		slog(s, LOG_NOTICE, "CLIENT: closed the connection "
 		    "in the middle of a transaction");
 }
@@ -1751,9 +1751,9 @@ st_command(struct session *s)
 	size_t n;
 	int r;
 
-	if (!client_ready(s) || !buf_ready(&s->server.out, LINESZ + 2))
+	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
 		return 0;
-	if (buf_len(&s->server.in) > 0 || s->server.eof)
+	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof)
 		return server_spoke(s);
 	if (is_not_smtp(s))
 		return not_smtp(s);
@@ -1779,7 +1779,7 @@ static int
 st_reply(struct session *s)
 {
 	struct reply r;
-	int auth = verb_is(s->verb, "AUTH"), quit = verb_is(s->verb, "QUIT"), got, done;
+	int auth = verb_is(s->server.verb, "AUTH"), quit = verb_is(s->server.verb, "QUIT"), got, done;
 
 	if (s->client.err) {
 		log_closed(s);
@@ -1790,17 +1790,17 @@ st_reply(struct session *s)
 		return 0;
 	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
-	s->asked = 0;
+	s->server.asked = 0;
 	if (r.class == 3 && !(auth && r.code == 334))
 		return server_lost(s, "its reply makes no sense");
-	done = s->verb->on_reply != NULL && s->verb->on_reply(s, &r);
+	done = s->server.verb->on_reply != NULL && s->server.verb->on_reply(s, &r);
 	if (!done)
 		relay(s, &r);
 	reply_eat(s, &r);
 	if (done)
 		return 1;
 	if (quit || r.code == 421) {
-		peer_close(&s->server);
+		peer_close(&s->server.peer);
 		start_linger(s);
 	} else
 		enter(s, r.code == 334 ? S_AUTH : S_COMMAND);
@@ -1818,18 +1818,18 @@ st_auth(struct session *s)
 	size_t n;
 	int r;
 
-	if (!client_ready(s) || !buf_ready(&s->server.out, LINESZ + 2))
+	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
 		return 0;
-	if (buf_len(&s->server.in) > 0 || s->server.eof)
+	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof)
 		return server_spoke(s);
 	switch (r = client_line(s, &line, &n)) {
 	case 1:
 		slog(s, LOG_DEBUG, "CLIENT < ***");
 		slog(s, LOG_DEBUG, "SERVER > ***");
-		buf_put(&s->server.out, line, n);
-		buf_put(&s->server.out, "\r\n", 2);
+		buf_put(&s->server.peer.out, line, n);
+		buf_put(&s->server.peer.out, "\r\n", 2);
 		buf_eat(&s->client.in, 0);
-		s->asked = 1;
+		s->server.asked = 1;
 		enter(s, S_REPLY);
 		return 1;
 	case -1:		/* the next hop still waits for it */
@@ -1854,20 +1854,20 @@ static void
 spool_flush(struct session *s)
 {
 	struct iovec *v = gather;
-	off_t left = scan_line_len + s->msg_size - s->spool_size;
+	off_t left = scan_line_len + s->msg.size - s->msg.spool_size;
 	ssize_t n;
 
 	v->iov_base = (char *)(uintptr_t)scan_line;
-	v->iov_len = s->spool_size == 0 ? scan_line_len : 0;
-	while (left > 0 && !s->failed) {
-		n = pwritev(s->spool, v, gather + ngather - v, s->spool_size);
+	v->iov_len = s->msg.spool_size == 0 ? scan_line_len : 0;
+	while (left > 0 && !s->result.failed) {
+		n = pwritev(s->msg.spool, v, gather + ngather - v, s->msg.spool_size);
 		if (n == -1 && errno == EINTR)
 			continue;
 		if (n == -1) {
 			fail_message_errno(s, "TempDirectory");
 			break;
 		}
-		s->spool_size += n;
+		s->msg.spool_size += n;
 		left -= n;
 		for (; left > 0 && (size_t)n >= v->iov_len; v++)
 			n -= v->iov_len;
@@ -1893,50 +1893,50 @@ is_name_char(char c)
 static void
 header_scan(struct session *s, const char *p, size_t n)
 {
-	off_t at = s->msg_size;
+	off_t at = s->msg.size;
 
-	for (; n > 0 && s->header_state != H_DONE; p++, n--, at++)
-		switch (s->header_state) {
+	for (; n > 0 && s->msg.header_state != H_DONE; p++, n--, at++)
+		switch (s->msg.header_state) {
 		case H_FIRST:
-			s->top = s->header_end = at;
-			s->matched = *p == 'F';
-			s->indented = *p == ' ' || *p == '\t';
-			s->header_state = *p == 'F' || *p == '>' ? H_FROM :
+			s->msg.top = s->msg.header_end = at;
+			s->msg.matched = *p == 'F';
+			s->msg.indented = *p == ' ' || *p == '\t';
+			s->msg.header_state = *p == 'F' || *p == '>' ? H_FROM :
 			    is_name_char(*p) ? H_NAME : H_DONE;
 			break;
 		case H_MBOX:
 			if (*p == '\n')
-				s->header_state = H_FIRST;
+				s->msg.header_state = H_FIRST;
 			break;
 		case H_LINE:
 			if (*p == ' ' || *p == '\t') {
-				s->header_state = H_REST;
+				s->msg.header_state = H_REST;
 				break;
 			}
-			s->header_end = at;
-			s->header_state = is_name_char(*p) ? H_NAME : H_DONE;
+			s->msg.header_end = at;
+			s->msg.header_state = is_name_char(*p) ? H_NAME : H_DONE;
 			break;
 		case H_FROM:
-			if (*p == '>' && s->matched == 0)
+			if (*p == '>' && s->msg.matched == 0)
 				break;
-			if (*p == "From "[s->matched]) {
-				if (++s->matched == 5)
-					s->header_state = H_MBOX;
+			if (*p == "From "[s->msg.matched]) {
+				if (++s->msg.matched == 5)
+					s->msg.header_state = H_MBOX;
 				break;
 			}
-			s->header_state = H_NAME;
+			s->msg.header_state = H_NAME;
 			/* FALLTHROUGH */
 		case H_NAME:
 			if (is_name_char(*p))
 				break;
 			/* FALLTHROUGH */
 		case H_BLANK:
-			s->header_state = *p == ':' ? H_REST :
+			s->msg.header_state = *p == ':' ? H_REST :
 			    *p == ' ' || *p == '\t' ? H_BLANK : H_DONE;
 			break;
 		case H_REST:
 			if (*p == '\n')
-				s->header_state = H_LINE;
+				s->msg.header_state = H_LINE;
 			break;
 		case H_DONE:
 			break;
@@ -1949,15 +1949,15 @@ spool_append(struct session *s, const char *p, size_t n)
 	struct iovec *last = &gather[ngather - 1];
 	int64_t limit = size_limit(s);
 
-	if (s->failed || n == 0)
+	if (s->result.failed || n == 0)
 		return;
-	if (limit > 0 && s->msg_size + (int64_t)n > limit) {
+	if (limit > 0 && s->msg.size + (int64_t)n > limit) {
 		fail_message(s, r_too_big, (long long)limit);
 		return;
 	}
-	if (s->header_state != H_DONE)
+	if (s->msg.header_state != H_DONE)
 		header_scan(s, p, n);
-	s->msg_size += n;
+	s->msg.size += n;
 	if (ngather > 1 && (char *)last->iov_base + last->iov_len == p) {
 		last->iov_len += n;
 		return;
@@ -1979,8 +1979,8 @@ spool_append_held(struct session *s, const char *block)
 {
 	size_t n;
 
-	for (; s->held_bytes > 0; s->held_bytes -= n) {
-		n = s->held_bytes < BLOCKSZ ? s->held_bytes : BLOCKSZ;
+	for (; s->msg.held_bytes > 0; s->msg.held_bytes -= n) {
+		n = s->msg.held_bytes < BLOCKSZ ? s->msg.held_bytes : BLOCKSZ;
 		spool_append(s, block, n);
 	}
 }
@@ -2042,7 +2042,7 @@ plain_text(const char *p, const char *stop)
  *			drop NULs, and some end a line at one
  *
  * Takes up to n bytes from p, fewer only when *end; returns how many.  With
- * s->in_bdat the dots mean nothing and there is no end.
+ * s->msg.in_bdat the dots mean nothing and there is no end.
  */
 static size_t
 body_filter(struct session *s, const char *p, size_t n, int *end)
@@ -2051,48 +2051,48 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 
 	*end = 0;
 	while (q < stop)
-		switch (s->body_state) {
+		switch (s->msg.body_state) {
 		case BOL:		/* at the start, or behind CRLF */
-			s->body_state = LINE;
-			if (*q == '.' && !s->in_bdat) {
-				s->body_state = BOL_DOT;
+			s->msg.body_state = LINE;
+			if (*q == '.' && !s->msg.in_bdat) {
+				s->msg.body_state = BOL_DOT;
 				q++;
 			}
 			break;
 		case BOL_DOT:
-			s->body_state = LINE;
+			s->msg.body_state = LINE;
 			if (*q == '\r') {
-				s->body_state = BOL_DOT_CR;
+				s->msg.body_state = BOL_DOT_CR;
 				q++;
 			}
 			break;
 		case BOL_DOT_CR:
 			if (*q == '\n') {
-				s->body_state = BOL;
+				s->msg.body_state = BOL;
 				*end = 1;
 				return q + 1 - p;
 			}
-			s->held_bytes = 1;
-			s->body_state = CRS;
+			s->msg.held_bytes = 1;
+			s->msg.body_state = CRS;
 			break;
 		case LINE:		/* at a line's first byte; NULs held */
 			if (*q == '\0') {
-				s->held_bytes++;
+				s->msg.held_bytes++;
 				q++;
 				break;
 			}
 			if (*q == '.') {
-				s->held_bytes = 0;
-				s->has_dot_lines = 1;
+				s->msg.held_bytes = 0;
+				s->msg.has_dot_lines = 1;
 			}
 			spool_append_held(s, nuls);
-			s->body_state = TEXT;
+			s->msg.body_state = TEXT;
 			break;
 		case TEXT:
 			run = plain_text(q, stop);
 			if (stop - run >= 2 && run[0] == '\r' && run[1] == '\n') {
 				spool_append(s, q, run + 2 - q);
-				s->body_state = BOL;
+				s->msg.body_state = BOL;
 				q = run + 2;
 				break;
 			}
@@ -2102,28 +2102,28 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 				break;
 			if (*q++ == '\n') {
 				spool_append(s, crlf, 2);
-				s->body_state = LINE;
+				s->msg.body_state = LINE;
 			} else {
-				s->held_bytes = 1;
-				s->body_state = CRS;
+				s->msg.held_bytes = 1;
+				s->msg.body_state = CRS;
 			}
 			break;
 		case CRS:		/* behind CRs in a line; they are held */
 			if (*q == '\n') {
-				s->held_bytes = 0;
+				s->msg.held_bytes = 0;
 				spool_append(s, crlf, 2);
-				s->body_state = BOL;
+				s->msg.body_state = BOL;
 				q++;
 			} else if (*q == '\r') {
-				s->held_bytes++;
+				s->msg.held_bytes++;
 				q++;
 			} else {
 				spool_append_held(s, spaces);
-				s->body_state = TEXT;
+				s->msg.body_state = TEXT;
 			}
 			break;
 		}
-	if (s->held_bytes > MAXPENDING)
+	if (s->msg.held_bytes > MAXPENDING)
 		fail_message(s, r_flood);
 	return q - p;
 }
@@ -2132,17 +2132,17 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 static void
 body_end(struct session *s)
 {
-	if (s->held_bytes > 0) {
-		spool_append_held(s, s->body_state == CRS ? spaces : nuls);
-		s->body_state = TEXT;
+	if (s->msg.held_bytes > 0) {
+		spool_append_held(s, s->msg.body_state == CRS ? spaces : nuls);
+		s->msg.body_state = TEXT;
 	}
-	if (s->body_state == TEXT && !s->relay_bdat)	/* DATA has whole lines only */
+	if (s->msg.body_state == TEXT && !s->msg.relay_bdat)	/* DATA has whole lines only */
 		spool_append(s, crlf, 2);
 	spool_flush(s);
-	if (s->header_state == H_FIRST)
-		s->top = s->msg_size;
-	if (s->header_state == H_FIRST || s->header_state == H_LINE)
-		s->header_end = s->msg_size;
+	if (s->msg.header_state == H_FIRST)
+		s->msg.top = s->msg.size;
+	if (s->msg.header_state == H_FIRST || s->msg.header_state == H_LINE)
+		s->msg.header_end = s->msg.size;
 }
 
 /*
@@ -2152,16 +2152,16 @@ body_end(struct session *s)
 static void
 message_begin(struct session *s)
 {
-	s->msg_size = s->spool_size = s->top = s->header_end = 0;
-	s->body_state = BOL;
-	s->header_state = H_FIRST;
-	s->indented = 0;
-	s->held_bytes = 0;
-	s->has_dot_lines = s->failed = 0;
+	s->msg.size = s->msg.spool_size = s->msg.top = s->msg.header_end = 0;
+	s->msg.body_state = BOL;
+	s->msg.header_state = H_FIRST;
+	s->msg.indented = 0;
+	s->msg.held_bytes = 0;
+	s->msg.has_dot_lines = s->result.failed = 0;
 	if (s->conf->keepalives > 0)
-		s->noop_at = now + s->conf->keepalives;
-	s->spool = spool_open(s->conf->tempdir, s->conf->debug_files);
-	if (s->spool == -1)
+		s->server.noop_at = now + s->conf->keepalives;
+	s->msg.spool = spool_open(s->conf->tempdir, s->conf->debug_files);
+	if (s->msg.spool == -1)
 		fail_message_errno(s, "TempDirectory");
 }
 
@@ -2169,8 +2169,8 @@ static void
 enter_body(struct session *s, enum state state)
 {
 	enter(s, state);
-	s->rate_check_at = now + s->conf->timeout;
-	s->rate_bytes = 0;
+	s->msg.rate_check_at = now + s->conf->timeout;
+	s->msg.rate_bytes = 0;
 }
 
 static int
@@ -2181,7 +2181,7 @@ data_command(struct session *s, char *line, size_t n)
 		refuse(s, r_no_args);
 		return 0;
 	}
-	if (!s->have_mail || s->nrcpt == 0) {
+	if (!s->env.have_mail || s->env.nrcpt == 0) {
 		refuse(s, r_no_rcpt);
 		return 0;
 	}
@@ -2198,14 +2198,14 @@ message_end(struct session *s)
 	int64_t max = scan_limit(s);
 
 	body_end(s);
-	if (s->failed) {
+	if (s->result.failed) {
 		reject_message(s);
 		return;
 	}
 	enter(s, S_SCAN);
-	s->deadline = s->dot_at + s->conf->scantimeout;
-	if (max > 0 && s->msg_size > max)
-		s->verdict = TOOBIG;
+	s->deadline = s->msg.dot_at + s->conf->scantimeout;
+	if (max > 0 && s->msg.size > max)
+		s->result.verdict = TOOBIG;
 	else
 		clamd_begin(s);
 }
@@ -2225,7 +2225,7 @@ st_body(struct session *s)
 		spool_flush(s);
 		buf_eat(in, n);
 		if (end) {
-			s->dot_at = now;
+			s->msg.dot_at = now;
 			message_end(s);
 		}
 		return 1;
@@ -2256,18 +2256,18 @@ bdat_command(struct session *s, char *line, size_t n)
 		start_linger(s);
 		return 0;
 	}
-	s->chunk_left = size;
-	s->chunk_last = last;
-	if (!s->in_bdat) {
-		if (!s->have_mail || s->nrcpt == 0) {
-			s->failed = 1;
+	s->msg.chunk_left = size;
+	s->msg.chunk_last = last;
+	if (!s->msg.in_bdat) {
+		if (!s->env.have_mail || s->env.nrcpt == 0) {
+			s->result.failed = 1;
 			defer_reply(s, r_no_rcpt);
 		} else
 			message_begin(s);
-		s->in_bdat = 1;
-		s->relay_bdat = s->server_chunking;
+		s->msg.in_bdat = 1;
+		s->msg.relay_bdat = s->server.chunking;
 	}
-	if (limit > 0 && s->msg_size + size > limit && !s->failed)
+	if (limit > 0 && s->msg.size + size > limit && !s->result.failed)
 		fail_message(s, r_too_big, (long long)limit);
 	enter_body(s, S_CHUNK);
 	return 0;
@@ -2277,18 +2277,18 @@ bdat_command(struct session *s, char *line, size_t n)
 static void
 chunk_end(struct session *s)
 {
-	s->dot_at = now;
-	if (s->nrcpt == 0 && (s->server.fd != -1 || s->rejected)) {
-		s->in_bdat = s->failed = 0;		/* there was none to end */
-		str_free(&s->deferred);
+	s->msg.dot_at = now;
+	if (s->env.nrcpt == 0 && (s->server.peer.fd != -1 || s->rejected)) {
+		s->msg.in_bdat = s->result.failed = 0;		/* there was none to end */
+		str_free(&s->result.reply);
 		enter(s, S_COMMAND);
 		refuse(s, r_no_rcpt);
-	} else if (s->failed)
+	} else if (s->result.failed)
 		reject_message(s);
-	else if (s->chunk_last)
+	else if (s->msg.chunk_last)
 		message_end(s);
 	else {
-		client_reply(s, r_chunk, (unsigned long long)s->msg_size);
+		client_reply(s, r_chunk, (unsigned long long)s->msg.size);
 		enter(s, S_COMMAND);
 	}
 }
@@ -2303,8 +2303,8 @@ st_chunk(struct session *s)
 	server_idle(s);
 	if (!client_ready(s))
 		return 0;
-	if (s->chunk_left == 0) {
-		if (s->noop)		/* commands go on when it is answered */
+	if (s->msg.chunk_left == 0) {
+		if (s->server.noop)		/* commands go on when it is answered */
 			return 0;
 		chunk_end(s);
 		return 1;
@@ -2314,14 +2314,14 @@ st_chunk(struct session *s)
 			return abort_transaction(s);
 		return 0;
 	}
-	if (n > s->chunk_left)
-		n = s->chunk_left;
-	if (s->relay_bdat)
+	if (n > s->msg.chunk_left)
+		n = s->msg.chunk_left;
+	if (s->msg.relay_bdat)
 		spool_append(s, buf_head(in), n);
 	else
 		body_filter(s, buf_head(in), n, &end);
 	spool_flush(s);
-	s->chunk_left -= n;
+	s->msg.chunk_left -= n;
 	buf_eat(in, n);
 	return 1;
 }
@@ -2338,7 +2338,7 @@ expand(struct str *to, const struct session *s, const char *fmt)
 	int bad = 0;
 
 	for (; *fmt != '\0' && !bad; fmt++) {
-		if (*fmt == '.' && !s->relay_bdat &&
+		if (*fmt == '.' && !s->msg.relay_bdat &&
 		    (to->len == 0 || to->s[to->len - 1] == '\n') &&
 		    str_add(to, ".", 1) == -1)
 			return -1;
@@ -2372,18 +2372,18 @@ choose_header(struct session *s)
 	const char *h = s->conf->header;
 	char own[NAMESZ + 64], *p;
 
-	if (s->verdict == CLEAN)
-		return h == NULL ? 0 : expand(&s->header, s, h);
-	if (s->verdict == VIRUS)
-		format(own, sizeof own, "X-Virus-Infected: %s", s->verdict_text);
+	if (s->result.verdict == CLEAN)
+		return h == NULL ? 0 : expand(&s->replay.header, s, h);
+	if (s->result.verdict == VIRUS)
+		format(own, sizeof own, "X-Virus-Infected: %s", s->result.text);
 	else
 		format(own, sizeof own, "X-Virus-Unscanned: %s",
-		    s->verdict == TOOBIG ? "message too big" : s->verdict_text);
+		    s->result.verdict == TOOBIG ? "message too big" : s->result.text);
 	for (p = own; *p != '\0'; p++)
 		if (*p < ' ' || *p > 126)
 			*p = '?';
-	return str_add(&s->header, own, p - own) == -1 ||
-	    str_add(&s->header, crlf, 2) == -1 ? -1 : 0;
+	return str_add(&s->replay.header, own, p - own) == -1 ||
+	    str_add(&s->replay.header, crlf, 2) == -1 ? -1 : 0;
 }
 
 /* Where it goes; -1: no memory.  The first line of a text, if it begins with a
@@ -2391,10 +2391,10 @@ choose_header(struct session *s)
 static int
 place_header(struct session *s)
 {
-	s->header_off = s->header.len >= 9 &&
-	    strncasecmp(s->header.s, "Received:", 9) == 0 ? s->top : s->header_end;
-	return s->indented && s->header.len > 0 ?
-	    str_add(&s->header, crlf, 2) : 0;
+	s->replay.header_off = s->replay.header.len >= 9 &&
+	    strncasecmp(s->replay.header.s, "Received:", 9) == 0 ? s->msg.top : s->msg.header_end;
+	return s->msg.indented && s->replay.header.len > 0 ?
+	    str_add(&s->replay.header, crlf, 2) : 0;
 }
 
 static void
@@ -2406,10 +2406,10 @@ forward(struct session *s)
 		reject_message(s);
 		return;
 	}
-	s->header_queued = s->dot_queued = 0;
-	s->replay_off = 0;
-	s->at_bol = 1;
-	s->noop_at = 0;
+	s->replay.header_queued = s->replay.dot_queued = 0;
+	s->replay.off = 0;
+	s->replay.at_bol = 1;
+	s->server.noop_at = 0;
 	enter(s, S_DATA);
 }
 
@@ -2470,14 +2470,14 @@ virus_env(struct session *s)
 
 	/* As in env_names. */
 	values[0] = addr_text(&s->client_addr);
-	values[1] = s->quarantined.s;
-	values[2] = s->rcpt_list.s;
-	values[3] = s->remote.s;
-	values[4] = s->remote_helo.s;
-	values[5] = s->from.s;
-	values[6] = addr_text(&s->server_addr);
+	values[1] = s->result.quarantined.s;
+	values[2] = s->env.rcpt_list.s;
+	values[3] = s->xforward.addr.s;
+	values[4] = s->xforward.helo.s;
+	values[5] = s->env.from.s;
+	values[6] = addr_text(&s->server.addr);
 	values[7] = s->conf->tempdir;
-	values[8] = s->verdict_text;
+	values[8] = s->result.text;
 	for (i = 0; environ[i] != NULL; i++)
 		size++;
 	if ((env = calloc(size, sizeof *env)) == NULL)
@@ -2487,7 +2487,7 @@ virus_env(struct session *s)
 			bad = (env[n++] = strdup(environ[i])) == NULL;
 	for (i = 0; i < NENV && !bad; i++)
 		bad = env_add(env, &n, env_names[i], values[i],
-		    values[i] == s->rcpt_list.s ? '\n' : '\0');
+		    values[i] == s->env.rcpt_list.s ? '\n' : '\0');
 	if (!bad)
 		return env;
 	env_free(env);
@@ -2509,13 +2509,13 @@ virus_found(struct session *s)
 			virusaction_start(s->id, s->conf->virusaction, env,
 			    s->conf->timeout);
 	}
-	if (s->action == PASS) {
+	if (s->result.action == PASS) {
 		forward(s);
 		return;
 	}
-	s->failed = 0;		/* whatever became of the next hop meanwhile */
-	if (s->action == BOUNCE)
-		defer_reply(s, r_virus_bounce, s->verdict_text);
+	s->result.failed = 0;		/* whatever became of the next hop meanwhile */
+	if (s->result.action == BOUNCE)
+		defer_reply(s, r_virus_bounce, s->result.text);
 	else
 		defer_reply(s, r_virus_drop);
 	reject_message(s);
@@ -2527,12 +2527,12 @@ on_quarantined(void *ctx, const char *answer, size_t n)
 {
 	struct session *s = ctx;
 
-	s->child = NULL;
+	s->result.child = NULL;
 	session_wake(s);
 	if (*answer != '/')
 		slog(s, LOG_ERR, "quarantine in %s: %s", s->conf->tempdir,
 		    n > 0 ? answer : "its process gave no answer");
-	else if (str_set(&s->quarantined, answer, n) == -1) {
+	else if (str_set(&s->result.quarantined, answer, n) == -1) {
 		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
 		unlink(answer);
 	}
@@ -2541,17 +2541,17 @@ on_quarantined(void *ctx, const char *answer, size_t n)
 static int
 judge(struct session *s)
 {
-	switch (s->verdict) {
+	switch (s->result.verdict) {
 	case CLEAN:
 		forward(s);
 		return 1;
 	case VIRUS:
-		s->action = conf_action(s->conf, s->verdict_text);
+		s->result.action = conf_action(s->conf, s->result.text);
 		if (!s->conf->quarantine) {
 			virus_found(s);
 			return 1;
 		}
-		s->copying = 0;
+		s->result.copying = 0;
 		enter(s, S_QUARANTINE);
 		return 1;
 	default:
@@ -2560,10 +2560,10 @@ judge(struct session *s)
 	if (s->conf->failopen)
 		forward(s);
 	else {
-		if (s->verdict == TOOBIG)
-			defer_reply(s, r_not_scanned, (long long)s->msg_size);
+		if (s->result.verdict == TOOBIG)
+			defer_reply(s, r_not_scanned, (long long)s->msg.size);
 		else
-			defer_reply(s, r_no_scan, s->verdict_text);
+			defer_reply(s, r_no_scan, s->result.text);
 		reject_message(s);
 	}
 	return 1;
@@ -2575,12 +2575,12 @@ st_scan(struct session *s)
 	if (client_gone(s))
 		return abort_transaction(s);
 	server_idle(s);
-	if (s->failed) {
+	if (s->result.failed) {
 		clamd_cancel(s);
 		reject_message(s);
 		return 1;
 	}
-	if (s->verdict == UNKNOWN && !clamd_scan(s))
+	if (s->result.verdict == UNKNOWN && !clamd_scan(s))
 		return 0;
 	return judge(s);
 }
@@ -2592,10 +2592,10 @@ st_scan(struct session *s)
 static void
 copy_start(struct session *s)
 {
-	s->copying = 1;
-	s->child = spool_quarantine(s->spool, s->conf->tempdir,
+	s->result.copying = 1;
+	s->result.child = spool_quarantine(s->msg.spool, s->conf->tempdir,
 	    on_quarantined, s, s->deadline - now);
-	if (s->child == NULL)
+	if (s->result.child == NULL)
 		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
 }
 
@@ -2603,22 +2603,22 @@ static int
 st_quarantine(struct session *s)
 {
 	server_idle(s);
-	if (!s->copying) {
+	if (!s->result.copying) {
 		if (client_gone(s))
 			return abort_transaction(s);
 		if (!child_room())
 			return 0;
 		copy_start(s);
 	}
-	if (s->child != NULL)	/* no copy without its line in the log */
+	if (s->result.child != NULL)	/* no copy without its line in the log */
 		return 0;
-	if (s->quarantined.len == 0) {
+	if (s->result.quarantined.len == 0) {
 		/* Promise 1: not kept, so not taken; it comes again. */
 		fail_message(s, r_local, "quarantine", "no copy could be made");
 		reject_message(s);
 		return 1;
 	}
-	slog(s, LOG_NOTICE, "quarantined virus file as: %s", s->quarantined.s);
+	slog(s, LOG_NOTICE, "quarantined virus file as: %s", s->result.quarantined.s);
 	if (client_gone(s))
 		return abort_transaction(s);
 	virus_found(s);
@@ -2630,8 +2630,8 @@ static void
 replay_extend(struct session *s)
 {
 	s->deadline = now + s->conf->timeout;
-	if (s->deadline > s->reply_deadline)
-		s->deadline = s->reply_deadline;
+	if (s->deadline > s->replay.reply_deadline)
+		s->deadline = s->replay.reply_deadline;
 }
 
 /* The client waits for ten minutes; for longer, if it has done so already. */
@@ -2639,9 +2639,9 @@ static void
 begin_replay(struct session *s)
 {
 	enter(s, S_REPLAY);
-	s->reply_deadline = s->dot_at + FINAL_TIME;
-	if (s->reply_deadline < now + s->conf->timeout)
-		s->reply_deadline = now + s->conf->timeout;
+	s->replay.reply_deadline = s->msg.dot_at + FINAL_TIME;
+	if (s->replay.reply_deadline < now + s->conf->timeout)
+		s->replay.reply_deadline = now + s->conf->timeout;
 	replay_extend(s);
 }
 
@@ -2656,24 +2656,24 @@ st_data(struct session *s)
 	char line[64];
 	int n, got;
 
-	if (!s->asked) {
+	if (!s->server.asked) {
 		if (client_gone(s))
 			return abort_transaction(s);
-		if (!server_idle(s) && s->server.fd != -1)
+		if (!server_idle(s) && s->server.peer.fd != -1)
 			return 0;
 		if (s->state != S_DATA)
 			return 1;
-		if (s->failed) {
+		if (s->result.failed) {
 			reject_message(s);
 			return 1;
 		}
 		n = format(line, sizeof line, "BDAT %lld LAST\r\n",
-		    (long long)(s->msg_size + s->header.len));
-		s->asked = s->relay_bdat ? server_put(s, line, n) :
+		    (long long)(s->msg.size + s->replay.header.len));
+		s->server.asked = s->msg.relay_bdat ? server_put(s, line, n) :
 		    server_put(s, "DATA\r\n", 6);
-		if (s->asked && s->relay_bdat)
+		if (s->server.asked && s->msg.relay_bdat)
 			begin_replay(s);
-		return s->asked;
+		return s->server.asked;
 	}
 	if (!client_ready(s))
 		return 0;
@@ -2686,12 +2686,12 @@ st_data(struct session *s)
 	}
 	if (r.code < 400)
 		return server_lost(s, "its reply makes no sense");
-	s->asked = 0;
+	s->server.asked = 0;
 	log_refusal(s, &r);
 	defer_relay(s, &r);
 	reply_eat(s, &r);
 	if (r.code == 421)
-		peer_close(&s->server);		/* RESET has nobody to ask */
+		peer_close(&s->server.peer);		/* RESET has nobody to ask */
 	reject_message(s);
 	return 1;
 }
@@ -2727,26 +2727,26 @@ static int
 replay_copy(struct session *s, off_t left)
 {
 	static char chunk[TAIL];
-	struct buf *out = &s->server.out;
+	struct buf *out = &s->server.peer.out;
 	const char *p, *stop, *nl;
 	ssize_t n = left < TAIL ? left : TAIL;
 
 	if (!buf_ready(out, 2 * TAIL))		/* every byte may be a dot */
 		return 0;
-	n = pread(s->spool, chunk, n, scan_line_len + s->replay_off);
+	n = pread(s->msg.spool, chunk, n, scan_line_len + s->replay.off);
 	if (n <= 0)
 		return server_lost(s, "the spool cannot be read");
-	s->replay_off += n;
-	if (!s->has_dot_lines || s->relay_bdat) {
+	s->replay.off += n;
+	if (!s->msg.has_dot_lines || s->msg.relay_bdat) {
 		buf_put(out, chunk, n);
 		return 1;
 	}
 	/* Promise 3: lines that begin with a dot get another one. */
 	for (p = chunk, stop = chunk + n; p < stop; p = nl) {
-		if (*p == '.' && s->at_bol)
+		if (*p == '.' && s->replay.at_bol)
 			buf_put(out, ".", 1);
 		nl = memchr(p, '\n', stop - p);
-		s->at_bol = nl != NULL;
+		s->replay.at_bol = nl != NULL;
 		nl = nl != NULL ? nl + 1 : stop;
 		buf_put(out, p, nl - p);
 	}
@@ -2756,15 +2756,15 @@ replay_copy(struct session *s, off_t left)
 static int
 replay_file(struct session *s, off_t left)
 {
-	off_t at = scan_line_len + s->replay_off;
+	off_t at = scan_line_len + s->replay.off;
 	int r;
 
-	if (buf_len(&s->server.out) > 0)
+	if (buf_len(&s->server.peer.out) > 0)
 		return 0;
-	r = peer_sendfile(&s->server, s->spool, &at, left);
-	if (at != (off_t)scan_line_len + s->replay_off)
+	r = peer_sendfile(&s->server.peer, s->msg.spool, &at, left);
+	if (at != (off_t)scan_line_len + s->replay.off)
 		replay_extend(s);
-	s->replay_off = at - scan_line_len;
+	s->replay.off = at - scan_line_len;
 	return r && --s->io_budget > 0;
 }
 
@@ -2778,42 +2778,42 @@ recheck_peers(struct session *s)
 	if (!s->client.eof)
 		client_fill(s);
 	peer_reset(&s->client);
-	if (!s->server.eof && peer_unread(&s->server))
-		s->server.err = 1;
+	if (!s->server.peer.eof && peer_unread(&s->server.peer))
+		s->server.peer.err = 1;
 }
 
 /* The last bytes stand in `out'. */
 static int
 replay_queued(const struct session *s)
 {
-	return s->header_queued && s->replay_off == s->msg_size && (s->relay_bdat || s->dot_queued);
+	return s->replay.header_queued && s->replay.off == s->msg.size && (s->msg.relay_bdat || s->replay.dot_queued);
 }
 
 /* They have left: from here on a reply is the reply. */
 static int
 replay_sent(const struct session *s)
 {
-	return replay_queued(s) && buf_len(&s->server.out) == 0 &&
-	    !s->server.err;
+	return replay_queued(s) && buf_len(&s->server.peer.out) == 0 &&
+	    !s->server.peer.err;
 }
 
 /* What comes next; 0: when there is room for it. */
 static int
 replay_next(struct session *s)
 {
-	struct buf *out = &s->server.out;
-	off_t left = (s->header_queued ? s->msg_size : s->header_off) - s->replay_off;
+	struct buf *out = &s->server.peer.out;
+	off_t left = (s->replay.header_queued ? s->msg.size : s->replay.header_off) - s->replay.off;
 
-	if (left > TAIL && (!s->has_dot_lines || s->relay_bdat))
+	if (left > TAIL && (!s->msg.has_dot_lines || s->msg.relay_bdat))
 		return replay_file(s, left - TAIL);
 	if (left > 0)
 		return replay_copy(s, left);
-	if (s->header_queued)
-		return s->dot_queued = server_put(s, ".\r\n", 3);
-	if (!buf_ready(out, s->header.len))
+	if (s->replay.header_queued)
+		return s->replay.dot_queued = server_put(s, ".\r\n", 3);
+	if (!buf_ready(out, s->replay.header.len))
 		return 0;
-	buf_put(out, s->header.s, s->header.len);
-	return s->header_queued = 1;
+	buf_put(out, s->replay.header.s, s->replay.header.len);
+	return s->replay.header_queued = 1;
 }
 
 static int
@@ -2821,19 +2821,19 @@ st_replay(struct session *s)
 {
 	if (replay_sent(s)) {
 		enter(s, S_FINAL);
-		s->deadline = s->reply_deadline;
+		s->deadline = s->replay.reply_deadline;
 		return 1;
 	}
 	if (replay_queued(s))
 		recheck_peers(s);
 	if (client_gone(s))
 		return abort_transaction(s);
-	if (s->server.err == PEER_LOCAL || (s->server.err &&
-	    buf_len(&s->server.in) == 0 && !s->server.eof &&
-	    !peer_fill(&s->server)))
+	if (s->server.peer.err == PEER_LOCAL || (s->server.peer.err &&
+	    buf_len(&s->server.peer.in) == 0 && !s->server.peer.eof &&
+	    !peer_fill(&s->server.peer)))
 		return server_lost(s, "no writing to it, or no reading of the spool");
-	if (buf_len(&s->server.in) > 0 || s->server.eof) {
-		s->server.err = 1;	/* what waits in `out' is not sent */
+	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof) {
+		s->server.peer.err = 1;	/* what waits in `out' is not sent */
 		return client_ready(s) ? early_reply(s) : 0;
 	}
 	return replay_queued(s) ? 0 : replay_next(s);
@@ -2856,7 +2856,7 @@ st_final(struct session *s)
 		return got;
 	if (r.class == 3)
 		return server_lost(s, "its reply makes no sense");
-	s->asked = 0;
+	s->server.asked = 0;
 	mail_done(s, r.text, r.len);
 	if (r.class != 2)
 		log_refusal(s, &r);
@@ -2886,23 +2886,23 @@ st_reset(struct session *s)
 	}
 	if (!client_ready(s))
 		return 0;
-	if (!s->asked) {
-		if (!server_idle(s) && s->server.fd != -1)
+	if (!s->server.asked) {
+		if (!server_idle(s) && s->server.peer.fd != -1)
 			return 0;
 		if (s->state != S_RESET)
 			return 1;
-		if (s->server.fd == -1) {
+		if (s->server.peer.fd == -1) {
 			send_deferred(s);
 			start_linger(s);
 			return 1;
 		}
-		return s->asked = server_put(s, "RSET\r\n", 6);
+		return s->server.asked = server_put(s, "RSET\r\n", 6);
 	}
 	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
 		return got;
 	ok = r.class == 2;
 	reply_eat(s, &r);
-	s->asked = 0;
+	s->server.asked = 0;
 	send_deferred(s);
 	transaction_reset(s);
 	if (ok)
@@ -2964,12 +2964,12 @@ timed_out(struct session *s)
 		break;
 	case S_SCAN:
 		clamd_timeout(s);
-		s->verdict = FAILED;
+		s->result.verdict = FAILED;
 		break;
 	case S_QUARANTINE:
 		slog(s, LOG_ERR, "quarantine in %s: no copy was %s within TimeOut",
-		    s->conf->tempdir, s->copying ? "made" : "begun");
-		s->copying = 1;
+		    s->conf->tempdir, s->result.copying ? "made" : "begun");
+		s->result.copying = 1;
 		quarantine_drop(s);
 		break;
 	case S_LINGER:
@@ -2990,26 +2990,26 @@ is_body(const struct session *s)
 static void
 rate_check(struct session *s)
 {
-	if (!is_body(s) || now < s->rate_check_at)
+	if (!is_body(s) || now < s->msg.rate_check_at)
 		return;
-	if (s->rate_bytes < (uint64_t)(s->conf->timeout / SECOND) * SLOWEST_BODY)
+	if (s->msg.rate_bytes < (uint64_t)(s->conf->timeout / SECOND) * SLOWEST_BODY)
 		timed_out(s);
-	s->rate_check_at = now + s->conf->timeout;
-	s->rate_bytes = 0;
+	s->msg.rate_check_at = now + s->conf->timeout;
+	s->msg.rate_bytes = 0;
 }
 
 /* Write what can be written; 1: there is room that was not there before. */
 static int
 flush(struct session *s)
 {
-	size_t c = buf_len(&s->client.out), h = buf_len(&s->server.out);
+	size_t c = buf_len(&s->client.out), h = buf_len(&s->server.peer.out);
 	int more = s->state == S_REPLAY && !replay_queued(s);
 
 	if (c > 0)
 		peer_drain(&s->client, 0);
 	if (h > 0)
-		peer_drain(&s->server, more);
-	if (buf_len(&s->client.out) == c && buf_len(&s->server.out) == h)
+		peer_drain(&s->server.peer, more);
+	if (buf_len(&s->client.out) == c && buf_len(&s->server.peer.out) == h)
 		return 0;
 	if (states[s->state].clock == C_IDLE && buf_len(&s->client.out) < c)
 		s->deadline = now + s->conf->timeout;
@@ -3031,8 +3031,8 @@ session_run(struct session *s)
 			;
 	} while (s->state != S_DEAD && flush(s) && s->io_budget > 0);
 	s->runnable = 0;
-	if (peer_settle(&s->client) + peer_settle(&s->server) +
-	    peer_settle(&s->clamd) != 0 && s->state != S_DEAD) {
+	if (peer_settle(&s->client) + peer_settle(&s->server.peer) +
+	    peer_settle(&s->scan.peer) != 0 && s->state != S_DEAD) {
 		slog(s, LOG_ERR, "out of memory: session ends");
 		session_kill(s);
 	}
@@ -3048,7 +3048,7 @@ on_client(void *arg, int revents)
 		return;
 	if ((revents & POLLIN) && client_fill(s) &&
 	    buf_len(&s->client.in) > had) {
-		s->rate_bytes += buf_len(&s->client.in) - had;
+		s->msg.rate_bytes += buf_len(&s->client.in) - had;
 		if (is_body(s))
 			s->deadline = now + s->conf->timeout;
 	}
@@ -3062,12 +3062,12 @@ on_server(void *arg, int revents)
 {
 	struct session *s = arg;
 
-	if (s->state == S_DEAD || s->server.fd == -1)
+	if (s->state == S_DEAD || s->server.peer.fd == -1)
 		return;
-	if (s->server.connecting)
-		s->server.connecting = 0;
+	if (s->server.peer.connecting)
+		s->server.peer.connecting = 0;
 	else if (revents & POLLIN)
-		peer_fill(&s->server);
+		peer_fill(&s->server.peer);
 	session_run(s);
 }
 
@@ -3076,12 +3076,12 @@ on_clamd(void *arg, int revents)
 {
 	struct session *s = arg;
 
-	if (s->state == S_DEAD || s->clamd.fd == -1)
+	if (s->state == S_DEAD || s->scan.peer.fd == -1)
 		return;
-	if (s->clamd.connecting)
-		s->clamd.connecting = 0;
+	if (s->scan.peer.connecting)
+		s->scan.peer.connecting = 0;
 	else if (revents & POLLIN)
-		peer_fill(&s->clamd);
+		peer_fill(&s->scan.peer);
 	session_run(s);
 }
 
@@ -3118,24 +3118,24 @@ void
 session_poll(struct session *s)
 {
 	int client = wants(s, &s->client, CLIENT);
-	int server = s->server.fd == -1 ? 0 : wants(s, &s->server, SERVER);
+	int server = s->server.peer.fd == -1 ? 0 : wants(s, &s->server.peer, SERVER);
 
-	if (s->state == S_REPLAY && buf_len(&s->server.in) == 0)
+	if (s->state == S_REPLAY && buf_len(&s->server.peer.in) == 0)
 		server |= POLLOUT;
 	if (client != 0 || wants_reset(s))
 		poll_add(s->client.fd, client, on_client, s);
 	if (server != 0)
-		poll_add(s->server.fd, server, on_server, s);
-	if (s->clamd.fd != -1 && clamd_events(s) != 0)
-		poll_add(s->clamd.fd, clamd_events(s), on_clamd, s);
+		poll_add(s->server.peer.fd, server, on_server, s);
+	if (s->scan.peer.fd != -1 && clamd_events(s) != 0)
+		poll_add(s->scan.peer.fd, clamd_events(s), on_clamd, s);
 	s->next_time = s->deadline;
 	sooner(s, clamd_deadline(s));
 	if (is_body(s))
-		sooner(s, s->rate_check_at);
+		sooner(s, s->msg.rate_check_at);
 	/* As in hop_listen(): a time at which nothing is done makes us spin. */
 	if ((is_body(s) || s->state == S_SCAN || s->state == S_QUARANTINE) &&
-	    !s->noop && !s->failed && buf_len(&s->server.in) == 0)
-		sooner(s, s->noop_at);
+	    !s->server.noop && !s->result.failed && buf_len(&s->server.peer.in) == 0)
+		sooner(s, s->server.noop_at);
 	poll_deadline(s->next_time);
 }
 
@@ -3159,7 +3159,7 @@ session_shutdown(struct session *s, int at_once)
 	case S_AUTH:
 		break;
 	case S_COMMAND:
-		if (s->have_mail && !at_once)
+		if (s->env.have_mail && !at_once)
 			return;
 		break;
 	case S_LINGER:
@@ -3206,10 +3206,10 @@ session_free(struct session *s)
 {
 	transaction_reset(s);
 	str_free(&s->helo);
-	str_free(&s->deferred);
+	str_free(&s->result.reply);
 	peer_close(&s->client);
-	peer_close(&s->server);
-	peer_close(&s->clamd);
+	peer_close(&s->server.peer);
+	peer_close(&s->scan.peer);
 	conf_put(s->conf);
 	free(s);
 }

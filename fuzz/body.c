@@ -40,12 +40,12 @@ take(struct text *out)
 static void
 spool_text(struct session *s, struct text *t)
 {
-	char *p = malloc(s->msg_size + 1);
+	char *p = malloc(s->msg.size + 1);
 
 	CHECK(p != NULL, "memory");
-	CHECK(pread(s->spool, p, s->msg_size + 1, scan_line_len) == s->msg_size,
+	CHECK(pread(s->msg.spool, p, s->msg.size + 1, scan_line_len) == s->msg.size,
 	    "the spool is not as long as the daemon thinks");
-	text_add(t, p, s->msg_size);
+	text_add(t, p, s->msg.size);
 	free(p);
 }
 
@@ -116,14 +116,14 @@ replay(struct session *s, const struct text *spooled, int flags)
 	text_add(&want, spooled->p + at, spooled->n - at);
 
 	/* As forward() and st_data() leave it. */
-	CHECK(str_set(&s->header, header, strlen(header)) == 0 &&
+	CHECK(str_set(&s->replay.header, header, strlen(header)) == 0 &&
 	    place_header(s) == 0, "memory");
-	s->header_queued = s->dot_queued = 0;
-	s->replay_off = 0;
-	s->at_bol = 1;
-	s->asked = 1;
-	s->verdict = CLEAN;
-	s->dot_at = now;
+	s->replay.header_queued = s->replay.dot_queued = 0;
+	s->replay.off = 0;
+	s->replay.at_bol = 1;
+	s->server.asked = 1;
+	s->result.verdict = CLEAN;
+	s->msg.dot_at = now;
 	enter(s, S_REPLAY);
 	for (turns = 0; s->state == S_REPLAY; turns++) {
 		CHECK(turns < 100000, "the replay does not end");
@@ -157,15 +157,15 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	sockets();
 	stream_read(&in, data + 1, size - 1, flags & 1);
 	s = new_session(&conf);
-	close(s->server.fd);
+	close(s->server.peer.fd);
 	close(s->client.fd);
-	s->server.fd = hop;
+	s->server.peer.fd = hop;
 	s->client.fd = client;
-	s->in_bdat = (flags & 2) != 0;
-	s->server_size = flags & 4 ? 64 : 0;
-	s->nrcpt = 1;
+	s->msg.in_bdat = (flags & 2) != 0;
+	s->server.size = flags & 4 ? 64 : 0;
+	s->env.nrcpt = 1;
 	message_begin(s);
-	CHECK(s->spool != -1, "no spool: %s", strerror(errno));
+	CHECK(s->msg.spool != -1, "no spool: %s", strerror(errno));
 
 	/* Each piece ends where its memory does. */
 	for (i = 0; i < in.ncut && !end; i++) {
@@ -180,31 +180,31 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 
 	ended = 1;
-	if (s->in_bdat)
+	if (s->msg.in_bdat)
 		body = taken = in.n;
 	else
 		ended = ref_end(in.p, in.n, &body, &taken);
-	CHECK(end == (ended && !s->in_bdat), "end of data: reference says %d", ended);
+	CHECK(end == (ended && !s->msg.in_bdat), "end of data: reference says %d", ended);
 	if (ended) {
 		CHECK(at == taken, "%zu bytes taken, reference: %zu", at, taken);
 		body_end(s);
-		ref_body(&want, in.p, body, !s->in_bdat);
-		if (s->server_size > 0 && want.n > 64) {
-			CHECK(s->failed, "the size limit is not seen");
-			CHECK(s->msg_size <= 64, "more is stored than the limit");
+		ref_body(&want, in.p, body, !s->msg.in_bdat);
+		if (s->server.size > 0 && want.n > 64) {
+			CHECK(s->result.failed, "the size limit is not seen");
+			CHECK(s->msg.size <= 64, "more is stored than the limit");
 		} else {
-			CHECK(!s->failed, "an error: %s", s->deferred.s);
+			CHECK(!s->result.failed, "an error: %s", s->result.reply.s);
 			spool_text(s, &got);
 			same("spool", got.p, got.n, want.p, want.n);
 			at = ref_header(want.p, want.n, ref_top(want.p, want.n));
-			CHECK((size_t)s->header_end == at,
+			CHECK((size_t)s->msg.header_end == at,
 			    "header ends at %zu, reference %zu",
-			    (size_t)s->header_end, at);
+			    (size_t)s->msg.header_end, at);
 			replay(s, &want, flags);
 		}
 	}
-	s->client.fd = s->server.fd = -1;
-	str_free(&s->header);
+	s->client.fd = s->server.peer.fd = -1;
+	str_free(&s->replay.header);
 	session_free(s);
 	spares_free();
 	text_free(&want);

@@ -81,8 +81,8 @@ check_session(struct session *s, const struct stream *in, int early)
 	slot_take(s, c);
 	for (i = 0; i <= in->ncut && !done; i++) {
 		if (i == in->ncut)
-			s->clamd.eof = 1;
-		else if (!feed(&s->clamd.in, in->p + sent, in->cut[i] - sent))
+			s->scan.peer.eof = 1;
+		else if (!feed(&s->scan.peer.in, in->p + sent, in->cut[i] - sent))
 			break;
 		else
 			sent = in->cut[i];
@@ -103,12 +103,12 @@ check_session(struct session *s, const struct stream *in, int early)
 		want = FAILED;
 	if (early && want == CLEAN)
 		want = FAILED;
-	if (n > ANSWERSZ && s->verdict == FAILED)
+	if (n > ANSWERSZ && s->result.verdict == FAILED)
 		want = FAILED;		/* so long, it may be refused */
-	CHECK(s->verdict == want, "verdict %d, reference %d", s->verdict, want);
+	CHECK(s->result.verdict == want, "verdict %d, reference %d", s->result.verdict, want);
 	if (want == VIRUS)
-		same("name", s->verdict_text, strlen(s->verdict_text), name, strlen(name));
-	CHECK(strlen(s->verdict_text) < NAMESZ, "the reason is too long");
+		same("name", s->result.text, strlen(s->result.text), name, strlen(name));
+	CHECK(strlen(s->result.text) < NAMESZ, "the reason is too long");
 	clamd_cancel(s);
 	CHECK(c->running == 0, "a slot is lost");
 	c->complaint[0] = '\0';
@@ -134,7 +134,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (conf.nclamd == 0)
 		conf.clamd[conf.nclamd++] = clamd_get(&target);
 	s = new_session(&conf);
-	s->clamd.fd = dup(null_fd);
+	s->scan.peer.fd = dup(null_fd);
 	check_session(s, &in, (data[0] & 2) != 0);
 	session_free(s);
 	spares_free();

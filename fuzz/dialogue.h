@@ -421,12 +421,12 @@ model_run(struct model *m, const char *p, size_t n)
 static void
 exchange(struct session *s, struct text *out, int flags)
 {
-	struct buf *b = &s->server.out;
+	struct buf *b = &s->server.peer.out;
 	const char *p = buf_head(b), *end, *r;
 	size_t n = buf_len(b);
-	int auth = s->state == S_REPLY && s->server.err == 99;
+	int auth = s->state == S_REPLY && s->server.peer.err == 99;
 
-	s->server.err = 0;
+	s->server.peer.err = 0;
 	if (n > 0) {
 		CHECK(n >= 2 && memcmp(p + n - 2, "\r\n", 2) == 0 &&
 		    memchr(p, '\n', n) == p + n - 1 &&
@@ -435,10 +435,10 @@ exchange(struct session *s, struct text *out, int flags)
 		text_add(out, "> ", 2);
 		text_add(out, p, n - 2);
 		text_add(out, "\n", 1);
-		CHECK(buf_len(&s->server.in) == 0, "not in lock-step");
+		CHECK(buf_len(&s->server.peer.in) == 0, "not in lock-step");
 		r = hop_reply(p, n - 2, auth, flags);
 		buf_free(b);
-		feed(&s->server.in, r, strlen(r));
+		feed(&s->server.peer.in, r, strlen(r));
 	}
 	b = &s->client.out;
 	for (p = buf_head(b), n = buf_len(b); n > 0; n -= end + 1 - p, p = end + 1) {
@@ -457,19 +457,19 @@ exchange(struct session *s, struct text *out, int flags)
 static void
 scan(struct session *s, struct text *out)
 {
-	char head[64], *p = malloc(s->msg_size + 1);
+	char head[64], *p = malloc(s->msg.size + 1);
 
 	CHECK(p != NULL, "memory");
-	CHECK(pread(s->spool, p, s->msg_size + 1, scan_line_len) == s->msg_size,
+	CHECK(pread(s->msg.spool, p, s->msg.size + 1, scan_line_len) == s->msg.size,
 	    "the spool is not as long as the daemon thinks");
-	snprintf(head, sizeof head, "M %zu ", (size_t)s->msg_size);
+	snprintf(head, sizeof head, "M %zu ", (size_t)s->msg.size);
 	text_puts(out, head);
-	text_add(out, p, s->msg_size);
+	text_add(out, p, s->msg.size);
 	text_add(out, "\n", 1);
 	free(p);
 	clamd_cancel(s);
-	s->verdict = VIRUS;
-	snprintf(s->verdict_text, sizeof s->verdict_text, "X");
+	s->result.verdict = VIRUS;
+	snprintf(s->result.text, sizeof s->result.text, "X");
 }
 
 static void
@@ -485,7 +485,7 @@ run(struct session *s, struct text *out, int flags)
 		if (!states[s->state].step(s))
 			break;
 		if (auth && s->state == S_REPLY)
-			s->server.err = 99;	/* exchange() takes it off */
+			s->server.peer.err = 99;	/* exchange() takes it off */
 		exchange(s, out, flags);
 	}
 	exchange(s, out, flags);
@@ -538,7 +538,7 @@ dialogue(const uint8_t *data, size_t size)
 	model_run(&m, in.p, in.n);
 	same("dialogue", out.p, out.n, m.out.p, m.out.n);
 	if (!m.closed && m.mail)
-		same("sender", s->from.s, s->from.len, m.from.p, m.from.n);
+		same("sender", s->env.from.s, s->env.from.len, m.from.p, m.from.n);
 	CHECK(m.closed == (s->state == S_LINGER), "closed: %d", m.closed);
 	if (!m.closed)
 		s->client.eof = 1;

@@ -209,8 +209,8 @@ new_session(struct conf *conf)
 	s->id = 0x100000;
 	s->conf = conf;
 	s->client.fd = dup(null_fd);
-	s->server.fd = dup(null_fd);
-	s->clamd.fd = s->spool = -1;
+	s->server.peer.fd = dup(null_fd);
+	s->scan.peer.fd = s->msg.spool = -1;
 	s->client_addr.len = sizeof s->client_addr.u.in;
 	s->client_addr.u.in.sin_family = AF_INET;
 	s->peer_addr = s->client_addr;

@@ -181,13 +181,13 @@ check_reply(struct session *s, const struct reply *r, const char *p, size_t n,
 	if (flags & 6) {
 		ehlo_filter(s, r, (flags & 2) != 0);
 		ref_ehlo(&want, &o, p, n, (flags & 2) != 0, max);
-		same("EHLO", s->deferred.s, s->deferred.len, want.p, want.n);
-		CHECK(s->server_size == o.size && s->server_chunking == o.chunking &&
-		    s->server_xclient == o.xclient, "size %lld/%lld chunking %d/%d "
-		    "xclient %d/%d", (long long)s->server_size, o.size,
-		    s->server_chunking, o.chunking, s->server_xclient, o.xclient);
-		str_free(&s->deferred);
-		s->deferred.len = 0;
+		same("EHLO", s->result.reply.s, s->result.reply.len, want.p, want.n);
+		CHECK(s->server.size == o.size && s->server.chunking == o.chunking &&
+		    s->server.xclient == o.xclient, "size %lld/%lld chunking %d/%d "
+		    "xclient %d/%d", (long long)s->server.size, o.size,
+		    s->server.chunking, o.chunking, s->server.xclient, o.xclient);
+		str_free(&s->result.reply);
+		s->result.reply.len = 0;
 	} else {
 		ref_relay(&want, p, n);
 		CHECK(client_ready(s), "no room");
@@ -218,11 +218,11 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	conf.maxscansize = flags & 8 ? 5000 : 0;
 	s->state = S_REPLY;
 	for (i = 0; i < in.ncut && !lost; i++) {
-		if (!feed(&s->server.in, in.p + sent, in.cut[i] - sent))
+		if (!feed(&s->server.peer.in, in.p + sent, in.cut[i] - sent))
 			break;
 		sent = in.cut[i];
 		if (i + 1 == in.ncut && (flags & 16))
-			s->server.eof = eof = 1;
+			s->server.peer.eof = eof = 1;
 		do {
 			got = reply_get(s, &r);
 			want = ref_reply(in.p + at, sent - at, &n, &code);
@@ -237,12 +237,12 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				check_reply(s, &r, in.p + at, n, flags);
 				reply_eat(s, &r);
 				at += n;
-				CHECK(buf_len(&s->server.in) == sent - at,
+				CHECK(buf_len(&s->server.peer.in) == sent - at,
 				    "not all of it was eaten");
 			}
 			lost = got == 1;
 		} while (got == REPLY_COMPLETE);
-		CHECK(!lost || s->server.fd == -1, "the hop is not closed");
+		CHECK(!lost || s->server.peer.fd == -1, "the hop is not closed");
 	}
 	session_free(s);
 	spares_free();

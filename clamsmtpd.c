@@ -1264,11 +1264,11 @@ has_path(const struct addr *a)
 static int
 listener_inherit(struct listener *l)
 {
-	int is = 0, type = 0, flags = fcntl(l->fd, F_GETFL);
+	int is = 0, type = 0, mode = fcntl(l->fd, F_GETFL);
 	socklen_t len = sizeof is, n = sizeof type;
 
 	l->addr.len = sizeof l->addr.u;
-	if (flags == -1 || fcntl(l->fd, F_SETFL, flags | O_NONBLOCK) == -1 ||
+	if (mode == -1 || fcntl(l->fd, F_SETFL, mode | O_NONBLOCK) == -1 ||
 	    fcntl(l->fd, F_SETFD, FD_CLOEXEC) == -1 ||
 	    getsockopt(l->fd, SOL_SOCKET, SO_ACCEPTCONN, &is, &len) == -1 ||
 	    getsockopt(l->fd, SOL_SOCKET, SO_TYPE, &type, &n) == -1 ||

@@ -115,6 +115,13 @@ def effective(result):
     return settings
 
 
+def complaints(result):
+    """Lines on standard error of -n, but for those about a user or a directory that
+    this machine happens not to have."""
+    return [line for line in result.stderr.splitlines()
+            if not re.search("is not a (user|directory) of this system$", line)]
+
+
 def turns(site):
     """What was sent before this has been read by the daemon after it."""
     for _ in range(2):

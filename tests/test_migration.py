@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from harness import BAD, GOOD, HEADER, VIRUS, effective
+from harness import BAD, GOOD, HEADER, VIRUS, complaints, effective
 
 
 # What the sample of the original offers in comments.
@@ -82,7 +82,7 @@ def test_n_shows_what_is_in_effect(run, tmp_path, shipped, all_of_it):
         assert shown[OLD_NAMES.get(name, name).lower()] == [want], name
     if args:
         assert shown["pidfile"] == [args[1]]
-    told = got.stderr.splitlines()
+    told = complaints(got)
     used = [name for name in OLD_NAMES if name in settings]
     assert len(told) == len(used)
     for name in used:

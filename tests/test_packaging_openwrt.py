@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from harness import BAD, CLAMSMTPD, Daemon, TOP, VIRUS, WAIT, until
+from harness import BAD, CLAMSMTPD, Daemon, TOP, VIRUS, WAIT, complaints, until
 
 OPENWRT = os.path.join(TOP, "packaging", "openwrt")
 INIT = os.path.join(OPENWRT, "files", "clamsmtpd.init")
@@ -156,7 +156,7 @@ def effective(router, run):
     """The settings that the daemon reads from what was generated."""
     def effective():
         done = run("-n", "-f", str(router.conf))
-        assert done.returncode == 0 and not done.stderr
+        assert done.returncode == 0 and not complaints(done)
         return done.stdout.split("\n")
     return effective
 

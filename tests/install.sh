@@ -133,8 +133,8 @@ apt()
 boot_units()
 {
 	find /etc/systemd/system /etc/rc?.d -type l 2>/dev/null |
-	    sed -n 's,.*/\(S[0-9][0-9]\)\{0,1\}\(clamav-[^/]*\)$,\2,p
-	    s,.*/\(S[0-9][0-9]\)\{0,1\}\(haproxy[^/]*\)$,\2,p' | sort -u
+	    sed -n -e 's!.*/!!; s!^S[0-9][0-9]!!' -e '/^clamav-/p; /^haproxy/p' |
+	    sort -u
 }
 
 apt_install()
@@ -173,7 +173,9 @@ $unit
 "*)	continue ;;
 		esac
 		case $unit in
-		*.*)	have systemctl && as_root systemctl disable "$unit" ;;
+		*.*)	disable=deb-systemd-helper
+			! have systemctl || disable=systemctl
+			as_root "$disable" disable "$unit" ;;
 		*)	as_root update-rc.d "$unit" disable ;;
 		esac && echo "$unit" >>"$off"
 	done

@@ -1,13 +1,15 @@
 """test.sh and demo.sh, mostly with stand-ins for what takes long in them."""
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 
 import pytest
 
-from harness import TOP, mounting
+import real
+from harness import TOP, bind, mounting, tmpfs
 
 REPORT = '<testsuite tests="%d" failures="%d" errors="0" skipped="%d"/>'
 
@@ -105,3 +107,87 @@ def test_scratch_directory_is_not_mounted_noexec(mounts):
     os.rmdir(made)
     done = shell("scratch test", *noexec)
     assert done.returncode != 0 and "Set\nTMPDIR to one" in done.stderr
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """demo(): a run after an installation of some-package with some-service; files of
+    tools/ come first in its PATH."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "tools").mkdir()
+    subprocess.run(["sh", "-c", 'cp -r ./*.[ch] Makefile demo.sh tests "$1" && '
+                    'mkdir "$1/bench" && cp -r bench/results "$1/bench"', "sh", home],
+                   cwd=TOP, check=True)
+    with open(home / "tests/install.sh", "a") as file:
+        file.write("install_missing() { MISSING=; INSTALLED=' some-package'; "
+                   "OFF=some-service; }\n")
+    env = {name: value for name, value in os.environ.items()
+           if name not in ("CC", "CPPFLAGS", "CFLAGS", "LDFLAGS")}
+    path = "%s:%s:/usr/sbin" % (tmp_path / "tools", os.environ["PATH"])
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="d") as tmpdir:
+        os.chmod(tmpdir, 0o755)
+
+        def demo():
+            done = subprocess.run(["./demo.sh"], cwd=home, capture_output=True, text=True,
+                                  env=dict(env, PATH=path, TMPDIR=tmpdir),
+                                  stdin=subprocess.DEVNULL)
+            assert os.listdir(tmpdir) == []
+            return done
+        yield demo
+
+
+@pytest.mark.skipif(not real.find("clamd"), reason="no clamd installed")
+def test_demo_ends_with_what_it_showed(demo):
+    """The last screen counts the mails, has three figures, and names what was
+    installed.  No file remains."""
+    done = demo()
+    assert (done.returncode, done.stderr) == (0, "")
+    end = done.stdout.partition("== one clean mail was delivered, two infected")[2]
+    assert len(re.findall(r"(?m)^  (CPU|memory) .*  \d[\d.]* [mu]?\w+( \(.* x\))?$", end)) == 3
+    assert "FAILED" not in done.stdout
+    assert "installed for this: some-package\n" in end
+    assert "not enabled, that is yours to do: some-service\n" in end
+
+
+def test_demo_stops_when_a_process_has_ended(demo, tmp_path):
+    """When clamd ends instead of listening, the demo shows its last words at once."""
+    script(tmp_path / "tools/clamd", "echo last words; exit 1\n")
+    done = demo()
+    assert done.returncode == 1
+    assert "clamd has ended" in done.stderr and "last words\n" in done.stderr
+
+
+def test_services_that_packages_bring_stay_off(mounts, tmp_path):
+    """While packages are installed, policy-rc.d forbids to start services.  What
+    they enable is disabled again and named.  A unit that was enabled before stays
+    enabled."""
+    if not os.path.isdir("/etc/rc2.d"):
+        pytest.skip("no Debian here")
+    tools, sbin = tmp_path / "tools", tmp_path / "sbin"
+    tools.mkdir()
+    sbin.mkdir()
+    script(tools / "apt-get", """
+        for a; do [ "$a" != install ] || set -- install; done
+        [ "$1" = install ] || exit 0
+        /usr/sbin/policy-rc.d
+        echo "policy $?" >>"$LOG"
+        cd /etc/systemd/system && ln -s /lib/x clamav-freshclam-once.timer
+        mkdir -p multi-user.target.wants && ln -s /lib/x multi-user.target.wants/haproxy.service
+        ln -s /lib/x getty.service
+        ln -s ../init.d/x /etc/rc2.d/S01clamav-daemon""")
+    for tool in "systemctl", "update-rc.d":
+        script(tools / tool, 'echo "%s $*" >>"$LOG"' % tool)
+    log = tmp_path / "log"
+    done = shell("""
+        PATH=$TOOLS:/usr/bin:/bin
+        ln -s /lib/x /etc/systemd/system/clamav-daemon.socket
+        install_missing "$LOG.apt" haproxy
+        echo "off: "$OFF
+        ls /usr/sbin""", tmpfs("/etc/systemd/system", ""), tmpfs("/etc/rc2.d", ""),
+        bind(str(sbin), "/usr/sbin"), TOOLS=str(tools), LOG=str(log))
+    assert log.read_text().splitlines() == [
+        "policy 101", "update-rc.d clamav-daemon disable",
+        "systemctl disable clamav-freshclam-once.timer",
+        "systemctl disable haproxy.service"]
+    assert done.stdout.splitlines()[-1] == "off: clamav-daemon clamav-freshclam-once haproxy"

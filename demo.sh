@@ -222,7 +222,7 @@ cat <<EOF
 
 == how to go on
 
-  "Build and install" in README.md: a clamd that runs, clamsmtpd installed
+  "Build and install" in README.md: get clamd running, install clamsmtpd
 EOF
 [ -z "$INSTALLED" ] || echo "  installed for this:$INSTALLED"
 # shellcheck disable=SC2086

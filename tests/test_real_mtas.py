@@ -139,8 +139,8 @@ class Overlaid:
     """A mail server from a package that is not installed here: these files are
     in the directory where it is started."""
 
-    def __init__(self, package, port, start, files):
-        self.dir = real.public_directory(package)
+    def __init__(self, packages, port, start, files):
+        self.dir = real.public_directory(packages.split()[0])
         self.port = port
         for name, text in dict(files, serve=SERVE.format(start=start)).items():
             path = os.path.join(self.dir, name)
@@ -149,7 +149,7 @@ class Overlaid:
                 file.write(text)
         self.errors = open(os.path.join(self.dir, "errors"), "w+b")
         self.process = subprocess.Popen(
-            [os.path.join(HERE, "overlay.sh"), package, "--", "sh", "serve"],
+            [os.path.join(HERE, "overlay.sh"), *packages.split(), "--", "sh", "serve"],
             cwd=self.dir, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.errors, preexec_fn=real.die_with_us)
 
@@ -229,7 +229,8 @@ class Exim(Overlaid):
 
 class OpenSMTPD(Overlaid):
     def __init__(self, port, start, files):
-        super().__init__("opensmtpd", port, start + """
+        # OpenSMTPD 7.6 does not start without root certificates.
+        super().__init__("opensmtpd ca-certificates", port, start + """
             mkdir -p /var/spool/smtpd
             chmod 711 /var/spool/smtpd
             cp smtpd.conf /etc

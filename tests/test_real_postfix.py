@@ -102,18 +102,18 @@ def test_next_hop_chunks(site, postfix):
 @pytest.mark.parametrize("header", ["X-Virus-Scanned: yes", "Received: filter"])
 def test_headers_below_mbox_lines_arrive_as_headers(site, postfix, header):
     """In DATA, Postfix takes a From_ line for a header where it comes first, and
-    else for the end of the header section."""
+    else for the end of the header section.  (Postfix 3.7 takes a second such line
+    for a header, too, 3.10 does not.)"""
     site.start(OutAddress=postfix.address("other"), Header=header)
     client = site.session()
     name = b"mbox " + header[:1].encode()
-    body = (b"From a@example.com  Mon Aug 22 09:45:15 2011\r\n>From b@example.com\r\n"
+    body = (b"From a@example.com  Mon Aug 22 09:45:15 2011\r\n"
             b"Subject: %s\r\nMIME-Version: 1.0\r\n\r\n<b>text</b>\r\n" % name)
     client.mail(body=body)
     client.quit()
     head, text = postfix.wait_delivered(name)[0]
     assert text == b"<b>text</b>\n"
-    for line in (header.encode(), b"MIME-Version: 1.0", b"X-Mailbox-Line: From a@",
-                 b"X-Mailbox-Line: >From b@"):
+    for line in header.encode(), b"MIME-Version: 1.0", b"X-Mailbox-Line: From a@":
         assert b"\n" + line in head, head
 
 

@@ -1596,10 +1596,8 @@ class Background:
     """A clamsmtpd that has made itself a daemon, listening on a unix socket."""
 
     def __init__(self, site, **settings):
-        self.socket = site.path("in.sock")
-        self.pidfile = site.path("pid")
-        settings.setdefault("Listen", self.socket)
-        settings.setdefault("PidFile", self.pidfile)
+        self.socket = settings.setdefault("Listen", site.path("in.sock"))
+        self.pidfile = settings.setdefault("PidFile", site.path("pid"))
         self.daemon = site.start(level=None, wait=False, **settings)
         self.daemon.stopped = True          # finish() is not for this one
         self.status = self.daemon.wait_exit()

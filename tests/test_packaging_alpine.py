@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-from harness import CLAMSMTPD, TOP, WAIT, Daemon, until
+from harness import CLAMSMTPD, TOP, WAIT, Daemon, processes, until
 
 ALPINE = os.path.join(TOP, "packaging", "alpine")
 INITD = os.path.join(ALPINE, "clamsmtpd.initd")
@@ -187,14 +187,27 @@ def test_the_subpackages_take_what_the_main_one_need_not_have():
         "clamsmtpd-doc", "clamsmtpd-openrc"]
 
 
-def test_the_configuration_is_good_but_for_the_next_hop(packaged, run):
+@pytest.mark.parametrize("part", ["", "doc", "openrc"])
+def test_package_replaces_that_of_1_10_part_by_part(built, part):
+    """apk overwrites no file of a package that is not named so."""
+    done = sh('''
+        default_doc() { echo split; }
+        default_openrc() { echo split; }
+        . "$1/APKBUILD"
+        [ -z "$2" ] || { provides= replaces=; $2; }
+        echo "$provides $replaces"''', ALPINE, part)
+    name = "clamsmtp-" + part if part else "clamsmtp"
+    assert done.stdout.split() == ["split"] * bool(part) + [
+        "%s=%s-r0" % (name, Abuild.value("pkgver").strip()), name]
+
+
+def test_the_configuration_is_good_as_it_comes(packaged, run):
+    """Also in place of an unedited one of 1.10, which had this next hop."""
     conf = packaged.pkg / "etc" / "clamsmtpd.conf"
-    assert "OutAddress is missing" in run("-n", "-f", str(conf)).stderr
-    mine = packaged.home / "conf"
-    mine.write_text(conf.read_text() + "OutAddress: 127.0.0.1:10026\n")
-    done = run("-n", "-f", str(mine))
+    done = run("-n", "-f", str(conf))
     assert done.returncode == 0, done.stderr
-    for line in ("User: clamsmtp", "TempDirectory: /var/spool/clamsmtp",
+    for line in ("OutAddress: 10026",
+                 "User: clamsmtp", "TempDirectory: /var/spool/clamsmtp",
                  "Listen: 127.0.0.1:10025", "ClamAddress: /run/clamav/clamd.sock"):
         assert line in done.stdout.split("\n")
 
@@ -216,11 +229,12 @@ def test_pre_install_makes_user_and_group_and_an_upgrade_finds_them(tmp_path):
 
 # ---------------------------------------------------------------- init script
 
-# openrc-run in small: conf.d, the script, what it requires, X_pre before X.
+# openrc-run in small: conf.d, the script, what it requires, X_pre before X, X_post after.
 OPENRC = r'''
 initd=$1 confd=$2 RC_CMD=$3
 export RC_SVCNAME=${RC_SVCNAME:-clamsmtpd}
 ebegin() { echo "* $* ..."; }
+ewarn() { echo "* $*"; }
 eend() { [ "$1" = 0 ] || echo "* failed"; return "$1"; }
 checkpath() { note checkpath "$@"; }
 note() { printf '%s\037' "$@"; echo; } >>"$CALLS"
@@ -249,6 +263,7 @@ if [ "$RC_CMD" = restart ]; then set -- stop start; else set -- "$RC_CMD"; fi
 for action; do
 	if type "${action}_pre" >/dev/null 2>&1; then "${action}_pre" || exit; fi
 	"$action" || exit
+	if type "${action}_post" >/dev/null 2>&1; then "${action}_post" || exit; fi
 done
 '''
 
@@ -266,8 +281,9 @@ class OpenRC:
 
     def run(self, action, **env):
         self.log.write_text("")
+        env.setdefault("CLAMSMTPD", CLAMSMTPD)
         return sh(OPENRC, INITD, str(self.confd), action, path=self.bin,
-                  CALLS=str(self.log), CLAMSMTPD=CLAMSMTPD, **env)
+                  CALLS=str(self.log), **env)
 
     def calls(self, word=""):
         return [line.split("\x1f")[:-1]
@@ -293,7 +309,7 @@ def openrc(tmp_path):
 
 def test_start_supervises_a_process_in_the_foreground(openrc):
     options, command = openrc.start()
-    assert command == [CLAMSMTPD, "-f", str(openrc.conf), "-d", "3"]
+    assert command == [CLAMSMTPD, "-f", str(openrc.conf), "-F", "-d", "3"]
     assert options[:3] == ["supervise-daemon", "clamsmtpd", "--start"]
     given = dict(zip(options[3::2], options[4::2]))
     assert given["--pidfile"] == "/run/clamsmtpd.pid"
@@ -302,23 +318,24 @@ def test_start_supervises_a_process_in_the_foreground(openrc):
     assert given["--retry"] == "TERM/10/KILL/5"
 
 
-def test_the_command_filters_mail(openrc, site):
-    settings = site.settings()
-    config = "".join("%s: %s\n" % setting for setting in settings.items())
-    os.mkdir(site.path("etc"))
-    conf = os.path.join(site.path("etc"), "clamsmtpd.conf")
-    openrc.confd.write_text("cfgfile=%s\n" % conf)
-    with open(conf, "w") as file:
-        file.write(config)
+def test_command_filters_mail_and_logs_to_syslog(openrc, site, syslog):
+    """The very command that supervise-daemon is given; its log has severities."""
+    log, preexec = syslog
+    settings = site.settings(Listen=site.path("in.sock"))
+    openrc.conf.write_text("".join("%s: %s\n" % one for one in settings.items()))
     _, command = openrc.start()
-    site.daemon = Daemon(site.path("etc"), level=None, config=config,
-                         args=command[3:], **settings)
+    os.mkdir(site.path("etc"))
+    site.daemon = Daemon(site.path("etc"), level=None, wait=False, preexec=preexec,
+                         args=command[3:], config=openrc.conf.read_text(), **settings)
     site.daemons.append(site.daemon)
-    assert site.daemon.command == command
-    client = site.session()
+    assert site.daemon.command[3:] == command[3:]
+    until(lambda: os.path.exists(site.path("in.sock")), "it listens")
+    client = site.session(address=site.path("in.sock"))
     client.mail()
     client.quit()
-    site.daemon.wait_log("status=CLEAN")
+    until(lambda: log.recv(4096) == b"<22>clamsmtpd: 100000: from=a@example.com, "
+          b"to=b@example.com, status=CLEAN", "the line of the mail, of severity info")
+    assert site.daemon.text() == ""
 
 
 def test_directories_are_made_for_the_user(openrc):
@@ -365,41 +382,81 @@ def test_reload_sends_hup(openrc):
 
 def test_it_comes_up_behind_clamd_and_before_the_mail_server(openrc):
     openrc.run("depend")
-    assert ["need", "net"] in openrc.calls()
-    assert "antivirus" in openrc.calls("use")[0]
+    assert {"antivirus", "net", "logger"} <= set(openrc.calls("use")[0])
+    assert not openrc.calls("need")
     assert "mta" in openrc.calls("before")[0]
 
 
-def test_the_log_goes_to_syslog_under_one_name(openrc, tmp_path):
-    options, _ = openrc.start()
-    logger = options[options.index("--stderr-logger") + 1]
-    written = tmp_path / "written"
-    script = 'logger() { echo "$*"; cat; }; eval "$1" >"$2"'
-    with subprocess.Popen(["busybox", "sh", "-c", script, "sh", logger, str(written)],
-                          stdin=subprocess.PIPE, text=True) as process:
-        process.stdin.write("clamsmtpd: 100000: from=a, to=b, status=CLEAN\n"
-                            '{"level": "info"}\n')
-        process.stdin.flush()       # it stays open: no line may wait for more
-        until(lambda: written.exists() and written.read_text() ==
-              "-t clamsmtpd -p mail.info\n"
-              "100000: from=a, to=b, status=CLEAN\n"
-              '{"level": "info"}\n', "the log arrives")
+class Unsupervised:
+    """Daemons that nobody supervises, as 1.10 was; their file can be replaced."""
+
+    def __init__(self, site, background, openrc):
+        self.site, self.background = site, background
+        self.program = site.path("clamsmtpd")
+        shutil.copy(CLAMSMTPD, self.program)
+        self.old = self.start("old")
+        openrc.confd.write_text("cfgfile=%s\n" % self.old.daemon.file)
+        with open("/proc/%d/status" % self.old.pid()) as file:
+            if "PPid:\t1\n" not in file.read():
+                pytest.skip("another process than 1 inherits daemons here")
+
+    def start(self, name):
+        return self.background(binary=self.program, Listen=self.site.path(name),
+                               PidFile=self.site.path(name + ".pid"))
+
+    def replace(self):
+        os.unlink(self.program)
+        shutil.copy(CLAMSMTPD, self.program)
 
 
-@pytest.mark.parametrize("setting, options", [
-    ("error_log=/var/log/clamsmtpd.log", ["--stderr", "/var/log/clamsmtpd.log"]),
-    ("error_logger='logger -t x'", ["--stderr-logger", "logger -t x"]),
-])
-def test_the_log_goes_where_conf_d_says(openrc, setting, options):
-    with openrc.confd.open("a") as file:
-        file.write(setting + "\n")
-    assert openrc.start()[0][-2:] == options
+@pytest.fixture
+def unsupervised(site, background, openrc):
+    return Unsupervised(site, background, openrc)
+
+
+@pytest.mark.parametrize("action", ["start", "restart", "stop"])
+@pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "same file"])
+def test_unsupervised_daemon_of_this_file_is_stopped_and_named(
+        openrc, unsupervised, action, replaced):
+    """It would keep the port; one with another configuration file is let be."""
+    old, other = unsupervised.old, unsupervised.start("other")
+    pid = old.pid()
+    if replaced:
+        unsupervised.replace()
+    done = openrc.run(action, CLAMSMTPD=unsupervised.program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Stopping process %d, " % pid in done.stdout
+    assert not processes(old.daemon.mark)
+    assert processes(other.daemon.mark) == [other.pid()]
+
+
+def test_supervised_daemon_of_this_file_is_not_stopped_by_the_script(
+        openrc, unsupervised):
+    """Its parent is another process than 1."""
+    unsupervised.old.end()
+    daemon = unsupervised.site.start(level=None, binary=unsupervised.program,
+                                     args=["-F"], wait=False,
+                                     Listen=unsupervised.site.path("in.sock"))
+    openrc.confd.write_text("cfgfile=%s\n" % daemon.file)
+    until(lambda: os.path.exists(unsupervised.site.path("in.sock")), "it listens")
+    assert "Stopping" not in openrc.run("start", CLAMSMTPD=unsupervised.program).stdout
+    assert daemon.alive()
+
+
+def test_bad_configuration_leaves_the_unsupervised_daemon_alone(openrc, unsupervised):
+    """What works goes on until there is something to take its place."""
+    old = unsupervised.old
+    with open(old.daemon.file, "a") as file:
+        file.write("MaxScans: many\n")
+    for action in "start", "restart":
+        assert openrc.run(action, CLAMSMTPD=unsupervised.program).returncode != 0
+    assert processes(old.daemon.mark) == [old.pid()]
 
 
 @pytest.mark.parametrize("setting, args", [
-    ("loglevel=4", ["-d", "4"]),
-    ("OPTS='-p /run/x.pid'", ["-p", "/run/x.pid", "-d", "3"]),
-    ("command_args='-p /run/x.pid'", ["-p", "/run/x.pid", "-d", "3"]),
+    ("loglevel=4", ["-F", "-d", "4"]),
+    ("OPTS='-p /run/x.pid'", ["-p", "/run/x.pid", "-F", "-d", "3"]),
+    ("command_args='-p /run/x.pid'", ["-p", "/run/x.pid", "-F", "-d", "3"]),
 ])
 def test_options_come_from_conf_d(openrc, setting, args):
     with openrc.confd.open("a") as file:

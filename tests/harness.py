@@ -80,6 +80,15 @@ def finish_file(command, path):
     return "(%s) > %s.new 2>&1; mv %s.new %s" % (command, path, path, path)
 
 
+def wait_listener(path):
+    """Until a unix socket accepts connections; without one, which would count."""
+    def listens():
+        with open("/proc/net/unix") as file:
+            return any(line.endswith(" %s\n" % path) and
+                       int(line.split()[3], 16) & 0x10000 for line in file)
+    until(listens, "somebody listens on " + path)
+
+
 def wait_file(path):
     until(lambda: os.path.exists(path), "somebody makes " + path)
     with open(path, "rb") as file:

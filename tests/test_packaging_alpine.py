@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-from harness import CLAMSMTPD, TOP, WAIT, Daemon, processes, until
+from harness import CLAMSMTPD, TOP, WAIT, Daemon, processes, until, wait_listener
 
 ALPINE = os.path.join(TOP, "packaging", "alpine")
 INITD = os.path.join(ALPINE, "clamsmtpd.initd")
@@ -329,7 +329,7 @@ def test_command_filters_mail_and_logs_to_syslog(openrc, site, syslog):
                          args=command[3:], config=openrc.conf.read_text(), **settings)
     site.daemons.append(site.daemon)
     assert site.daemon.command[3:] == command[3:]
-    until(lambda: os.path.exists(site.path("in.sock")), "it listens")
+    wait_listener(site.path("in.sock"))
     client = site.session(address=site.path("in.sock"))
     client.mail()
     client.quit()
@@ -438,7 +438,7 @@ def test_supervised_daemon_of_this_file_is_not_stopped_by_the_script(
                                      args=["-F"], wait=False,
                                      Listen=unsupervised.site.path("in.sock"))
     openrc.confd.write_text("cfgfile=%s\n" % daemon.file)
-    until(lambda: os.path.exists(unsupervised.site.path("in.sock")), "it listens")
+    wait_listener(unsupervised.site.path("in.sock"))
     assert "Stopping" not in openrc.run("start", CLAMSMTPD=unsupervised.program).stdout
     assert daemon.alive()
 

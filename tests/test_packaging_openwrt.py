@@ -10,7 +10,8 @@ import subprocess
 
 import pytest
 
-from harness import BAD, CLAMSMTPD, Daemon, TOP, VIRUS, WAIT, complaints, until
+from harness import (BAD, CLAMSMTPD, Daemon, TOP, VIRUS, WAIT, complaints, until,
+                     wait_listener)
 
 OPENWRT = os.path.join(TOP, "packaging", "openwrt")
 INIT = os.path.join(OPENWRT, "files", "clamsmtpd.init")
@@ -31,15 +32,20 @@ logger() { tee -a "$LOG" >&2; }
 chown() { note chown "$@"; }
 
 reset_cb() {
+	config_cb() { :; }
 	option_cb() { :; }
 	list_cb() { :; }
 }
-config() { CONFIG_SECTION=$2; }
+config() {
+	CONFIG_SECTION=${2:-cfg0123ab}
+	config_cb "$1" "$CONFIG_SECTION"
+}
 option() { eval "CONFIG_${CONFIG_SECTION}_$1=\$2"; option_cb "$1" "$2"; }
 list() { list_cb "$1" "$2"; }
 config_load() {
 	CONFIG_SECTION=
 	. "$UCI/$1"
+	config_cb
 }
 
 right_type() {
@@ -76,19 +82,23 @@ uci_load_validate() {
 	"$function" "$section" "$result"
 }
 
-start() {
-	note open_service
-	start_service
-	set -- $?
-	service_triggers
-	note close_service
-	return "$1"
+restart() {
+	stop
+	start
 }
-reload() { reload_service; }
-
 reset_cb
 . "$1"
 PROG=$CLAMSMTPD CONF=$VAR/clamsmtpd.conf
+
+# Whatever start_service returns, procd is sent what there is.
+start() {
+	note open_service
+	start_service
+	service_triggers
+	note close_service
+}
+stop() { note kill; }
+reload() { reload_service; }
 "$2"
 '''
 
@@ -228,10 +238,38 @@ def test_a_header_stays_as_it_was_written(router, effective, value):
     assert shown == "Header: " + value.replace(r"'\''", "'")
 
 
-def test_other_sections_are_not_its_own(router, effective):
-    router.configure("config clamsmtpd 'other'", "\toption MaxScans '9'")
-    router.start()
+@pytest.mark.parametrize("line, told", [
+    ("config clamsmtpd 'other'", "section clamsmtpd other: not read"),
+    ("config clamsmtpd", "section clamsmtpd without a name: not read"),
+    ("config clamd 'main2'", "section clamd main2: not read")])
+def test_section_that_is_not_its_own_is_told_and_not_read(
+        router, effective, line, told):
+    """A setting that has no effect is not silent."""
+    router.configure(line, "\toption MaxScans '9'")
+    done = router.run("start")
+    assert done.returncode == 0 and told in done.stderr
+    assert told in router.log.read_text()
     assert "MaxScans: 4" in effective()
+
+
+def test_unnamed_section_alone_is_told(router):
+    """Nothing runs then, and the log says why."""
+    (router.uci / "clamsmtpd").write_text(
+        router.shipped().replace("config clamsmtpd 'main'", "config clamsmtpd"))
+    done = router.run("start")
+    assert "section clamsmtpd without a name: not read" in done.stderr
+    assert not router.calls("open_instance")
+
+
+@pytest.mark.parametrize("name", ["User", "OutAddress", "Action", "TempDirectory"])
+@pytest.mark.parametrize("kind", [str, lambda value: [value]], ids=["option", "list"])
+def test_value_with_a_line_break_is_no_setting_of_its_own(router, name, kind):
+    """PROMISE 8: whoever may set one value sets no other."""
+    router.configure(**{name: kind("x\nVirusAction: touch /tmp/x")})
+    done = router.run("start")
+    assert done.returncode != 0 and not router.calls("open_instance")
+    assert "%s: its value has a line break in it" % name in done.stderr
+    assert "VirusAction" not in (router.var / "clamsmtpd.conf.new").read_text()
 
 
 @pytest.mark.parametrize("name, value, message", [
@@ -239,13 +277,14 @@ def test_other_sections_are_not_its_own(router, effective):
     ("MaxConections", "8", '"MaxConections" is not the name of a setting'),
     ("ClamAddress", "10.0.0.1:0", 'ClamAddress: "10.0.0.1:0" is not an address'),
     ("OutAddress", "", "OutAddress"),
-    ("User", "a\nMaxScans: many", 'MaxScans: "many" is not'),
 ])
 def test_bad_settings_are_refused_with_a_message(router, name, value, message):
     router.configure(**{name: value})
-    done = router.run("start")
-    assert done.returncode != 0 and not router.calls("open_instance")
-    assert message in done.stderr and message in router.log.read_text()
+    for action in "start", "restart", "reload":
+        done = router.run(action)
+        assert done.returncode != 0
+        assert not router.calls("kill") and not router.calls("close_service")
+        assert message in done.stderr and message in router.log.read_text()
     assert not router.conf.exists()
 
 
@@ -253,9 +292,11 @@ def test_bad_settings_are_refused_with_a_message(router, name, value, message):
     ("enabled", "perhaps"), ("loglevel", "5"), ("loglevel", "all"), ("jail", "2")])
 def test_its_own_options_are_validated(router, name, value):
     router.configure(**{name: value})
-    done = router.run("start")
-    assert done.returncode != 0 and not router.calls("open_instance")
-    assert name in done.stderr and "validation failed" in router.log.read_text()
+    for action in "start", "restart", "reload":
+        done = router.run(action)
+        assert done.returncode != 0
+        assert not router.calls("kill") and not router.calls("close_service")
+        assert name in done.stderr and "validation failed" in router.log.read_text()
 
 
 # ---------------------------------------------------------------- procd
@@ -264,15 +305,19 @@ def test_procd_runs_it_in_the_foreground(router):
     router.configure(loglevel=2)
     router.start()
     assert router.params() == {
-        "command": [CLAMSMTPD, "-f", str(router.conf), "-d", "2"],
+        "command": [CLAMSMTPD, "-f", str(router.conf), "-F", "-d", "2"],
         "file": [str(router.conf)],         # a change is a reload
         "reload_signal": ["HUP"],
         "respawn": ["3600", "5", "0"],      # without end
         "term_timeout": ["10"],             # more than the daemon's 8
-        "stderr": ["1"],
-        "facility": ["mail"],
     }
     assert not router.calls("add_jail")
+
+
+def test_restart_stops_and_starts(router):
+    router.configure()
+    assert router.run("restart").returncode == 0
+    assert router.calls("kill") and router.calls("open_instance")
 
 
 def test_uci_changes_reload_it(router):
@@ -298,7 +343,7 @@ def test_a_spool_that_is_there_is_left_alone(router):
 def test_the_jail_has_what_the_daemon_needs(router):
     router.configure(jail=1)
     router.start()
-    assert router.calls("add_jail") == [["clamsmtpd", "procfs", "ronly"]]
+    assert router.calls("add_jail") == [["clamsmtpd", "procfs", "ronly", "log"]]
     assert router.calls("add_jail_mount") == [
         [str(router.conf), "/etc/passwd", "/etc/group", "/etc/hosts",
          "/etc/resolv.conf"]]
@@ -308,35 +353,49 @@ def test_the_jail_has_what_the_daemon_needs(router):
 class Running:
     """The very command that procd is given, started; clamd is remote."""
 
-    def __init__(self, router, site, **options):
+    def __init__(self, router, site, syslog, **options):
         self.router, self.site = router, site
+        self.syslog, preexec = syslog
+        self.listen = site.path("in.sock")
         self.settings = dict(
-            Listen="127.0.0.1:0", OutAddress=site.hop.address,
+            Listen=self.listen, OutAddress=site.hop.address,
             ClamAddress=site.new_clamd(tcp=True).address,
             TempDirectory=site.spool, **options)
         self.configure()
         router.start()
         command = router.params()["command"]
-        site.daemon = Daemon(router.var, level=None, args=command[3:],
-                             config=router.conf.read_bytes(), **self.settings)
+        site.daemon = Daemon(router.var, level=None, args=command[3:], wait=False,
+                             preexec=preexec, config=router.conf.read_bytes(),
+                             **self.settings)
         site.daemons.append(site.daemon)
         assert site.daemon.command == command
+        wait_listener(self.listen)
+
+    def session(self):
+        return self.site.session(address=self.listen)
+
+    def wait_log(self, line):
+        """A line of syslog, with its severity."""
+        until(lambda: self.syslog.recv(4096).decode() == line, line)
 
     def configure(self, **options):
         self.router.configure(User=str(os.geteuid()), **self.settings, **options)
 
 
 @pytest.fixture
-def running(router, site):
-    return Running(router, site)
+def running(router, site, syslog):
+    return Running(router, site, syslog)
 
 
 def test_the_command_filters_mail(running):
-    client = running.site.session()
+    """Its log goes to syslog, with severities."""
+    client = running.session()
     client.mail()
     client.mail(body=BAD, want="550")
     client.quit()
-    running.site.daemon.wait_log("status=VIRUS:" + VIRUS)
+    running.wait_log("<22>clamsmtpd: 100000: from=a@example.com, to=b@example.com, "
+                     "status=VIRUS:" + VIRUS)
+    assert running.site.daemon.text() == ""
     clamd = running.site.servers[-1]
     assert [scan.command for scan in clamd.scans] == ["INSTREAM", "INSTREAM"]
 
@@ -349,19 +408,19 @@ def test_a_reload_gives_the_daemon_the_new_settings(running):
     # a jail has this very file
     assert running.router.conf.stat().st_ino == inode
     running.site.daemon.send_signal(signal.SIGHUP)
-    running.site.daemon.wait_log("read again")
-    client = running.site.session()
+    running.wait_log("<21>clamsmtpd: %s: read again" % running.site.daemon.file)
+    client = running.session()
     client.mail(body=BAD, want="250")
     client.quit()
 
 
-def test_its_health_can_be_asked_for(router, site, run):
-    running = Running(router, site, StatusListen="127.0.0.1:%d" % site.port())
+def test_its_health_can_be_asked_for(router, site, syslog, run):
+    running = Running(router, site, syslog, StatusListen="127.0.0.1:%d" % site.port())
     ask = ("-C", "-f", str(router.conf))
     assert run(*ask).returncode == 0
     site.servers[-1].down()
     until(lambda: run(*ask).returncode == 1, "the daemon sees that clamd is gone")
-    running.site.session().quit()
+    running.session().quit()
 
 
 def test_a_bad_reload_leaves_all_as_it_is(router):
@@ -369,7 +428,7 @@ def test_a_bad_reload_leaves_all_as_it_is(router):
     before = router.conf.read_text()
     router.configure(MaxScans="many")
     assert router.run("reload").returncode != 0
-    assert not router.calls("open_service")     # procd hears nothing
+    assert not router.calls("close_service")    # procd hears nothing
     assert router.conf.read_text() == before
     assert 'MaxScans: "many"' in router.log.read_text()
 
@@ -394,15 +453,18 @@ INSTALL_DATA := install -m0644
 # What a package has in MAKE_FLAGS and in its environment, and its definitions.
 PACKAGE = """
 MAKE_FLAGS = CC="$(TARGET_CC)"
+MAKE_VARS = CFLAGS="$(TARGET_CFLAGS) $(EXTRA_CFLAGS) $(TARGET_CPPFLAGS)" \\
+    LDFLAGS="$(TARGET_LDFLAGS) $(EXTRA_LDFLAGS)"
 define BuildPackage
   $(eval $(Package/$(1)))
   compile:
-	CFLAGS=-DWRONG LDFLAGS=-lwrong $(MAKE) -C $(PKG_BUILD_DIR) $(MAKE_FLAGS)
+	$(MAKE_VARS) $(MAKE) -C $(PKG_BUILD_DIR) $(MAKE_FLAGS)
   install:
 	$(call Package/$(1)/install,$(ROOT))
   show:
 	@echo '$(PKG_NAME) $(PKG_VERSION) $(PKG_LICENSE) $(USERID)' \\
-	    '$(Package/$(1)/conffiles) depends:$(DEPENDS)'
+	    '$(Package/$(1)/conffiles) depends:$(DEPENDS)' \\
+	    'pie:$(PKG_ASLR_PIE_REGULAR) flags:$(PKG_BUILD_FLAGS)'
 endef
 """
 
@@ -422,8 +484,8 @@ def package(tmp_path_factory):
         return subprocess.run(
             ["make", "-s", "-C", OPENWRT, target, "TOPDIR=%s" % home,
              "PKG_BUILD_DIR=%s" % (home / "src"), "ROOT=%s" % (home / "root"),
-             "TARGET_CC=" + cc, "TARGET_CFLAGS=-O0", "TARGET_LDFLAGS=-Wl,-s",
-             "TARGET_CPPFLAGS=-DVERSION='\\\"openwrt\\\"'"],
+             "TARGET_CC=" + cc, "TARGET_CFLAGS=-O0", "TARGET_LDFLAGS=-Wl,--as-needed",
+             "EXTRA_CFLAGS=-DVERSION='\\\"openwrt\\\"'", "EXTRA_LDFLAGS=-Wl,-s"],
             capture_output=True, text=True, timeout=10 * WAIT)
     package.root = home / "root"
     done = package("compile")
@@ -435,7 +497,8 @@ def test_the_package_is_described(package):
     with open(os.path.join(TOP, "clamsmtpd.h")) as file:
         version = re.search(r'define VERSION\s+"(.*)"', file.read()).group(1)
     assert package("show").stdout == (
-        "clamsmtpd %s ISC clamsmtp:clamsmtp /etc/config/clamsmtpd depends:\n" % version)
+        "clamsmtpd %s ISC clamsmtp:clamsmtp /etc/config/clamsmtpd depends: "
+        "pie:1 flags:gc-sections\n" % version)
 
 
 def test_the_package_has_these_files_built_for_the_target(package):

@@ -19,7 +19,7 @@ import pytest
 
 from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, Names, READ_AGAIN, Server,
                      VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
-                     mounting, processes, turns, until, wait_file)
+                     mounting, processes, turns, until, wait_file, wait_listener)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -1550,7 +1550,6 @@ def in_foreground(site, preexec, *args, **settings):
     sock = site.path("in.sock")
     daemon = site.start(args=["-F", *args], level=None, wait=False, preexec=preexec,
                         Listen=sock, **settings)
-    until(lambda: os.path.exists(sock) or not daemon.alive(), "it listens")
     return daemon, sock
 
 
@@ -1560,6 +1559,7 @@ def test_foreground_with_syslog_has_severities_and_a_silent_standard_error(
     """-F is for a supervisor: no fork, and the log is that of a daemon."""
     log, preexec = syslog
     daemon, sock = in_foreground(site, preexec, Quarantine="on")
+    wait_listener(sock)
     client = site.session(address=sock)
     client.mail()
     client.mail(body=BAD, want="250 2.0.0 Virus")
@@ -1582,6 +1582,7 @@ def test_foreground_with_syslog_and_a_level_logs_as_much(site, syslog, args, mos
     """-F says where the log goes, -d how much."""
     log, preexec = syslog
     daemon, sock = in_foreground(site, preexec, *args, ClamAddress="/no/such/socket")
+    wait_listener(sock)
     site.session(address=sock).mail(want="451")
     daemon.send_signal(signal.SIGTERM)
     site.clients[-1].rest()
@@ -1752,7 +1753,7 @@ def test_standard_error_that_is_a_file_is_shared_with_the_starter(site):
     with open(path, "wb", buffering=0) as file:
         site.start(wait=False, Listen=sock,
                    preexec=lambda: os.dup2(file.fileno(), 2))
-        until(lambda: os.path.exists(sock) and os.path.getsize(path), "it listens")
+        wait_listener(sock)
         site.session(address=sock).mail()
         file.write(b"a line of the starter's\n")
         site.session(address=sock).mail()

@@ -218,6 +218,35 @@ not_in_chunks(const char *line)
 	    verb(line, "AUTH") || verb(line, "ETRN") || verb(line, "XFORWARD");
 }
 
+/* How many bytes of a message are in the spool while more of it may come.  Raw:
+ * all.  Else CRs at its end, or NULs that begin its last line, are held, for what
+ * follows decides whether they stay. */
+static size_t
+stored(const struct model *m)
+{
+	struct text body = { NULL, 0, 0 };
+	const char *p = m->message.p;
+	size_t n = m->message.n, k, size;
+
+	if (m->raw || n == 0)
+		return n;
+	if (p[n - 1] == '\r')
+		while (n > 0 && p[n - 1] == '\r')
+			n--;
+	else {
+		for (k = n; k > 0 && p[k - 1] == '\0'; k--)
+			;
+		if (k == 0 || p[k - 1] == '\n')
+			n = k;
+	}
+	ref_body(&body, p, n, 0);
+	size = body.n;
+	if (n > 0 && p[n - 1] != '\n')
+		size -= 2;		/* the line end that is not there yet */
+	text_free(&body);
+	return size;
+}
+
 /* BDAT and what follows it, n bytes of p; how many of them it took, or -1: they
  * are not all there. */
 static long
@@ -226,7 +255,7 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 	struct text body = { NULL, 0, 0 };
 	const char *a = blanks(line + 4), *end = word_end(a), *b = blanks(end);
 	size_t digits = strspn(a, "0123456789");
-	int last = strcasecmp(b, "LAST") == 0;
+	int last = strcasecmp(b, "LAST") == 0, limited;
 	long long size;
 
 	if (digits == 0 || digits > 18 || a + digits != end ||
@@ -251,12 +280,15 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 		turned_away(m, "503");
 		return size;
 	}
-	if (m->ehlo && (m->flags & 4) && m->message.n + size > 600) {
+	limited = m->ehlo && (m->flags & 4);
+	if (limited && stored(m) + size > 600) {
 		turned_away(m, "552");
 		return size;
 	}
 	text_add(&m->message, p, size);
-	if (!last)
+	if (limited && stored(m) > 600)		/* bare LFs became CRLF */
+		turned_away(m, "552");
+	else if (!last)
 		hears(m, "250");
 	else if (m->raw)
 		message(m, m->message.p, m->message.n);

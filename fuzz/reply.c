@@ -9,19 +9,45 @@
 
 #include <strings.h>
 
+/* How many bytes at p are one character of a text: neither a control character
+ * nor invalid UTF-8 (RFC 3629).  0: none. */
+static size_t
+ref_char(const char *p, size_t n)
+{
+	static const long first[] = { 0, 0xA0, 0x800, 0x10000 };
+	const unsigned char *u = (const unsigned char *)p;
+	size_t i, more = u[0] < 0x80 ? 0 : u[0] < 0xC0 ? 4 : u[0] < 0xE0 ? 1 :
+	    u[0] < 0xF0 ? 2 : u[0] < 0xF8 ? 3 : 4;
+	long c = more == 0 ? u[0] : u[0] & (0x3F >> more);
+
+	if (more == 0)
+		return c >= ' ' && c != 127;
+	if (more == 4 || n < more + 1)
+		return 0;
+	for (i = 1; i <= more; i++)
+		if (u[i] < 0x80 || u[i] > 0xBF)
+			return 0;
+		else
+			c = c * 64 + (u[i] & 0x3F);
+	return c >= first[more] && c <= 0x10FFFF &&
+	    (c < 0xD800 || c > 0xDFFF) ? more + 1 : 0;
+}
+
 /* One line of a reply as the client may see it. */
 static void
 ref_line(struct text *to, const char *p, size_t n)
 {
-	size_t i;
-	char c;
+	size_t len;
 
 	if (n > 0 && p[n - 1] == '\r')
 		n--;
-	for (i = 0; i < n; i++) {
-		c = (unsigned char)p[i] < 32 || p[i] == 127 ? ' ' : p[i];
-		text_add(to, &c, 1);
-	}
+	for (; n > 0; p += len, n -= len)
+		if ((len = ref_char(p, n)) > 0)
+			text_add(to, p, len);
+		else {
+			text_add(to, " ", 1);
+			len = 1;
+		}
 	text_add(to, "\r\n", 2);
 }
 
@@ -174,7 +200,8 @@ check_reply(struct session *s, const struct reply *r, const char *p, size_t n,
 {
 	struct text want = { NULL, 0, 0 };
 	struct offer o = { 0, 0, 0 };
-	long long max = flags & 8 ? 5000 : 0;
+	/* clamd gets the scan line, too. */
+	long long max = flags & 8 ? 5000 - (long long)scan_line_len : 0;
 
 	same("reply", r->text, r->len, p, n);
 	(void)first_line(r);

@@ -1072,15 +1072,17 @@ def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
 
 
 @pytest.mark.parametrize("ending", ["reset", "half_close"])
-def test_a_waiting_scan_whose_client_goes_is_dropped(site, ending):
+def test_a_waiting_scan_whose_client_goes_is_dropped(site, clock, ending):
+    """A client that closes has gone when more than 5 s have passed since its dot."""
     hold = Hold("OK")
     site.clamd.verdict = hold
-    site.start(MaxScans="1")
+    site.start(MaxScans="1", **clock.settings())
     one, two, three = site.session(), site.session(), site.session()
     one.submit(BODY)
     hold.reached()
     two.submit(BODY)
     turns(site)
+    clock.go(site.daemon, 6)
     getattr(two, ending)()
     site.hop.sessions[1].wait_end()
     three.submit(BODY)

@@ -84,6 +84,15 @@ def normal(body):
     return b"".join(out)
 
 
+def header_place(body):
+    """Where the daemon's header (no Received:) goes in a normalised body, and what
+    parts it from a text below: (offset, b"" or CRLF)."""
+    top = re.match(rb"(>*From [^\n]*\n)*", body).end()
+    field = rb"[!-9;-~]+[ \t]*:[^\n]*\n([ \t][^\n]*\n)*(?![ \t])"
+    head = re.compile(rb"(%s)*" % field).match(body, top)
+    return head.end(), b"\r\n" if body[top:top + 1] in (b" ", b"\t") else b""
+
+
 def normal_line(line):
     line = line.replace(b"\r", b" ")
     if line.lstrip(b"\0").startswith(b"."):
@@ -233,7 +242,7 @@ def sent(body):
 
 ATOMS = (b"\r\n", b"\r\n", b"\r\n", b"\r\n.", b"\r\n..", b"\r\n\r\n", b".", b"..",
          b"\n", b"\r", b"\r\r\n", b"\n\r", b"\0", b"\r\n\0.", b"\n.\n", b"\r.\r",
-         b"a", b"word ", b"\xe4\xff", b":", b" ", b"\t",
+         b"a", b"word ", b"\xe4\xff", b":", b" ", b"\t", b"From ", b">", b"A: b\r\n",
          b"a line as it is usual in mail, a bit longer than the others\r\n",
          b"x" * 997)
 

@@ -16,14 +16,16 @@ ifeq ($(origin CC),default)
 CC := $(shell command -v musl-gcc || echo cc)
 endif
 
-# The program is static, and a PIE where the compiler links static ones.  With
-# glibc it is dynamic: getpwnam(3) would load glibc's libraries at run time.
+# The program is static, and a PIE where the compiler links static ones; its
+# short relocations need musl 1.2.4.  With glibc it is dynamic: getpwnam(3) would
+# load glibc's libraries at run time.
 H := \#
 STATIC = $(shell \
 	if printf '%sinclude <limits.h>\n' '$H' | $(CC) -x c -E -dM - | \
 	    grep -q __GLIBC__; then :; \
 	elif $(CC) -static-pie '-$H$H$H' -x c /dev/null 2>&1 | \
-	    grep -q rcrt1; then echo -static-pie -fPIE; \
+	    grep -q rcrt1; then \
+		echo -static-pie -fPIE -Wl,-z,pack-relative-relocs; \
 	else echo -static; fi)
 
 # Each comes before the packager's flags, which can therefore undo it.

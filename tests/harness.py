@@ -461,17 +461,21 @@ class Server:
         if self.path and os.path.exists(self.path):
             os.unlink(self.path)
 
+    def hang_up(self):
+        """End the connections that are there."""
+        with self.lock:                 # a thread closes none of them meanwhile
+            for sock in self.socks:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:         # its other end has gone, or act() reset it
+                    pass
+
     def close(self):
         self.closing = True
         self.down()
         if self.held:
             self.held.close()
-        with self.lock:
-            for sock in list(self.socks):
-                try:
-                    sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+        self.hang_up()
         for thread in list(self.threads):
             thread.join(WAIT)
 

@@ -1645,8 +1645,7 @@ class StreamSyslog(Server):
 
     def restart(self):
         self.down()
-        for sock in list(self.socks):
-            sock.shutdown(socket.SHUT_RDWR)
+        self.hang_up()
         until(lambda: not self.socks, "it is gone")
         self.up()
 

@@ -1,9 +1,9 @@
 /*
- * Lets Postfix run as one ordinary user from start to end.  Postfix insists on
- * being started as root, only to become that user in each of its processes.
- * Where the container has no root (Pod Security "restricted"), LD_PRELOAD of
- * this library makes each process believe that it began as root and changed
- * its user.  The kernel knows better: nobody gains a right by this.
+ * This library lets Postfix run as one ordinary user from start to end.
+ * Postfix insists on being started as root, only to become that user in each of
+ * its processes.  A container under Pod Security "restricted" has no root.  With
+ * this library in LD_PRELOAD each process believes that it began as root and
+ * changed its user.  The kernel does not: a process gains no right by it.
  */
 #include <grp.h>
 #include <unistd.h>

@@ -204,7 +204,7 @@ cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc)
 install_missing "$tmp/install.log" cc /usr/include/stdio.h make musl-gcc clang \
     /usr/bin/python3 py:pytest py:xdist clamd /usr/share/clamav-testfiles \
     ss nft mandoc shellcheck busybox crun strace systemd-analyze py:yaml \
-    dpkg-buildpackage haproxy
+    dpkg-buildpackage haproxy py:ensurepip
 for what in cc make py:pytest py:xdist; do
 	case " $MISSING " in
 	*" $what "*)

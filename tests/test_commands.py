@@ -175,7 +175,7 @@ def test_services_that_packages_bring_stay_off(mounts, tmp_path):
         cd /etc/systemd/system && ln -s /lib/x clamav-freshclam-once.timer
         mkdir -p multi-user.target.wants && ln -s /lib/x multi-user.target.wants/haproxy.service
         ln -s /lib/x getty.service
-        ln -s ../init.d/x /etc/rc2.d/S01clamav-daemon""")
+        ln -s ../init.d/x /etc/rc2.d/S01clamav-test""")
     for tool in "systemctl", "update-rc.d":
         script(tools / tool, 'echo "%s $*" >>"$LOG"' % tool)
     log = tmp_path / "log"
@@ -187,7 +187,7 @@ def test_services_that_packages_bring_stay_off(mounts, tmp_path):
         ls /usr/sbin""", tmpfs("/etc/systemd/system", ""), tmpfs("/etc/rc2.d", ""),
         bind(str(sbin), "/usr/sbin"), TOOLS=str(tools), LOG=str(log))
     assert log.read_text().splitlines() == [
-        "policy 101", "update-rc.d clamav-daemon disable",
-        "systemctl disable clamav-freshclam-once.timer",
+        "policy 101", "systemctl disable clamav-freshclam-once.timer",
+        "update-rc.d clamav-test disable",
         "systemctl disable haproxy.service"]
-    assert done.stdout.splitlines()[-1] == "off: clamav-daemon clamav-freshclam-once haproxy"
+    assert done.stdout.splitlines()[-1] == "off: clamav-freshclam-once clamav-test haproxy"

@@ -238,18 +238,20 @@ struct server {
 	int	 addr_index;		/* of addr in conf->out */
 	unsigned addrs_tried;		/* bit i: conf->out->addr[i] has failed */
 
-	/* At most one command is outstanding, and none beside a NOOP. */
-	const struct verb *verb;	/* the last command */
-	int	 asked;			/* its reply is outstanding */
+	/* At most one command is outstanding.  After a 334 that is still AUTH,
+	 * and after a 354 DATA: the next hop takes no other command. */
+	const struct verb *verb;	/* NULL: none */
 	struct str argument;		/* its address, or XFORWARD's line */
-	int	 noop;			/* the reply to a NOOP is outstanding */
-	int64_t	 noop_at;		/* when to send the next; 0: never */
+	int64_t	 noop_at;		/* when to send a NOOP; 0: never */
 	size_t	 reply_seen;		/* bytes of complete lines in peer.in */
+	const char *why;		/* the connection was given up */
+	struct str farewell;		/* the 4xx reply before that, if any */
 
 	/* The last EHLO reply. */
 	int64_t	 size;			/* bytes; 0: no limit */
 	int	 chunking;
 	int	 xclient;		/* attributes: X_ bits (smtp.c) */
+	struct str ehlo;		/* as the client gets it, after XCLIENT */
 };
 
 /* The accepted sender and recipients: from MAIL to the end of the transaction. */
@@ -276,6 +278,7 @@ struct message {
 	off_t	 spool_size;		/* and bytes written, scan_line included */
 	int	 in_bdat;		/* it comes by BDAT */
 	int	 relay_bdat;		/* and goes out by BDAT, unchanged */
+	int	 discard;		/* BDAT without a transaction */
 	uint64_t chunk_left;		/* bytes of this chunk that are to come */
 	int	 chunk_last;		/* BDAT LAST */
 	enum eol body_state;
@@ -309,13 +312,19 @@ struct scan {
 	struct session *next;		/* in the queue */
 };
 
-/* What became of a message, and why. */
+/* What becomes of a message: for the client, the log and the counters. */
+enum outcome {
+	OUT_CLEAN, OUT_VIRUS, OUT_CLAMD_ERROR, OUT_UNSCANNED, OUT_OVERSIZE,
+	OUT_ERROR, NOUTCOMES,
+	OUT_NONE = -1			/* not known yet */
+};
+
 struct result {
-	int	 failed;		/* reply has the first error */
-	struct str reply;		/* to be sent when the server is ready */
+	enum outcome outcome;		/* set once, in smtp.c's settle_text() */
+	struct str reply;		/* what the client gets then */
 	enum verdict verdict;
 	char	 text[NAMESZ];		/* the virus, or why the scan FAILED */
-	int64_t	 verdict_at;		/* 0: there was no scan */
+	int64_t	 verdict_at;		/* 0: there was none */
 	enum action action;		/* of a VIRUS */
 	struct child *child;		/* makes the quarantine copy */
 	int	 copying;		/* child was started */
@@ -372,10 +381,6 @@ struct child;
 extern int64_t now;			/* CLOCK_MONOTONIC, ms; set once a turn */
 extern int run_all;			/* run every session in the next turn */
 
-/* What has become of a message: for counting, and the log. */
-enum outcome {
-	OUT_CLEAN, OUT_VIRUS, OUT_CLAMD_ERROR, OUT_UNSCANNED, OUT_OVERSIZE, OUT_ERROR, NOUTCOMES
-};
 extern const char *const outcome_names[NOUTCOMES];	/* as the metrics call them (smtp.c) */
 
 #define NBUCKETS 9

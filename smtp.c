@@ -57,9 +57,9 @@ static const char
     r_busy[] =		"421 4.3.2 Server busy, too many connections",
     r_stopping[] =	"421 4.3.2 Service shutting down",
     r_loop[] =		"421 4.4.6 Mail loop: this is a connection of our own",
-    r_no_hop[] =	"421 4.4.1 Local Error (next mail server: %s)",
-    r_hop_lost[] =	"421 4.4.2 Local Error (next mail server: %s)",
-    r_hop_lost_mail[] =	"451 4.4.2 Local Error (next mail server: %s)",
+    r_no_server[] =	"421 4.4.1 Local Error (next mail server: %s)",
+    r_server_lost[] =	"421 4.4.2 Local Error (next mail server: %s)",
+    r_server_lost_mail[] =	"451 4.4.2 Local Error (next mail server: %s)",
     r_idle[] =		"421 4.4.2 Timeout, closing connection",
     r_too_many[] =	"421 4.7.0 Too many refused commands, closing connection",
     r_no_scan[] =	"451 4.3.0 Local Error (clamd: %s)",
@@ -85,46 +85,75 @@ static const char
 /* The attributes of XCLIENT that we have values for. */
 enum { X_NAME = 1, X_ADDR = 2, X_PORT = 4 };
 
+struct reply;
+
 static int st_proxy(struct session *), st_connect(struct session *),
-    st_greeting(struct session *),
-    st_command(struct session *), st_reply(struct session *),
-    st_auth(struct session *), st_body(struct session *),
-    st_chunk(struct session *), st_scan(struct session *),
-    st_quarantine(struct session *), st_data(struct session *),
-    st_replay(struct session *), st_final(struct session *),
-    st_reset(struct session *), st_linger(struct session *);
+    st_greeting(struct session *), st_command(struct session *),
+    st_reply(struct session *), st_auth(struct session *),
+    st_body(struct session *), st_chunk(struct session *),
+    st_scan(struct session *), st_quarantine(struct session *),
+    st_data(struct session *), st_replay(struct session *),
+    st_reset(struct session *), st_linger(struct session *),
+    await_reply(struct session *);
+static void greeting_reply(struct session *, const struct reply *),
+    command_reply(struct session *, const struct reply *),
+    data_reply(struct session *, const struct reply *),
+    final_reply(struct session *, const struct reply *),
+    reset_reply(struct session *, const struct reply *);
 
 /* RESET: only a reset of the client's connection is noticed. */
 enum { CLIENT = 1, SERVER = 2, RESET = 4 };
 
-/* How long a state may last: TimeOut since the client's last command (of a
- * body: its last byte) or the last reply that it took; TimeOut in all; what is
- * set where it is entered or goes on. */
-enum clock { C_IDLE, C_TOTAL, C_OTHER };
+/* The time limit of a state. */
+enum clock {
+	C_IDLE,		/* TimeOut after the client's last input, or output to it */
+	C_TOTAL,	/* TimeOut in all */
+	C_OTHER		/* set by the functions that enter it or go on with it */
+};
 
+/* A step returns 1 when the session got on and its state has to be run again, 0
+ * when it must wait. */
 static const struct {
 	const char *name;
-	int	 from;			/* whom it listens to */
+	int	 from;			/* the peers that it reads from */
 	enum clock clock;
-	int	(*step)(struct session *);	/* 1: got on, call again; 0: wait */
+	int	(*step)(struct session *);
+	void	(*on_reply)(struct session *, const struct reply *);
 } states[] = {
-	[S_PROXY] =	{ "proxy", CLIENT, C_OTHER, st_proxy },
-	[S_CONNECT] =	{ "connect", CLIENT | RESET, C_OTHER, st_connect },
+	[S_PROXY] =	{ "proxy", CLIENT, C_OTHER, st_proxy, NULL },
+	[S_CONNECT] =	{ "connect", CLIENT | RESET, C_OTHER, st_connect, NULL },
 	[S_GREETING] =	{ "greeting", CLIENT | SERVER | RESET, C_TOTAL,
-			    st_greeting },
-	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command },
-	[S_REPLY] =	{ "reply", SERVER | RESET, C_TOTAL, st_reply },
-	[S_AUTH] =	{ "auth", CLIENT | SERVER, C_IDLE, st_auth },
-	[S_BODY] =	{ "body", CLIENT | SERVER, C_IDLE, st_body },
-	[S_CHUNK] =	{ "chunk", CLIENT | SERVER, C_IDLE, st_chunk },
-	[S_SCAN] =	{ "scan", CLIENT | SERVER, C_OTHER, st_scan },
-	[S_QUARANTINE] = { "quarantine", CLIENT | SERVER, C_TOTAL, st_quarantine },
-	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data },
-	[S_REPLAY] =	{ "replay", CLIENT | SERVER, C_OTHER, st_replay },
-	[S_FINAL] =	{ "final", SERVER, C_OTHER, st_final },
-	[S_RESET] =	{ "reset", SERVER | RESET, C_TOTAL, st_reset },
-	[S_LINGER] =	{ "linger", CLIENT, C_OTHER, st_linger },
-	[S_DEAD] =	{ "dead", 0, C_OTHER, NULL },
+			    st_greeting, greeting_reply },
+	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command, NULL },
+	[S_REPLY] =	{ "reply", SERVER | RESET, C_TOTAL, st_reply,
+			    command_reply },
+	[S_AUTH] =	{ "auth", CLIENT | SERVER, C_IDLE, st_auth, NULL },
+	[S_BODY] =	{ "body", CLIENT | SERVER, C_IDLE, st_body, NULL },
+	[S_CHUNK] =	{ "chunk", CLIENT | SERVER, C_IDLE, st_chunk, NULL },
+	[S_SCAN] =	{ "scan", CLIENT | SERVER, C_OTHER, st_scan, NULL },
+	[S_QUARANTINE] = { "quarantine", CLIENT | SERVER, C_TOTAL,
+			    st_quarantine, NULL },
+	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data, data_reply },
+	[S_REPLAY] =	{ "replay", CLIENT | SERVER, C_OTHER, st_replay, NULL },
+	[S_FINAL] =	{ "final", SERVER, C_OTHER, await_reply, final_reply },
+	[S_RESET] =	{ "reset", SERVER | RESET, C_TOTAL, st_reset,
+			    reset_reply },
+	[S_LINGER] =	{ "linger", CLIENT, C_OTHER, st_linger, NULL },
+	[S_DEAD] =	{ "dead", 0, C_OTHER, NULL, NULL },
+};
+
+/*
+ * The verbs.  on_command gets a line of n bytes, NUL-terminated and without its
+ * end, and returns 1 when the line is to go to the next hop, 0 when the client
+ * has its reply.  on_reply gets the next hop's reply and returns 1 when it is
+ * dealt with, 0 when it is to be relayed.
+ */
+struct verb {
+	const char *name;
+	int	(*on_command)(struct session *, char *line, size_t n);
+	int	(*on_reply)(struct session *, const struct reply *);
+	int	 in_chunks;		/* may come between two BDATs */
+	int	 unnamed;		/* may come before XCLIENT */
 };
 
 static void
@@ -209,37 +238,7 @@ client_reply(struct session *s, const char *fmt, ...)
 	va_end(ap);
 }
 
-static void defer_reply(struct session *, const char *, ...)
-    __attribute__((format(printf, 2, 3)));
-
-static void
-vdefer_reply(struct session *s, const char *fmt, va_list ap)
-{
-	char line[NOTESZ];
-
-	if (str_set(&s->result.reply, line, format_line(line, fmt, ap)) == -1)
-		client_nomem(s);
-}
-
-/* To be said when what goes before it has been done. */
-static void
-defer_reply(struct session *s, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	vdefer_reply(s, fmt, ap);
-	va_end(ap);
-}
-
-static void
-send_deferred(struct session *s)
-{
-	client_put(s, s->result.reply.s, s->result.reply.len);
-	str_free(&s->result.reply);
-}
-
-/* 0: there is no memory for it now. */
+/* Returns 1, or 0 when there is no memory for it now. */
 static int
 server_put(struct session *s, const char *p, size_t n)
 {
@@ -250,81 +249,114 @@ server_put(struct session *s, const char *p, size_t n)
 	return 1;
 }
 
+/* Send a command of n bytes with its CRLF: the server owes us a reply.  Returns
+ * 1, or 0 when there is no memory for it now. */
+static int
+server_command(struct session *s, const struct verb *v, const char *p, size_t n)
+{
+	if (!server_put(s, p, n))
+		return 0;
+	s->server.verb = v;
+	return 1;
+}
+
 /*
- * Beginnings and ends.
+ * Ends of transactions and sessions.
  */
 
 static void
-envelope_reset(struct session *s)
+envelope_reset(struct envelope *e)
 {
-	s->env.have_mail = s->env.nrcpt = 0;
-	str_free(&s->env.from);
-	str_free(&s->env.rcpt_list);
-	str_free(&s->result.quarantined);
-	str_free(&s->replay.header);
-	str_free(&s->server.argument);
-	s->env.rcpt_truncated = 0;
-	if (s->msg.spool != -1)
-		close(s->msg.spool);
-	s->msg.spool = -1;
-	s->msg.in_bdat = s->msg.relay_bdat = s->result.failed = 0;
-	s->server.noop_at = s->result.verdict_at = 0;
-	s->result.verdict = UNKNOWN;
+	str_free(&e->from);
+	str_free(&e->rcpt_list);
+	memset(e, 0, sizeof *e);
 }
 
-/* The transaction is over, and so is XFORWARD (Postfix XFORWARD_README). */
 static void
-transaction_reset(struct session *s)
+xforward_reset(struct xforward *x)
 {
-	envelope_reset(s);
-	str_free(&s->xforward.addr);
-	str_free(&s->xforward.helo);
+	str_free(&x->addr);
+	str_free(&x->helo);
 }
 
-/* QUIT where the next hop waits for a command; in the middle of a message
- * nothing, so that it never sees an end of it. */
+static void
+message_reset(struct message *m)
+{
+	if (m->spool != -1)
+		close(m->spool);
+	*m = (struct message){ .spool = -1 };
+}
+
+static void
+copy_forget(struct result *r)
+{
+	if (r->child != NULL)
+		child_forget(r->child);
+	r->child = NULL;
+}
+
+static void
+result_reset(struct result *r)
+{
+	copy_forget(r);
+	str_free(&r->reply);
+	str_free(&r->quarantined);
+	*r = (struct result){ .outcome = OUT_NONE };
+}
+
+static void
+replay_reset(struct replay *r)
+{
+	str_free(&r->header);
+	*r = (struct replay){ .at_bol = 1 };
+}
+
+/* XFORWARD lasts as long as its transaction (Postfix XFORWARD_README). */
+static void
+transaction_end(struct session *s)
+{
+	envelope_reset(&s->env);
+	xforward_reset(&s->xforward);
+	message_reset(&s->msg);
+	result_reset(&s->result);
+	replay_reset(&s->replay);
+	str_free(&s->server.argument);
+}
+
+/*
+ * Close the connection to the next hop.  QUIT goes out if the next hop can take
+ * a command.  During a message nothing does that could look like its end.
+ */
 static void
 server_close(struct session *s)
 {
 	struct peer *p = &s->server.peer;
-	int waits = s->state > S_GREETING && s->state != S_AUTH && !s->server.asked &&
-	    !s->server.noop;
 
-	if (p->fd != -1 && waits && !p->eof && !p->err &&
+	if (p->fd != -1 && s->server.verb == NULL && !p->eof && !p->err &&
 	    server_put(s, "QUIT\r\n", 6))
-		peer_drain(&s->server.peer, 0);
-	peer_close(&s->server.peer);
-	s->server.asked = s->server.noop = 0;
-}
-
-static void
-quarantine_drop(struct session *s)
-{
-	if (s->result.child != NULL)
-		child_forget(s->result.child);
-	s->result.child = NULL;
-}
-
-/* All but the client. */
-static void
-server_and_scan_close(struct session *s)
-{
-	server_close(s);
-	clamd_cancel(s);
-	quarantine_drop(s);
+		peer_drain(p, 0);
+	peer_close(p);
+	str_free(&s->server.argument);
+	str_free(&s->server.ehlo);
+	str_free(&s->server.farewell);
+	s->server.verb = NULL;
 }
 
 static void
 session_kill(struct session *s)
 {
-	server_and_scan_close(s);
+	server_close(s);
+	clamd_cancel(s);
+	result_reset(&s->result);
 	enter(s, S_DEAD);
 }
 
 static void
 start_linger(struct session *s)
 {
-	server_and_scan_close(s);
+	server_close(s);
+	clamd_cancel(s);
+	result_reset(&s->result);
 	enter(s, S_LINGER);
 	s->deadline = now + s->conf->timeout;
 }
@@ -344,16 +376,27 @@ refuse(struct session *s, const char *reply)
 	start_linger(s);
 }
 
+/*
+ * The outcome of a message.  settle() or settle_relay() decides it once, with
+ * the reply that the client gets.  The log, the counters and the client get it
+ * from there.
+ */
+
+struct reply {
+	const struct verb *verb;	/* the command; NULL: none is outstanding */
+	int	 code, class;		/* 250 and 2 */
+	const char *text;		/* in server.peer.in: all lines */
+	size_t	 len;
+};
+
 const char *const outcome_names[NOUTCOMES] = {
 	"clean", "virus", "clamd_error", "unscanned", "oversize", "error"
 };
 
+/* The outcome of a message that is whole and that no error has stopped. */
 static enum outcome
-outcome(const struct session *s)
+verdict_outcome(const struct session *s)
 {
-	if (s->result.failed)
-		return s->result.reply.len > 3 && memcmp(s->result.reply.s, "552", 3) == 0 ?
-		    OUT_OVERSIZE : OUT_ERROR;
 	if (s->result.verdict == CLEAN)
 		return OUT_CLEAN;
 	if (s->result.verdict == VIRUS)
@@ -363,18 +406,52 @@ outcome(const struct session *s)
 	return s->result.verdict == TOOBIG ? OUT_OVERSIZE : OUT_CLAMD_ERROR;
 }
 
-/* Promise 9: the line that every message gets, with its verdict. */
 static void
-mail_log(struct session *s, enum outcome f)
+settle_text(struct session *s, enum outcome what, const char *p, size_t n)
+{
+	if (s->result.outcome != OUT_NONE)
+		abort();	/* it was settled before */
+	s->result.outcome = what;
+	if (str_set(&s->result.reply, p, n) == -1)
+		client_nomem(s);
+}
+
+static void
+vsettle(struct session *s, enum outcome what, const char *fmt, va_list ap)
+{
+	char line[NOTESZ];
+
+	settle_text(s, what, line, format_line(line, fmt, ap));
+}
+
+static void settle(struct session *, enum outcome, const char *, ...)
+    __attribute__((format(printf, 3, 4)));
+
+static void
+settle(struct session *s, enum outcome what, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsettle(s, what, fmt, ap);
+	va_end(ap);
+}
+
+/* Promise 9: the line of the log that each message gets. */
+static void
+message_log_line(struct session *s)
 {
 	static const char *const status[NOUTCOMES] = {
 		"CLEAN", "VIRUS:", "CLAMAV-ERROR", "UNSCANNED", "OVERSIZE", "ERROR"
 	};
-	const char *p, *end, *word, *virus = f == OUT_VIRUS ? s->result.text : "";
+	enum outcome what = s->result.outcome;
+	const char *p, *end, *word, *virus;
 	char line[LOGSZ];
-	size_t n, room = sizeof line - sizeof "100000: , to=..., status=" -
-	    strlen(status[f]) - strlen(virus);
+	size_t n, room;
 
+	virus = what == OUT_VIRUS ? s->result.text : "";
+	room = sizeof line - sizeof "100000: , to=..., status=" -
+	    strlen(status[what]) - strlen(virus);
 	n = format(line, room / 2, "from=%s",
 	    printable_word(s->env.from.s, s->env.from.len));
 	for (p = s->env.rcpt_list.s; p != NULL && *p != '\0'; p = end + 1) {
@@ -386,79 +463,82 @@ mail_log(struct session *s, enum outcome f)
 		}
 		n += format(line + n, sizeof line - n, ", to=%s", word);
 	}
-	slog(s, LOG_INFO, "%.*s, status=%s%s", (int)n, line, status[f], virus);
+	slog(s, LOG_INFO, "%.*s, status=%s%s", (int)n, line, status[what],
+	    virus);
 }
 
 static void
-mail_log_json(struct session *s, enum outcome f, const char *reply, size_t n)
+message_log_json(struct session *s)
 {
+	const struct result *r = &s->result;
 	const char *client = addr_text(&s->client_addr);
+	const char *status = outcome_names[r->outcome];
 
 	json_begin(s, LOG_INFO);
 	json_text("event", "mail", 4);
-	json_text("status", outcome_names[f], strlen(outcome_names[f]));
-	if (s->result.verdict == VIRUS)
-		json_text("virus", s->result.text, strlen(s->result.text));
-	if (s->result.verdict == FAILED)
-		json_text("reason", s->result.text, strlen(s->result.text));
+	json_text("status", status, strlen(status));
+	if (r->verdict == VIRUS)
+		json_text("virus", r->text, strlen(r->text));
+	if (r->verdict == FAILED)
+		json_text("reason", r->text, strlen(r->text));
 	json_text("client", client, strlen(client));
-	if (s->helo.len > 7)		/* behind the verb, without the CRLF */
+	if (s->helo.len > 7)		/* after the verb, without the CRLF */
 		json_text("helo", s->helo.s + 5, s->helo.len - 7);
 	json_text("from", s->env.from.s, s->env.from.len);
 	json_lines("to", s->env.rcpt_list.s);
 	json_number("size", s->msg.size);
 	json_number("ms", now - s->msg.dot_at);
-	if (s->result.verdict_at != 0)
-		json_number("scan_ms", s->result.verdict_at - s->msg.dot_at);
-	if (n > 0)
-		json_text("reply", reply, strcspn(reply, "\r\n"));
-	if (s->result.quarantined.len > 0)
-		json_text("quarantine", s->result.quarantined.s, s->result.quarantined.len);
+	if (r->verdict_at != 0)
+		json_number("scan_ms", r->verdict_at - s->msg.dot_at);
+	if (r->reply.len > 0)
+		json_text("reply", r->reply.s, strcspn(r->reply.s, "\r\n"));
+	if (r->quarantined.len > 0)
+		json_text("quarantine", r->quarantined.s, r->quarantined.len);
 	json_end(LOG_INFO);
 }
 
-/* What becomes of it is certain, and what the client will hear (n bytes). */
+/* Count and log a message that came whole, once its outcome is settled. */
 static void
-mail_done(struct session *s, const char *reply, size_t n)
+message_log(struct session *s)
 {
-	enum outcome f = outcome(s);
-
-	count.messages[f]++;
+	count.messages[s->result.outcome]++;
 	count.bytes += s->msg.size;
 	if (!log_is_json())
-		mail_log(s, f);
+		message_log_line(s);
 	else if (log_wants(LOG_INFO))
-		mail_log_json(s, f, reply, n);
+		message_log_json(s);
 }
 
-/*
- * A message that came whole, but is not forwarded: `held' has the reply.
- */
-static void
+/* A settled message came whole and is not forwarded: the next hop forgets it,
+ * then the client gets the reply. */
+static int
 reject_message(struct session *s)
 {
-	mail_done(s, s->result.reply.s, s->result.reply.len);
-	s->result.failed = 1;		/* nothing that comes now changes `held' */
+	message_log(s);
 	enter(s, S_RESET);
+	return 1;
 }
 
-static void fail_message(struct session *, const char *, ...)
-    __attribute__((format(printf, 2, 3)));
-
-/*
- * From 354 to the final dot nothing is answered: the first error is kept, the
- * rest of the body is read for nothing, and the error is told at the dot.
- */
 static void
-fail_message(struct session *s, const char *fmt, ...)
+result_send(struct session *s)
+{
+	client_put(s, s->result.reply.s, s->result.reply.len);
+}
+
+static void fail_message(struct session *, enum outcome, const char *, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* From 354 to the end of data nothing is answered: the first error is kept, the
+ * rest of the message is discarded, and then the client gets the error. */
+static void
+fail_message(struct session *s, enum outcome what, const char *fmt, ...)
 {
 	va_list ap;
 
-	if (s->result.failed)
+	if (s->result.outcome != OUT_NONE)
 		return;
-	s->result.failed = 1;
 	va_start(ap, fmt);
-	vdefer_reply(s, fmt, ap);
+	vsettle(s, what, fmt, ap);
 	va_end(ap);
 	if (s->result.reply.len > 2)
 		slog(s, LOG_WARNING, "message will be refused: %.*s",
@@ -471,44 +551,60 @@ fail_message_errno(struct session *s, const char *what)
 	int full = errno == ENOSPC || errno == EDQUOT || errno == EMFILE ||
 	    errno == ENFILE || errno == ENOMEM || errno == EFBIG;
 
-	fail_message(s, full ? r_full : r_local, what, strerror(errno));
+	fail_message(s, OUT_ERROR, full ? r_full : r_local, what,
+	    strerror(errno));
 }
 
-/*
- * The next hop is gone, or has said what no mail server says here.  Whatever
- * it was that the client waits for, it hears of it.
- */
-static int
-server_lost(struct session *s, const char *why)
+/* The next hop was lost before it got the message. */
+static void
+fail_server_lost(struct session *s)
+{
+	struct str *farewell = &s->server.farewell;
+
+	if (s->result.outcome == OUT_NONE && farewell->len > 0)
+		settle_text(s, OUT_ERROR, farewell->s, farewell->len);
+	else
+		fail_message(s, OUT_ERROR, r_server_lost_mail, s->server.why);
+}
+
+/* The connection to the next hop is of no more use. */
+static void
+server_drop(struct session *s, const char *why)
 {
 	slog(s, LOG_WARNING, "SERVER: %s%s", why, s->state == S_FINAL ?
 	    ": whether it has the message is unknown" : "");
+	s->server.why = why;
+	s->server.verb = NULL;
 	peer_close(&s->server.peer);
-	s->server.asked = s->server.noop = 0;
+}
+
+/* Drop the connection to the next hop, which owes the client a reply.  The client
+ * gets ours instead, and the session ends.  Returns 1. */
+static int
+server_lost(struct session *s, const char *why)
+{
+	server_drop(s, why);
 	switch (s->state) {
-	case S_BODY:
-	case S_CHUNK:
-	case S_SCAN:
-	case S_QUARANTINE:
-		fail_message(s, r_hop_lost_mail, why);
-		return 1;
 	case S_DATA:
 	case S_REPLAY:
 	case S_FINAL:
-		defer_reply(s, r_hop_lost_mail, why);
-		s->result.failed = 1;
-		mail_done(s, s->result.reply.s, s->result.reply.len);
+		settle(s, OUT_ERROR, r_server_lost_mail, why);
+		message_log(s);
 		/* FALLTHROUGH */
 	case S_RESET:
-		send_deferred(s);
+		result_send(s);
 		break;
 	default:
-		client_reply(s, r_hop_lost, why);
+		client_reply(s, r_server_lost, why);
 		break;
 	}
 	start_linger(s);
 	return 1;
 }
+
+/*
+ * The client during a message.
+ */
 
 static int
 client_fill(struct session *s)
@@ -521,10 +617,11 @@ client_fill(struct session *s)
 }
 
 /*
- * Whether the client has gone before its message was forwarded, and will send
- * it again: it was reset; or it closed the connection some time after the final
- * dot, for it was tired of waiting.  EOF soon after the dot is a half-close: many
- * devices send no QUIT and wait for nothing.  So is EOF after a whole command.
+ * Returns 1 when the client has gone before its message was forwarded, and will
+ * send it again, else 0.  A reset means that.  So does EOF that comes a while
+ * after the end of data, for the client gave up waiting.  EOF soon after the end
+ * of data is a half-close, since many devices send no QUIT.  So is EOF after a
+ * complete command.
  */
 static int
 client_gone(struct session *s)
@@ -538,15 +635,16 @@ client_gone(struct session *s)
 	    memchr(buf_head(in), '\n', buf_len(in)) == NULL);
 }
 
-/* Why a body does not end, for the log: LF.LF ends none. */
+/* For the log, why a body does not end: LF.LF is no end of data. */
 static const char *
 bare_lf(const struct session *s)
 {
-	return s->state == S_BODY && s->msg.body_state == LINE && s->msg.held_bytes == 0 ?
+	return s->state == S_BODY && s->msg.body_state == LINE &&
+	    s->msg.held_bytes == 0 ?
 	    ": client ends lines with LF alone" : "";
 }
 
-/* Nobody is there to hear of it: the next hop must not get this message. */
+/* The client has gone: the next hop must not get this message. */
 static int
 abort_transaction(struct session *s)
 {
@@ -559,12 +657,6 @@ abort_transaction(struct session *s)
 /*
  * Replies of the next hop.
  */
-
-struct reply {
-	int	 code, class;		/* 250 and 2 */
-	const char *text;		/* in server.in: all lines, with line ends */
-	size_t	 len;
-};
 
 /* For the log. */
 static const char *
@@ -581,7 +673,7 @@ log_refusal(const struct session *s, const struct reply *r)
 	slog(s, LOG_NOTICE, "SERVER: refused the message: %s", first_line(r));
 }
 
-/* Three digits and a separator; 0: no reply line. */
+/* Returns the code of a reply line: three digits and a separator; or 0. */
 static int
 reply_code(const char *p, size_t n)
 {
@@ -592,15 +684,17 @@ reply_code(const char *p, size_t n)
 	return (p[0] - '0') * 100 + (p[1] - '0') * 10 + p[2] - '0';
 }
 
-/*
- * The whole reply that the next hop owes us, all its lines.  REPLY: it is there
- * (reply_eat() takes it away).  Else what a step returns: 0, wait; 1, none will
- * come, the hop is lost.
- */
-#define REPLY_COMPLETE	2
+/* What has come of the wait for a reply. */
+enum got {
+	WAIT,				/* the rest is still to come */
+	LOST,				/* it will not come: server.why */
+	REPLY				/* it is complete */
+};
 
-static int
-reply_get(struct session *s, struct reply *r)
+/* Find a complete reply in the input from the next hop.  reply_eat() removes it
+ * there. */
+static enum got
+server_reply(struct session *s, struct reply *r)
 {
 	struct buf *in = &s->server.peer.in;
 	const char *line, *nl;
@@ -615,32 +709,42 @@ reply_get(struct session *s, struct reply *r)
 		code = reply_code(line, nl + 1 - line);
 		r->code = reply_code(r->text, buf_len(in));
 		r->class = r->code / 100;
-		if (code == 0 || code != r->code)
-			return server_lost(s, "it does not speak SMTP");
+		if (code == 0 || code != r->code) {
+			s->server.why = "it does not speak SMTP";
+			return LOST;
+		}
 		s->server.reply_seen = nl + 1 - r->text;
 		if (line[3] != '-' && s->server.reply_seen <= REPLYSZ) {
 			r->len = s->server.reply_seen;
+			r->verb = s->server.verb;
+			s->server.verb = NULL;
 			log_dialogue(s, "SERVER <", r->text, r->len);
-			return REPLY_COMPLETE;
+			return REPLY;
 		}
 	}
 	if (buf_len(in) > REPLYSZ)		/* promise 6 */
-		return server_lost(s, "its reply is too long");
-	return s->server.peer.eof ? server_lost(s, "it closed the connection") : 0;
+		s->server.why = "its reply is too long";
+	else if (s->server.peer.eof)
+		s->server.why = "it closed the connection";
+	else
+		return WAIT;
+	return LOST;
 }
 
 static void
 reply_eat(struct session *s, const struct reply *r)
 {
 	if (s->server.peer.fd == -1)
-		return;			/* lost meanwhile, and the buffer with it */
+		return;			/* the buffer went with the socket */
 	s->server.reply_seen = 0;
 	buf_eat(&s->server.peer.in, r->len);
 }
 
-/* Promise 8: a reply as the client may see it, until the next one is cleaned:
- * CRLF behind each line, and a space in place of each byte that is no text.  Its
- * length; a NUL follows. */
+/*
+ * Promise 8: the last reply that was cleaned, as the client may see it.  Each
+ * line ends in CRLF, and each byte that is not text is a space.  reply_clean()
+ * returns the length; a NUL follows.
+ */
 static char clean[RELAYSZ + 1];
 
 static size_t
@@ -666,65 +770,125 @@ reply_clean(const struct reply *r)
 }
 
 static void
-defer_relay(struct session *s, const struct reply *r)
+settle_relay(struct session *s, enum outcome what, const struct reply *r)
 {
-	if (str_set(&s->result.reply, clean, reply_clean(r)) == -1)
-		client_nomem(s);
+	size_t n = reply_clean(r);
+
+	settle_text(s, what, clean, n);
 }
 
 static void
 relay(struct session *s, const struct reply *r)
 {
-	client_put(s, clean, reply_clean(r));
+	size_t n = reply_clean(r);
+
+	client_put(s, clean, n);
 }
 
-/* It ends the session. */
-static int
+/* Relay the last reply of this session. */
+static void
 relay_and_close(struct session *s, const struct reply *r)
 {
 	relay(s, r);
 	peer_close(&s->server.peer);
 	start_linger(s);
+}
+
+/* The step of a state that waits for one reply: its on_reply gets it. */
+static int
+await_reply(struct session *s)
+{
+	struct reply r;
+
+	if (!client_ready(s))
+		return 0;
+	switch (server_reply(s, &r)) {
+	case WAIT:
+		return 0;
+	case LOST:
+		return server_lost(s, s->server.why);
+	case REPLY:
+		break;
+	}
+	states[s->state].on_reply(s, &r);
+	reply_eat(s, &r);
 	return 1;
 }
 
+static const struct verb verb_noop = { "NOOP", NULL, NULL, 1, 1 };
+
+/* Whether the next hop can take a command. */
+enum idle {
+	READY,
+	WAITING,			/* it owes us a reply */
+	GONE				/* server.why, and perhaps server.farewell */
+};
+
 /*
- * While the client or clamd takes its time: NOOPs, if KeepAlives are on, and
- * whatever the next hop says unasked, which can only be the end.  1: it waits
- * for a command; 0: it owes us a reply, or it is lost (server.fd is -1).
+ * Read what the next hop sends while the session is busy with the client or
+ * clamd.  That is the reply to a NOOP, or else the end of the connection.
  */
-static int
+static enum idle
 server_idle(struct session *s)
 {
 	struct reply r;
 
 	while (s->server.peer.fd != -1 &&
-	    (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof)) {
-		if (reply_get(s, &r) != REPLY_COMPLETE)
-			return 0;
-		if (s->server.noop && r.class == 2) {
-			s->server.noop = 0;
-			s->server.noop_at = now + s->conf->keepalives;
-			reply_eat(s, &r);
-			continue;
+	    (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof))
+		switch (server_reply(s, &r)) {
+		case WAIT:
+			return WAITING;
+		case LOST:
+			server_drop(s, s->server.why);
+			break;
+		case REPLY:
+			if (r.verb == &verb_noop && r.class == 2) {
+				s->server.noop_at = now + s->conf->keepalives;
+				reply_eat(s, &r);
+				break;
+			}
+			slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
+			    first_line(&r));
+			if (r.class == 4 && str_set(&s->server.farewell, clean,
+			    reply_clean(&r)) == -1)
+				client_nomem(s);
+			server_drop(s, "it refused a NOOP");
+			break;
 		}
-		slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
-		    first_line(&r));
-		if (r.class == 4 && !s->result.failed) {
-			s->result.failed = 1;
-			defer_relay(s, &r);
-		}
-		fail_message(s, r_hop_lost_mail, "it refused a NOOP");
-		peer_close(&s->server.peer);
-		s->server.noop = 0;
-	}
 	if (s->server.peer.fd == -1)
+		return GONE;
+	return s->server.verb == NULL ? READY : WAITING;
+}
+
+static int
+is_body(const struct session *s)
+{
+	return s->state == S_BODY || s->state == S_CHUNK;
+}
+
+/* Returns the time of the next NOOP, or 0 when none will be sent.  KeepAlives are
+ * for the times in which the next hop waits for the client or for clamd. */
+static int64_t
+keep_alive_at(const struct session *s)
+{
+	if ((!is_body(s) && s->state != S_SCAN && s->state != S_QUARANTINE) ||
+	    s->server.peer.fd == -1 || s->server.verb != NULL ||
+	    buf_len(&s->server.peer.in) > 0 || s->result.outcome != OUT_NONE)
 		return 0;
-	if (s->server.noop_at != 0 && now >= s->server.noop_at && !s->server.noop && !s->result.failed) {
-		s->server.noop = server_put(s, "NOOP\r\n", 6);
+	return s->server.noop_at;
+}
+
+static enum idle
+keep_alive(struct session *s)
+{
+	enum idle idle = server_idle(s);
+	int64_t at = keep_alive_at(s);
+
+	if (idle == READY && at != 0 && now >= at) {
+		server_command(s, &verb_noop, "NOOP\r\n", 6);
 		s->server.noop_at = now + s->conf->keepalives;
 	}
-	return !s->server.noop;
+	return idle;
 }
 
 /*
@@ -784,6 +948,7 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 	conf->refs++;
 	s->client.fd = fd;
 	s->server.peer.fd = s->scan.peer.fd = s->msg.spool = -1;
+	transaction_end(s);
 	s->peer_addr = s->client_addr = *peer;
 	s->local_addr.len = sizeof s->local_addr.u;
 	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
@@ -974,7 +1139,7 @@ connect_failed(struct session *s, const char *why)
 	    t->text, why);
 	if (t != NULL)
 		target_resolve(t, 1);
-	client_reply(s, r_no_hop, why);
+	client_reply(s, r_no_server, why);
 	start_linger(s);
 	return 1;
 }
@@ -1003,6 +1168,9 @@ gone_early(struct session *s)
 	return 1;
 }
 
+/* The greeting counts as a reply to this. */
+static const struct verb verb_connect = { "connect", NULL, NULL, 0, 0 };
+
 static int
 st_connect(struct session *s)
 {
@@ -1020,6 +1188,7 @@ st_connect(struct session *s)
 			return connect_failed(s, "no address");
 		}
 		s->server.peer.fd = addr_connect(&s->server.addr, &done);
+		s->server.verb = &verb_connect;
 		s->server.peer.connecting = s->server.peer.fd != -1 && !done;
 		if (s->server.peer.fd == -1)
 			err = errno;
@@ -1053,52 +1222,38 @@ st_connect(struct session *s)
 static int
 st_greeting(struct session *s)
 {
-	struct reply r;
-	int got;
+	return gone_early(s) ? 1 : await_reply(s);
+}
 
-	if (gone_early(s))
-		return 1;
-	if (!client_ready(s))
-		return 0;
-	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
-		return got;
-	if (r.class == 3)
-		return server_lost(s, "its greeting makes no sense");
-	if (r.class == 4)
-		return relay_and_close(s, &r);
-	if (r.class == 5) {		/* RFC 5321 3.1 */
-		slog(s, LOG_NOTICE, "SERVER: refused the session: %s",
-		    first_line(&r));
-		relay(s, &r);
-		s->rejected = 1;
+static void
+greeting_reply(struct session *s, const struct reply *r)
+{
+	switch (r->class) {
+	case 2:
+		if (!s->conf->transparent)
+			target_worked(s->conf->out, &s->server.addr);
+		client_reply(s, "%d " OUR_NAME, r->code);
 		enter(s, S_COMMAND);
+		break;
+	case 3:
+		server_lost(s, "its greeting makes no sense");
+		break;
+	case 4:
+		relay_and_close(s, r);
+		break;
+	default:			/* RFC 5321 3.1: 503 until QUIT */
+		slog(s, LOG_NOTICE, "SERVER: refused the session: %s",
+		    first_line(r));
+		relay(s, r);
+		s->rejected = 1;
 		server_close(s);
-		return 1;
+		enter(s, S_COMMAND);
 	}
-	if (!s->conf->transparent)
-		target_worked(s->conf->out, &s->server.addr);
-	client_reply(s, "%d " OUR_NAME, r.code);
-	reply_eat(s, &r);
-	enter(s, S_COMMAND);
-	return 1;
 }
 
 /*
  * COMMAND: the verbs.
  */
-
-/*
- * take looks at a line (n bytes, NUL-terminated, without line end) and says
- * whether it is passed on; 0: it has been answered.  told is given the reply;
- * 0: relay it, 1: done.
- */
-struct verb {
-	const char *name;
-	int	(*on_command)(struct session *, char *line, size_t n);
-	int	(*on_reply)(struct session *, const struct reply *);
-	int	 in_chunks;		/* may stand between two BDATs */
-	int	 unnamed;		/* may come before XCLIENT */
-};
 
 static const struct verb verb_xclient;
 
@@ -1199,14 +1354,12 @@ mail_command(struct session *s, char *line, size_t n)
 static int
 mail_reply(struct session *s, const struct reply *r)
 {
-	struct str from = s->server.argument;
-
 	if (r->class != 2)
 		return 0;
-	memset(&s->server.argument, 0, sizeof s->server.argument);
-	envelope_reset(s);
+	envelope_reset(&s->env);
 	s->env.have_mail = 1;
-	s->env.from = from;
+	s->env.from = s->server.argument;
+	memset(&s->server.argument, 0, sizeof s->server.argument);
 	if (s->env.from.len == 0 && str_set(&s->env.from, "<>", 2) == -1)
 		client_nomem(s);
 	return 0;
@@ -1246,7 +1399,7 @@ static int
 rset_reply(struct session *s, const struct reply *r)
 {
 	if (r->class == 2)
-		transaction_reset(s);
+		transaction_end(s);
 	return 0;
 }
 
@@ -1391,22 +1544,22 @@ ehlo_line(struct session *s, const char *p)
 static int
 ehlo_add(struct session *s, const char *text)
 {
-	if (str_add(&s->result.reply, "250-", 4) == 0 &&
-	    str_add(&s->result.reply, text, strlen(text)) == 0 &&
-	    str_add(&s->result.reply, "\r\n", 2) == 0)
+	if (str_add(&s->server.ehlo, "250-", 4) == 0 &&
+	    str_add(&s->server.ehlo, text, strlen(text)) == 0 &&
+	    str_add(&s->server.ehlo, "\r\n", 2) == 0)
 		return 0;
 	client_nomem(s);
 	return -1;
 }
 
-/* What the client shall see of an EHLO reply goes to `held'. */
+/* Keep in server.ehlo what the client may see of a reply to HELO or EHLO. */
 static void
 ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 {
 	char *p, *next, size[48];
 
 	s->server.size = s->server.chunking = s->server.xclient = 0;
-	s->result.reply.len = 0;
+	str_free(&s->server.ehlo);
 	if (ehlo_add(s, OUR_NAME) == -1)
 		return;
 	reply_clean(r);
@@ -1429,9 +1582,10 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 	}
 	if (s->client.err)
 		return;
-	for (p = s->result.reply.s + s->result.reply.len - 2; p > s->result.reply.s && p[-1] != '\n'; p--)
-		;
-	p[3] = ' ';		/* the last line says that it is the last */
+	p = s->server.ehlo.s + s->server.ehlo.len - 2;
+	while (p > s->server.ehlo.s && p[-1] != '\n')
+		p--;
+	p[3] = ' ';			/* the last line */
 }
 
 /* The next hop is to see the client's address, not ours. */
@@ -1453,12 +1607,19 @@ xclient_send(struct session *s)
 		n += format(line + n, sizeof line - n, " PORT=%u",
 		    addr_port(&s->client_addr));
 	n += format(line + n, sizeof line - n, "\r\n");
-	if (!server_put(s, line, n))
+	if (!server_command(s, &verb_xclient, line, n))
 		return server_lost(s, "no memory for a command to it");
-	s->server.verb = &verb_xclient;
-	s->server.asked = 1;
 	enter(s, S_REPLY);
 	return 1;
+}
+
+static void
+ehlo_send(struct session *s)
+{
+	if (!s->client.err)
+		client_put(s, s->server.ehlo.s, s->server.ehlo.len);
+	str_free(&s->server.ehlo);
+	enter(s, S_COMMAND);
 }
 
 /*
@@ -1471,7 +1632,7 @@ hello_reply(struct session *s, const struct reply *r, int esmtp)
 {
 	if (r->class != 2)
 		return 0;
-	transaction_reset(s);
+	transaction_end(s);
 	ehlo_filter(s, r, esmtp);
 	if (!esmtp)
 		s->server.xclient = X_NAME | X_ADDR;
@@ -1482,9 +1643,7 @@ hello_reply(struct session *s, const struct reply *r, int esmtp)
 		    "it takes the client for this host");
 		s->xclient_state = XC_DONE;
 	}
-	if (!s->client.err)
-		send_deferred(s);
-	enter(s, S_COMMAND);
+	ehlo_send(s);
 	return 1;
 }
 
@@ -1563,8 +1722,7 @@ xclient_reply(struct session *s, const struct reply *r)
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
 		    first_line(r));
 		s->xclient_state = helo ? XC_EHLO : XC_DONE;
-		send_deferred(s);
-		enter(s, S_COMMAND);
+		ehlo_send(s);
 		return 1;
 	}
 	if (r->class != 2) {
@@ -1577,10 +1735,8 @@ xclient_reply(struct session *s, const struct reply *r)
 		return 1;
 	}
 	s->xclient_state = XC_DONE;
-	s->server.verb = verb_find(s->helo.s);
-	if (!server_put(s, s->helo.s, s->helo.len))
+	if (!server_command(s, verb_find(s->helo.s), s->helo.s, s->helo.len))
 		return server_lost(s, "no memory for a command to it");
-	s->server.asked = 1;
 	enter(s, S_REPLY);
 	return 1;
 }
@@ -1715,25 +1871,29 @@ command(struct session *s, char *line, size_t n)
 	buf_put(&s->server.peer.out, "\r\n", 2);
 	log_command(s, "SERVER >", v, line, n);
 	s->server.verb = v;
-	s->server.asked = 1;
 	enter(s, S_REPLY);
 	return 1;
 }
 
-/* The next hop speaks unasked: that is its farewell. */
+/* The next hop sends a reply that nothing has asked for: it ends the session. */
 static int
 server_spoke(struct session *s)
 {
 	struct reply r;
-	int got;
 
-	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
-		return got;
-	slog(s, LOG_NOTICE, "SERVER: said unasked: %s",
-	    first_line(&r));
-	if (r.code < 400)	/* not to be taken for an answer to anything */
+	switch (server_reply(s, &r)) {
+	case WAIT:
+		return 0;
+	case LOST:
+		return server_lost(s, s->server.why);
+	case REPLY:
+		break;
+	}
+	slog(s, LOG_NOTICE, "SERVER: said unasked: %s", first_line(&r));
+	if (r.code < 400)	/* the client would take it for a reply to it */
 		return server_lost(s, "it spoke unasked");
-	return relay_and_close(s, &r);
+	relay_and_close(s, &r);
+	return 1;
 }
 
 static void
@@ -1778,33 +1938,32 @@ st_command(struct session *s)
 static int
 st_reply(struct session *s)
 {
-	struct reply r;
-	int auth = verb_is(s->server.verb, "AUTH"), quit = verb_is(s->server.verb, "QUIT"), got, done;
-
-	if (s->client.err) {
-		log_closed(s);
-		session_kill(s);
-		return 1;
-	}
-	if (!client_ready(s))
-		return 0;
-	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
-		return got;
-	s->server.asked = 0;
-	if (r.class == 3 && !(auth && r.code == 334))
-		return server_lost(s, "its reply makes no sense");
-	done = s->server.verb->on_reply != NULL && s->server.verb->on_reply(s, &r);
-	if (!done)
-		relay(s, &r);
-	reply_eat(s, &r);
-	if (done)
-		return 1;
-	if (quit || r.code == 421) {
-		peer_close(&s->server.peer);
-		start_linger(s);
-	} else
-		enter(s, r.code == 334 ? S_AUTH : S_COMMAND);
+	if (!s->client.err)
+		return await_reply(s);
+	log_closed(s);
+	session_kill(s);
 	return 1;
+}
+
+static void
+command_reply(struct session *s, const struct reply *r)
+{
+	int auth = verb_is(r->verb, "AUTH") && r->code == 334;
+
+	if (r->class == 3 && !auth) {
+		server_lost(s, "its reply makes no sense");
+		return;
+	}
+	if (r->verb->on_reply != NULL && r->verb->on_reply(s, r))
+		return;
+	if (verb_is(r->verb, "QUIT") || r->code == 421) {
+		relay_and_close(s, r);
+		return;
+	}
+	relay(s, r);
+	if (auth)
+		s->server.verb = r->verb;	/* it takes no command now */
+	enter(s, auth ? S_AUTH : S_COMMAND);
 }
 
 /*
@@ -1829,7 +1988,6 @@ st_auth(struct session *s)
 		buf_put(&s->server.peer.out, line, n);
 		buf_put(&s->server.peer.out, "\r\n", 2);
 		buf_eat(&s->client.in, 0);
-		s->server.asked = 1;
 		enter(s, S_REPLY);
 		return 1;
 	case -1:		/* the next hop still waits for it */
@@ -1859,7 +2017,7 @@ spool_flush(struct session *s)
 
 	v->iov_base = (char *)(uintptr_t)scan_line;
 	v->iov_len = s->msg.spool_size == 0 ? scan_line_len : 0;
-	while (left > 0 && !s->result.failed) {
+	while (left > 0 && s->result.outcome == OUT_NONE) {
 		n = pwritev(s->msg.spool, v, gather + ngather - v, s->msg.spool_size);
 		if (n == -1 && errno == EINTR)
 			continue;
@@ -1949,10 +2107,10 @@ spool_append(struct session *s, const char *p, size_t n)
 	struct iovec *last = &gather[ngather - 1];
 	int64_t limit = size_limit(s);
 
-	if (s->result.failed || n == 0)
+	if (s->result.outcome != OUT_NONE || n == 0)
 		return;
 	if (limit > 0 && s->msg.size + (int64_t)n > limit) {
-		fail_message(s, r_too_big, (long long)limit);
+		fail_message(s, OUT_OVERSIZE, r_too_big, (long long)limit);
 		return;
 	}
 	if (s->msg.header_state != H_DONE)
@@ -2124,7 +2282,7 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 			break;
 		}
 	if (s->msg.held_bytes > MAXPENDING)
-		fail_message(s, r_flood);
+		fail_message(s, OUT_ERROR, r_flood);
 	return q - p;
 }
 
@@ -2152,12 +2310,6 @@ body_end(struct session *s)
 static void
 message_begin(struct session *s)
 {
-	s->msg.size = s->msg.spool_size = s->msg.top = s->msg.header_end = 0;
-	s->msg.body_state = BOL;
-	s->msg.header_state = H_FIRST;
-	s->msg.indented = 0;
-	s->msg.held_bytes = 0;
-	s->msg.has_dot_lines = s->result.failed = 0;
 	if (s->conf->keepalives > 0)
 		s->server.noop_at = now + s->conf->keepalives;
 	s->msg.spool = spool_open(s->conf->tempdir, s->conf->debug_files);
@@ -2174,6 +2326,12 @@ enter_body(struct session *s, enum state state)
 }
 
 static int
+has_recipients(const struct session *s)
+{
+	return s->env.have_mail && s->env.nrcpt > 0;
+}
+
+static int
 data_command(struct session *s, char *line, size_t n)
 {
 	(void)n;
@@ -2181,7 +2339,7 @@ data_command(struct session *s, char *line, size_t n)
 		refuse(s, r_no_args);
 		return 0;
 	}
-	if (!s->env.have_mail || s->env.nrcpt == 0) {
+	if (!has_recipients(s)) {
 		refuse(s, r_no_rcpt);
 		return 0;
 	}
@@ -2191,14 +2349,14 @@ data_command(struct session *s, char *line, size_t n)
 	return 0;
 }
 
-/* The message is whole. */
+/* The message is complete. */
 static void
 message_end(struct session *s)
 {
 	int64_t max = scan_limit(s);
 
 	body_end(s);
-	if (s->result.failed) {
+	if (s->result.outcome != OUT_NONE) {
 		reject_message(s);
 		return;
 	}
@@ -2217,7 +2375,8 @@ st_body(struct session *s)
 	size_t n;
 	int end = 0;
 
-	server_idle(s);
+	if (keep_alive(s) == GONE)
+		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
 	if (buf_len(in) > 0) {
@@ -2256,34 +2415,34 @@ bdat_command(struct session *s, char *line, size_t n)
 		start_linger(s);
 		return 0;
 	}
+	if (!s->msg.in_bdat && has_recipients(s))
+		message_begin(s);
+	s->msg.in_bdat = 1;
+	s->msg.discard = !has_recipients(s);
+	s->msg.relay_bdat = s->server.chunking;
 	s->msg.chunk_left = size;
 	s->msg.chunk_last = last;
-	if (!s->msg.in_bdat) {
-		if (!s->env.have_mail || s->env.nrcpt == 0) {
-			s->result.failed = 1;
-			defer_reply(s, r_no_rcpt);
-		} else
-			message_begin(s);
-		s->msg.in_bdat = 1;
-		s->msg.relay_bdat = s->server.chunking;
-	}
-	if (limit > 0 && s->msg.size + size > limit && !s->result.failed)
-		fail_message(s, r_too_big, (long long)limit);
+	if (limit > 0 && s->msg.size + size > limit && !s->msg.discard)
+		fail_message(s, OUT_OVERSIZE, r_too_big, (long long)limit);
 	enter_body(s, S_CHUNK);
 	return 0;
 }
 
-/* A refused chunk ends the transaction: further ones find none, and get 503. */
+/* After a refused chunk there is no transaction: further chunks get 503. */
 static void
 chunk_end(struct session *s)
 {
 	s->msg.dot_at = now;
-	if (s->env.nrcpt == 0 && (s->server.peer.fd != -1 || s->rejected)) {
-		s->msg.in_bdat = s->result.failed = 0;		/* there was none to end */
-		str_free(&s->result.reply);
-		enter(s, S_COMMAND);
-		refuse(s, r_no_rcpt);
-	} else if (s->result.failed)
+	if (s->msg.discard) {
+		message_reset(&s->msg);
+		if (s->server.peer.fd == -1 && !s->rejected) {
+			client_reply(s, r_server_lost, s->server.why);
+			start_linger(s);
+		} else {
+			enter(s, S_COMMAND);
+			refuse(s, r_no_rcpt);
+		}
+	} else if (s->result.outcome != OUT_NONE)
 		reject_message(s);
 	else if (s->msg.chunk_last)
 		message_end(s);
@@ -2300,11 +2459,12 @@ st_chunk(struct session *s)
 	size_t n = buf_len(in);
 	int end;
 
-	server_idle(s);
+	if (keep_alive(s) == GONE && !s->msg.discard)
+		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
 	if (s->msg.chunk_left == 0) {
-		if (s->server.noop)		/* commands go on when it is answered */
+		if (s->server.verb != NULL)	/* a NOOP: commands must wait */
 			return 0;
 		chunk_end(s);
 		return 1;
@@ -2316,7 +2476,9 @@ st_chunk(struct session *s)
 	}
 	if (n > s->msg.chunk_left)
 		n = s->msg.chunk_left;
-	if (s->msg.relay_bdat)
+	if (s->msg.discard)
+		;
+	else if (s->msg.relay_bdat)
 		spool_append(s, buf_head(in), n);
 	else
 		body_filter(s, buf_head(in), n, &end);
@@ -2406,10 +2568,6 @@ forward(struct session *s)
 		reject_message(s);
 		return;
 	}
-	s->replay.header_queued = s->replay.dot_queued = 0;
-	s->replay.off = 0;
-	s->replay.at_bol = 1;
-	s->server.noop_at = 0;
 	enter(s, S_DATA);
 }
 
@@ -2513,11 +2671,10 @@ virus_found(struct session *s)
 		forward(s);
 		return;
 	}
-	s->result.failed = 0;		/* whatever became of the next hop meanwhile */
 	if (s->result.action == BOUNCE)
-		defer_reply(s, r_virus_bounce, s->result.text);
+		settle(s, OUT_VIRUS, r_virus_bounce, s->result.text);
 	else
-		defer_reply(s, r_virus_drop);
+		settle(s, OUT_VIRUS, r_virus_drop);
 	reject_message(s);
 }
 
@@ -2538,35 +2695,29 @@ on_quarantined(void *ctx, const char *answer, size_t n)
 	}
 }
 
-static int
+/* clamd, or the lack of an answer from it, has given the verdict. */
+static void
 judge(struct session *s)
 {
-	switch (s->result.verdict) {
-	case CLEAN:
+	struct result *r = &s->result;
+
+	if (r->verdict == CLEAN || (r->verdict != VIRUS && s->conf->failopen)) {
 		forward(s);
-		return 1;
-	case VIRUS:
-		s->result.action = conf_action(s->conf, s->result.text);
-		if (!s->conf->quarantine) {
-			virus_found(s);
-			return 1;
-		}
-		s->result.copying = 0;
-		enter(s, S_QUARANTINE);
-		return 1;
-	default:
-		break;
+		return;
 	}
-	if (s->conf->failopen)
-		forward(s);
-	else {
-		if (s->result.verdict == TOOBIG)
-			defer_reply(s, r_not_scanned, (long long)s->msg.size);
+	if (r->verdict == VIRUS) {
+		r->action = conf_action(s->conf, r->text);
+		if (s->conf->quarantine)
+			enter(s, S_QUARANTINE);
 		else
-			defer_reply(s, r_no_scan, s->result.text);
-		reject_message(s);
+			virus_found(s);
+		return;
 	}
-	return 1;
+	if (r->verdict == TOOBIG)
+		settle(s, OUT_OVERSIZE, r_not_scanned, (long long)s->msg.size);
+	else
+		settle(s, OUT_CLAMD_ERROR, r_no_scan, r->text);
+	reject_message(s);
 }
 
 static int
@@ -2574,15 +2725,15 @@ st_scan(struct session *s)
 {
 	if (client_gone(s))
 		return abort_transaction(s);
-	server_idle(s);
-	if (s->result.failed) {
+	if (keep_alive(s) == GONE) {
+		fail_server_lost(s);
 		clamd_cancel(s);
-		reject_message(s);
-		return 1;
+		return reject_message(s);
 	}
 	if (s->result.verdict == UNKNOWN && !clamd_scan(s))
 		return 0;
-	return judge(s);
+	judge(s);
+	return 1;
 }
 
 /*
@@ -2599,10 +2750,11 @@ copy_start(struct session *s)
 		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
 }
 
+/* A virus is dealt with as configured, whether the next hop is lost or not. */
 static int
 st_quarantine(struct session *s)
 {
-	server_idle(s);
+	keep_alive(s);
 	if (!s->result.copying) {
 		if (client_gone(s))
 			return abort_transaction(s);
@@ -2610,15 +2762,16 @@ st_quarantine(struct session *s)
 			return 0;
 		copy_start(s);
 	}
-	if (s->result.child != NULL)	/* no copy without its line in the log */
+	if (s->result.child != NULL)	/* the log must name each copy */
 		return 0;
 	if (s->result.quarantined.len == 0) {
-		/* Promise 1: not kept, so not taken; it comes again. */
-		fail_message(s, r_local, "quarantine", "no copy could be made");
-		reject_message(s);
-		return 1;
+		/* Promise 1: the client keeps a message that we could not. */
+		fail_message(s, OUT_ERROR, r_local, "quarantine",
+		    "no copy could be made");
+		return reject_message(s);
 	}
-	slog(s, LOG_NOTICE, "quarantined virus file as: %s", s->result.quarantined.s);
+	slog(s, LOG_NOTICE, "quarantined virus file as: %s",
+	    s->result.quarantined.s);
 	if (client_gone(s))
 		return abort_transaction(s);
 	virus_found(s);
@@ -2646,76 +2799,90 @@ begin_replay(struct session *s)
 }
 
 /*
- * DATA: only now does the next hop hear of the message.
+ * DATA: the next hop is asked to take the message.
  */
+
+static const struct verb verb_data = { "DATA", NULL, NULL, 0, 0 };
+
+/* Returns 1, or 0 when there is no memory for the command now. */
+static int
+data_send(struct session *s)
+{
+	char line[64];
+	int n;
+
+	if (!s->msg.relay_bdat)
+		return server_command(s, &verb_data, "DATA\r\n", 6);
+	n = format(line, sizeof line, "BDAT %lld LAST\r\n",
+	    (long long)(s->msg.size + s->replay.header.len));
+	if (!server_command(s, &verb_data, line, n))
+		return 0;
+	begin_replay(s);
+	return 1;
+}
 
 static int
 st_data(struct session *s)
 {
-	struct reply r;
-	char line[64];
-	int n, got;
-
-	if (!s->server.asked) {
-		if (client_gone(s))
-			return abort_transaction(s);
-		if (!server_idle(s) && s->server.peer.fd != -1)
-			return 0;
-		if (s->state != S_DATA)
-			return 1;
-		if (s->result.failed) {
-			reject_message(s);
-			return 1;
-		}
-		n = format(line, sizeof line, "BDAT %lld LAST\r\n",
-		    (long long)(s->msg.size + s->replay.header.len));
-		s->server.asked = s->msg.relay_bdat ? server_put(s, line, n) :
-		    server_put(s, "DATA\r\n", 6);
-		if (s->server.asked && s->msg.relay_bdat)
-			begin_replay(s);
-		return s->server.asked;
-	}
-	if (!client_ready(s))
+	if (s->server.verb == &verb_data)
+		return await_reply(s);
+	if (client_gone(s))
+		return abort_transaction(s);
+	switch (server_idle(s)) {
+	case WAITING:
 		return 0;
-	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
-		return got;
-	if (r.code == 354) {
-		reply_eat(s, &r);
-		begin_replay(s);
-		return 1;
+	case GONE:
+		fail_server_lost(s);
+		return reject_message(s);
+	case READY:
+		break;
 	}
-	if (r.code < 400)
-		return server_lost(s, "its reply makes no sense");
-	s->server.asked = 0;
-	log_refusal(s, &r);
-	defer_relay(s, &r);
-	reply_eat(s, &r);
-	if (r.code == 421)
-		peer_close(&s->server.peer);		/* RESET has nobody to ask */
-	reject_message(s);
-	return 1;
+	return data_send(s);
+}
+
+static void
+data_reply(struct session *s, const struct reply *r)
+{
+	if (r->code == 354) {
+		s->server.verb = &verb_data;	/* the final reply is due */
+		begin_replay(s);
+	} else if (r->code < 400)
+		server_lost(s, "its reply makes no sense");
+	else {
+		log_refusal(s, r);
+		settle_relay(s, verdict_outcome(s), r);
+		if (r->code == 421)
+			peer_close(&s->server.peer);
+		reject_message(s);
+	}
 }
 
 /*
  * REPLAY.
  */
 
-/* The next hop speaks before it has everything, and gets no more of it.  Its
- * refusal is the verdict; a promise would be one for a message that it does not
- * have. */
+/* The next hop replies before it has the whole message, and gets no more of it.
+ * A refusal is final.  Any other reply is for a message that it does not have. */
 static int
 early_reply(struct session *s)
 {
 	struct reply r;
-	int got;
 
-	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
-		return got;
+	switch (server_reply(s, &r)) {
+	case WAIT:
+		return 0;
+	case LOST:
+		return server_lost(s, s->server.why);
+	case REPLY:
+		break;
+	}
 	if (r.code < 400)
 		return server_lost(s, "it accepted a message that it did not have");
 	log_refusal(s, &r);
-	mail_done(s, r.text, r.len);
-	return relay_and_close(s, &r);
+	settle_relay(s, verdict_outcome(s), &r);
+	message_log(s);
+	relay_and_close(s, &r);
+	return 1;
 }
 
 /*
@@ -2844,72 +3011,64 @@ st_replay(struct session *s)
  * has left, for the log.
  */
 
-static int
-st_final(struct session *s)
+static void
+final_reply(struct session *s, const struct reply *r)
 {
-	struct reply r;
-	int got;
-
-	if (!client_ready(s))
-		return 0;
-	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
-		return got;
-	if (r.class == 3)
-		return server_lost(s, "its reply makes no sense");
-	s->server.asked = 0;
-	mail_done(s, r.text, r.len);
-	if (r.class != 2)
-		log_refusal(s, &r);
-	relay(s, &r);
-	reply_eat(s, &r);
-	transaction_reset(s);
-	if (r.code == 421)
+	if (r->class == 3) {
+		server_lost(s, "its reply makes no sense");
+		return;
+	}
+	settle_relay(s, verdict_outcome(s), r);
+	message_log(s);
+	if (r->class != 2)
+		log_refusal(s, r);
+	result_send(s);
+	transaction_end(s);
+	if (r->code == 421)
 		start_linger(s);
 	else
 		enter(s, S_COMMAND);
-	return 1;
 }
 
 /*
- * RESET: the next hop forgets the transaction, then the client hears why.
+ * RESET: the next hop forgets the transaction, then the client gets the reply.
  */
+
+static const struct verb verb_rset = { "RSET", NULL, NULL, 1, 1 };
 
 static int
 st_reset(struct session *s)
 {
-	struct reply r;
-	int ok, got;
-
 	if (s->client.err) {
 		session_kill(s);
 		return 1;
 	}
+	if (s->server.verb == &verb_rset)
+		return await_reply(s);
 	if (!client_ready(s))
 		return 0;
-	if (!s->server.asked) {
-		if (!server_idle(s) && s->server.peer.fd != -1)
-			return 0;
-		if (s->state != S_RESET)
-			return 1;
-		if (s->server.peer.fd == -1) {
-			send_deferred(s);
-			start_linger(s);
-			return 1;
-		}
-		return s->server.asked = server_put(s, "RSET\r\n", 6);
+	switch (server_idle(s)) {
+	case WAITING:
+		return 0;
+	case GONE:
+		result_send(s);
+		start_linger(s);
+		return 1;
+	case READY:
+		break;
 	}
-	if ((got = reply_get(s, &r)) != REPLY_COMPLETE)
-		return got;
-	ok = r.class == 2;
-	reply_eat(s, &r);
-	s->server.asked = 0;
-	send_deferred(s);
-	transaction_reset(s);
-	if (ok)
+	return server_command(s, &verb_rset, "RSET\r\n", 6);
+}
+
+static void
+reset_reply(struct session *s, const struct reply *r)
+{
+	result_send(s);
+	transaction_end(s);
+	if (r->class == 2)
 		enter(s, S_COMMAND);
 	else
 		start_linger(s);
-	return 1;
 }
 
 /*
@@ -2970,7 +3129,7 @@ timed_out(struct session *s)
 		slog(s, LOG_ERR, "quarantine in %s: no copy was %s within TimeOut",
 		    s->conf->tempdir, s->result.copying ? "made" : "begun");
 		s->result.copying = 1;
-		quarantine_drop(s);
+		copy_forget(&s->result);
 		break;
 	case S_LINGER:
 		session_kill(s);
@@ -2978,12 +3137,6 @@ timed_out(struct session *s)
 	default:
 		server_lost(s, "no answer in time");
 	}
-}
-
-static int
-is_body(const struct session *s)
-{
-	return s->state == S_BODY || s->state == S_CHUNK;
 }
 
 /* A body may be slow, but not for ever. */
@@ -3132,10 +3285,7 @@ session_poll(struct session *s)
 	sooner(s, clamd_deadline(s));
 	if (is_body(s))
 		sooner(s, s->msg.rate_check_at);
-	/* As in hop_listen(): a time at which nothing is done makes us spin. */
-	if ((is_body(s) || s->state == S_SCAN || s->state == S_QUARANTINE) &&
-	    !s->server.noop && !s->result.failed && buf_len(&s->server.peer.in) == 0)
-		sooner(s, s->server.noop_at);
+	sooner(s, keep_alive_at(s));
 	poll_deadline(s->next_time);
 }
 
@@ -3204,11 +3354,10 @@ session_refuse(int fd)
 void
 session_free(struct session *s)
 {
-	transaction_reset(s);
+	transaction_end(s);
+	server_close(s);
 	str_free(&s->helo);
-	str_free(&s->result.reply);
 	peer_close(&s->client);
-	peer_close(&s->server.peer);
 	peer_close(&s->scan.peer);
 	conf_put(s->conf);
 	free(s);

@@ -243,7 +243,7 @@ log_open(int level, int console)
 	if (!console && (fd = syslog_connect()) == -1)
 		logmsg(LOG_WARNING, "/dev/log: no syslog daemon listens there, "
 		    "log lines are lost until one does:");
-	else if (console && (fstat(2, &st) == -1 || !S_ISREG(st.st_mode)))
+	else if (console && fstat(2, &st) == 0 && !S_ISREG(st.st_mode))
 		fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND |
 		    O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
 	log_level = level + LEVEL_BASE;

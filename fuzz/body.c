@@ -121,7 +121,7 @@ replay(struct session *s, const struct text *spooled, int flags)
 	s->replay.header_queued = s->replay.dot_queued = 0;
 	s->replay.off = 0;
 	s->replay.at_bol = 1;
-	s->server.asked = 1;
+	s->server.verb = &verb_data;
 	s->result.verdict = CLEAN;
 	s->msg.dot_at = now;
 	enter(s, S_REPLAY);
@@ -190,10 +190,10 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		body_end(s);
 		ref_body(&want, in.p, body, !s->msg.in_bdat);
 		if (s->server.size > 0 && want.n > 64) {
-			CHECK(s->result.failed, "the size limit is not seen");
+			CHECK(s->result.outcome != OUT_NONE, "the size limit is not seen");
 			CHECK(s->msg.size <= 64, "more is stored than the limit");
 		} else {
-			CHECK(!s->result.failed, "an error: %s", s->result.reply.s);
+			CHECK(s->result.outcome == OUT_NONE, "an error: %s", s->result.reply.s);
 			spool_text(s, &got);
 			same("spool", got.p, got.n, want.p, want.n);
 			at = ref_header(want.p, want.n, ref_top(want.p, want.n));

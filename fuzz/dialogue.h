@@ -271,13 +271,9 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 		m->bdat = 1;
 		m->raw = m->ehlo && (m->flags & 2);
 	}
-	if (m->rcpts == 0) {
+	if (!m->mail || m->rcpts == 0) {
 		refused(m, "503");
 		m->bdat = 0;
-		return size;
-	}
-	if (!m->mail) {			/* a next hop that takes RCPT without */
-		turned_away(m, "503");
 		return size;
 	}
 	limited = m->ehlo && (m->flags & 4);

@@ -214,6 +214,8 @@ new_session(struct conf *conf)
 	s->client_addr.len = sizeof s->client_addr.u.in;
 	s->client_addr.u.in.sin_family = AF_INET;
 	s->peer_addr = s->client_addr;
+	s->result.outcome = OUT_NONE;
+	s->replay.at_bol = 1;
 	s->deadline = now + conf->timeout;
 	return s;
 }

@@ -969,8 +969,10 @@ class Names:
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.sock.bind((self.host, 53))
         self.file = os.path.join(str(directory), "resolv.conf")
+        # Several attempts, since conntrack may drop one of two datagrams that are
+        # sent at the same time.
         with open(self.file, "w") as file:
-            file.write("nameserver %s\noptions timeout:60 attempts:1\n"
+            file.write("nameserver %s\noptions timeout:60 attempts:10\n"
                        % self.host)
         # For the daemon: ask nobody else (MS_BIND).
         self.preexec = mounting(bind(self.file, "/etc/resolv.conf"))

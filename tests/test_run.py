@@ -1346,7 +1346,7 @@ def test_hop_address_that_worked_is_tried_first(site, names, clock):
     with the address that accepted it, after another look-up too."""
     names.addresses = [DEAD, GOOD]
     names.go()
-    site.hop = site.new_hop(host=GOOD)
+    site.hop = site.new_hop(host=GOOD, port=site.port(DEAD))
     start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port,
                 **clock.settings())
     site.session().mail()
@@ -1368,7 +1368,7 @@ def test_hop_address_that_fails_later_gives_way_to_the_other(site, names):
     """The address that worked dies: the other one takes its place."""
     names.addresses = [DEAD, GOOD]
     names.go()
-    site.hop = site.new_hop(host=GOOD)
+    site.hop = site.new_hop(host=GOOD, port=site.port(DEAD))
     start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port)
     site.session().mail()
     other = site.new_hop(host=DEAD, port=site.hop.port)
@@ -1385,7 +1385,7 @@ def test_hop_address_that_does_not_greet_stays_behind(site, names):
     worked: the order of the name server stays."""
     names.addresses = [DEAD, GOOD]
     names.go()
-    site.hop = site.new_hop(host=GOOD)
+    site.hop = site.new_hop(host=GOOD, port=site.port(DEAD))
     silent = site.new_hop(host=DEAD, port=site.hop.port)
     silent.on("greeting", CLOSE)
     silent.down()
@@ -1432,7 +1432,7 @@ def test_clamd_address_that_worked_is_tried_first(site, names):
     """By the next scan and by a PING, after a scan that it has done."""
     names.addresses = [DEAD, GOOD]
     names.go()
-    site.clamd = site.new_clamd(tcp=True, host=GOOD)
+    site.clamd = site.new_clamd(tcp=True, host=GOOD, port=site.port(DEAD))
     site.clamd.down()
     status = site.path("status")
     start_named(site, names, StatusListen=status,
@@ -1463,7 +1463,7 @@ def test_clamd_address_that_answers_a_ping_is_tried_first(site, names):
     """The health check has found the dead address; no message waits for it."""
     names.addresses = [DEAD, GOOD]
     names.go()
-    site.clamd = site.new_clamd(tcp=True, host=GOOD)
+    site.clamd = site.new_clamd(tcp=True, host=GOOD, port=site.port(DEAD))
     status = site.path("status")
     start_named(site, names, StatusListen=status,
                 ClamAddress="clamd.example.org:%d" % site.clamd.port)

@@ -2452,12 +2452,23 @@ chunk_end(struct session *s)
 	}
 }
 
+static void
+chunk_store(struct session *s, const char *p, size_t n)
+{
+	int end;
+
+	if (s->msg.relay_bdat)
+		spool_append(s, p, n);
+	else
+		body_filter(s, p, n, &end);
+	spool_flush(s);
+}
+
 static int
 st_chunk(struct session *s)
 {
 	struct buf *in = &s->client.in;
 	size_t n = buf_len(in);
-	int end;
 
 	if (keep_alive(s) == GONE && !s->msg.discard)
 		fail_server_lost(s);
@@ -2476,13 +2487,8 @@ st_chunk(struct session *s)
 	}
 	if (n > s->msg.chunk_left)
 		n = s->msg.chunk_left;
-	if (s->msg.discard)
-		;
-	else if (s->msg.relay_bdat)
-		spool_append(s, buf_head(in), n);
-	else
-		body_filter(s, buf_head(in), n, &end);
-	spool_flush(s);
+	if (!s->msg.discard)
+		chunk_store(s, buf_head(in), n);
 	s->msg.chunk_left -= n;
 	buf_eat(in, n);
 	return 1;

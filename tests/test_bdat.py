@@ -221,6 +221,15 @@ def test_unreadable_size_is_501_and_the_end(site, chunky, size):
     assert "NOOP" not in site.hop.commands and site.hop.messages == []
 
 
+def test_bdat_after_one_without_recipients_is_delivered(site, chunky):
+    """A chunk that was discarded leaves nothing that fails the next message."""
+    chunky.chunk(b"discarded", last=True)
+    chunky.expect("503 5.5.1")
+    send_chunks(chunky, [BODY], "250 2.0.0 queued as 4711")
+    same(site.hop.messages[0].body, with_header(BODY))
+    assert len(site.daemon.log(r"status=")) == 1
+
+
 def test_bdat_without_a_size_is_501_and_the_end(site, chunky):
     chunky.envelope()
     chunky.cmd("BDAT", "501 5.5.4")

@@ -34,7 +34,10 @@ def values(name, text=None):
 
 
 def systemd_says(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=2 * WAIT)
+    got = subprocess.run(command, capture_output=True, text=True, timeout=2 * WAIT)
+    if "Failed to create directory '/run/systemd" in got.stderr:
+        pytest.skip("no systemd runs here, and only root can create its /run/systemd")
+    return got
 
 
 # ---------------------------------------------------------------- the unit

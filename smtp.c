@@ -1,28 +1,29 @@
 /*
- * The life of a mail, from top to bottom.
+ * A session, from top to bottom.  The states are in the order in which they
+ * happen:
  *
- *	PROXY	    who the client is, where a load balancer stands before us
- *	CONNECT	    to the next hop, as soon as the client is there
- *	GREETING    the next hop's, passed on under another name
- *	COMMAND	    one of the client's, when the one before has its reply
- *	REPLY	    to it, read whole, passed on whole
- *	AUTH	    a line of the client's that only the next hop understands
- *	BODY	    DATA: into the spool, up to the final dot
- *	CHUNK	    BDAT: so many bytes into the spool
- *	SCAN	    clamd looks at it
- *	QUARANTINE  a child keeps a copy of it
- *	DATA	    clamd called it OK: the next hop is asked to take it
- *	REPLAY	    header and body go out
- *	FINAL	    the next hop's word on it, which is the client's too
- *	RESET	    instead of the last three, for what is not forwarded
- *	LINGER	    the last reply is out, the client may read it in peace
+ *	PROXY	    a load balancer may name the client
+ *	CONNECT	    to the next hop, as soon as the client has connected
+ *	GREETING    of the next hop, relayed with another host name
+ *	COMMAND	    the next command of the client
+ *	REPLY	    to that command, read whole and relayed whole
+ *	AUTH	    a line of the client after 334, relayed unread
+ *	BODY	    DATA: the message goes to the spool, up to the end of data
+ *	CHUNK	    BDAT: a chunk of the message goes to the spool
+ *	SCAN	    clamd scans the message
+ *	QUARANTINE  a child copies an infected message
+ *	DATA	    the next hop is asked to take the message
+ *	REPLAY	    header and message go to the next hop
+ *	FINAL	    the reply of the next hop to the message
+ *	RESET	    in place of the last three, for a message that is rejected
+ *	LINGER	    half-close and drain, or a RST could discard the last reply
  *
- * At most one command is outstanding at the next hop (and none beside a NOOP
- * of ours), so whose reply has come is never a question.
+ * At most one command is outstanding at the next hop, so a reply always belongs
+ * to that command.
  *
- * Promise 4: no byte of a body reaches the next hop unless clamd has said OK, or
- * the administrator has said so: S_DATA is entered by forward() only, and that
- * is called by judge() and virus_found() only.
+ * Promise 4: no byte of a message reaches the next hop unless clamd has called
+ * the message OK or the settings say so.  Only forward() enters S_DATA, and
+ * only judge() and virus_found() call forward().
  */
 
 #include <ctype.h>
@@ -39,15 +40,15 @@
 
 #include "clamsmtpd.h"
 
-/* Linux; the kernel's number, for IPv4 and IPv6 alike. */
+/* SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST, by the kernel's number. */
 #define ORIGINAL_DST	80
 
 #define OUR_NAME	"smtp.passthru"
 
 #define PROXYSZ		2048		/* bytes of a PROXY header */
-#define TAIL		(BUFSZ / 4)	/* bytes of a message, to copy them */
+#define TAIL		(BUFSZ / 4)	/* bytes of a message that are copied */
 
-/* All that we ever say to a client of our own accord. */
+/* All replies of our own. */
 static const char
     r_bye[] =		"221 2.0.0 Bye",
     r_ready[] =		"354 Start mail input; end with <CRLF>.<CRLF>",
@@ -61,7 +62,8 @@ static const char
     r_server_lost[] =	"421 4.4.2 Local Error (next mail server: %s)",
     r_server_lost_mail[] =	"451 4.4.2 Local Error (next mail server: %s)",
     r_idle[] =		"421 4.4.2 Timeout, closing connection",
-    r_too_many[] =	"421 4.7.0 Too many refused commands, closing connection",
+    r_too_many[] =	"421 4.7.0 Too many refused commands, "
+			    "closing connection",
     r_no_scan[] =	"451 4.3.0 Local Error (clamd: %s)",
     r_local[] =		"451 4.3.0 Local Error (%s: %s)",
     r_full[] =		"452 4.3.1 Local Error (%s: %s)",
@@ -82,7 +84,7 @@ static const char
     r_not_smtp[] =	"554 5.5.1 Not an SMTP command, closing connection",
     r_xclient[] =	"554 5.7.0 Insufficient authorization";
 
-/* The attributes of XCLIENT that we have values for. */
+/* Attributes of XCLIENT that we can send. */
 enum { X_NAME = 1, X_ADDR = 2, X_PORT = 4 };
 
 struct reply;
@@ -106,13 +108,13 @@ enum { CLIENT = 1, SERVER = 2, RESET = 4 };
 
 /* The time limit of a state. */
 enum clock {
-	C_IDLE,		/* TimeOut after the client's last input, or output to it */
+	C_IDLE,		/* TimeOut since the client last read or wrote */
 	C_TOTAL,	/* TimeOut in all */
-	C_OTHER		/* set by the functions that enter it or go on with it */
+	C_OTHER		/* set where the state is entered or makes progress */
 };
 
-/* A step returns 1 when the session got on and its state has to be run again, 0
- * when it must wait. */
+/* A step returns 1 when it made progress and is to be called again (the state
+ * may be another one), 0 when the session must wait. */
 static const struct {
 	const char *name;
 	int	 from;			/* the peers that it reads from */
@@ -121,10 +123,12 @@ static const struct {
 	void	(*on_reply)(struct session *, const struct reply *);
 } states[] = {
 	[S_PROXY] =	{ "proxy", CLIENT, C_OTHER, st_proxy, NULL },
-	[S_CONNECT] =	{ "connect", CLIENT | RESET, C_OTHER, st_connect, NULL },
+	[S_CONNECT] =	{ "connect", CLIENT | RESET, C_OTHER, st_connect,
+			    NULL },
 	[S_GREETING] =	{ "greeting", CLIENT | SERVER | RESET, C_TOTAL,
 			    st_greeting, greeting_reply },
-	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command, NULL },
+	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command,
+			    NULL },
 	[S_REPLY] =	{ "reply", SERVER | RESET, C_TOTAL, st_reply,
 			    command_reply },
 	[S_AUTH] =	{ "auth", CLIENT | SERVER, C_IDLE, st_auth, NULL },
@@ -133,7 +137,8 @@ static const struct {
 	[S_SCAN] =	{ "scan", CLIENT | SERVER, C_OTHER, st_scan, NULL },
 	[S_QUARANTINE] = { "quarantine", CLIENT | SERVER, C_TOTAL,
 			    st_quarantine, NULL },
-	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data, data_reply },
+	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data,
+			    data_reply },
 	[S_REPLAY] =	{ "replay", CLIENT | SERVER, C_OTHER, st_replay, NULL },
 	[S_FINAL] =	{ "final", SERVER, C_OTHER, await_reply, final_reply },
 	[S_RESET] =	{ "reset", SERVER | RESET, C_TOTAL, st_reset,
@@ -165,7 +170,7 @@ enter(struct session *s, enum state state)
 }
 
 /*
- * Saying something.
+ * Output to the client and to the next hop.
  */
 
 static void
@@ -184,21 +189,21 @@ log_dialogue(const struct session *s, const char *who, const char *p, size_t n)
 	}
 }
 
-/* Whether a step may say a line, or pass on a reply. */
+/* Returns 1 when client.out has room for a whole reply, else 0. */
 static int
 client_ready(struct session *s)
 {
 	return buf_ready(&s->client.out, RELAYSZ + NOTESZ);
 }
 
-/* For want of memory: replies must not get out of step. */
+/* Drop the client when memory runs out: to skip a reply would desynchronize
+ * it. */
 static void
 client_nomem(struct session *s)
 {
 	s->client.err = s->client.eof = 1;
 }
 
-/* What cannot be said ends the session. */
 static void
 client_put(struct session *s, const char *p, size_t n)
 {
@@ -210,7 +215,7 @@ client_put(struct session *s, const char *p, size_t n)
 	log_dialogue(s, "CLIENT >", p, n);
 }
 
-/* Promise 8: a line of our own, but what stands in it may be foreign. */
+/* Promise 8: the arguments may contain text of a peer.  Returns the length. */
 static size_t
 format_line(char line[NOTESZ], const char *fmt, va_list ap)
 {
@@ -249,8 +254,8 @@ server_put(struct session *s, const char *p, size_t n)
 	return 1;
 }
 
-/* Send a command of n bytes with its CRLF: the server owes us a reply.  Returns
- * 1, or 0 when there is no memory for it now. */
+/* Send a command of n bytes, CRLF included, and expect its reply.  Returns 1,
+ * or 0 when there is no memory for it now. */
 static int
 server_command(struct session *s, const struct verb *v, const char *p, size_t n)
 {
@@ -324,8 +329,8 @@ transaction_end(struct session *s)
 }
 
 /*
- * Close the connection to the next hop.  QUIT goes out if the next hop can take
- * a command.  During a message nothing does that could look like its end.
+ * Close the connection to the next hop.  Send QUIT first, but only when the
+ * next hop can take a command: during a message nothing may look like its end.
  */
 static void
 server_close(struct session *s)
@@ -361,8 +366,8 @@ start_linger(struct session *s)
 	s->deadline = now + s->conf->timeout;
 }
 
-/* Refuse a command.  Promise 10: a client that does not speak SMTP cannot try
- * one line after the other until some of them pass. */
+/* Refuse a command.  Promise 10: a client that does not speak SMTP must not go
+ * on until some of its lines are commands. */
 static void
 refuse(struct session *s, const char *reply)
 {
@@ -383,7 +388,7 @@ refuse(struct session *s, const char *reply)
  */
 
 struct reply {
-	const struct verb *verb;	/* the command; NULL: none is outstanding */
+	const struct verb *verb;	/* the command, or NULL */
 	int	 code, class;		/* 250 and 2 */
 	const char *text;		/* in server.peer.in: all lines */
 	size_t	 len;
@@ -393,7 +398,7 @@ const char *const outcome_names[NOUTCOMES] = {
 	"clean", "virus", "clamd_error", "unscanned", "oversize", "error"
 };
 
-/* The outcome of a message that is whole and that no error has stopped. */
+/* The outcome of a message that was scanned and met no error. */
 static enum outcome
 verdict_outcome(const struct session *s)
 {
@@ -442,7 +447,8 @@ static void
 message_log_line(struct session *s)
 {
 	static const char *const status[NOUTCOMES] = {
-		"CLEAN", "VIRUS:", "CLAMAV-ERROR", "UNSCANNED", "OVERSIZE", "ERROR"
+		"CLEAN", "VIRUS:", "CLAMAV-ERROR", "UNSCANNED", "OVERSIZE",
+		"ERROR"
 	};
 	enum outcome what = s->result.outcome;
 	const char *p, *end, *word, *virus;
@@ -497,7 +503,7 @@ message_log_json(struct session *s)
 	json_end(LOG_INFO);
 }
 
-/* Count and log a message that came whole, once its outcome is settled. */
+/* Count and log a complete message when its outcome is settled. */
 static void
 message_log(struct session *s)
 {
@@ -509,8 +515,8 @@ message_log(struct session *s)
 		message_log_json(s);
 }
 
-/* A settled message came whole and is not forwarded: the next hop forgets it,
- * then the client gets the reply. */
+/* Do not forward a complete message whose outcome is settled: reset the
+ * transaction at the next hop, then reply to the client.  Returns 1. */
 static int
 reject_message(struct session *s)
 {
@@ -528,8 +534,9 @@ result_send(struct session *s)
 static void fail_message(struct session *, enum outcome, const char *, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* From 354 to the end of data nothing is answered: the first error is kept, the
- * rest of the message is discarded, and then the client gets the error. */
+/* Settle a message as failed, unless it is settled.  Between 354 and the end of
+ * data the client gets no reply: the rest of the message is discarded, and the
+ * reply to the end of data is the first error. */
 static void
 fail_message(struct session *s, enum outcome what, const char *fmt, ...)
 {
@@ -555,7 +562,7 @@ fail_message_errno(struct session *s, const char *what)
 	    strerror(errno));
 }
 
-/* The next hop was lost before it got the message. */
+/* The next hop was lost before the message was sent. */
 static void
 fail_server_lost(struct session *s)
 {
@@ -567,7 +574,7 @@ fail_server_lost(struct session *s)
 		fail_message(s, OUT_ERROR, r_server_lost_mail, s->server.why);
 }
 
-/* The connection to the next hop is of no more use. */
+/* Close the connection to the next hop because of an error. */
 static void
 server_drop(struct session *s, const char *why)
 {
@@ -578,8 +585,8 @@ server_drop(struct session *s, const char *why)
 	peer_close(&s->server.peer);
 }
 
-/* Drop the connection to the next hop, which owes the client a reply.  The client
- * gets ours instead, and the session ends.  Returns 1. */
+/* Close the connection to the next hop while the client waits for a reply from
+ * there.  The client gets a reply of ours, and the session ends.  Returns 1. */
 static int
 server_lost(struct session *s, const char *why)
 {
@@ -617,11 +624,10 @@ client_fill(struct session *s)
 }
 
 /*
- * Returns 1 when the client has gone before its message was forwarded, and will
- * send it again, else 0.  A reset means that.  So does EOF that comes a while
- * after the end of data, for the client gave up waiting.  EOF soon after the end
- * of data is a half-close, since many devices send no QUIT.  So is EOF after a
- * complete command.
+ * Returns 1 when the client gave up and will send its message again, else 0.
+ * It gave up if it reset the connection, or if it sent EOF more than
+ * HALF_CLOSE_TIME after the end of data and no complete command before that.
+ * EOF soon after the end of data is a half-close: many devices send no QUIT.
  */
 static int
 client_gone(struct session *s)
@@ -635,7 +641,7 @@ client_gone(struct session *s)
 	    memchr(buf_head(in), '\n', buf_len(in)) == NULL);
 }
 
-/* For the log, why a body does not end: LF.LF is no end of data. */
+/* For the log: the reason why a body does not end, if it is bare LFs. */
 static const char *
 bare_lf(const struct session *s)
 {
@@ -644,7 +650,7 @@ bare_lf(const struct session *s)
 	    ": client ends lines with LF alone" : "";
 }
 
-/* The client has gone: the next hop must not get this message. */
+/* The client gave up: the next hop must not get the message.  Returns 1. */
 static int
 abort_transaction(struct session *s)
 {
@@ -658,7 +664,6 @@ abort_transaction(struct session *s)
  * Replies of the next hop.
  */
 
-/* For the log. */
 static const char *
 first_line(const struct reply *r)
 {
@@ -673,26 +678,26 @@ log_refusal(const struct session *s, const struct reply *r)
 	slog(s, LOG_NOTICE, "SERVER: refused the message: %s", first_line(r));
 }
 
-/* Returns the code of a reply line: three digits and a separator; or 0. */
+/* Returns the code of a reply line (RFC 5321 4.2), or 0 when it is none. */
 static int
 reply_code(const char *p, size_t n)
 {
-	if (n < 4 || p[0] < '2' || p[0] > '5' || !isdigit((unsigned char)p[1]) ||
-	    !isdigit((unsigned char)p[2]) || strchr(" -\r\n", p[3]) == NULL ||
-	    p[3] == '\0')
+	if (n < 4 || p[0] < '2' || p[0] > '5' ||
+	    !isdigit((unsigned char)p[1]) || !isdigit((unsigned char)p[2]) ||
+	    strchr(" -\r\n", p[3]) == NULL || p[3] == '\0')
 		return 0;
 	return (p[0] - '0') * 100 + (p[1] - '0') * 10 + p[2] - '0';
 }
 
-/* What has come of the wait for a reply. */
+/* The state of a reply. */
 enum got {
 	WAIT,				/* the rest is still to come */
 	LOST,				/* it will not come: server.why */
 	REPLY				/* it is complete */
 };
 
-/* Find a complete reply in the input from the next hop.  reply_eat() removes it
- * there. */
+/* Look for a complete reply in the input from the next hop.  reply_eat()
+ * removes it from there. */
 static enum got
 server_reply(struct session *s, struct reply *r)
 {
@@ -735,7 +740,7 @@ static void
 reply_eat(struct session *s, const struct reply *r)
 {
 	if (s->server.peer.fd == -1)
-		return;			/* the buffer went with the socket */
+		return;			/* closed, and the buffer freed */
 	s->server.reply_seen = 0;
 	buf_eat(&s->server.peer.in, r->len);
 }
@@ -785,7 +790,7 @@ relay(struct session *s, const struct reply *r)
 	client_put(s, clean, n);
 }
 
-/* Relay the last reply of this session. */
+/* Relay a reply that ends the session. */
 static void
 relay_and_close(struct session *s, const struct reply *r)
 {
@@ -794,7 +799,7 @@ relay_and_close(struct session *s, const struct reply *r)
 	start_linger(s);
 }
 
-/* The step of a state that waits for one reply: its on_reply gets it. */
+/* The step of a state that waits for a reply and has an on_reply. */
 static int
 await_reply(struct session *s)
 {
@@ -821,12 +826,12 @@ static const struct verb verb_noop = { "NOOP", NULL, NULL, 1, 1 };
 enum idle {
 	READY,
 	WAITING,			/* it owes us a reply */
-	GONE				/* server.why, and perhaps server.farewell */
+	GONE				/* server.why, server.farewell */
 };
 
 /*
- * Read what the next hop sends while the session is busy with the client or
- * clamd.  That is the reply to a NOOP, or else the end of the connection.
+ * Read what the next hop sends while the session waits for the client or clamd:
+ * the reply to a NOOP.  Anything else ends the connection.
  */
 static enum idle
 server_idle(struct session *s)
@@ -866,8 +871,8 @@ is_body(const struct session *s)
 	return s->state == S_BODY || s->state == S_CHUNK;
 }
 
-/* Returns the time of the next NOOP, or 0 when none will be sent.  KeepAlives are
- * for the times in which the next hop waits for the client or for clamd. */
+/* Returns the time at which a NOOP is to be sent, or 0 when none is.  NOOPs are
+ * sent while the next hop waits for the client or for clamd. */
 static int64_t
 keep_alive_at(const struct session *s)
 {
@@ -895,8 +900,8 @@ keep_alive(struct session *s)
  * CONNECT.
  */
 
-/* The original target of a redirected connection: by REDIRECT from conntrack,
- * by TPROXY it is the address that was connected to. */
+/* Find the original destination of a redirected connection: conntrack knows it
+ * after REDIRECT, and after TPROXY it is the local address. */
 static void
 original_target(int fd, const struct addr *local, struct addr *a)
 {
@@ -910,8 +915,8 @@ original_target(int fd, const struct addr *local, struct addr *a)
 	addr_unmap(a);
 }
 
-/* Both ends must agree: on one machine the kernel gives one port to several
- * connections with different far ends. */
+/* Compare both ends: the kernel gives one local port to several connections
+ * with different remote addresses. */
 static int
 is_loop(int fd, const struct addr *client, const struct addr *local)
 {
@@ -984,7 +989,7 @@ parse_octets(const char *p)
 	return digits > 0 && strchr(" \t", *p) != NULL ? n : -1;
 }
 
-/* Version 2, behind its signature. */
+/* Version 2, after its signature. */
 static int
 proxy_parse_v2(const unsigned char *p, size_t n, struct addr *a)
 {
@@ -1104,7 +1109,8 @@ st_proxy(struct session *s)
 	return 1;
 }
 
-/* Which address is next; 0: it is being looked up, -1: there is none. */
+/* Set server.addr to the next address to try.  Returns 1, 0 while the name is
+ * being resolved, -1 when there is no address. */
 static int
 server_next_addr(struct session *s)
 {
@@ -1123,7 +1129,8 @@ server_next_addr(struct session *s)
 	target_resolve(t, 0);
 	if (t->naddr == 0)
 		return t->resolving ? 0 : -1;
-	if ((s->server.addr_index = target_next(t, s->server.addrs_tried)) == -1)
+	s->server.addr_index = target_next(t, s->server.addrs_tried);
+	if (s->server.addr_index == -1)
 		return -1;
 	s->server.addr = t->addr[s->server.addr_index];
 	return 1;
@@ -1144,7 +1151,7 @@ connect_failed(struct session *s, const char *why)
 	return 1;
 }
 
-/* How many addresses there are to try. */
+/* Returns the number of addresses to try, for the time that each gets. */
 static int
 server_naddrs(const struct session *s)
 {
@@ -1153,8 +1160,8 @@ server_naddrs(const struct session *s)
 	return s->conf->transparent || t->naddr == 0 ? 1 : t->naddr;
 }
 
-/* The client has gone before anything was sent to it.  One that has sent
- * commands and closed its side only is served. */
+/* End the session if the client left before the greeting.  A client that sent a
+ * complete command before EOF is served.  Returns 1 when the session ended. */
 static int
 gone_early(struct session *s)
 {
@@ -1168,7 +1175,7 @@ gone_early(struct session *s)
 	return 1;
 }
 
-/* The greeting counts as a reply to this. */
+/* The greeting is the reply to this. */
 static const struct verb verb_connect = { "connect", NULL, NULL, 0, 0 };
 
 static int
@@ -1257,7 +1264,8 @@ greeting_reply(struct session *s, const struct reply *r)
 
 static const struct verb verb_xclient;
 
-/* The address in "MAIL FROM:<...> ..." or RCPT, bare; behind it: parameters. */
+/* Find the bare address in a line such as "MAIL FROM:<...> ...".  Returns the
+ * parameters after it. */
 static const char *
 path_parse(const char *line, const char **addr, size_t *n)
 {
@@ -1280,7 +1288,7 @@ path_parse(const char *line, const char **addr, size_t *n)
 			p++;
 		else if (*p == '"')
 			quoted = !quoted;
-	if (*p == '\0')			/* the quotes do not pair */
+	if (*p == '\0')			/* a quote is missing */
 		p = *addr + strcspn(*addr, ">");
 	*n = p - *addr;
 	return *p == '>' ? p + 1 : p;
@@ -1303,8 +1311,8 @@ keep_address(struct session *s, const char *line, const char **params)
 	return str_set(&s->server.argument, addr, n) == 0 || no_memory(s);
 }
 
-/* The largest message that is scanned, in bytes; 0: no limit.  clamd's own limits
- * count the scan line too. */
+/* Returns the size of the largest message that is scanned, in bytes, or 0 for
+ * no limit.  The scan line counts against MaxScanSize, as it does at clamd. */
 static int64_t
 scan_limit(const struct session *s)
 {
@@ -1315,8 +1323,8 @@ scan_limit(const struct session *s)
 	return max > 0;
 }
 
-/* The most that a message may have, in bytes; 0: no limit.  With ScanFailure:
- * pass a large one is forwarded unscanned, so MaxScanSize is none. */
+/* Returns the size of the largest message that is accepted, in bytes, or 0 for
+ * no limit.  With ScanFailure: pass a larger one is forwarded unscanned. */
 static int64_t
 size_limit(const struct session *s)
 {
@@ -1374,7 +1382,7 @@ rcpt_command(struct session *s, char *line, size_t n)
 	return keep_address(s, line, &params);
 }
 
-/* All count, though no more than RCPTSZ bytes of them are remembered. */
+/* All recipients are counted, but at most RCPTSZ bytes of them are kept. */
 static int
 rcpt_reply(struct session *s, const struct reply *r)
 {
@@ -1389,7 +1397,8 @@ rcpt_reply(struct session *s, const struct reply *r)
 		s->env.rcpt_truncated = 1;
 		str_set(&s->server.argument, "...", 3);
 	}
-	if (str_add(&s->env.rcpt_list, s->server.argument.s, s->server.argument.len) == -1 ||
+	if (str_add(&s->env.rcpt_list, s->server.argument.s,
+	    s->server.argument.len) == -1 ||
 	    str_add(&s->env.rcpt_list, "\n", 1) == -1)
 		client_nomem(s);
 	return 0;
@@ -1424,7 +1433,8 @@ xclient_command(struct session *s, char *line, size_t n)
 {
 	(void)line;
 	(void)n;
-	slog(s, LOG_WARNING, "client attempted use of privileged XCLIENT feature");
+	slog(s, LOG_WARNING,
+	    "client attempted use of privileged XCLIENT feature");
 	refuse(s, r_xclient);
 	return 0;
 }
@@ -1439,7 +1449,7 @@ xforward_command(struct session *s, char *line, size_t n)
 	return str_set(&s->server.argument, line, n) == 0 || no_memory(s);
 }
 
-/* xtext (RFC 3461 4) to what it stands for. */
+/* Decode xtext (RFC 3461 4). */
 static int
 xtext_decode(struct str *to, const char *p, size_t n)
 {
@@ -1451,7 +1461,7 @@ xtext_decode(struct str *to, const char *p, size_t n)
 		p += 5;
 		n -= 5;
 	}
-	if (n == 0 || *p == '[')		/* [UNAVAILABLE], [TEMPUNAVAIL] */
+	if (n == 0 || *p == '[')	/* [UNAVAILABLE], [TEMPUNAVAIL] */
 		return 0;
 	for (i = 0; i < n && to->len < 255; i++) {
 		c = p[i];
@@ -1490,8 +1500,8 @@ xforward_reply(struct session *s, const struct reply *r)
 }
 
 /*
- * EHLO: of what the next hop offers, only what is known to leave the message
- * where we can see it.  An unknown extension is an unknown way around clamd.
+ * EHLO: only extensions pass that keep the message where we can see it.  An
+ * unknown extension may be a way around clamd.
  */
 static const char *const ehlo_keywords[] = {
 	"SIZE", "8BITMIME", "DSN", "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH",
@@ -1520,8 +1530,8 @@ learn_xclient(struct session *s, const char *p)
 	}
 }
 
-/* One line of the list, NUL-terminated, behind its code; 1: the client sees
- * it as it is. */
+/* Read a line of the EHLO reply, NUL-terminated and without its code.  Returns
+ * 1 when the client may see it, else 0. */
 static int
 ehlo_line(struct session *s, const char *p)
 {
@@ -1533,7 +1543,7 @@ ehlo_line(struct session *s, const char *p)
 		learn_xclient(s, p + n);
 	if (word_equal(p, n, "SIZE") && p[n] == ' ' && parse_octets(p + n + 1) > 0)
 		s->server.size = parse_octets(p + n + 1);
-	if (p[n] == '=')		/* an old form that some clients look for */
+	if (p[n] == '=')		/* AUTH=, which old clients look for */
 		return word_equal(p, n, "AUTH");
 	for (i = 0; i < sizeof ehlo_keywords / sizeof ehlo_keywords[0]; i++)
 		if (word_equal(p, n, ehlo_keywords[i]))
@@ -1588,7 +1598,7 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 	p[3] = ' ';			/* the last line */
 }
 
-/* The next hop is to see the client's address, not ours. */
+/* Tell the next hop the client's address, for it sees ours.  Returns 1. */
 static int
 xclient_send(struct session *s)
 {
@@ -1623,9 +1633,10 @@ ehlo_send(struct session *s)
 }
 
 /*
- * Promise 10: XCLIENT goes out at the first accepted HELO or EHLO.  Later it
- * would undo an AUTH.  After HELO the next hop lists nothing: NAME and ADDR are
- * tried, and if they are refused, EHLO may still list them.
+ * Promise 10:  XCLIENT is sent at the first HELO or EHLO that is accepted.
+ * Later it would undo an AUTH.  The reply to HELO lists no attributes, so NAME
+ * and ADDR are tried.  If the next hop refuses them, a later EHLO may still
+ * list them.
  */
 static int
 hello_reply(struct session *s, const struct reply *r, int esmtp)
@@ -1636,7 +1647,8 @@ hello_reply(struct session *s, const struct reply *r, int esmtp)
 	ehlo_filter(s, r, esmtp);
 	if (!esmtp)
 		s->server.xclient = X_NAME | X_ADDR;
-	if (s->xclient_state == XC_WANTED || (s->xclient_state == XC_EHLO && esmtp)) {
+	if (s->xclient_state == XC_WANTED ||
+	    (s->xclient_state == XC_EHLO && esmtp)) {
 		if (s->server.xclient != 0)
 			return xclient_send(s);
 		slog(s, LOG_WARNING, "SERVER: offers no XCLIENT: "
@@ -1699,16 +1711,16 @@ verb_is(const struct verb *v, const char *name)
 	return v != NULL && strcmp(v->name, name) == 0;
 }
 
-/* The codes that refuse the command.  Any other is the next hop's reply to the
- * client, as the greeting would have been. */
+/* These codes refuse the command.  Any other 4xx or 5xx refuses the client, in
+ * place of the greeting that the next hop would send it. */
 static int
 is_xclient_refused(const struct reply *r)
 {
 	return (r->code >= 500 && r->code <= 504) || r->code == 550;
 }
 
-/* After XCLIENT the next hop is where it was before the first HELO: once more,
- * for its list is another one now. */
+/* XCLIENT resets the next hop to the state before HELO, so HELO or EHLO is sent
+ * again, and the client gets the second reply. */
 static int
 xclient_reply(struct session *s, const struct reply *r)
 {
@@ -1741,13 +1753,15 @@ xclient_reply(struct session *s, const struct reply *r)
 	return 1;
 }
 
-static const struct verb verb_xclient = { "XCLIENT", NULL, xclient_reply, 0, 0 };
+static const struct verb verb_xclient = {
+	"XCLIENT", NULL, xclient_reply, 0, 0
+};
 
 /*
- * Promise 10: a line in the client's buffer, whole or not, that no SMTP client
- * sends.  It begins with a verb of HTTP, or with a byte that is neither a letter
- * nor a blank, as a TLS ClientHello does.  (Postfix: smtpd_forbidden_commands.)
- * An empty line is refused, and no more.
+ * Promise 10: returns 1 when the client sends HTTP, or a line that begins
+ * with a byte that is neither a letter nor a blank, as a TLS ClientHello does.
+ * The line need not be complete.  An empty line returns 0.  Postfix has
+ * smtpd_forbidden_commands for that.
  */
 static int
 is_not_smtp(const struct session *s)
@@ -1786,9 +1800,9 @@ not_smtp(struct session *s)
 }
 
 /*
- * Take a line from the client: 1, with *line NUL-terminated and without its
- * end; 0: wait; -1: it was refused.  *line stands in client.in, good until
- * that is read into again.
+ * Take a line from the client.  Returns 1 with the line, NUL-terminated and
+ * without its end, 0 when it is not complete, -1 when it was refused.  *line
+ * points into client.in: the caller calls buf_eat(&client.in, 0) after use.
  */
 static int
 client_line(struct session *s, char **line, size_t *n)
@@ -1818,11 +1832,11 @@ client_line(struct session *s, char **line, size_t *n)
 		refuse(s, r_control);
 		return -1;
 	}
-	in->r += nl + 1 - p;	/* not buf_eat(): the line must stay */
+	in->r += nl + 1 - p;	/* buf_eat() would free the line */
 	return 1;
 }
 
-/* AUTH's initial response is a password. */
+/* The initial response of AUTH may be a password. */
 static void
 log_command(struct session *s, const char *who, const struct verb *v,
     const char *p, size_t n)
@@ -1845,8 +1859,9 @@ command(struct session *s, char *line, size_t n)
 		refuse(s, r_unknown);
 		return 1;
 	}
-	/* Promise 10: DATA is the last command of a group (RFC 2920 3.1).  What
-	 * comes with it would be taken for commands if DATA is refused. */
+	/* Promise 10:  DATA is the last command of a group (RFC 2920 3.1).  A
+	 * body that comes with it would be read as commands if DATA is
+	 * refused. */
 	if (verb_is(v, "DATA") && peer_waiting(&s->client)) {
 		slog(s, LOG_WARNING, "CLIENT: sent input after DATA without "
 		    "waiting for the reply, session ends");
@@ -1875,7 +1890,7 @@ command(struct session *s, char *line, size_t n)
 	return 1;
 }
 
-/* The next hop sends a reply that nothing has asked for: it ends the session. */
+/* The next hop sent a reply without a command: it ends the session. */
 static int
 server_spoke(struct session *s)
 {
@@ -1890,7 +1905,7 @@ server_spoke(struct session *s)
 		break;
 	}
 	slog(s, LOG_NOTICE, "SERVER: said unasked: %s", first_line(&r));
-	if (r.code < 400)	/* the client would take it for a reply to it */
+	if (r.code < 400)	/* the client must not get it as a reply */
 		return server_lost(s, "it spoke unasked");
 	relay_and_close(s, &r);
 	return 1;
@@ -1925,7 +1940,7 @@ st_command(struct session *s)
 	}
 	if (r == 0 && (s->client.eof || s->client.err)) {
 		log_closed(s);
-		start_linger(s);	/* it may have closed its side only */
+		start_linger(s);	/* it may be a half-close */
 		return 1;
 	}
 	return r != 0;
@@ -1962,12 +1977,12 @@ command_reply(struct session *s, const struct reply *r)
 	}
 	relay(s, r);
 	if (auth)
-		s->server.verb = r->verb;	/* it takes no command now */
+		s->server.verb = r->verb;	/* AUTH goes on */
 	enter(s, auth ? S_AUTH : S_COMMAND);
 }
 
 /*
- * AUTH: whatever the line looks like, it is an answer to a 334.
+ * AUTH: the line is a response to a 334, whatever it looks like.
  */
 
 static int
@@ -1990,7 +2005,7 @@ st_auth(struct session *s)
 		buf_eat(&s->client.in, 0);
 		enter(s, S_REPLY);
 		return 1;
-	case -1:		/* the next hop still waits for it */
+	case -1:		/* AUTH cannot go on */
 		start_linger(s);
 		return 1;
 	}
@@ -2001,8 +2016,9 @@ st_auth(struct session *s)
 }
 
 /*
- * The spool.  What goes into it is gathered, pieces of the read buffer where
- * they stand, and written by one call; the scan line before the first of them.
+ * The spool.  Pieces of the message are gathered as pointers into the read
+ * buffer and written by one call, after the scan line.  spool_flush() must be
+ * called before the read buffer is eaten.
  */
 
 static struct iovec gather[256];	/* the first is the scan line's */
@@ -2018,7 +2034,8 @@ spool_flush(struct session *s)
 	v->iov_base = (char *)(uintptr_t)scan_line;
 	v->iov_len = s->msg.spool_size == 0 ? scan_line_len : 0;
 	while (left > 0 && s->result.outcome == OUT_NONE) {
-		n = pwritev(s->msg.spool, v, gather + ngather - v, s->msg.spool_size);
+		n = pwritev(s->msg.spool, v, gather + ngather - v,
+		    s->msg.spool_size);
 		if (n == -1 && errno == EINTR)
 			continue;
 		if (n == -1) {
@@ -2045,8 +2062,8 @@ is_name_char(char c)
 
 /*
  * Find the end of the header section: the first line that is neither a header
- * nor goes on with one.  Lines from an mbox file (From_, quoted or not) may stand
- * before it; a server like Postfix takes them for headers there, and nowhere else.
+ * field nor a continuation line.  mbox lines (From_, quoted or not) may precede
+ * the section, since Postfix treats them as headers there.
  */
 static void
 header_scan(struct session *s, const char *p, size_t n)
@@ -2127,11 +2144,11 @@ spool_append(struct session *s, const char *p, size_t n)
 }
 
 #define BLOCKSZ		32
-#define MAXPENDING	(1 << 24)	/* they are written in one go */
+#define MAXPENDING	(1 << 24)	/* held CRs or NULs: written at once */
 static const char crlf[] = "\r\n", nuls[BLOCKSZ], spaces[] =
     "                                ";
 
-/* The CRs or NULs that were held back turn out to be text. */
+/* Append the CRs or NULs that were held back. */
 static void
 spool_append_held(struct session *s, const char *block)
 {
@@ -2143,9 +2160,9 @@ spool_append_held(struct session *s, const char *block)
 	}
 }
 
-/* The first CR or LF of p .. stop, or stop.  Eight bytes at a time, for most of
- * what we do with a mail is this: those below 14 get their top bit set, and
- * some behind them, which costs another look. */
+/* Returns the first CR or LF of p .. stop, or stop.  This is the hottest loop,
+ * so it tests eight bytes at a time.  The test marks bytes below 14.  A borrow
+ * may mark later bytes as well, so the byte is tested again. */
 static const char *
 line_end(const char *p, const char *stop)
 {
@@ -2170,8 +2187,8 @@ line_end(const char *p, const char *stop)
 	return p;
 }
 
-/* How far p .. stop needs no change: up to the first line end that is no CRLF,
- * or behind which the next line's first byte is a dot, a NUL, or not here yet. */
+/* Returns the first position of p .. stop that needs the automaton: a bare CR
+ * or LF, or a CRLF whose next byte is a dot, a NUL, or not received yet. */
 static const char *
 plain_text(const char *p, const char *stop)
 {
@@ -2185,22 +2202,22 @@ plain_text(const char *p, const char *stop)
 }
 
 /*
- * Promise 3, the body automaton: from what the client sends between 354 and
- * CRLF.CRLF to what stands in the spool, every line of which ends in CRLF and
- * has no other CR or LF.  (A next hop that took another line end for one could
- * read a second end of data into the body: CVE-2023-51764 and its like.)
+ * Promise 3, the body filter: from the bytes that the client sends after 354 to
+ * the bytes of the spool, in which each line ends in CRLF and contains no other
+ * CR or LF.  A next hop that accepted another line end could read a second end of
+ * data in the body (SMTP smuggling, CVE-2023-51764).
  *
- *	CRLF.CRLF	the end, and nothing else is: *end is set to 1
- *	CRLF.		the dot was stuffed: gone.  Not so behind a bare LF, which
- *			the client did not take for a line end
- *	CR...CRLF	one CRLF
+ *	CRLF.CRLF	end of data: *end is set to 1; nothing else is
+ *	CRLF.		the dot was stuffed and is removed, but not after a bare
+ *			LF, which is no line end to the client
+ *	CR...CRLF	CRLF
  *	LF		CRLF
- *	CR		a space; a line end would let a sender make headers
+ *	CR		a space; a line end would let a sender add headers
  *	NUL...dot	at the start of a line: the dot alone, since some next hops
- *			drop NULs, and some end a line at one
+ *			drop NULs, and others end a line at a NUL
  *
- * Takes up to n bytes from p, fewer only when *end; returns how many.  With
- * s->msg.in_bdat the dots mean nothing and there is no end.
+ * Returns the number of bytes that it took from p: n, or fewer when *end is 1.
+ * With s->msg.in_bdat dots have no meaning, and there is no end of data.
  */
 static size_t
 body_filter(struct session *s, const char *p, size_t n, int *end)
@@ -2210,7 +2227,7 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 	*end = 0;
 	while (q < stop)
 		switch (s->msg.body_state) {
-		case BOL:		/* at the start, or behind CRLF */
+		case BOL:		/* at the start, or after CRLF */
 			s->msg.body_state = LINE;
 			if (*q == '.' && !s->msg.in_bdat) {
 				s->msg.body_state = BOL_DOT;
@@ -2233,7 +2250,7 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 			s->msg.held_bytes = 1;
 			s->msg.body_state = CRS;
 			break;
-		case LINE:		/* at a line's first byte; NULs held */
+		case LINE:		/* at the first byte; NULs are held */
 			if (*q == '\0') {
 				s->msg.held_bytes++;
 				q++;
@@ -2248,7 +2265,8 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 			break;
 		case TEXT:
 			run = plain_text(q, stop);
-			if (stop - run >= 2 && run[0] == '\r' && run[1] == '\n') {
+			if (stop - run >= 2 && run[0] == '\r' &&
+			    run[1] == '\n') {
 				spool_append(s, q, run + 2 - q);
 				s->msg.body_state = BOL;
 				q = run + 2;
@@ -2266,7 +2284,7 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 				s->msg.body_state = CRS;
 			}
 			break;
-		case CRS:		/* behind CRs in a line; they are held */
+		case CRS:		/* after CRs, which are held */
 			if (*q == '\n') {
 				s->msg.held_bytes = 0;
 				spool_append(s, crlf, 2);
@@ -2286,7 +2304,7 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 	return q - p;
 }
 
-/* No more will come (BDAT LAST); DATA ends with nothing held. */
+/* The message is complete.  DATA ends with nothing held, BDAT LAST may not. */
 static void
 body_end(struct session *s)
 {
@@ -2294,7 +2312,8 @@ body_end(struct session *s)
 		spool_append_held(s, s->msg.body_state == CRS ? spaces : nuls);
 		s->msg.body_state = TEXT;
 	}
-	if (s->msg.body_state == TEXT && !s->msg.relay_bdat)	/* DATA has whole lines only */
+	/* DATA can express complete lines only. */
+	if (s->msg.body_state == TEXT && !s->msg.relay_bdat)
 		spool_append(s, crlf, 2);
 	spool_flush(s);
 	if (s->msg.header_state == H_FIRST)
@@ -2349,7 +2368,6 @@ data_command(struct session *s, char *line, size_t n)
 	return 0;
 }
 
-/* The message is complete. */
 static void
 message_end(struct session *s)
 {
@@ -2395,7 +2413,8 @@ st_body(struct session *s)
 }
 
 /*
- * CHUNK: the same for BDAT (RFC 3030), as it is when the next hop has it too.
+ * CHUNK: a chunk of BDAT (RFC 3030).  It is stored unchanged if the next hop
+ * accepts BDAT.
  */
 
 static int
@@ -2410,7 +2429,7 @@ bdat_command(struct session *s, char *line, size_t n)
 	p += strspn(p, " \t");
 	last = strcasecmp(p, "LAST") == 0;
 	if (size == -1 || size == INT64_MAX || (*p != '\0' && !last)) {
-		/* Where the next command begins nobody knows. */
+		/* The start of the next command is unknown. */
 		client_reply(s, r_bad_size);
 		start_linger(s);
 		return 0;
@@ -2428,7 +2447,7 @@ bdat_command(struct session *s, char *line, size_t n)
 	return 0;
 }
 
-/* After a refused chunk there is no transaction: further chunks get 503. */
+/* A refused chunk ends the transaction, so further chunks get 503. */
 static void
 chunk_end(struct session *s)
 {
@@ -2495,10 +2514,11 @@ st_chunk(struct session *s)
 }
 
 /*
- * SCAN: and what follows from what clamd said.
+ * SCAN: and the actions that follow from the verdict.
  */
 
-/* Header's % sequences; and for DATA a dot more where a line begins with one. */
+/* Append a header with its % sequences replaced and, for DATA, its dots
+ * stuffed.  Returns 0, or -1 without memory. */
 static int
 expand(struct str *to, const struct session *s, const char *fmt)
 {
@@ -2533,7 +2553,8 @@ expand(struct str *to, const struct session *s, const char *fmt)
 	return bad != 0 || str_add(to, crlf, 2) == -1 ? -1 : 0;
 }
 
-/* What goes into the header section; -1: no memory. */
+/* Build the header that goes into the message.  Returns 0, or -1 without
+ * memory. */
 static int
 choose_header(struct session *s)
 {
@@ -2546,7 +2567,8 @@ choose_header(struct session *s)
 		format(own, sizeof own, "X-Virus-Infected: %s", s->result.text);
 	else
 		format(own, sizeof own, "X-Virus-Unscanned: %s",
-		    s->result.verdict == TOOBIG ? "message too big" : s->result.text);
+		    s->result.verdict == TOOBIG ? "message too big" :
+		    s->result.text);
 	for (p = own; *p != '\0'; p++)
 		if (*p < ' ' || *p > 126)
 			*p = '?';
@@ -2554,13 +2576,14 @@ choose_header(struct session *s)
 	    str_add(&s->replay.header, crlf, 2) == -1 ? -1 : 0;
 }
 
-/* Where it goes; -1: no memory.  The first line of a text, if it begins with a
- * blank, would go on with our header, and is parted from it by an empty one. */
+/* Find its place.  A first line that begins with a blank would continue our
+ * header, so an empty line separates them.  Returns 0, or -1 without memory. */
 static int
 place_header(struct session *s)
 {
 	s->replay.header_off = s->replay.header.len >= 9 &&
-	    strncasecmp(s->replay.header.s, "Received:", 9) == 0 ? s->msg.top : s->msg.header_end;
+	    strncasecmp(s->replay.header.s, "Received:", 9) == 0 ?
+	    s->msg.top : s->msg.header_end;
 	return s->msg.indented && s->replay.header.len > 0 ?
 	    str_add(&s->replay.header, crlf, 2) : 0;
 }
@@ -2577,9 +2600,9 @@ forward(struct session *s)
 	enter(s, S_DATA);
 }
 
-/* Promise 8: a variable of the VirusAction, in which each byte that is no text is
- * a question mark, but for that between several values (sep, if not NUL).  No
- * value: not known, not set. */
+/* Promise 8: add a variable for the VirusAction.  Bytes that are not text
+ * become question marks, except sep, which separates values.  A variable
+ * without a value is not set.  Returns 0, or -1 without memory. */
 static int
 env_add(char **env, size_t *n, const char *name, const char *value, char sep)
 {
@@ -2623,7 +2646,8 @@ env_is_ours(const char *var)
 	return 0;
 }
 
-/* The daemon's own environment and the nine; NULL: no memory. */
+/* Returns the daemon's environment with our nine variables, or NULL without
+ * memory. */
 static char **
 virus_env(struct session *s)
 {
@@ -2632,7 +2656,7 @@ virus_env(struct session *s)
 	char **env;
 	int bad = 0;
 
-	/* As in env_names. */
+	/* In the order of env_names. */
 	values[0] = addr_text(&s->client_addr);
 	values[1] = s->result.quarantined.s;
 	values[2] = s->env.rcpt_list.s;
@@ -2658,7 +2682,7 @@ virus_env(struct session *s)
 	return NULL;
 }
 
-/* The copy, if one was wanted, is safe. */
+/* Act on a virus, after the quarantine copy is on disk if one is wanted. */
 static void
 virus_found(struct session *s)
 {
@@ -2684,7 +2708,8 @@ virus_found(struct session *s)
 	reject_message(s);
 }
 
-/* The answer has a NUL behind it. */
+/* A child made a copy, and the answer is its path, or the reason why not.  A
+ * NUL follows the answer. */
 static void
 on_quarantined(void *ctx, const char *answer, size_t n)
 {
@@ -2701,7 +2726,7 @@ on_quarantined(void *ctx, const char *answer, size_t n)
 	}
 }
 
-/* clamd, or the lack of an answer from it, has given the verdict. */
+/* The verdict is known: forward the message, or act on it. */
 static void
 judge(struct session *s)
 {
@@ -2756,7 +2781,7 @@ copy_start(struct session *s)
 		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
 }
 
-/* A virus is dealt with as configured, whether the next hop is lost or not. */
+/* The loss of the next hop does not matter: the virus is handled first. */
 static int
 st_quarantine(struct session *s)
 {
@@ -2768,10 +2793,10 @@ st_quarantine(struct session *s)
 			return 0;
 		copy_start(s);
 	}
-	if (s->result.child != NULL)	/* the log must name each copy */
+	if (s->result.child != NULL)	/* wait, for each copy is logged */
 		return 0;
 	if (s->result.quarantined.len == 0) {
-		/* Promise 1: the client keeps a message that we could not. */
+		/* Promise 1: without a copy the client keeps the message. */
 		fail_message(s, OUT_ERROR, r_local, "quarantine",
 		    "no copy could be made");
 		return reject_message(s);
@@ -2784,7 +2809,7 @@ st_quarantine(struct session *s)
 	return 1;
 }
 
-/* TimeOut for the next piece, and no more than there is for all of it. */
+/* Extend the deadline by TimeOut, but not past reply_deadline. */
 static void
 replay_extend(struct session *s)
 {
@@ -2793,7 +2818,8 @@ replay_extend(struct session *s)
 		s->deadline = s->replay.reply_deadline;
 }
 
-/* The client waits for ten minutes; for longer, if it has done so already. */
+/* Allow 10 minutes from the end of data (RFC 5321 4.5.3.2.6), and TimeOut from
+ * now if that is later. */
 static void
 begin_replay(struct session *s)
 {
@@ -2868,7 +2894,7 @@ data_reply(struct session *s, const struct reply *r)
  */
 
 /* The next hop replies before it has the whole message, and gets no more of it.
- * A refusal is final.  Any other reply is for a message that it does not have. */
+ * An early 4xx or 5xx is final.  An early 2xx or 3xx is a protocol error. */
 static int
 early_reply(struct session *s)
 {
@@ -2892,9 +2918,9 @@ early_reply(struct session *s)
 }
 
 /*
- * Up to SMALL bytes of the spool go out by way of `out', so that a small
- * message leaves with its header and its dot in one segment, and so do the last
- * ones of a large one.
+ * Copy up to TAIL bytes of the spool to server.peer.out.  A small message
+ * leaves with its header and its end in one segment, as do the last bytes of a
+ * large one.
  */
 static int
 replay_copy(struct session *s, off_t left)
@@ -2904,7 +2930,7 @@ replay_copy(struct session *s, off_t left)
 	const char *p, *stop, *nl;
 	ssize_t n = left < TAIL ? left : TAIL;
 
-	if (!buf_ready(out, 2 * TAIL))		/* every byte may be a dot */
+	if (!buf_ready(out, 2 * TAIL))		/* each byte may be a dot */
 		return 0;
 	n = pread(s->msg.spool, chunk, n, scan_line_len + s->replay.off);
 	if (n <= 0)
@@ -2914,7 +2940,7 @@ replay_copy(struct session *s, off_t left)
 		buf_put(out, chunk, n);
 		return 1;
 	}
-	/* Promise 3: lines that begin with a dot get another one. */
+	/* Promise 3: stuff dots. */
 	for (p = chunk, stop = chunk + n; p < stop; p = nl) {
 		if (*p == '.' && s->replay.at_bol)
 			buf_put(out, ".", 1);
@@ -2942,8 +2968,9 @@ replay_file(struct session *s, off_t left)
 }
 
 /*
- * Promise 1: whoever went away before the last bytes left has delivered
- * nothing.  Nor may a reply that is here already be taken for one to them.
+ * Check both peers once more before the last bytes leave.  Promise 1: the
+ * message of a client that has gone must not be delivered, and a reply that is
+ * here cannot be the reply to them.
  */
 static void
 recheck_peers(struct session *s)
@@ -2955,14 +2982,15 @@ recheck_peers(struct session *s)
 		s->server.peer.err = 1;
 }
 
-/* The last bytes stand in `out'. */
+/* Returns 1 when the last bytes are in server.peer.out, else 0. */
 static int
 replay_queued(const struct session *s)
 {
-	return s->replay.header_queued && s->replay.off == s->msg.size && (s->msg.relay_bdat || s->replay.dot_queued);
+	return s->replay.header_queued && s->replay.off == s->msg.size &&
+	    (s->msg.relay_bdat || s->replay.dot_queued);
 }
 
-/* They have left: from here on a reply is the reply. */
+/* Returns 1 when the last bytes have left, else 0. */
 static int
 replay_sent(const struct session *s)
 {
@@ -2970,12 +2998,15 @@ replay_sent(const struct session *s)
 	    !s->server.peer.err;
 }
 
-/* What comes next; 0: when there is room for it. */
+/* Queue the next piece: message, our header, or the end of data.  Returns 1,
+ * or 0 when there is no room for it now. */
 static int
 replay_next(struct session *s)
 {
 	struct buf *out = &s->server.peer.out;
-	off_t left = (s->replay.header_queued ? s->msg.size : s->replay.header_off) - s->replay.off;
+	off_t stop = s->replay.header_queued ? s->msg.size :
+	    s->replay.header_off;
+	off_t left = stop - s->replay.off;
 
 	if (left > TAIL && (!s->msg.has_dot_lines || s->msg.relay_bdat))
 		return replay_file(s, left - TAIL);
@@ -3006,15 +3037,15 @@ st_replay(struct session *s)
 	    !peer_fill(&s->server.peer)))
 		return server_lost(s, "no writing to it, or no reading of the spool");
 	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof) {
-		s->server.peer.err = 1;	/* what waits in `out' is not sent */
+		s->server.peer.err = 1;	/* send nothing more */
 		return client_ready(s) ? early_reply(s) : 0;
 	}
 	return replay_queued(s) ? 0 : replay_next(s);
 }
 
 /*
- * FINAL: the message is the next hop's.  Its word is awaited even if the client
- * has left, for the log.
+ * FINAL: the next hop has the whole message.  Its reply is awaited and
+ * logged even if the client has gone.
  */
 
 static void
@@ -3078,8 +3109,8 @@ reset_reply(struct session *s, const struct reply *r)
 }
 
 /*
- * LINGER: a socket that is closed with something unread in it is reset, and a
- * reset takes our last line with it.
+ * LINGER: to close a socket with unread input sends a RST, which can destroy
+ * our last reply.
  */
 
 static int
@@ -3104,7 +3135,7 @@ st_linger(struct session *s)
 }
 
 /*
- * Time and turns.
+ * Deadlines, and the work of one iteration of the loop.
  */
 
 static void
@@ -3112,11 +3143,11 @@ timed_out(struct session *s)
 {
 	slog(s, LOG_DEBUG, "%s: time is up", states[s->state].name);
 	switch (s->state) {
-	case S_CONNECT:			/* st_connect() looks for itself */
+	case S_CONNECT:			/* st_connect() checks it */
 	case S_DEAD:
 		break;
 	case S_PROXY:
-		s->client.eof = 1;	/* no more of it will be read */
+		s->client.eof = 1;	/* read no more of it */
 		break;
 	case S_COMMAND:
 	case S_AUTH:
@@ -3145,19 +3176,20 @@ timed_out(struct session *s)
 	}
 }
 
-/* A body may be slow, but not for ever. */
+/* Time out a body that comes at less than SLOWEST_BODY over TimeOut. */
 static void
 rate_check(struct session *s)
 {
 	if (!is_body(s) || now < s->msg.rate_check_at)
 		return;
-	if (s->msg.rate_bytes < (uint64_t)(s->conf->timeout / SECOND) * SLOWEST_BODY)
+	if (s->msg.rate_bytes <
+	    (uint64_t)(s->conf->timeout / SECOND) * SLOWEST_BODY)
 		timed_out(s);
 	s->msg.rate_check_at = now + s->conf->timeout;
 	s->msg.rate_bytes = 0;
 }
 
-/* Write what can be written; 1: there is room that was not there before. */
+/* Write both buffers.  Returns 1 when that made room, else 0. */
 static int
 flush(struct session *s)
 {
@@ -3257,8 +3289,9 @@ wants(const struct session *s, const struct peer *p, int who)
 	return events;
 }
 
-/* poll() reports a reset without being asked for any event.  Not so on a unix
- * socket, where it reports the end of the input like this, again and again. */
+/* Returns 1 when poll() is to report only a reset of the client.  Not for
+ * a unix socket, for which poll() reports EOF in the same way, again and
+ * again. */
 static int
 wants_reset(const struct session *s)
 {
@@ -3277,7 +3310,8 @@ void
 session_poll(struct session *s)
 {
 	int client = wants(s, &s->client, CLIENT);
-	int server = s->server.peer.fd == -1 ? 0 : wants(s, &s->server.peer, SERVER);
+	int server = s->server.peer.fd == -1 ? 0 :
+	    wants(s, &s->server.peer, SERVER);
 
 	if (s->state == S_REPLAY && buf_len(&s->server.peer.in) == 0)
 		server |= POLLOUT;
@@ -3350,7 +3384,7 @@ session_refuse(int fd)
 
 	send(fd, line, n, MSG_NOSIGNAL | MSG_DONTWAIT);
 	shutdown(fd, SHUT_WR);
-	/* Unread bytes would turn the close into a reset. */
+	/* Unread input would turn the close into a RST. */
 	for (i = 0; i < 64; i++)
 		if (recv(fd, line, sizeof line, MSG_DONTWAIT) <= 0)
 			break;

@@ -1,25 +1,56 @@
 /*
- * clamsmtpd: an SMTP filter that has clamd look at every message.
+ * clamsmtpd: an SMTP filter that has clamd scan each message.
  *
- * The story of a session is in smtp.c; the loop that runs the sessions is in
- * clamsmtpd.c; clamd.c talks to clamd, conf.c reads the settings, util.c has
- * the log, buffers, sockets and files that all of them use.
+ * smtp.c tells the story of a session, clamsmtpd.c runs the sessions in a poll()
+ * loop, clamd.c talks to clamd, conf.c reads the settings, and util.c has what
+ * all of them use.  Calls run downwards in the order in which this file has the
+ * prototypes, and no two files call each other.
  *
- * What it promises.  Where the code keeps one a comment has its number, and
- * the tests have one that breaks with it.
+ * Promises.  A comment with the number marks the code that keeps each of them,
+ * and a test fails when it is broken.
  *
- *  1	No mail is lost, none invented: 2xx only after the next hop's 2xx, or
- *	after a virus was handled as configured.
- *  2	What clamd judged is what the recipient gets, plus one header.
- *  3	One message in, at most one out.
- *  4	No byte of a body leaves before clamd has said OK, unless the
- *	administrator wants it so.
+ *  1	No mail is lost or invented: the client gets 2xx only after the next hop's
+ *	2xx, or after a virus was handled as configured.
+ *  2	The recipient gets what clamd judged, plus one header.
+ *  3	One message in, at most one message out.
+ *  4	No byte of a message leaves before clamd has called the message OK, unless
+ *	the administrator wants that.
  *  5	Nothing stops the loop.
- *  6	Whatever can grow has a limit, and so has whatever can last.
+ *  6	Every buffer, queue and wait is bounded.
  *  7	Nothing is left behind.
- *  8	What a peer says is text, wherever it goes.
- *  9	A configuration file and a log watcher of ClamSMTP's still work.
- *  10	No client gets past the next hop's own checks because of the filter.
+ *  8	Text of a peer is data in each place that it reaches.
+ *  9	Configuration files and log watchers of ClamSMTP work unchanged.
+ * 10	The filter is no way around the next hop's own checks.
+ *
+ * Terms.
+ *
+ *  client	the program that has connected to us
+ *  next hop	the mail server that gets the mail; `server' in names
+ *  peer	a socket with its buffers: to the client, the next hop or clamd
+ *  session	a connection of a client and all that belongs to it
+ *  verb	the first word of a command
+ *  outstanding	a command is, until its reply is complete
+ *  relay	pass on unchanged
+ *  refuse	answer a command with an error of our own
+ *  envelope	the accepted sender and recipients of a message
+ *  transaction	from MAIL to the reply to the message, or RSET
+ *  message	the bytes of DATA or BDAT, without SMTP's framing
+ *  end of data	CRLF.CRLF, or the last byte of BDAT LAST
+ *  spool	the place of a message until its transaction ends
+ *  scan line	a constant header line that only clamd gets, before the message
+ *  scan	a message at a clamd
+ *  slot	the right to one of the MaxScans scans of a clamd
+ *  verdict	the result of a scan
+ *  outcome	what becomes of a message; settled once, then logged
+ *  reject	settle a complete message without forwarding it
+ *  forward	send a message to the next hop
+ *  replay	the message on its way to the next hop
+ *  deadline	a time in monotonic milliseconds at which something gives up
+ *  resolve	look up the addresses of a name
+ *  target	an address of the configuration: path, IP address or name
+ *  active	a session that ran a short time ago; the others are idle
+ *  drain	let the messages under way finish after SIGTERM
+ *  reap	free what has ended: sessions, children
  */
 
 #include <sys/types.h>
@@ -41,16 +72,16 @@
 
 /* Sizes, in bytes. */
 #define BUFSZ		32768		/* one buffer; one read or write */
-#define LINESZ		12288		/* a command without its end (RFC 4954 4) */
-#define REPLYSZ		16384		/* a whole reply of the next hop, */
-#define RELAYSZ		(REPLYSZ / 4 * 5)	/* and with CRLF for every LF */
-#define NOTESZ		1024		/* a reply line of our own */
+#define LINESZ		12288		/* a command line (RFC 4954 4) */
+#define REPLYSZ		16384		/* a reply of the next hop, all lines, */
+#define RELAYSZ		(REPLYSZ / 4 * 5)	/* and with CRLF for each LF */
+#define NOTESZ		1024		/* a reply of our own */
 #define ADDRTEXT	128		/* an address as text */
 #define NAMESZ		160		/* the name of a virus */
-#define LOGSZ		1000		/* a line of the log, */
-#define JSONSZ		4000		/* and of LogFormat: json; */
-#define JSONFIELD	500		/* a field of that which tells of a mail */
-#define RCPTSZ		65536		/* all recipients kept for the VirusAction */
+#define LOGSZ		1000		/* a line of the log */
+#define JSONSZ		4000		/* a line of LogFormat: json */
+#define JSONFIELD	500		/* a field of a message's JSON line */
+#define RCPTSZ		65536		/* recipients for the VirusAction */
 
 /* The most bytes that one system call moves; 1 in a test build. */
 #ifndef IO_MAX
@@ -61,26 +92,26 @@
 #define MAXLISTEN	32
 #define MAXNETWORKS	32
 #define MAXCLAMDS	32		/* one bit each in scan.tried */
-#define MAXCOPIES	8		/* quarantines at once */
+#define MAXCOPIES	8		/* quarantine children at once */
 #define MAXREFUSALS	20		/* commands refused in one session */
 #define MAXACTIONS	8		/* VirusActions at once */
-#define MAXWAITING	64		/* VirusActions that wait for one of those */
+#define MAXWAITING	64		/* VirusActions that wait to run */
 
 /* Times, in milliseconds, that no setting changes. */
 #define SECOND		((int64_t)1000)
 #define FINAL_TIME	(600 * SECOND)	/* RFC 5321 4.5.3.2.6 */
 #define LINGER_TIME	(5 * SECOND)
 #define STOP_LINGER_TIME SECOND		/* the same while the daemon stops */
-#define HALF_CLOSE_TIME	(5 * SECOND)	/* EOF so soon after the dot is one */
+#define HALF_CLOSE_TIME	(5 * SECOND)	/* EOF so soon after the end of data */
 #define CONNECT_TIME	(5 * SECOND)	/* to clamd */
 #define PROXY_TIME	(5 * SECOND)	/* for a PROXY header */
 #define PING_TIME	(5 * SECOND)	/* for clamd's PONG */
 #define DRAIN_TIME	(8 * SECOND)	/* after SIGTERM */
-#define LOOKUP_TIME	(60 * SECOND)	/* an address of a name is good for */
-#define RETRY_TIME	(30 * SECOND)	/* a dead clamd is left alone for */
-#define ABANDON_LIMIT	(600 * SECOND)	/* an abandoned scan counts for */
+#define LOOKUP_TIME	(60 * SECOND)	/* before a name is resolved again */
+#define RETRY_TIME	(30 * SECOND)	/* before a dead clamd is tried again */
+#define ABANDON_LIMIT	(600 * SECOND)	/* an abandoned scan has its slot */
 #define REPEAT_TIME	(60 * SECOND)	/* between two equal complaints */
-#define CONNECT_RETRY	100		/* between two knocks at a full backlog */
+#define CONNECT_RETRY	100		/* when the backlog of clamd is full */
 #define SLOWEST_BODY	100		/* bytes a second, over TimeOut */
 
 /*
@@ -203,13 +234,13 @@ struct conf {
 	unsigned char action_seen;	/* and who the action of all viruses */
 };
 
-/* What clamd said of a message, or that it said nothing. */
+/* FAILED: clamd gave no verdict, or none that counts. */
 enum verdict { UNKNOWN, CLEAN, VIRUS, FAILED, TOOBIG };
 
-/* In the order in which they happen; smtp.c has the table. */
+/* In the order of the session; smtp.c has the table. */
 enum state {
-	S_PROXY, S_CONNECT, S_GREETING, S_COMMAND, S_REPLY, S_AUTH, S_BODY, S_CHUNK,
-	S_SCAN, S_QUARANTINE, S_DATA, S_REPLAY, S_FINAL, S_RESET, S_LINGER,
+	S_PROXY, S_CONNECT, S_GREETING, S_COMMAND, S_REPLY, S_AUTH, S_BODY,
+	S_CHUNK, S_SCAN, S_QUARANTINE, S_DATA, S_REPLAY, S_FINAL, S_RESET, S_LINGER,
 	S_DEAD
 };
 
@@ -254,7 +285,7 @@ struct server {
 	struct str ehlo;		/* as the client gets it, after XCLIENT */
 };
 
-/* The accepted sender and recipients: from MAIL to the end of the transaction. */
+/* Accepted sender and recipients: from MAIL to the end of the transaction. */
 struct envelope {
 	int	 have_mail;		/* MAIL was accepted */
 	int	 nrcpt;			/* RCPT commands that were accepted */
@@ -294,7 +325,7 @@ struct message {
 	int64_t	 dot_at;		/* when the end of data came */
 };
 
-/* The scan of a message; clamd.c's alone.  From clamd_begin() to the verdict. */
+/* The scan of a message: from clamd_begin() to the verdict.  Private to clamd.c. */
 struct scan {
 	/* SC_QUEUE ends when a clamd has a free slot: in queue_run(). */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;

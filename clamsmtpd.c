@@ -971,13 +971,9 @@ static int64_t
 env_number(const char *name)
 {
 	const char *v = getenv(name);
-	char *end;
 	int64_t n;
 
-	if (v == NULL || *v < '0' || *v > '9')
-		return 0;
-	n = strtoll(v, &end, 10);
-	return *end == '\0' ? n : 0;
+	return v != NULL && parse_number(v, "", &n) == 1 ? n : 0;
 }
 
 /* As root still: the socket of OpenRC's start-stop-daemon is for root alone. */
@@ -1677,13 +1673,13 @@ pid_file_remove(void)
 static int
 find_user(const char *user, struct passwd **pw, uid_t *uid, gid_t *gid)
 {
-	char *end;
-	long long n = strtoll(user, &end, 10);
+	int64_t n;
+	int named = parse_number(user, "", &n) == -1;
 
-	*pw = *end != '\0' ? getpwnam(user) : NULL;
-	if (*end == '\0' && n >= 0 && n < (uid_t)-1)
-		*pw = getpwuid(n);
-	else if (*pw == NULL)
+	if (!named && n >= (uid_t)-1)
+		return -1;
+	*pw = named ? getpwnam(user) : getpwuid(n);
+	if (*pw == NULL && named)
 		return -1;
 	*uid = *pw != NULL ? (*pw)->pw_uid : (uid_t)n;
 	*gid = *pw != NULL ? (*pw)->pw_gid : (gid_t)n;

@@ -580,6 +580,13 @@ int64_t monotonic(void);			/* ms */
  * passwd(5), is before the loop and after the last change of the user. */
 const char *user_name(void);
 
+/*
+ * Read the decimal digits at p, after which the text ends or a character of ends
+ * follows.  Returns 1 and the number in *n, 0 and INT64_MAX in *n when it is too
+ * large, or -1 when there is no such number.
+ */
+int parse_number(const char *p, const char *ends, int64_t *n);
+
 /* The character at p has so many of the n bytes there, 1 to 4; 0: the byte there
  * is no text, but of a control character (C0, DEL, C1) or no UTF-8. */
 size_t text_char(const char *p, size_t n);

@@ -125,31 +125,24 @@ not_a_number(const struct keyword *k)
 	return text;
 }
 
-/* Digits only, and a suffix where a size is asked for; -1: it is not that. */
+/* Read a number, with a suffix when a size is wanted.  Returns -1 when v is none. */
 static int64_t
-number(const char *v, int suffixes)
+number(const char *v, int is_size)
 {
-	static const char suffix[] = "KMG";
-	const char *p;
-	int64_t n = 0;
+	static const char suffixes[] = "KkMmGg";
+	const char *end = v + strspn(v, "0123456789"), *suffix;
+	int64_t n;
+	int shift = 0;
 
-	if (!isdigit((unsigned char)*v))
+	if (parse_number(v, is_size ? suffixes : "", &n) != 1)
 		return -1;
-	for (; isdigit((unsigned char)*v); v++) {
-		if (n > (INT64_MAX - (*v - '0')) / 10)
+	if (*end != '\0') {
+		suffix = strchr(suffixes, *end);
+		shift = 10 + (suffix - suffixes) / 2 * 10;
+		if (end[1] != '\0' || n > INT64_MAX >> shift)
 			return -1;
-		n = n * 10 + (*v - '0');
 	}
-	if (suffixes && *v != '\0' &&
-	    (p = strchr(suffix, toupper((unsigned char)*v))) != NULL) {
-		int shift = 10 * (p - suffix + 1);
-
-		if (n > INT64_MAX >> shift)
-			return -1;
-		n <<= shift;
-		v++;
-	}
-	return *v == '\0' ? n : -1;
+	return n << shift;
 }
 
 static const char *

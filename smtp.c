@@ -973,22 +973,6 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
  * PROXY.
  */
 
-/* Decimal digits up to a blank or the end; -1: they are none.  INT64_MAX: more
- * than can be meant. */
-static int64_t
-parse_octets(const char *p)
-{
-	int64_t n = 0;
-	int digits = 0;
-
-	for (; isdigit((unsigned char)*p); p++) {
-		if (++digits > 18)
-			return INT64_MAX;
-		n = n * 10 + (*p - '0');
-	}
-	return digits > 0 && strchr(" \t", *p) != NULL ? n : -1;
-}
-
 /* Version 2, after its signature. */
 static int
 proxy_parse_v2(const unsigned char *p, size_t n, struct addr *a)
@@ -1046,8 +1030,8 @@ proxy_parse_v1(const char *p, size_t n, struct addr *a)
 	    (port = strchr(to + 1, ' ')) == NULL)
 		return -1;
 	*to = '\0';
-	number = parse_octets(port + 1);
-	if (number < 0 || number > 65535 || addr_ip(a, from, number) == -1 ||
+	if (parse_number(port + 1, " \t", &number) != 1 || number > 65535 ||
+	    addr_ip(a, from, number) == -1 ||
 	    (line[9] == '6') != (strchr(from, ':') != NULL))
 		return -1;
 	return nl + 1 - p;
@@ -1338,7 +1322,7 @@ size_limit(const struct session *s)
 static int
 mail_command(struct session *s, char *line, size_t n)
 {
-	int64_t limit = size_limit(s);
+	int64_t limit = size_limit(s), size;
 	const char *p;
 
 	(void)n;
@@ -1347,7 +1331,7 @@ mail_command(struct session *s, char *line, size_t n)
 	for (p += strspn(p, " \t"); *p != '\0';
 	    p += strcspn(p, " \t"), p += strspn(p, " \t")) {
 		if (strncasecmp(p, "SIZE=", 5) == 0 && limit > 0 &&
-		    parse_octets(p + 5) > limit) {
+		    parse_number(p + 5, " \t", &size) != -1 && size > limit) {
 			client_reply(s, r_too_big, (long long)limit);
 			return 0;
 		}
@@ -1536,13 +1520,15 @@ static int
 ehlo_line(struct session *s, const char *p)
 {
 	size_t i, n = strcspn(p, " =");
+	int64_t size;
 
 	if (word_equal(p, n, "CHUNKING"))
 		s->server.chunking = 1;
 	if (word_equal(p, n, "XCLIENT"))
 		learn_xclient(s, p + n);
-	if (word_equal(p, n, "SIZE") && p[n] == ' ' && parse_octets(p + n + 1) > 0)
-		s->server.size = parse_octets(p + n + 1);
+	if (word_equal(p, n, "SIZE") && p[n] == ' ' &&
+	    parse_number(p + n + 1, " \t", &size) != -1)
+		s->server.size = size;
 	if (p[n] == '=')		/* AUTH=, which old clients look for */
 		return word_equal(p, n, "AUTH");
 	for (i = 0; i < sizeof ehlo_keywords / sizeof ehlo_keywords[0]; i++)
@@ -2421,14 +2407,14 @@ static int
 bdat_command(struct session *s, char *line, size_t n)
 {
 	char *p = line + 4 + strspn(line + 4, " \t");
-	int64_t size = parse_octets(p), limit = size_limit(s);
-	int last;
+	int64_t size, limit = size_limit(s);
+	int last, valid = parse_number(p, " \t", &size) == 1;
 
 	(void)n;
 	p += strcspn(p, " \t");
 	p += strspn(p, " \t");
 	last = strcasecmp(p, "LAST") == 0;
-	if (size == -1 || size == INT64_MAX || (*p != '\0' && !last)) {
+	if (!valid || (*p != '\0' && !last)) {
 		/* The start of the next command is unknown. */
 		client_reply(s, r_bad_size);
 		start_linger(s);
@@ -2441,7 +2427,7 @@ bdat_command(struct session *s, char *line, size_t n)
 	s->msg.relay_bdat = s->server.chunking;
 	s->msg.chunk_left = size;
 	s->msg.chunk_last = last;
-	if (limit > 0 && s->msg.size + size > limit && !s->msg.discard)
+	if (limit > 0 && size > limit - s->msg.size && !s->msg.discard)
 		fail_message(s, OUT_OVERSIZE, r_too_big, (long long)limit);
 	enter_body(s, S_CHUNK);
 	return 0;

@@ -186,6 +186,22 @@ text_char(const char *p, size_t n)
 	    (len == 2 && p[0] == '\xc2' && (unsigned char)p[1] < 0xa0) ? 0 : len;
 }
 
+int
+parse_number(const char *p, const char *ends, int64_t *n)
+{
+	const char *digits = p;
+	int fits = 1;
+
+	for (*n = 0; *p >= '0' && *p <= '9'; p++)
+		if (*n > (INT64_MAX - (*p - '0')) / 10)
+			fits = 0;
+		else
+			*n = *n * 10 + (*p - '0');
+	if (!fits)
+		*n = INT64_MAX;
+	return p == digits || strchr(ends, *p) == NULL ? -1 : fits;
+}
+
 /*
  * The log.
  */
@@ -1555,7 +1571,7 @@ close_between(int first, int last)
 	struct dirent *entry;
 	struct rlimit r;
 	DIR *open_ones;
-	int fd;
+	int64_t fd;
 
 #ifdef SYS_close_range
 	if (syscall(SYS_close_range, first, last, 0) == 0)
@@ -1564,8 +1580,9 @@ close_between(int first, int last)
 	/* The limit may be a billion. */
 	if ((open_ones = opendir("/proc/self/fd")) != NULL) {
 		while ((entry = readdir(open_ones)) != NULL) {
-			fd = strtol(entry->d_name, NULL, 10);
-			if (fd >= first && fd <= last && fd != dirfd(open_ones))
+			if (parse_number(entry->d_name, "", &fd) == 1 &&
+			    fd >= first && fd <= last &&
+			    fd != dirfd(open_ones))
 				close(fd);
 		}
 		closedir(open_ones);

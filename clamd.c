@@ -480,18 +480,12 @@ scan_send(struct session *s)
 }
 
 static int
-is(const char *p, size_t n, const char *word)
+mem_contains(const char *p, size_t n, const char *text)
 {
-	return n == strlen(word) && memcmp(p, word, n) == 0;
-}
-
-static int
-has(const char *p, size_t n, const char *word)
-{
-	size_t len = strlen(word);
+	size_t len = strlen(text);
 
 	for (; n >= len; p++, n--)
-		if (memcmp(p, word, len) == 0)
+		if (memcmp(p, text, len) == 0)
 			return 1;
 	return 0;
 }
@@ -505,11 +499,11 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ])
 
 	if (memchr(p, '\n', n) != NULL)
 		return FAILED;		/* more than one line */
-	if (has(p, n, "INSTREAM size limit exceeded"))
+	if (mem_contains(p, n, "INSTREAM size limit exceeded"))
 		return TOOBIG;
 	if (n <= label || memcmp(p, stream, label) != 0)
 		return FAILED;
-	if (is(p + label, n - label, "OK"))
+	if (mem_equal(p + label, n - label, "OK"))
 		return CLEAN;
 	if (n > label + len && memcmp(p + n - len, found, len) == 0) {
 		n -= label + len;

@@ -872,13 +872,12 @@ http_answer(struct http_client *v, const char *line)
 	}
 	line += v->head ? 5 : 4;
 	n = strcspn(line, " ?\r\n");
-	if (n == 8 && memcmp(line, "/healthz", 8) == 0) {
+	if (mem_equal(line, n, "/healthz")) {
 		http_health(v);
 		return;
 	}
 	for (i = 0; i < sizeof pages / sizeof pages[0]; i++)
-		if (strlen(pages[i].path) == n &&
-		    memcmp(line, pages[i].path, n) == 0) {
+		if (mem_equal(line, n, pages[i].path)) {
 			http_head(v, "200 OK");
 			pages[i].client_reply(v);
 			return;

@@ -587,6 +587,17 @@ const char *user_name(void);
  */
 int parse_number(const char *p, const char *ends, int64_t *n);
 
+/* Returns 1 when the n bytes at p are text, else 0.  word_equal() ignores case. */
+int mem_equal(const char *p, size_t n, const char *text);
+int word_equal(const char *p, size_t n, const char *word);
+
+/* Returns 1 when c may be in the name of a header field (RFC 5322 2.2), else 0. */
+static inline int
+is_name_char(char c)
+{
+	return c > ' ' && c < 127 && c != ':';
+}
+
 /* The character at p has so many of the n bytes there, 1 to 4; 0: the byte there
  * is no text, but of a control character (C0, DEL, C1) or no UTF-8. */
 size_t text_char(const char *p, size_t n);

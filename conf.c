@@ -277,8 +277,7 @@ set_action(struct conf *c, const struct keyword *k, const char *v)
 
 	(void)k;
 	for (i = 0; i < sizeof actions / sizeof actions[0]; i++)
-		if (strlen(actions[i].word) == n &&
-		    strncasecmp(v, actions[i].word, n) == 0)
+		if (word_equal(v, n, actions[i].word))
 			break;
 	if (i == sizeof actions / sizeof actions[0])
 		return "bounce, drop or pass (with patterns of virus names, "
@@ -408,7 +407,7 @@ is_header_line(const char *p)
 {
 	const char *q = p;
 
-	while (*q > ' ' && *q < 127 && *q != ':')
+	while (is_name_char(*q))
 		q++;
 	return q > p && *q == ':';
 }

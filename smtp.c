@@ -1492,12 +1492,6 @@ static const char *const ehlo_keywords[] = {
 	"ETRN", "VRFY", "EXPN", "HELP", "XFORWARD", "DELIVERBY",
 };
 
-static int
-word_equal(const char *p, size_t n, const char *word)
-{
-	return n == strlen(word) && strncasecmp(p, word, n) == 0;
-}
-
 static void
 learn_xclient(struct session *s, const char *p)
 {
@@ -2038,12 +2032,6 @@ spool_flush(struct session *s)
 		}
 	}
 	ngather = 1;
-}
-
-static int
-is_name_char(char c)
-{
-	return c > ' ' && c < 127 && c != ':';
 }
 
 /*
@@ -2627,7 +2615,7 @@ env_is_ours(const char *var)
 	size_t i, n = strcspn(var, "=");
 
 	for (i = 0; i < NENV; i++)
-		if (strlen(env_names[i]) == n && memcmp(var, env_names[i], n) == 0)
+		if (mem_equal(var, n, env_names[i]))
 			return 1;
 	return 0;
 }

@@ -24,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -200,6 +201,18 @@ parse_number(const char *p, const char *ends, int64_t *n)
 	if (!fits)
 		*n = INT64_MAX;
 	return p == digits || strchr(ends, *p) == NULL ? -1 : fits;
+}
+
+int
+mem_equal(const char *p, size_t n, const char *text)
+{
+	return n == strlen(text) && memcmp(p, text, n) == 0;
+}
+
+int
+word_equal(const char *p, size_t n, const char *word)
+{
+	return n == strlen(word) && strncasecmp(p, word, n) == 0;
 }
 
 /*

@@ -495,7 +495,7 @@ enum verdict
 clamd_parse(const char *p, size_t n, char name[NAMESZ])
 {
 	static const char stream[] = "stream: ", found[] = " FOUND";
-	size_t i, label = sizeof stream - 1, len = sizeof found - 1;
+	size_t label = sizeof stream - 1, len = sizeof found - 1;
 
 	if (memchr(p, '\n', n) != NULL)
 		return FAILED;		/* more than one line */
@@ -505,12 +505,13 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ])
 		return FAILED;
 	if (mem_equal(p + label, n - label, "OK"))
 		return CLEAN;
-	if (n > label + len && memcmp(p + n - len, found, len) == 0) {
+	if (n > label + len && mem_equal(p + n - len, len, found)) {
 		n -= label + len;
-		for (i = 0; i < n && i < NAMESZ - 1; i++)
-			name[i] = p[label + i] > ' ' && p[label + i] < 127 ?
-			    p[label + i] : '_';
-		name[i] = '\0';
+		if (n > NAMESZ - 1)
+			n = NAMESZ - 1;
+		memcpy(name, p + label, n);
+		ascii_clean(name, n, "", '_');
+		name[n] = '\0';
 		return VIRUS;
 	}
 	return FAILED;

@@ -694,7 +694,7 @@ static void http_say(struct http_client *, const char *, ...)
 static void
 http_say(struct http_client *v, const char *fmt, ...)
 {
-	char line[NOTESZ], *p;
+	char line[NOTESZ];
 	va_list ap;
 	size_t n;
 
@@ -703,9 +703,7 @@ http_say(struct http_client *v, const char *fmt, ...)
 	va_start(ap, fmt);
 	n = vformat(line, sizeof line, fmt, ap);
 	va_end(ap);
-	for (p = line; *p != '\0'; p++)
-		if ((*p < ' ' && *p != '\n' && *p != '\r') || *p > 126)
-			*p = '?';
+	ascii_clean(line, n, " \r\n", '?');
 	if (buf_ready(&v->peer.out, n))
 		buf_put(&v->peer.out, line, n);
 }

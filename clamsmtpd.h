@@ -587,6 +587,10 @@ const char *user_name(void);
  */
 int parse_number(const char *p, const char *ends, int64_t *n);
 
+/* Promise 8: put mark in place of each of n bytes that is neither visible ASCII nor
+ * one of blanks. */
+void ascii_clean(char *p, size_t n, const char *blanks, char mark);
+
 /* Returns 1 when the n bytes at p are text, else 0.  word_equal() ignores case. */
 int mem_equal(const char *p, size_t n, const char *text);
 int word_equal(const char *p, size_t n, const char *word);

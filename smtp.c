@@ -219,11 +219,9 @@ client_put(struct session *s, const char *p, size_t n)
 static size_t
 format_line(char line[NOTESZ], const char *fmt, va_list ap)
 {
-	size_t i, len = vformat(line, NOTESZ - 2, fmt, ap);
+	size_t len = vformat(line, NOTESZ - 2, fmt, ap);
 
-	for (i = 0; i < len; i++)
-		if (line[i] < ' ' || line[i] > 126)
-			line[i] = '?';
+	ascii_clean(line, len, " ", '?');
 	line[len++] = '\r';
 	line[len++] = '\n';
 	return len;
@@ -2533,20 +2531,19 @@ static int
 choose_header(struct session *s)
 {
 	const char *h = s->conf->header;
-	char own[NAMESZ + 64], *p;
+	char own[NAMESZ + 64];
+	size_t n;
 
 	if (s->result.verdict == CLEAN)
 		return h == NULL ? 0 : expand(&s->replay.header, s, h);
 	if (s->result.verdict == VIRUS)
-		format(own, sizeof own, "X-Virus-Infected: %s", s->result.text);
+		n = format(own, sizeof own, "X-Virus-Infected: %s", s->result.text);
 	else
-		format(own, sizeof own, "X-Virus-Unscanned: %s",
+		n = format(own, sizeof own, "X-Virus-Unscanned: %s",
 		    s->result.verdict == TOOBIG ? "message too big" :
 		    s->result.text);
-	for (p = own; *p != '\0'; p++)
-		if (*p < ' ' || *p > 126)
-			*p = '?';
-	return str_add(&s->replay.header, own, p - own) == -1 ||
+	ascii_clean(own, n, " ", '?');
+	return str_add(&s->replay.header, own, n) == -1 ||
 	    str_add(&s->replay.header, crlf, 2) == -1 ? -1 : 0;
 }
 

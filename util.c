@@ -203,6 +203,14 @@ parse_number(const char *p, const char *ends, int64_t *n)
 	return p == digits || strchr(ends, *p) == NULL ? -1 : fits;
 }
 
+void
+ascii_clean(char *p, size_t n, const char *blanks, char mark)
+{
+	for (; n > 0; p++, n--)
+		if ((*p <= ' ' || *p > 126) && strchr(blanks, *p) == NULL)
+			*p = mark;
+}
+
 int
 mem_equal(const char *p, size_t n, const char *text)
 {

@@ -348,7 +348,7 @@ scan_command(struct session *s)
 
 	s->scan.sent = s->scan.chunk_end = 0;
 	s->scan.queued = 0;
-	s->scan.retry_at = s->scan.connect_deadline = 0;
+	s->scan.deadline = 0;
 	if (!buf_ready(&s->scan.peer.out, sizeof command))
 		return 0;
 	if (t->addr[s->scan.addr].u.sa.sa_family != AF_UNIX)
@@ -362,34 +362,31 @@ scan_command(struct session *s)
 static int
 scan_connect(struct session *s)
 {
-	struct target *t = s->scan.clamd->target;
-	socklen_t len = sizeof(int);
-	int err = 0, done, i;
+	struct scan *c = &s->scan;
+	struct target *t = c->clamd->target;
+	int i, err;
 
-	if (s->scan.retry_at > now)
-		return 0;
-	if (s->scan.peer.fd == -1) {
-		i = target_next(t, s->scan.addrs_tried);
-		s->scan.addr = i != -1 ? i : 0;	/* -1: others were looked up */
-		s->scan.peer.fd = addr_connect(&t->addr[s->scan.addr], &done);
-		if (s->scan.peer.fd == -1 && errno == EAGAIN) {
-			s->scan.retry_at = now + CONNECT_RETRY;
+	if (c->peer.fd == -1) {
+		if (now < c->deadline)
 			return 0;
-		}
-		s->scan.retry_at = 0;
-		s->scan.connect_deadline = now + CONNECT_TIME;
-		s->scan.peer.connecting = s->scan.peer.fd != -1 && !done;
-		if (s->scan.peer.fd == -1)
-			err = errno;
-	} else if (!s->scan.peer.connecting)
-		getsockopt(s->scan.peer.fd, SOL_SOCKET, SO_ERROR, &err, &len);
-	else if (now >= s->scan.connect_deadline)
-		err = ETIMEDOUT;
-	if (err == 0)
-		return s->scan.peer.connecting ? 0 : scan_command(s);
-	peer_close(&s->scan.peer);
-	s->scan.addrs_tried |= 1U << s->scan.addr;
-	if (target_next(t, s->scan.addrs_tried) != -1)
+		i = target_next(t, c->addrs_tried);
+		c->addr = i != -1 ? i : 0;	/* -1: others were looked up */
+	}
+	switch (peer_connect(&c->peer, &t->addr[c->addr], &c->deadline,
+	    CONNECT_TIME)) {
+	case 1:
+		return scan_command(s);
+	case 0:
+		return 0;
+	}
+	err = errno;
+	if (err == EAGAIN) {		/* the backlog of clamd's socket is full */
+		c->deadline = now + CONNECT_RETRY;
+		return 0;
+	}
+	c->deadline = 0;
+	c->addrs_tried |= 1U << c->addr;
+	if (target_next(t, c->addrs_tried) != -1)
 		return 1;
 	errno = err;
 	return scan_errno(s, "connect");
@@ -639,9 +636,7 @@ clamd_events(const struct session *s)
 int64_t
 clamd_deadline(const struct session *s)
 {
-	if (s->scan.phase != SC_CONNECT)
-		return 0;
-	return s->scan.retry_at != 0 ? s->scan.retry_at : s->scan.connect_deadline;
+	return s->scan.phase == SC_CONNECT ? s->scan.deadline : 0;
 }
 
 void

@@ -334,8 +334,8 @@ struct scan {
 	int	 addr;			/* which of the target's addresses */
 	unsigned addrs_tried;		/* bit i: that address has failed */
 	uint32_t tried;			/* bit i: conf->clamd[i] has failed */
-	int64_t	 connect_deadline;	/* 0: not connecting */
-	int64_t	 retry_at;		/* after EAGAIN; 0: no retry is due */
+	int64_t	 deadline;		/* SC_CONNECT: of the attempt, or the */
+					/* time of the next; 0: none */
 	off_t	 sent;			/* bytes of the spool */
 	off_t	 chunk_end;		/* end of the chunk that is announced */
 	int	 queued;		/* everything is in peer.out */
@@ -682,6 +682,12 @@ void target_worked(struct target *, const struct addr *);
 void target_set(struct target *, const void *addr, int n);
 /* A non-blocking socket, connecting; -1 and errno. *done: connected already. */
 int addr_connect(const struct addr *, int *done);
+/*
+ * Connect p to this address.  The first call begins and sets *deadline to ms from
+ * now; later calls go on.  Returns 1 when p is connected, 0 when it is not yet, or
+ * -1 and errno when the attempt has failed (ETIMEDOUT: at the deadline).
+ */
+int peer_connect(struct peer *, const struct addr *, int64_t *deadline, int64_t ms);
 /* Set IP_TRANSPARENT, which TPROXY needs, to on (0 or 1) on an IP socket of this
  * address.  Returns 0, or -1 and errno: EPERM without CAP_NET_ADMIN. */
 int addr_transparent(int fd, const struct addr *, int on);

@@ -1163,8 +1163,8 @@ static const struct verb verb_connect = { "connect", NULL, NULL, 0, 0 };
 static int
 st_connect(struct session *s)
 {
-	socklen_t len = sizeof(int);
-	int err = 0, done;
+	struct addr *local = &s->server.local;
+	int got, err;
 
 	if (gone_early(s))
 		return 1;
@@ -1176,32 +1176,27 @@ st_connect(struct session *s)
 		case -1:
 			return connect_failed(s, "no address");
 		}
-		s->server.peer.fd = addr_connect(&s->server.addr, &done);
 		s->server.verb = &verb_connect;
-		s->server.peer.connecting = s->server.peer.fd != -1 && !done;
-		if (s->server.peer.fd == -1)
-			err = errno;
-		s->deadline = now + s->conf->timeout / server_naddrs(s);
-		s->server.local.len = sizeof s->server.local.u;
-		if (getsockname(s->server.peer.fd, &s->server.local.u.sa,
-		    &s->server.local.len) == -1)
-			s->server.local.len = 0;
-	} else if (!s->server.peer.connecting)
-		getsockopt(s->server.peer.fd, SOL_SOCKET, SO_ERROR, &err, &len);
-	else if (now >= s->deadline)
-		err = ETIMEDOUT;
-	if (err == 0) {
-		if (s->server.peer.connecting)
-			return 0;
-		enter(s, S_GREETING);
+		local->len = 0;
+	}
+	got = peer_connect(&s->server.peer, &s->server.addr, &s->deadline,
+	    s->conf->timeout / server_naddrs(s));
+	if (got == -1) {
+		err = errno;
+		s->server.addrs_tried |= 1U << s->server.addr_index;
+		if (s->conf->transparent ||
+		    target_next(s->conf->out, s->server.addrs_tried) == -1)
+			return connect_failed(s, strerror(err));
 		return 1;
 	}
-	peer_close(&s->server.peer);
-	s->server.addrs_tried |= 1U << s->server.addr_index;
-	if (s->conf->transparent ||
-	    target_next(s->conf->out, s->server.addrs_tried) == -1)
-		return connect_failed(s, strerror(err));
-	return 1;
+	if (local->len == 0) {
+		local->len = sizeof local->u;
+		if (getsockname(s->server.peer.fd, &local->u.sa, &local->len) == -1)
+			local->len = 0;
+	}
+	if (got == 1)
+		enter(s, S_GREETING);
+	return got;
 }
 
 /*

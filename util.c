@@ -1345,6 +1345,28 @@ addr_connect(const struct addr *a, int *done)
 	return -1;
 }
 
+int
+peer_connect(struct peer *p, const struct addr *a, int64_t *deadline, int64_t ms)
+{
+	socklen_t len = sizeof(int);
+	int err = 0, done;
+
+	if (p->fd == -1) {
+		if ((p->fd = addr_connect(a, &done)) == -1)
+			return -1;
+		p->connecting = !done;
+		*deadline = now + ms;
+	} else if (!p->connecting)
+		getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &err, &len);
+	else if (now >= *deadline)
+		err = ETIMEDOUT;
+	if (err == 0)
+		return !p->connecting;
+	peer_close(p);
+	errno = err;
+	return -1;
+}
+
 /* Whether somebody accepts connections on this path; if nobody does, the
  * socket there is a leftover. */
 static int

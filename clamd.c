@@ -217,7 +217,6 @@ queue_run(void)
 		}
 		queue_leave(s);
 		session_wake(s);
-		s->scan.addrs_tried = 0;
 		s->scan.phase = c != NULL ? SC_LOOKUP : SC_NONE;
 		if (c != NULL)
 			slot_take(s, c);
@@ -240,22 +239,15 @@ queue_join(struct session *s, int again)
 	queue_run();
 }
 
-static int
-verdict_is(struct session *s, enum verdict v)
-{
-	s->result.verdict = v;
-	s->scan.phase = SC_NONE;
-	return 1;
-}
-
+/* Leave clamd, if the scan has a slot of one, and forget all but which ones have
+ * failed. */
 static void
-scan_leave(struct session *s)
+scan_reset(struct session *s)
 {
 	struct clamd *c = s->scan.clamd;
 
 	peer_close(&s->scan.peer);
-	s->scan.clamd = NULL;
-	s->scan.scanning = 0;
+	s->scan = (struct scan){ .peer.fd = -1, .tried = s->scan.tried };
 	if (c != NULL)
 		slot_free(c);
 }
@@ -278,7 +270,7 @@ scan_failed(struct session *s, int dead, const char *why)
 	for (i = 0; i < s->conf->nclamd; i++)
 		if (s->conf->clamd[i] == c)
 			s->scan.tried |= (uint32_t)1 << i;
-	scan_leave(s);
+	scan_reset(s);
 	queue_join(s, 1);
 	return 1;
 }
@@ -346,8 +338,6 @@ scan_command(struct session *s)
 	static const char command[] = "zINSTREAM";
 	struct target *t = s->scan.clamd->target;
 
-	s->scan.sent = s->scan.chunk_end = 0;
-	s->scan.queued = 0;
 	s->scan.deadline = 0;
 	if (!buf_ready(&s->scan.peer.out, sizeof command))
 		return 0;
@@ -555,9 +545,10 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 	}
 	clamd_worked(c, s->scan.addr, s->scan.peer.fd);
 	clamd_well(c);
-	scan_leave(s);
+	s->result.verdict = v;
 	scan_count(s);
-	return verdict_is(s, v);
+	scan_reset(s);
+	return 1;
 }
 
 static int
@@ -662,8 +653,7 @@ clamd_cancel(struct session *s)
 		s->scan.clamd = NULL;
 		queue_run();		/* on trial, it may have another one */
 	}
-	scan_leave(s);
-	s->scan.phase = SC_NONE;
+	scan_reset(s);
 }
 
 void
@@ -706,20 +696,22 @@ on_abandoned(void *arg, int revents)
 }
 
 /*
- * PING, for the status page and at the start: the one that is under way, or the
- * result of the last one.  Whoever asks in between asks for nothing new.
+ * PING, at the start and for the status page: the clamds are asked one after the
+ * other until one answers.  One PING serves all who ask while it is under way.
  */
 static struct {
-	struct conf *conf;		/* NULL: none is under way */
+	const struct conf *conf;	/* NULL: none is under way */
 	int	 report;		/* log it if none answers */
+	void	(*done)(int, const char *);	/* gets the result */
 	int	 which;			/* of its clamds, */
 	int64_t	 clamd_until;		/* the time for that one, */
 	int	 addr;			/* which of its addresses, */
-	unsigned tried;			/* and those that were: bits */
-	struct peer peer;		/* no fd: its name is being looked up */
-	int64_t	 until;			/* for this address */
-	int64_t	 done;			/* when the last one was; 0: never */
-	int	 well;
+	unsigned addrs_tried;		/* and those that were: bits */
+	struct peer peer;
+	int	 sent;			/* the PING is in peer.out, or has left */
+	int64_t	 until;			/* for this address, or the look-up */
+	int64_t	 ended;			/* when the last one did; 0: never */
+	int	 well;			/* and its result */
 	char	 why[NOTESZ / 4];
 } ping;
 
@@ -730,11 +722,10 @@ ping_end(int well)
 		logmsg(LOG_WARNING, "no clamd answers, and no message can be "
 		    "scanned until one does: %s", ping.why);
 	peer_close(&ping.peer);
-	conf_put(ping.conf);
 	ping.conf = NULL;
-	ping.report = 0;
-	ping.done = now;
+	ping.ended = now;
 	ping.well = well;
+	ping.done(well, ping.why);
 }
 
 static void
@@ -750,41 +741,101 @@ ping_clamd(int n)
 {
 	ping.which = n;
 	ping.clamd_until = now + PING_TIME / ping.conf->nclamd;
-	ping.tried = 0;
+	ping.addrs_tried = 0;
 }
 
-/* On to the next address that can be connected to. */
+/* Choose the next address of the clamd.  Returns 1 when there is one, 0 when its
+ * name is being looked up, or -1 when there is none. */
+static int
+ping_address(struct target *t)
+{
+	target_resolve(t, 0);
+	ping.until = ping.clamd_until;
+	if (t->naddr == 0 && t->resolving && now < ping.until)
+		return 0;
+	if (t->naddr == 0)
+		ping_why(t->resolving ? "its name is still being looked up" :
+		    "this name has no address");
+	if ((ping.addr = target_next(t, ping.addrs_tried)) == -1)
+		return -1;
+	ping.addrs_tried |= 1U << ping.addr;
+	ping.sent = 0;
+	return 1;
+}
+
+static int
+ping_send(struct target *t)
+{
+	static const char command[] = "zPING";
+	int r = peer_connect(&ping.peer, &t->addr[ping.addr], &ping.until,
+	    (ping.clamd_until - now) / t->naddr);
+
+	if (r == -1)
+		ping_why(errno == ETIMEDOUT ? "no answer to PING in time" :
+		    strerror(errno));
+	if (r != 1)
+		return r;
+	if (buf_ready(&ping.peer.out, sizeof command))
+		buf_put(&ping.peer.out, command, sizeof command);
+	peer_drain(&ping.peer, 0);	/* what fails shows when it is read */
+	ping.sent = 1;
+	return 1;
+}
+
+static int
+ping_answer(void)
+{
+	struct peer *p = &ping.peer;
+	const char *answer;
+	char why[NOTESZ / 4];
+	size_t n;
+
+	if (!p->eof)
+		peer_fill(p);
+	answer = buf_head(&p->in);
+	n = buf_len(&p->in);
+	if (n == 5 && memcmp(answer, "PONG", 5) == 0) {
+		clamd_worked(ping.conf->clamd[ping.which], ping.addr, p->fd);
+		return 1;
+	}
+	if (!p->eof && n < 5 && now < ping.until) {
+		peer_settle(p);
+		return 0;
+	}
+	format(why, sizeof why, "it answered \"%s\" to PING",
+	    printable(answer, n));
+	ping_why(p->err ? "cannot be reached" : p->eof || n >= 5 ? why :
+	    "no answer to PING in time");
+	peer_close(p);
+	return -1;
+}
+
+/* Go on until the PING must wait, or has ended. */
 static void
-ping_next(void)
+ping_run(void)
 {
 	struct target *t;
-	int done;
+	int r;
 
-	peer_close(&ping.peer);
 	while (ping.which < ping.conf->nclamd) {
 		t = ping.conf->clamd[ping.which]->target;
-		target_resolve(t, 0);
-		if (t->naddr == 0 && t->resolving && now < ping.clamd_until) {
-			ping.until = ping.clamd_until;
+		if (ping.peer.fd == -1) {
+			if ((r = ping_address(t)) == 0)
+				return;
+			if (r == -1) {
+				ping_clamd(ping.which + 1);
+				continue;
+			}
+		}
+		r = ping.sent ? 1 : ping_send(t);
+		if (r == 1)
+			r = ping_answer();
+		if (r == 0)
+			return;
+		if (r == 1) {
+			ping_end(1);
 			return;
 		}
-		if (t->naddr == 0)
-			ping_why(t->resolving ? "its name is still being looked "
-			    "up" : "this name has no address");
-		ping.addr = target_next(t, ping.tried);
-		if (ping.addr == -1) {
-			ping_clamd(ping.which + 1);
-			continue;
-		}
-		ping.tried |= 1U << ping.addr;
-		ping.peer.fd = addr_connect(&t->addr[ping.addr], &done);
-		if (ping.peer.fd == -1) {
-			ping_why(strerror(errno));
-			continue;
-		}
-		ping.peer.connecting = 1;
-		ping.until = now + (ping.clamd_until - now) / t->naddr;
-		return;
 	}
 	ping_end(0);
 }
@@ -792,49 +843,17 @@ ping_next(void)
 static void
 on_ping(void *arg, int revents)
 {
-	struct peer *p = &ping.peer;
-	struct buf *in = &p->in;
-	char why[NOTESZ / 4];
-
 	(void)arg;
 	(void)revents;
-	if (p->connecting) {
-		p->connecting = 0;
-		if (buf_ready(&p->out, 6))
-			buf_put(&p->out, "zPING", 6);
-		peer_drain(p, 0);
-		return;			/* what failed shows when it is read */
-	}
-	if (!peer_fill(p))
-		return;
-	if (buf_len(in) == 5 && memcmp(buf_head(in), "PONG", 5) == 0) {
-		clamd_worked(ping.conf->clamd[ping.which], ping.addr, p->fd);
-		ping_end(1);
-		return;
-	}
-	if (p->eof || buf_len(in) >= 5) {
-		format(why, sizeof why, "it answered \"%s\" to PING",
-		    printable(buf_head(in), buf_len(in)));
-		ping_why(p->err ? "cannot be reached" : why);
-		ping_next();
-	} else
-		peer_settle(p);
+	ping.peer.connecting = 0;
+	ping_run();
 }
 
 static void
 ping_poll(void)
 {
-	int resolving;
-
-	if (ping.conf == NULL)
-		return;
-	resolving = ping.peer.fd == -1;
-	if (now >= ping.until) {
-		if (!resolving)
-			ping_why("no answer to PING in time");
-		ping_next();
-	} else if (resolving && !ping.conf->clamd[ping.which]->target->resolving)
-		ping_next();
+	if (ping.conf != NULL && (ping.peer.fd == -1 || now >= ping.until))
+		ping_run();
 	if (ping.conf == NULL)
 		return;
 	if (ping.peer.fd != -1)
@@ -843,37 +862,23 @@ ping_poll(void)
 	poll_deadline(ping.until);
 }
 
-static void
-ping_begin(struct conf *c, int report)
-{
-	ping.conf = c;
-	c->refs++;
-	ping.report = report;
-	ping.peer.fd = -1;
-	ping_clamd(0);
-	ping_next();
-}
-
-int
-clamd_ping(struct conf *c, const char **why)
-{
-	*why = ping.why;
-	if (ping.conf != NULL)
-		return -1;
-	if (ping.done != 0 && now - ping.done < SECOND)
-		return ping.well;
-	ping_begin(c, 0);
-	return ping.conf != NULL ? -1 : ping.well;
-}
-
 void
-clamd_check(struct conf *c)
+clamd_ping(const struct conf *c, int report, void (*done)(int, const char *))
 {
-	if (ping.conf != NULL) {	/* of settings that count no longer */
-		ping.report = 0;
-		ping_end(0);
+	if (!report && ping.conf != NULL)
+		return;
+	if (!report && ping.ended != 0 && now - ping.ended < SECOND) {
+		done(ping.well, ping.why);
+		return;
 	}
-	ping_begin(c, 1);
+	if (ping.conf != NULL)
+		peer_close(&ping.peer);
+	ping.peer.fd = -1;
+	ping.conf = c;
+	ping.report = report;
+	ping.done = done;
+	ping_clamd(0);
+	ping_run();
 }
 
 int
@@ -893,9 +898,9 @@ clamd_shutdown(void)
 {
 	struct abandoned *a;
 
-	ping.report = 0;
 	if (ping.conf != NULL)
-		ping_end(0);
+		peer_close(&ping.peer);
+	ping.conf = NULL;
 	while ((a = abandoned) != NULL) {
 		abandoned = a->next;
 		abandoned_free(a);

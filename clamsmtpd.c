@@ -836,21 +836,18 @@ http_metrics(struct http_client *v)
 	http_scans(v);
 }
 
-/* 0: wait for clamd. */
+/* Answer all that wait for clamd's PONG. */
 static void
-http_health(struct http_client *v)
+http_health(int well, const char *why)
 {
-	const char *why;
-	int well = clamd_ping(conf, &why);
+	struct http_client *v;
 
-	v->awaits_ping = well == -1;
-	if (well == 1) {
-		http_head(v, "200 OK");
-		http_say(v, "ok\n");
-	} else if (well == 0) {
-		http_head(v, "503 Service Unavailable");
-		http_say(v, "%s\n", why);
-	}
+	for (v = http_clients; v != NULL; v = v->next)
+		if (v->awaits_ping) {
+			v->awaits_ping = 0;
+			http_head(v, well ? "200 OK" : "503 Service Unavailable");
+			http_say(v, "%s\n", well ? "ok" : why);
+		}
 }
 
 /* The request is there; only its first line matters. */
@@ -871,7 +868,8 @@ http_answer(struct http_client *v, const char *line)
 	line += v->head ? 5 : 4;
 	n = strcspn(line, " ?\r\n");
 	if (mem_equal(line, n, "/healthz")) {
-		http_health(v);
+		v->awaits_ping = 1;
+		clamd_ping(conf, 0, http_health);
 		return;
 	}
 	for (i = 0; i < sizeof pages / sizeof pages[0]; i++)
@@ -933,10 +931,6 @@ http_poll(void)
 	struct http_client *v, **p = &http_clients;
 
 	while ((v = *p) != NULL) {
-		if (v->awaits_ping) {
-			http_health(v);
-			http_serve(v);
-		}
 		if (now >= v->deadline || v->peer.err || (v->peer.eof &&
 		    !v->awaits_ping && buf_len(&v->peer.out) == 0)) {
 			*p = v->next;
@@ -1927,7 +1921,7 @@ reload(void)
 	logmsg(LOG_NOTICE, "%s: read again", conf_path);
 	listeners_log(conf);
 	resolve_all(conf);
-	clamd_check(conf);
+	clamd_ping(conf, 1, http_health);
 }
 
 static void
@@ -2567,7 +2561,7 @@ main(int argc, char **argv)
 	sandbox(conf);
 	listeners_log(conf);
 	resolve_all(conf);
-	clamd_check(conf);
+	clamd_ping(conf, 1, http_health);
 	notify("READY=1", -1);
 	notify_ready = 1;
 	serve();

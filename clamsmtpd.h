@@ -514,11 +514,15 @@ void clamd_shutdown(void);				/* closes those */
 int clamd_waiting(void);			/* sessions without a slot */
 /* What messages call it: its ClamAddress, or the usual path that is used. */
 const char *clamd_name(const struct clamd *);
-/* Send a PING to each, and log a warning if none answers.  Returns at once. */
-void clamd_check(struct conf *);
-/* Whether one of them answers a PING: 1; 0, and *why; -1: ask again in the next
- * turn.  What was known a second ago is good enough. */
-int clamd_ping(struct conf *, const char **why);
+/*
+ * Find out whether one of the clamds answers a PING: call done with 1, or with 0
+ * and the reason, now or later.  It is called once for all who ask while a PING
+ * is under way, so they must pass the same function.  A result is good for a
+ * second.  With report the settings are new: any other PING is forgotten, and a
+ * warning is logged when no clamd answers.  c must live until the next such call,
+ * or clamd_shutdown().
+ */
+void clamd_ping(const struct conf *c, int report, void (*done)(int well, const char *why));
 
 /*
  * What clamd's answer (n bytes, terminator taken off) says.  VIRUS: name has
@@ -538,7 +542,6 @@ struct conf *conf_load(const char *path, const char *const (*flags)[2], int nfla
 void conf_show(const struct conf *);		/* on standard output */
 void conf_put(struct conf *);			/* drop a reference */
 enum action conf_action(const struct conf *, const char *virus);
-void target_put(struct target *);
 
 /* util.c */
 
@@ -677,6 +680,7 @@ const char *target_text(const struct target *);
 /* The address has worked: the next connection is made to it first.  Logs a
  * change.  Nothing happens when the target has no such address (any more). */
 void target_worked(struct target *, const struct addr *);
+void target_put(struct target *);		/* drop a reference; may be NULL */
 /* Give the target the n addresses (struct addr, at any alignment) that a
  * look-up has found.  The one that worked last stays first if it is there. */
 void target_set(struct target *, const void *addr, int n);

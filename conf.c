@@ -565,16 +565,6 @@ target_parse(struct target *t, const char *v, int port)
 	return target_host(t, host, port_number(colon + 1));
 }
 
-void
-target_put(struct target *t)
-{
-	if (t == NULL || --t->refs > 0)
-		return;
-	free(t->text);
-	free(t->name);
-	free(t);
-}
-
 /* k->min: the lowest port; k->max: the one where none is given. */
 static const char *
 target_new(struct target **tp, const struct keyword *k, const char *v)

@@ -1322,6 +1322,16 @@ target_set(struct target *t, const void *addr, int n)
 	t->first = i < n ? i : 0;
 }
 
+void
+target_put(struct target *t)
+{
+	if (t == NULL || --t->refs > 0)
+		return;
+	free(t->text);
+	free(t->name);
+	free(t);
+}
+
 int
 addr_connect(const struct addr *a, int *done)
 {

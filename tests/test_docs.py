@@ -1,5 +1,7 @@
-"""The pages in docs show the files of docs/examples as they are."""
+"""The pages in docs show the files of docs/examples as they are, and docs/messages.md
+has the messages of the sources."""
 
+import functools
 import glob
 import os
 import re
@@ -33,3 +35,155 @@ def test_configuration(run, path):
     """Each has no error; its user and directory need not exist on this machine."""
     done = run("-n", "-f", os.path.join(DOCS, path))
     assert (done.returncode, complaints(done)) == (0, [])
+
+
+# docs/messages.md and the sources.
+
+SOURCES = {name: open(os.path.join(real.TOP, name)).read()
+           for name in ("clamsmtpd.c", "smtp.c", "clamd.c", "conf.c", "util.c")}
+LEVELS = {"LOG_ERR": "error", "LOG_WARNING": "warning", "LOG_NOTICE": "notice",
+          "LOG_INFO": "info"}
+STRING = r'"(?:[^"\\\n]|\\.)*"'
+# These pass a text on to one of the functions that log it.
+CARRIERS = ("server_lost", "server_drop", "connect_failed", "scan_failed",
+            "scan_errno", "ping_why")
+HOLE = re.compile(r"%(?:0?\d+|\.\*)?(?:ll|l)?[sduxXc]")
+
+
+def strings(code):
+    """The string literals in a piece of C, adjacent ones joined."""
+    return [re.sub(r"\\(.)", r"\1", "".join(re.findall(STRING, run))[1:-1]
+                   .replace('""', ""))
+            for run in re.findall(r"%s(?:\s*%s)*" % (STRING, STRING), code)]
+
+
+def arguments(name):
+    """The arguments of each call of a function in the sources."""
+    for text in SOURCES.values():
+        for call in re.finditer(r"\b%s\(" % name, text):
+            args, depth, at = [""], 1, call.end()
+            for token in re.finditer(STRING + r"|'\\?.'|.", text[at:], re.S):
+                token = token.group()
+                depth += (token == "(") - (token == ")")
+                if depth == 0:
+                    break
+                if token == "," and depth == 1:
+                    args.append("")
+                else:
+                    args[-1] += token
+            yield args
+
+
+def formats(code):
+    """The formats that an expression may be.  One may be a constant, and one that
+    ends in a colon is followed by the error."""
+    found = strings(code)
+    if not found and re.fullmatch(r"\s*\w+\s*", code):
+        for text in SOURCES.values():
+            for value in re.findall(r"\b%s\[\] = ([^;]*);" % code.strip(), text):
+                found += strings(value)
+    return [re.sub("^%06X: ", "", text) + (" %s" if text.endswith(":") else "")
+            for text in found]
+
+
+def logged():
+    """{(format, level)}: all that the sources log, but for debugging."""
+    found = set()
+    for name, first in ("logmsg", 0), ("slog", 1), ("die", None):
+        for args in arguments(name):
+            where = args[0 if first is None else first]
+            levels = ["LOG_ERR"] if first is None else re.findall(r"LOG_[A-Z]+", where)
+            for text in formats(args[1 if first is None else first + 1]):
+                found |= {(text, LEVELS[level]) for level in levels
+                          if level in LEVELS}
+    # These are put together first.
+    assert SOURCES["util.c"].count("log_write(LOG_") == 1
+    found.add(("%lu lines of the log were lost", "warning"))
+    found.remove(("%.*s, status=%s%s", "info"))
+    found.add(("from=%s, to=%s, status=%s", "info"))
+    return found
+
+
+@functools.lru_cache(None)
+def literals():
+    """Each text in the sources that can be a part of a message."""
+    found = {text for code in SOURCES.values() for text in strings(code)}
+    return frozenset(text for text in found
+                     if text == "%s: %s" or re.search("[a-z]", HOLE.sub("", text)))
+
+
+@functools.lru_cache(None)
+def pattern(form):
+    return re.compile(".*".join(re.escape(text) for text in HOLE.split(form)))
+
+
+@functools.lru_cache(None)
+def fits(text, form):
+    """Whether a message can come from a format.  What comes from a hole is a word in
+    capitals, nothing, or itself a text of the sources."""
+    if not pattern(form).fullmatch(text):
+        return False
+    hole = HOLE.search(form)
+    if hole is None:
+        return True
+    text, form = text[hole.start():], form[hole.end():]
+    return any(fits(text[n:], form) and is_part(text[:n])
+               for n in range(len(text) - len(HOLE.sub("", form)) + 1))
+
+
+@functools.lru_cache(None)
+def is_part(text):
+    return re.fullmatch("[A-Z:]*", text) is not None or \
+        any(fits(text, form) for form in literals())
+
+
+def entries(levels=True):
+    """[(message, levels)] of the page, or its replies, which have none."""
+    rows = re.findall(r"(?m)^\| `([^`]+)` \| ([^|]*) \|.*\|.*\|$" if levels else
+                      r"(?m)^\| `(\d{3} [^`]+)` \| ([^|]*) \|[^|]*\|$",
+                      read("messages.md"))
+    return [(text, set(level.split(" or "))) for text, level in rows
+            if not levels or not re.match(r"\d{3} ", text)]
+
+
+def test_messages_source_is_on_page():
+    """docs/messages.md has each message of the sources, with its level."""
+    page = entries()
+    missing = [(form, level) for form, level in sorted(logged())
+               if not any(level in levels and fits(text, form)
+                          for text, levels in page)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", CARRIERS + ("why",))
+def test_messages_reason_is_on_page(name):
+    """docs/messages.md has each reason that the sources give for a failure."""
+    reasons = [form for args in arguments(name) for form in formats(args[-1])]
+    if name == "why":
+        for text in SOURCES.values():
+            for value in re.findall(r"\bwhy = ([^;]*);", text):
+                reasons += strings(value)
+    assert reasons != []
+    page = read("messages.md")
+    assert [form for form in reasons if not pattern(form).search(page)] == []
+
+
+def test_messages_page_is_in_source():
+    """Each message of docs/messages.md is one of the sources, with its level."""
+    forms = logged()
+    page = entries()
+    assert len(page) > 100
+    wrong = [(text, level) for text, levels in page for level in levels
+             if not any(at == level and fits(text, form) for form, at in forms)]
+    assert wrong == []
+
+
+def test_messages_replies():
+    """docs/messages.md has each reply of our own, and no other."""
+    replies = re.findall(r"\br_\w+\[\] =\s*((?:%s\s*)+)" % STRING, SOURCES["smtp.c"])
+    forms = [form for code in replies for form in strings(code)]
+    assert len(forms) > 25
+    page = [text for text, _ in entries(levels=False)
+            if text != "220 smtp.passthru"]		# the next hop's code
+    assert [form for form in forms if not any(fits(text, form) for text in page)] == []
+    assert [text for text in page if not any(fits(text, form) for form in forms)] == []

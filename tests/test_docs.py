@@ -37,6 +37,26 @@ def test_configuration(run, path):
     assert (done.returncode, complaints(done)) == (0, [])
 
 
+def services(text):
+    """{service: its options} of a master.cf, or the settings of a main.cf."""
+    text = re.sub(r"\n[ \t]+", " ", re.sub("(?m)^#.*\n", "", text))
+    return {line.split(" -o ")[0].replace(" ", "").replace("=", " = ", 1): sorted(
+        re.sub(r"\s", "", braced + plain)
+        for braced, plain in re.findall(r"-o (?:\{(.*?)\}|(\S+))", line))
+        for line in text.splitlines() if line}
+
+
+@pytest.mark.parametrize("where, file", [
+    ("after", "main.cf"), ("after", "master.cf"), ("before", "master.cf")])
+def test_manual_postfix_is_example(where, file):
+    """clamsmtpd.8 has the settings of docs/examples, which the tests run."""
+    with open(os.path.join(real.TOP, "clamsmtpd.8")) as page:
+        section = page.read().split(".Ss Postfix, %s the queue" % where)[1]
+    block = re.search(r"%s\b.*?\n\.Bd [^\n]*\n(.*?)\n\.Ed" % file, section, re.S)
+    wanted = services(read("examples/postfix-%s-queue/%s" % (where, file)))
+    assert wanted and services(block.group(1)) == wanted
+
+
 # docs/messages.md and the sources.
 
 SOURCES = {name: open(os.path.join(real.TOP, name)).read()

@@ -20,6 +20,8 @@
 #define CHUNKSZ		(1 << 30)	/* INSTREAM; clamd has its own limit */
 #define TAILSZ		(BUFSZ / 2)	/* bytes of a message, to copy them */
 
+struct counters count;
+
 static struct clamd *clamds;		/* all that a conf or a scan refers to */
 
 /* Sessions that wait for a slot, in the order in which they came. */
@@ -890,21 +892,6 @@ clamd_waiting(void)
 	for (s = queue; s != NULL; s = s->scan.next)
 		n++;
 	return n;
-}
-
-/* The daemon ends. */
-void
-clamd_shutdown(void)
-{
-	struct abandoned *a;
-
-	if (ping.conf != NULL)
-		peer_close(&ping.peer);
-	ping.conf = NULL;
-	while ((a = abandoned) != NULL) {
-		abandoned = a->next;
-		abandoned_free(a);
-	}
 }
 
 void

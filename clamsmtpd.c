@@ -26,25 +26,14 @@
 
 #include "clamsmtpd.h"
 
-#define FIRST_ID	0x100000	/* of a connection, in the log */
 #define ACCEPTS		64		/* from one listener in one turn */
 #define PAUSE_TIME	SECOND		/* out of descriptors: no accept() for */
-#define KILL_TIME	(5 * SECOND)	/* between TERM and KILL */
-#define LOOKUP_LIMIT	(30 * SECOND)
-#define LOOKUP_RETRY	(5 * SECOND)
 #define STORE_NAME	"clamsmtpd_"	/* of listeners in systemd's store */
 #define NOTIFY_TIME	(5 * SECOND)	/* for room at systemd, at the start */
 #define TRIM_TIME	(2 * SECOND)
 #define MAXHTTP	8		/* of the status page */
 #define HTTP_TIME	(10 * SECOND)
 #define REQUESTSZ	4096		/* bytes of theirs */
-#define ACTIVE_TIME	100		/* after a session ran it is a busy one */
-#define IDLE_POLL	10		/* how often the others are looked at, if */
-#define MANY_IDLE	64		/* they are more than that */
-
-int64_t now;
-int run_all;
-struct counters count;
 
 static struct conf *conf;
 static char *conf_path;
@@ -55,356 +44,7 @@ static int sandboxed;
 static int stopping;			/* 1: when all is done, 2: at once */
 static int pid_fd = -1;
 
-static struct session **sessions;	/* the busy ones first */
-static int nsessions, nbusy, sessions_size;
-static int most_sessions;		/* there ever were */
 static time_t started;
-static unsigned next_id = FIRST_ID;
-
-/*
- * What poll() is asked, and who is told.
- */
-
-static struct pollfd *fds;
-static struct owner {
-	void	(*ready)(void *, int);
-	void	*arg;
-} *owners;
-static int nfds, fds_size;
-static int64_t poll_until;
-
-void
-poll_add(int fd, int events, void (*ready)(void *, int), void *arg)
-{
-	int size = fds_size * 2 + 64;
-	struct pollfd *f;
-	struct owner *o;
-
-	if (nfds == fds_size) {
-		if ((f = realloc(fds, size * sizeof *f)) != NULL)
-			fds = f;
-		if ((o = realloc(owners, size * sizeof *o)) != NULL)
-			owners = o;
-		if (f == NULL || o == NULL) {
-			nomem = 1;	/* in the next turn, then */
-			return;
-		}
-		fds_size = size;
-	}
-	fds[nfds].fd = fd;
-	fds[nfds].events = events;
-	fds[nfds].revents = 0;
-	owners[nfds].ready = ready;
-	owners[nfds++].arg = arg;
-}
-
-void
-poll_deadline(int64_t t)
-{
-	if (t != 0 && t < poll_until)
-		poll_until = t;
-}
-
-/* What was asked for is ready if the socket failed: the call that reads or
- * writes it tells how. */
-static void
-serve_ready(void)
-{
-	int i, r, n = nfds;
-
-	for (i = 0; i < n; i++) {
-		r = fds[i].revents;
-		if (r == 0)
-			continue;
-		if (r & (POLLERR | POLLHUP | POLLNVAL))
-			r |= fds[i].events;
-		owners[i].ready(owners[i].arg, r);
-	}
-}
-
-/*
- * Children that run no other program, for what would stop the loop (promise 5):
- * look-ups and quarantine.
- */
-
-struct child {
-	pid_t	 pid;			/* 0: reaped, it may be another's now */
-	int	 fd;			/* its answer comes here */
-	void	(*done)(void *, const char *, size_t);
-	void	*ctx;			/* NULL: nobody asks any more */
-	int64_t	 deadline;
-	char	*scratch, *copy;	/* the quarantine's; NULL: no files */
-	size_t	 n;
-	char	 answer[PATH_MAX];
-	struct child *next;
-};
-static struct child *children;
-
-/* Whoever started us may have ignored some. */
-static void
-signals_default(void)
-{
-	sigset_t none;
-	int sig;
-
-	for (sig = 1; sig < 32; sig++)
-		signal(sig, SIG_DFL);
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
-}
-
-/* A signal to all of us must not come twice, through the child's handlers. */
-static pid_t
-fork_blocked(void)
-{
-	sigset_t all, before;
-	pid_t pid;
-
-	sigfillset(&all);
-	sigprocmask(SIG_SETMASK, &all, &before);
-	pid = fork();
-	if (pid == 0)
-		signals_default();
-	else
-		sigprocmask(SIG_SETMASK, &before, NULL);
-	return pid;
-}
-
-int
-child_room(void)
-{
-	struct child *c;
-	int n = 0;
-
-	for (c = children; c != NULL; c = c->next)
-		n += c->copy != NULL;
-	return n < MAXCOPIES;
-}
-
-struct child *
-child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
-    const char *scratch, const char *copy,
-    void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
-{
-	struct child *c = calloc(1, sizeof *c);
-	int p[2] = { -1, -1 }, keep[3], err;
-
-	if (c == NULL)
-		return NULL;
-	if (scratch != NULL && ((c->scratch = strdup(scratch)) == NULL ||
-	    (c->copy = strdup(copy)) == NULL))
-		goto fail;
-	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1)
-		goto fail;
-	if ((c->pid = fork_blocked()) == -1)
-		goto fail;
-	if (c->pid == 0) {
-		keep[0] = p[1];
-		keep[1] = keep1;
-		keep[2] = keep2;
-		close_all_but(keep, 3);
-		work(p[1], arg);
-		_exit(0);
-	}
-	close(p[1]);
-	c->fd = p[0];
-	c->done = done;
-	c->ctx = ctx;
-	c->deadline = now + ms;
-	c->next = children;
-	children = c;
-	return c;
-fail:
-	err = errno;
-	if (p[0] != -1) {
-		close(p[0]);
-		close(p[1]);
-	}
-	free(c->scratch);
-	free(c->copy);
-	free(c);
-	errno = err;
-	return NULL;
-}
-
-void
-child_forget(struct child *c)
-{
-	c->ctx = NULL;
-}
-
-/*
- * Promise 7: a copy that nobody has taken is none.  The scratch file becomes
- * the copy by link() and unlink(), or by rename() in place of an empty one:
- * where it is gone, or has both names, or the copy is empty, the copy is this
- * child's, and not one that was there before.
- */
-static void
-files_remove(const struct child *c)
-{
-	struct stat a, b;
-
-	if (stat(c->scratch, &a) == -1 || (stat(c->copy, &b) == 0 &&
-	    (b.st_size == 0 || (a.st_dev == b.st_dev && a.st_ino == b.st_ino))))
-		unlink(c->copy);
-	unlink(c->scratch);
-}
-
-static void
-child_free(struct child *c)
-{
-	struct child **p;
-
-	for (p = &children; *p != c; p = &(*p)->next)
-		;
-	*p = c->next;
-	if (c->copy != NULL)
-		run_all = 1;		/* there is room for one that waits */
-	free(c->scratch);
-	free(c->copy);
-	free(c);
-}
-
-/* Its answer is complete, or it gets no more time.  If its files are of no use
- * they go when it can touch them no more. */
-static void
-child_end(struct child *c)
-{
-	int wanted = c->ctx != NULL && c->copy != NULL &&
-	    strlen(c->copy) == c->n && memcmp(c->answer, c->copy, c->n) == 0;
-
-	close(c->fd);
-	c->fd = -1;
-	if (c->n == 0 && c->pid != 0)
-		kill(c->pid, SIGKILL);
-	if (c->ctx != NULL)
-		c->done(c->ctx, c->answer, c->n);
-	if (wanted || c->scratch == NULL)
-		child_free(c);
-	else if (c->pid == 0) {
-		files_remove(c);
-		child_free(c);
-	}
-}
-
-static void
-child_reaped(pid_t pid)
-{
-	struct child *c;
-
-	for (c = children; c != NULL && c->pid != pid; c = c->next)
-		;
-	if (c == NULL)
-		return;
-	c->pid = 0;
-	if (c->fd == -1) {
-		files_remove(c);
-		child_free(c);
-	}
-}
-
-/* At the end of the daemon, which waits for no answer. */
-static void
-child_stop(struct child *c)
-{
-	c->n = 0;
-	if (c->pid != 0) {
-		kill(c->pid, SIGKILL);
-		waitpid(c->pid, NULL, 0);
-		c->pid = 0;
-	}
-	if (c->fd != -1)
-		child_end(c);
-	else
-		child_reaped(0);
-}
-
-static void
-on_child(void *arg, int revents)
-{
-	struct child *c = arg;
-	ssize_t n;
-
-	(void)revents;
-	n = read(c->fd, c->answer + c->n, sizeof c->answer - c->n);
-	if (n > 0)
-		c->n += n;
-	else if (n == 0 || (errno != EAGAIN && errno != EINTR))
-		child_end(c);
-}
-
-static void
-children_poll(void)
-{
-	struct child *c, *next;
-
-	for (c = children; c != NULL; c = next) {
-		next = c->next;
-		if (c->fd == -1)
-			continue;	/* killed, until it is reaped */
-		if (now >= c->deadline) {
-			c->n = 0;
-			child_end(c);
-			continue;
-		}
-		poll_add(c->fd, POLLIN, on_child, c);
-		poll_deadline(c->deadline);
-	}
-}
-
-/*
- * Looking up names.
- */
-
-static void
-lookup_work(int out, void *arg)
-{
-	struct target *t = arg;
-	struct addr addr[MAXADDRS];
-	int n;
-
-	n = addr_lookup(t->name, t->port, addr);
-	if (write(out, addr, n * sizeof addr[0]) == -1)
-		_exit(1);
-}
-
-static void
-on_lookup(void *ctx, const char *answer, size_t n)
-{
-	struct target *t = ctx;
-
-	t->resolving = 0;
-	if (n == 0 || n % sizeof t->addr[0] != 0) {
-		if (!stopping)
-			logmsg(LOG_WARNING, "%s: no address found for this "
-			    "name%s", t->text, t->naddr > 0 ?
-			    "; the old one stays" : "");
-	} else
-		target_set(t, answer, n / sizeof t->addr[0]);
-	run_all = 1;
-	target_put(t);
-}
-
-void
-target_resolve(struct target *t, int force)
-{
-	int64_t age = now - t->resolved_at;
-
-	if (t->name == NULL || t->resolving)
-		return;
-	if (t->resolved_at != 0 && age < (force || t->naddr == 0 ?
-	    LOOKUP_RETRY : LOOKUP_TIME))
-		return;
-	t->resolved_at = now;
-	t->resolving = 1;
-	t->refs++;
-	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
-	    LOOKUP_LIMIT) != NULL)
-		return;
-	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
-	t->resolving = 0;
-	t->refs--;
-}
 
 /* Not to wait for it when the first mail comes. */
 static void
@@ -416,208 +56,6 @@ resolve_all(struct conf *c)
 		target_resolve(c->out, 0);
 	for (i = 0; i < c->nclamd; i++)
 		target_resolve(c->clamd[i]->target, 0);
-}
-
-/*
- * VirusActions.
- */
-
-struct virusaction {
-	unsigned id;			/* the session's, for the log */
-	char	*command;
-	char	**env;
-	int64_t	 ms, deadline;
-	pid_t	 pid;			/* 0: waits */
-	int	 warned;		/* TERM sent */
-	struct virusaction *next;
-};
-static struct virusaction *virusactions;		/* running ones and waiting ones, by age */
-
-void
-env_free(char **env)
-{
-	size_t i;
-
-	for (i = 0; env[i] != NULL; i++)
-		free(env[i]);
-	free(env);
-}
-
-static const char *
-job_text(const char *command)
-{
-	return printable(command, strlen(command));
-}
-
-static void
-virusaction_free(struct virusaction *j)
-{
-	struct virusaction **p;
-
-	for (p = &virusactions; *p != NULL; p = &(*p)->next)
-		if (*p == j) {
-			*p = j->next;
-			break;
-		}
-	env_free(j->env);
-	free(j->command);
-	free(j);
-}
-
-static void virusaction_exec(const struct virusaction *) __attribute__((noreturn));
-
-static void
-virusaction_exec(const struct virusaction *j)
-{
-	static char sh[] = "sh", c[] = "-c";
-	char *argv[] = { sh, c, j->command, NULL };
-	int none;
-
-	setpgid(0, 0);
-	close_all_but(NULL, 0);		/* there is room for one now */
-	none = open("/dev/null", O_RDWR);
-	if (none != -1) {
-		dup2(none, 0);
-		dup2(none, 1);
-		dup2(none, 2);
-		close(none);
-	}
-	execve("/bin/sh", argv, j->env);
-	_exit(127);
-}
-
-static void
-virusactions_start(void)
-{
-	struct virusaction *j, *next;
-	int running = 0;
-
-	for (j = virusactions; j != NULL; j = j->next)
-		running += j->pid != 0;
-	for (j = virusactions; j != NULL && running < MAXACTIONS; j = next) {
-		next = j->next;
-		if (j->pid != 0)
-			continue;
-		switch (j->pid = fork_blocked()) {
-		case -1:
-			logmsg(LOG_ERR, "%06X: VirusAction: fork: %s: %s",
-			    j->id, strerror(errno), job_text(j->command));
-			virusaction_free(j);
-			break;
-		case 0:
-			virusaction_exec(j);
-		default:
-			setpgid(j->pid, j->pid);	/* whoever is first */
-			j->deadline = now + j->ms;
-			running++;
-		}
-	}
-}
-
-void
-virusaction_start(unsigned id, const char *command, char **env, int64_t ms)
-{
-	struct virusaction *j, **last;
-	int waiting = 0;
-
-	for (last = &virusactions; *last != NULL; last = &(*last)->next)
-		waiting += (*last)->pid == 0;
-	if (waiting >= MAXWAITING) {
-		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d wait already: "
-		    "%s", id, waiting, job_text(command));
-		env_free(env);
-		return;
-	}
-	j = calloc(1, sizeof *j);
-	if (j == NULL || (j->command = strdup(command)) == NULL) {
-		logmsg(LOG_ERR, "%06X: VirusAction: not run: %s: %s", id,
-		    strerror(errno), job_text(command));
-		free(j);
-		env_free(env);
-		return;
-	}
-	j->id = id;
-	j->env = env;
-	j->ms = ms;
-	*last = j;
-	virusactions_start();
-}
-
-static void
-virusaction_ended(pid_t pid, int status)
-{
-	struct virusaction *j;
-
-	for (j = virusactions; j != NULL; j = j->next)
-		if (j->pid == pid)
-			break;
-	if (j == NULL)
-		return;
-	if (WIFSIGNALED(status))
-		logmsg(LOG_WARNING, "%06X: VirusAction: killed by signal %d: %s",
-		    j->id, WTERMSIG(status), job_text(j->command));
-	else if (WEXITSTATUS(status) != 0)
-		logmsg(LOG_WARNING, "%06X: VirusAction: exit status %d: %s",
-		    j->id, WEXITSTATUS(status), job_text(j->command));
-	/* What it left in its group has had its time if it was killed. */
-	if (j->warned)
-		kill(-pid, SIGKILL);
-	virusaction_free(j);
-}
-
-static void
-virusactions_poll(void)
-{
-	struct virusaction *j;
-
-	for (j = virusactions; j != NULL; j = j->next) {
-		if (j->pid == 0)
-			continue;
-		if (now >= j->deadline) {
-			if (!j->warned)
-				logmsg(LOG_WARNING, "%06X: VirusAction: takes "
-				    "longer than TimeOut, stopped: %s", j->id,
-				    job_text(j->command));
-			kill(-j->pid, j->warned ? SIGKILL : SIGTERM);
-			j->warned = 1;
-			j->deadline = now + KILL_TIME;
-		}
-		poll_deadline(j->deadline);
-	}
-}
-
-static void
-reap(void)
-{
-	pid_t pid;
-	int status;
-
-	do {
-		pid = waitpid(-1, &status, WNOHANG);
-		if (pid > 0) {
-			child_reaped(pid);
-			virusaction_ended(pid, status);
-		}
-	} while (pid > 0 || (pid == -1 && errno == EINTR));
-	virusactions_start();
-}
-
-/* The daemon ends, and nothing of it stays. */
-static void
-virusactions_kill(void)
-{
-	struct virusaction *j;
-
-	while ((j = virusactions) != NULL) {
-		logmsg(LOG_WARNING, "%06X: VirusAction: %s, the daemon ends: %s",
-		    j->id, j->pid == 0 ? "not run" : "killed",
-		    job_text(j->command));
-		if (j->pid != 0) {
-			kill(-j->pid, SIGKILL);
-			waitpid(j->pid, NULL, 0);
-		}
-		virusaction_free(j);
-	}
 }
 
 /*
@@ -649,12 +87,13 @@ http_gone(struct http_client *v)
 
 /* Where there are too many, the one goes that has been silent longest. */
 static void
-http_accept(int fd, const struct addr *a)
+http_accept(int fd, const struct addr *a, struct conf *c)
 {
 	struct http_client *v, *silent = NULL;
 	int n = 0;
 
 	(void)a;
+	(void)c;
 	for (v = http_clients; v != NULL; v = v->next) {
 		if (now >= v->deadline || http_gone(v))
 			continue;
@@ -732,8 +171,8 @@ http_page(struct http_client *v)
 	http_say(v, "clamsmtpd " VERSION ", up since %s\n",
 	    rfc3339_date(started));
 	http_say(v, "sessions: %d now, %d at most so far, %d allowed; %llu in "
-	    "all, %llu refused\n", nsessions, most_sessions, (int)conf->maxconn,
-	    count.sessions, count.refused);
+	    "all, %llu refused\n", (int)count.open, (int)count.most_open,
+	    (int)conf->maxconn, count.sessions, count.refused);
 	http_say(v, "messages: %llu", count_messages());
 	for (i = 0; i < NOUTCOMES; i++)
 		http_say(v, ", %llu %s", count.messages[i], outcome_names[i]);
@@ -808,7 +247,7 @@ http_metrics(struct http_client *v)
 	metric_head(v, "build_info", "gauge", "Its version.");
 	http_say(v, "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
 	metric(v, "start_time_seconds", "gauge", "Since 1970.", started);
-	metric(v, "sessions", "gauge", "Open now.", nsessions);
+	metric(v, "sessions", "gauge", "Open now.", count.open);
 	metric(v, "sessions_total", "counter", "Accepted.", count.sessions);
 	metric(v, "sessions_refused_total", "counter",
 	    "Above MaxConnections.", count.refused);
@@ -1069,7 +508,7 @@ listen_fds(void)
  * Listeners and sessions.
  */
 
-typedef void serve_fn(int fd, const struct addr *);
+typedef void serve_fn(int fd, const struct addr *, struct conf *);
 
 struct listener {
 	int	 fd;			/* -1: it makes room for another one */
@@ -1083,60 +522,6 @@ struct listener {
 };
 static struct listener *listeners;
 static int64_t paused_until;		/* no accept() before this */
-
-int
-is_own_connection(const struct addr *from, const struct addr *to)
-{
-	const struct session *s;
-	int i;
-
-	if (from->u.sa.sa_family == AF_UNIX)
-		return 0;
-	for (i = 0; i < nsessions; i++) {
-		s = sessions[i];
-		if (s->server.peer.fd != -1 && addr_equal(&s->server.local, from) &&
-		    (to == NULL || addr_equal(&s->server.addr, to)))
-			return 1;
-	}
-	return 0;
-}
-
-static void
-session_add(int fd, const struct addr *a)
-{
-	struct session **p, *s;
-
-	if (nsessions >= conf->maxconn) {
-		logmsg(LOG_WARNING, "%06X: refused %s: MaxConnections (%d) "
-		    "reached", next_id++, addr_text(a),
-		    (int)conf->maxconn);
-		count.refused++;
-		session_refuse(fd);
-		return;
-	}
-	if (nsessions == sessions_size) {
-		p = realloc(sessions, (sessions_size * 2 + 64) * sizeof *p);
-		if (p != NULL) {
-			sessions = p;
-			sessions_size = sessions_size * 2 + 64;
-		}
-	}
-	s = nsessions < sessions_size ? session_new(fd, a, conf, next_id) : NULL;
-	if (s == NULL) {
-		logmsg(LOG_ERR, "refused %s:", addr_text(a));
-		count.refused++;
-		session_refuse(fd);
-		return;
-	}
-	next_id = next_id >= 0xFFFFFF ? FIRST_ID : next_id + 1;
-	count.sessions++;
-	s->runnable = s->active = 1;
-	if (nbusy < nsessions)
-		sessions[nsessions] = sessions[nbusy];
-	sessions[nbusy++] = s;
-	if (++nsessions > most_sessions)
-		most_sessions = nsessions;
-}
 
 static void
 on_accept(void *arg, int revents)
@@ -1158,7 +543,7 @@ on_accept(void *arg, int revents)
 		if (a.u.sa.sa_family == AF_UNIX)	/* whatever it is bound to */
 			a.len = offsetof(struct sockaddr_un, sun_path);
 		addr_unmap(&a);
-		l->serve(fd, &a);
+		l->serve(fd, &a, conf);
 	}
 	if (i == ACCEPTS || errno == EAGAIN || errno == ECONNABORTED ||
 	    errno == EINTR)
@@ -1458,7 +843,7 @@ listen_on(const struct conf *c, const struct target *t, int starting)
 		    "a name is looked up at the start only; give an address");
 	for (i = 0; i < t->naddr; i++)
 		if (listener_open(c, t == c->status ? http_accept :
-		    session_add, &t->addr[i]) == 0)
+		    session_accept, &t->addr[i]) == 0)
 			opened++;
 		else
 			logmsg(t->naddr > 1 ? LOG_WARNING : LOG_ERR, "%s: %s:",
@@ -1526,7 +911,7 @@ listeners_open(const struct conf *c, int starting)
 			if ((l = listener_find(c, &t[i]->addr[j])) != NULL &&
 			    l->wanted == NULL)
 				l->wanted = t[i] == c->status ? http_accept :
-				    session_add;
+				    session_accept;
 	for (i = 0; i < n; i++)
 		if (listen_on(c, t[i], starting) == -1) {
 			listeners_restore(old);
@@ -1851,7 +1236,7 @@ log_counters(void)
 	int i;
 
 	n = format(line, sizeof line, "sessions=%d of %llu refused=%llu "
-	    "messages=%llu bytes=%llu", nsessions, count.sessions,
+	    "messages=%llu bytes=%llu", (int)count.open, count.sessions,
 	    count.refused, count_messages(), count.bytes);
 	for (i = 0; i < NOUTCOMES; i++)
 		n += format(line + n, sizeof line - n, " %s=%llu", outcome_names[i],
@@ -1934,7 +1319,7 @@ on_signals(void *arg, int revents)
 	while (read(sigpipe[0], &sig, 1) == 1)
 		switch (sig) {
 		case SIGCHLD:
-			reap();
+			children_reap();
 			break;
 		case SIGHUP:
 			reload_wanted = 1;
@@ -1956,103 +1341,32 @@ on_signals(void *arg, int revents)
 static void
 handle_signals(void)
 {
-	int i;
-
-	if (stopping)
+	if (stopping) {
 		listeners_close(1);
-	else if (reload_wanted)
+		sessions_shutdown(now >= drain_until);
+	} else if (reload_wanted)
 		reload();
 	reload_wanted = 0;
-	for (i = 0; stopping && i < nsessions; i++)
-		session_shutdown(sessions[i], now >= drain_until);
 }
 
 /*
  * The loop.
  */
 
-/*
- * Where most sessions are idle, asking poll() for all of them costs more than
- * the mail of the others.  So there are turns for the busy ones alone: as long
- * as these have something to do, and for LOOK_TIME at most.
- */
-static int full_pass = 1;
-static int64_t looked;			/* when the last whole turn began */
-static int idle_runnable;			/* one of the others is to run */
-
-void
-session_wake(struct session *s)
-{
-	s->runnable = 1;
-	if (!s->active)
-		idle_runnable = 1;
-}
-
-/* in_vain: nothing came of the last turn. */
-static void
-pass_begin(int in_vain)
-{
-	full_pass = (in_vain && !full_pass) || idle_runnable || run_all ||
-	    stopping || nsessions - nbusy < MANY_IDLE ||
-	    now - looked >= IDLE_POLL;
-	poll_until = now + (full_pass ? 60 * SECOND : 1);
-	if (full_pass) {
-		looked = now;
-		idle_runnable = 0;
-	}
-}
-
-/* How many of the sessions this turn is for. */
+/* Build the poll set.  Ready descriptors are served in this order: a listener
+ * comes last, after the sessions that may end and make room. */
 static int
-npass(void)
-{
-	return full_pass ? nsessions : nbusy;
-}
-
-static void
-sessions_poll(void)
-{
-	struct session *s;
-	int i, n = npass();
-
-	if (full_pass)
-		nbusy = 0;
-	for (i = 0; i < n; i++) {
-		session_poll(s = sessions[i]);
-		if (full_pass)
-			s->active = now - s->ran_at < ACTIVE_TIME;
-		if (full_pass && s->active) {
-			sessions[i] = sessions[nbusy];
-			sessions[nbusy++] = s;
-		}
-	}
-}
-
-/* A session that is to run was woken by another one: no sleep. */
-static int
-has_runnable(void)
-{
-	int i;
-
-	for (i = 0; i < npass(); i++)
-		if (sessions[i]->runnable)
-			return 1;
-	return 0;
-}
-
-static void
-poll_collect(void)
+collect(int in_vain)
 {
 	struct listener *l;
+	int full;
 
-	nfds = 0;
 	poll_add(sigpipe[0], POLLIN, on_signals, NULL);
 	children_poll();
-	virusactions_poll();
 	watchdog_feed();
 	clamd_poll();
 	http_poll();
-	sessions_poll();
+	full = sessions_poll(in_vain);
 	if (now >= paused_until)
 		for (l = listeners; l != NULL; l = l->next)
 			poll_add(l->fd, POLLIN, on_accept, l);
@@ -2064,77 +1378,31 @@ poll_collect(void)
 		poll_deadline(now + TRIM_TIME);
 	if (log_is_behind())
 		poll_deadline(now + SECOND);
-	if (run_all || has_runnable())
-		poll_until = now;
-	if (nomem) {		/* a pause, for only time brings memory back */
-		poll(fds, 1, CONNECT_RETRY);
-		now = poll_until = monotonic();
-		run_all = 1;
-	}
-	nomem = 0;
+	return full;
 }
 
-static void
-run_ready(void)
+static int
+is_over(void)
 {
-	int i, all = run_all;
-
-	if (full_pass)
-		run_all = 0;
-	for (i = 0; i < npass(); i++)
-		if (all || sessions[i]->runnable || now >= sessions[i]->next_time)
-			if (sessions[i]->state != S_DEAD)
-				session_run(sessions[i]);
-}
-
-/* The dead are freed; those that have just become busy go to the others. */
-static void
-sessions_reap(void)
-{
-	struct session *s;
-	int i = 0;
-
-	while (i < npass()) {
-		s = sessions[i];
-		if (s->state == S_DEAD) {
-			session_free(s);
-			if (i < nbusy) {
-				sessions[i] = sessions[--nbusy];
-				sessions[nbusy] = sessions[--nsessions];
-			} else
-				sessions[i] = sessions[--nsessions];
-			continue;
-		}
-		if (i >= nbusy && s->ran_at == now) {
-			s->active = 1;
-			sessions[i] = sessions[nbusy];
-			sessions[nbusy++] = s;
-		}
-		i++;
-	}
+	return stopping > 1 || (stopping && count.open == 0 &&
+	    (now >= drain_until || !virusaction_left()));
 }
 
 static void
 serve(void)
 {
-	int n = 1;
+	int full, ready = 1;
 
-	while (stopping < 2 && (!stopping || nsessions > 0 || virusactions != NULL)) {
-		pass_begin(n == 0);
-		poll_collect();
-		n = poll(fds, nfds, poll_until > now ? poll_until - now : 0);
-		now = monotonic();
-		if (n > 0)
-			serve_ready();
-		else if (n == 0 && full_pass) {
+	while (!is_over()) {
+		full = collect(ready == 0);
+		ready = poll_wait();
+		if (ready == 0 && full) {
 			spares_free();
 			log_retry();
 		}
-		run_ready();
+		sessions_run();
 		handle_signals();
 		sessions_reap();
-		if (stopping && now >= drain_until && nsessions == 0)
-			break;
 	}
 }
 
@@ -2154,29 +1422,12 @@ remove_files(void)
 	conf_path = NULL;
 }
 
+/* The kernel closes the rest. */
 static void
 shutdown_all(void)
 {
-	struct http_client *v;
-	int i;
-
-	for (i = 0; i < nsessions; i++)
-		session_shutdown(sessions[i], 1);
-	while (nsessions > 0)
-		session_free(sessions[--nsessions]);
-	while (children != NULL)
-		child_stop(children);
-	while ((v = http_clients) != NULL) {
-		http_clients = v->next;
-		peer_close(&v->peer);
-		free(v);
-	}
-	clamd_shutdown();
-	virusactions_kill();
-	free(sessions);
-	free(fds);
-	free(owners);
-	spares_free();
+	sessions_shutdown(1);
+	children_kill();
 	logmsg(LOG_NOTICE, "stopped");
 }
 

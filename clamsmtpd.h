@@ -379,10 +379,11 @@ struct session {
 	int64_t	 deadline;		/* of this state; monotonic ms */
 	struct conf *conf;		/* a reference */
 
-	int	 active;		/* polled in each pass (clamsmtpd.c) */
-	int	 runnable;		/* to be run, whatever poll() returns */
+	int	 index;			/* in the session table (smtp.c) */
+	int	 runnable;		/* it is in the list of runnable sessions */
+	struct session *next_runnable;
 	int64_t	 ran_at;
-	int64_t	 next_time;		/* the earliest of its deadlines */
+	int64_t	 next_time;		/* the earliest deadline at the last poll */
 	int	 io_budget;		/* pieces it may still send in this run */
 
 	struct peer client;
@@ -406,96 +407,44 @@ struct session {
 	struct replay replay;
 };
 
-/* A child that runs no other program and answers through a pipe. */
-struct child;
-
-extern int64_t now;			/* CLOCK_MONOTONIC, ms; set once a turn */
-extern int run_all;			/* run every session in the next turn */
+struct child;				/* a child process (util.c) */
 
 extern const char *const outcome_names[NOUTCOMES];	/* as the metrics call them (smtp.c) */
 
 #define NBUCKETS 9
 
-struct counters {			/* since the start */
+struct counters {			/* since the start, but for open */
+	unsigned long long open, most_open;	/* sessions at the same time */
 	unsigned long long sessions, refused, messages[NOUTCOMES], bytes;
 	unsigned long long scans[NBUCKETS];	/* took so long (scan_limits) */
 	unsigned long long scan_ms;		/* all together */
 };
-extern struct counters count;
+extern struct counters count;			/* (clamd.c) */
 extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
-
-/* clamsmtpd.c */
-
-/*
- * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
- * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
- * the loop with the n bytes that it wrote to out; n is 0 if it failed or took
- * longer than ms.  Unless the answer is the name of copy and somebody still
- * asks, the files scratch and copy (NULL: none) are removed then.  Returns NULL
- * and sets errno if there can be no child.
- */
-struct child *child_start(void (*work)(int out, void *arg), void *arg,
-    int keep1, int keep2, const char *scratch, const char *copy,
-    void (*done)(void *ctx, const char *answer, size_t n), void *ctx, int64_t ms);
-
-/* Returns 1 when another child may make a copy now, 0 when MAXCOPIES do: then all
- * sessions run when that has changed. */
-int child_room(void);
-
-/* The ctx of this child is gone: done is not to be called. */
-void child_forget(struct child *);
-
-/*
- * Run the shell command with env (NAME=value strings, and a NULL) in a
- * process group of its own for at most ms; waits its turn if there are
- * many.  Takes env, which is freed with env_free().
- */
-void virusaction_start(unsigned id, const char *command, char **env, int64_t ms);
-void env_free(char **env);
-
-/* Look a target's name up if that has not been done lately (force: if the
- * address we had was of no use).  Returns at once. */
-void target_resolve(struct target *, int force);
-
-/* Run it in this turn or the next, whatever poll says. */
-void session_wake(struct session *);
-
-/* For this turn: call ready(arg) when one of events (or an error) is there. */
-void poll_add(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
-
-/* For this turn: sleep no longer than until time t; 0: no matter. */
-void poll_deadline(int64_t t);
-
-/* Whether we ourselves have connected from this address (to that one; NULL: to
- * any) as to a next hop. */
-int is_own_connection(const struct addr *from, const struct addr *to);
 
 /* smtp.c */
 
-/* A new session for the socket fd, or NULL without memory (fd is left). */
-struct session *session_new(int fd, const struct addr *, struct conf *, unsigned id);
-
-/* Its descriptors and times for this turn. */
-void session_poll(struct session *);
-
-/* Run it until it must wait, its time being up or not. */
-void session_run(struct session *);
-
-/* SIGTERM: an idle session gets its 421; at_once: whatever it is doing. */
-void session_shutdown(struct session *, int at_once);
-
-/* Release all that it holds, and itself. */
-void session_free(struct session *);
+/* Begin a session with the client at the other end of fd, or send it a 421 if
+ * MaxConnections are open or memory is short.  Takes fd; takes a reference to
+ * the settings. */
+void session_accept(int fd, const struct addr *, struct conf *);
 
 /*
- * A PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2) at the start
- * of n bytes.  Its length, and whom it names in *a (a->len 0: nobody); 0: there
- * is more to come; -1: it is none.
+ * Add the sessions to the poll set.  in_vain: the last poll() returned nothing.
+ * Returns 1 in a full pass, which is for all sessions, and 0 in a pass for those
+ * that ran lately.
  */
-int proxy_parse(const char *p, size_t n, struct addr *a);
+int sessions_poll(int in_vain);
 
-/* One line to a client that there is no session for; closes fd. */
-void session_refuse(int fd);
+/* Run each session that was woken or whose next_time has come; if run_all is
+ * set, run them all. */
+void sessions_run(void);
+
+/* For SIGTERM: an idle session sends 421 and ends; at_once: every session. */
+void sessions_shutdown(int at_once);
+
+/* Free the sessions that have ended. */
+void sessions_reap(void);
 
 /* clamd.c */
 
@@ -510,7 +459,6 @@ int64_t clamd_deadline(const struct session *);	/* when to look again; 0: no mat
 void clamd_timeout(struct session *);		/* ScanTimeOut is over */
 void clamd_cancel(struct session *);		/* no verdict is wanted any more */
 void clamd_poll(void);				/* abandoned scans, and PING */
-void clamd_shutdown(void);				/* closes those */
 int clamd_waiting(void);			/* sessions without a slot */
 /* What messages call it: its ClamAddress, or the usual path that is used. */
 const char *clamd_name(const struct clamd *);
@@ -684,6 +632,11 @@ void target_put(struct target *);		/* drop a reference; may be NULL */
 /* Give the target the n addresses (struct addr, at any alignment) that a
  * look-up has found.  The one that worked last stays first if it is there. */
 void target_set(struct target *, const void *addr, int n);
+/* Look the target's name up in a child unless that was done in the last minute;
+ * force: in the last 5 s, for a target whose address was of no use.  Returns at
+ * once; all sessions run when there is a result. */
+void target_resolve(struct target *, int force);
+void target_put(struct target *);		/* drop a reference */
 /* A non-blocking socket, connecting; -1 and errno. *done: connected already. */
 int addr_connect(const struct addr *, int *done);
 /*
@@ -697,6 +650,55 @@ int peer_connect(struct peer *, const struct addr *, int64_t *deadline, int64_t 
 int addr_transparent(int fd, const struct addr *, int on);
 /* A listening socket; -1 and errno.  v6only: leave IPv4 to another one. */
 int addr_listen(const struct addr *, int transparent, int v6only);
+
+/*
+ * The poll set.  poll_add(): until poll_wait() has returned, call ready(arg) when
+ * one of events is there, or an error.  poll_deadline(): sleep no longer than
+ * until time t; 0 is no time.  poll_wait(): sleep, call the ready functions in the
+ * order in which they were added, and empty the set; it sets now, and returns
+ * what poll() did.
+ */
+extern int64_t now;			/* CLOCK_MONOTONIC, ms; one time per pass */
+void poll_add(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
+void poll_deadline(int64_t t);
+int poll_wait(void);
+
+/* Sessions that sessions_run() is to run.  poll_wait() does not sleep while there
+ * are any.  session_rest() removes one from the list. */
+extern struct session *runnable;
+extern int run_all;			/* run every session */
+void session_wake(struct session *);
+void session_rest(struct session *);
+
+/*
+ * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
+ * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
+ * the loop with the n bytes that it wrote to out, and a NUL; n is 0 if it failed
+ * or took longer than ms.  Then the files scratch and copy (NULL: none) are
+ * removed, unless the answer is the name of copy and done was called.  Returns
+ * NULL and sets errno if there can be no child.
+ */
+struct child *child_start(void (*work)(int out, void *arg), void *arg,
+    int keep1, int keep2, const char *scratch, const char *copy,
+    void (*done)(void *ctx, const char *answer, size_t n), void *ctx, int64_t ms);
+void child_forget(struct child *);		/* done is not to be called */
+
+/* Returns 1 when one more child may make a copy, 0 when MAXCOPIES do.  All
+ * sessions run when that has changed. */
+int child_room(void);
+
+/*
+ * Run the shell command with env (NAME=value strings, and a NULL) for at most
+ * ms, after those that wait already.  Takes env, which is freed with env_free().
+ */
+void virusaction_start(unsigned id, const char *command, char **env, int64_t ms);
+int virusaction_left(void);	/* 1 while one runs or waits, else 0 */
+void env_free(char **env);
+
+void children_poll(void);	/* add them to the poll set, stop the late ones */
+void children_reap(void);	/* after SIGCHLD */
+void children_kill(void);	/* the daemon ends: kill and reap them all */
+void signals_default(void);	/* no signal is handled, ignored or blocked */
 
 extern const char scan_line[];			/* stands before the message */
 extern const size_t scan_line_len;

@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -20,6 +21,7 @@
 #include <netdb.h>
 #include <poll.h>
 #include <pwd.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,6 +37,11 @@
 #define IPV6_IS_TRANSPARENT	75
 
 #define SPARE_BUFS	8
+#define POLL_TIME	(60 * SECOND)	/* the longest sleep */
+#define NOMEM_PAUSE	100		/* ms; before memory is asked for again */
+#define LOOKUP_LIMIT	(30 * SECOND)	/* for one look-up */
+#define LOOKUP_RETRY	(5 * SECOND)	/* after one that was of no use */
+#define KILL_TIME	(5 * SECOND)	/* from one signal to the next */
 #define BACKLOG		4096	/* the kernel's limit may be lower; libc's is 128 */
 
 /*
@@ -1332,6 +1339,54 @@ target_put(struct target *t)
 	free(t);
 }
 
+static void
+lookup_work(int out, void *arg)
+{
+	struct target *t = arg;
+	struct addr addr[MAXADDRS];
+	int n;
+
+	n = addr_lookup(t->name, t->port, addr);
+	if (write(out, addr, n * sizeof addr[0]) == -1)
+		_exit(1);
+}
+
+static void
+on_lookup(void *ctx, const char *answer, size_t n)
+{
+	struct target *t = ctx;
+
+	t->resolving = 0;
+	if (n == 0 || n % sizeof t->addr[0] != 0)
+		logmsg(LOG_WARNING, "%s: no address found for this name%s",
+		    t->text, t->naddr > 0 ? "; the old one stays" : "");
+	else
+		target_set(t, answer, n / sizeof t->addr[0]);
+	run_all = 1;			/* sessions may wait for the address */
+	target_put(t);
+}
+
+void
+target_resolve(struct target *t, int force)
+{
+	int64_t age = now - t->resolved_at;
+
+	if (t->name == NULL || t->resolving)
+		return;
+	if (t->resolved_at != 0 && age < (force || t->naddr == 0 ?
+	    LOOKUP_RETRY : LOOKUP_TIME))
+		return;
+	t->resolved_at = now;
+	t->resolving = 1;
+	t->refs++;
+	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
+	    LOOKUP_LIMIT) != NULL)
+		return;
+	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
+	t->resolving = 0;
+	t->refs--;
+}
+
 int
 addr_connect(const struct addr *a, int *done)
 {
@@ -1457,6 +1512,509 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 	close(fd);
 	errno = err;
 	return -1;
+}
+
+/*
+ * The poll set, which is built again in each pass of the loop, and the sessions
+ * that are to run whatever poll() returns.
+ */
+
+int64_t now;
+int run_all;
+struct session *runnable;		/* in the order in which they were woken */
+
+static struct session **runnable_end = &runnable;
+static struct pollfd *fds;
+static struct handler {
+	void	(*ready)(void *, int);
+	void	*arg;
+} *handlers;
+static int nfds, fds_size;
+static int64_t poll_until;
+
+void
+poll_add(int fd, int events, void (*ready)(void *, int), void *arg)
+{
+	int size = fds_size * 2 + 64;
+	struct pollfd *f;
+	struct handler *h;
+
+	if (nfds == fds_size) {
+		if ((f = realloc(fds, size * sizeof *f)) != NULL)
+			fds = f;
+		if ((h = realloc(handlers, size * sizeof *h)) != NULL)
+			handlers = h;
+		if (f == NULL || h == NULL) {
+			nomem = 1;	/* the next pass adds it */
+			return;
+		}
+		fds_size = size;
+	}
+	fds[nfds].fd = fd;
+	fds[nfds].events = events;
+	fds[nfds].revents = 0;
+	handlers[nfds].ready = ready;
+	handlers[nfds++].arg = arg;
+}
+
+void
+poll_deadline(int64_t t)
+{
+	if (t != 0 && t < poll_until)
+		poll_until = t;
+}
+
+/* Only time brings memory back, so every session tries again after a pause.  A
+ * signal ends it, for the pipe of the signals is the first in the set. */
+static void
+nomem_pause(void)
+{
+	poll(fds, nfds > 0, NOMEM_PAUSE);
+	nomem = 0;
+	run_all = 1;
+}
+
+int
+poll_wait(void)
+{
+	int i, r, n;
+
+	if (nomem)
+		nomem_pause();
+	if (run_all || runnable != NULL)
+		poll_until = 0;
+	n = poll(fds, nfds, poll_until > now ? poll_until - now : 0);
+	now = monotonic();
+	for (i = 0; n > 0 && i < nfds; i++) {
+		r = fds[i].revents;
+		if (r == 0)
+			continue;
+		/* The read or write that follows finds out what failed. */
+		if (r & (POLLERR | POLLHUP | POLLNVAL))
+			r |= fds[i].events;
+		handlers[i].ready(handlers[i].arg, r);
+	}
+	nfds = 0;
+	poll_until = now + POLL_TIME;
+	return n;
+}
+
+void
+session_wake(struct session *s)
+{
+	if (s->runnable)
+		return;
+	s->runnable = 1;
+	s->next_runnable = NULL;
+	*runnable_end = s;
+	runnable_end = &s->next_runnable;
+}
+
+void
+session_rest(struct session *s)
+{
+	struct session **p;
+
+	if (!s->runnable)
+		return;
+	for (p = &runnable; *p != s; p = &(*p)->next_runnable)
+		;
+	*p = s->next_runnable;
+	if (*p == NULL)
+		runnable_end = p;
+	s->runnable = 0;
+}
+
+/*
+ * Child processes.  A worker runs no other program.  It does what would stop the
+ * loop (promise 5), which are look-ups and quarantine copies, and answers
+ * through a pipe.  A VirusAction is a shell command in a process group of its
+ * own; MAXACTIONS run at once, and the others wait.
+ */
+
+struct child {
+	pid_t	 pid;			/* 0: waits for its turn, or was reaped */
+	int64_t	 deadline;		/* of its next signal */
+	int	 signalled;
+	struct child *next;
+
+	/* A worker. */
+	int	 fd;			/* of the pipe */
+	void	(*done)(void *, const char *, size_t);
+	void	*ctx;			/* NULL: the answer is not wanted */
+	char	*scratch, *copy;	/* files of a quarantine; NULL: none */
+	size_t	 n;
+	char	 answer[PATH_MAX];
+
+	/* A VirusAction. */
+	char	*command;		/* NULL: a worker */
+	char	**env;
+	unsigned id;			/* of its session, for the log */
+	int64_t	 ms;			/* that it may take */
+};
+static struct child *children;		/* the oldest first */
+
+void
+signals_default(void)
+{
+	sigset_t none;
+	int sig;
+
+	for (sig = 1; sig < 32; sig++)
+		signal(sig, SIG_DFL);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* Signals are blocked during fork(), or the child would write those that all of
+ * us get into the pipe of the daemon's handlers. */
+static pid_t
+fork_blocked(void)
+{
+	sigset_t all, before;
+	pid_t pid;
+
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &before);
+	pid = fork();
+	if (pid == 0)
+		signals_default();
+	else
+		sigprocmask(SIG_SETMASK, &before, NULL);
+	return pid;
+}
+
+static void
+child_add(struct child *c)
+{
+	struct child **p;
+
+	for (p = &children; *p != NULL; p = &(*p)->next)
+		;
+	*p = c;
+}
+
+void
+env_free(char **env)
+{
+	size_t i;
+
+	for (i = 0; env != NULL && env[i] != NULL; i++)
+		free(env[i]);
+	free(env);
+}
+
+static void
+child_free(struct child *c)
+{
+	struct child **p;
+
+	for (p = &children; *p != NULL && *p != c; p = &(*p)->next)
+		;
+	if (*p == c)
+		*p = c->next;
+	free(c->scratch);
+	free(c->copy);
+	free(c->command);
+	env_free(c->env);
+	free(c);
+}
+
+/* A VirusAction gets the signal with all of its process group. */
+static void
+child_signal(struct child *c, int sig)
+{
+	kill(c->command != NULL ? -c->pid : c->pid, sig);
+	c->signalled = 1;
+	c->deadline = now + KILL_TIME;
+}
+
+int
+child_room(void)
+{
+	struct child *c;
+	int n = 0;
+
+	for (c = children; c != NULL; c = c->next)
+		n += c->copy != NULL;
+	return n < MAXCOPIES;
+}
+
+struct child *
+child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
+    const char *scratch, const char *copy,
+    void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
+{
+	struct child *c = calloc(1, sizeof *c);
+	int p[2] = { -1, -1 }, keep[3], err;
+
+	if (c == NULL)
+		return NULL;
+	if (scratch != NULL && ((c->scratch = strdup(scratch)) == NULL ||
+	    (c->copy = strdup(copy)) == NULL))
+		goto fail;
+	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1)
+		goto fail;
+	if ((c->pid = fork_blocked()) == -1)
+		goto fail;
+	if (c->pid == 0) {
+		keep[0] = p[1];
+		keep[1] = keep1;
+		keep[2] = keep2;
+		close_all_but(keep, 3);
+		work(p[1], arg);
+		_exit(0);
+	}
+	close(p[1]);
+	c->fd = p[0];
+	c->done = done;
+	c->ctx = ctx;
+	c->deadline = now + ms;
+	child_add(c);
+	return c;
+fail:
+	err = errno;
+	if (p[0] != -1) {
+		close(p[0]);
+		close(p[1]);
+	}
+	child_free(c);
+	errno = err;
+	return NULL;
+}
+
+void
+child_forget(struct child *c)
+{
+	c->ctx = NULL;
+}
+
+/*
+ * Promise 7: a copy that no session has taken is removed.  The scratch file
+ * becomes the copy by link() and unlink(), or by rename() in place of an empty
+ * file.  So the copy is this child's, and not an older file of that name, if the
+ * scratch file is gone, if both are one file, or if the copy is empty.
+ */
+static void
+files_remove(const struct child *c)
+{
+	struct stat a, b;
+
+	if (stat(c->scratch, &a) == -1 || (stat(c->copy, &b) == 0 &&
+	    (b.st_size == 0 || (a.st_dev == b.st_dev && a.st_ino == b.st_ino))))
+		unlink(c->copy);
+	unlink(c->scratch);
+}
+
+/* The worker has closed its pipe: it runs no more, and has answered whatever it
+ * can.  One that was killed has not. */
+static void
+worker_end(struct child *c)
+{
+	int taken = c->ctx != NULL && c->copy != NULL && !c->signalled &&
+	    strcmp(c->answer, c->copy) == 0;
+
+	close(c->fd);
+	if (c->ctx != NULL)
+		c->done(c->ctx, c->answer, c->signalled ? 0 : c->n);
+	if (c->copy != NULL) {
+		if (!taken)
+			files_remove(c);
+		run_all = 1;		/* another session may make a copy */
+	}
+	child_free(c);
+}
+
+static void
+on_worker(void *arg, int revents)
+{
+	struct child *c = arg;
+	ssize_t n;
+
+	(void)revents;
+	while ((n = read(c->fd, c->answer + c->n,
+	    sizeof c->answer - 1 - c->n)) > 0)
+		c->n += n;
+	if (n == 0 || (errno != EAGAIN && errno != EINTR))
+		worker_end(c);
+}
+
+static const char *
+command_text(const struct child *c)
+{
+	return printable(c->command, strlen(c->command));
+}
+
+static void virusaction_exec(const struct child *) __attribute__((noreturn));
+
+static void
+virusaction_exec(const struct child *c)
+{
+	static char sh[] = "sh", option[] = "-c";
+	char *argv[] = { sh, option, c->command, NULL };
+	int none;
+
+	setpgid(0, 0);
+	close_all_but(NULL, 0);		/* leaves room for one more */
+	none = open("/dev/null", O_RDWR);
+	if (none != -1) {
+		dup2(none, 0);
+		dup2(none, 1);
+		dup2(none, 2);
+		close(none);
+	}
+	execve("/bin/sh", argv, c->env);
+	_exit(127);
+}
+
+static void
+virusactions_run(void)
+{
+	struct child *c, *next;
+	int running = 0;
+
+	for (c = children; c != NULL; c = c->next)
+		running += c->command != NULL && c->pid != 0;
+	for (c = children; c != NULL && running < MAXACTIONS; c = next) {
+		next = c->next;
+		if (c->command == NULL || c->pid != 0)
+			continue;
+		switch (c->pid = fork_blocked()) {
+		case -1:
+			logmsg(LOG_ERR, "%06X: VirusAction: fork: %s: %s",
+			    c->id, strerror(errno), command_text(c));
+			child_free(c);
+			break;
+		case 0:
+			virusaction_exec(c);
+		default:
+			setpgid(c->pid, c->pid);	/* as the child does */
+			c->deadline = now + c->ms;
+			running++;
+		}
+	}
+}
+
+void
+virusaction_start(unsigned id, const char *command, char **env, int64_t ms)
+{
+	struct child *c;
+	int waiting = 0;
+
+	for (c = children; c != NULL; c = c->next)
+		waiting += c->command != NULL && c->pid == 0;
+	if (waiting >= MAXWAITING) {
+		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d wait already: "
+		    "%s", id, waiting, printable(command, strlen(command)));
+		env_free(env);
+		return;
+	}
+	c = calloc(1, sizeof *c);
+	if (c == NULL || (c->command = strdup(command)) == NULL) {
+		logmsg(LOG_ERR, "%06X: VirusAction: not run: %s: %s", id,
+		    strerror(errno), printable(command, strlen(command)));
+		free(c);
+		env_free(env);
+		return;
+	}
+	c->id = id;
+	c->env = env;
+	c->ms = ms;
+	child_add(c);
+	virusactions_run();
+}
+
+int
+virusaction_left(void)
+{
+	struct child *c;
+
+	for (c = children; c != NULL && c->command == NULL; c = c->next)
+		;
+	return c != NULL;
+}
+
+static void
+virusaction_end(struct child *c, int status)
+{
+	if (WIFSIGNALED(status))
+		logmsg(LOG_WARNING, "%06X: VirusAction: killed by signal %d: %s",
+		    c->id, WTERMSIG(status), command_text(c));
+	else if (WEXITSTATUS(status) != 0)
+		logmsg(LOG_WARNING, "%06X: VirusAction: exit status %d: %s",
+		    c->id, WEXITSTATUS(status), command_text(c));
+	if (c->signalled)		/* the rest of its group had its time, too */
+		child_signal(c, SIGKILL);
+	child_free(c);
+}
+
+static void
+child_late(struct child *c)
+{
+	int sig = SIGKILL;
+
+	if (c->command != NULL && !c->signalled) {
+		logmsg(LOG_WARNING, "%06X: VirusAction: takes longer than "
+		    "TimeOut, stopped: %s", c->id, command_text(c));
+		sig = SIGTERM;
+	}
+	child_signal(c, sig);
+}
+
+void
+children_poll(void)
+{
+	struct child *c;
+
+	for (c = children; c != NULL; c = c->next) {
+		if (c->command == NULL)
+			poll_add(c->fd, 0, on_worker, c);	/* POLLHUP */
+		if (c->pid == 0)
+			continue;
+		if (now >= c->deadline)
+			child_late(c);
+		poll_deadline(c->deadline);
+	}
+}
+
+void
+children_reap(void)
+{
+	struct child *c;
+	pid_t pid;
+	int status;
+
+	do {
+		pid = waitpid(-1, &status, WNOHANG);
+		for (c = children; pid > 0 && c != NULL && c->pid != pid;)
+			c = c->next;
+		if (pid <= 0 || c == NULL)
+			continue;
+		if (c->command != NULL)
+			virusaction_end(c, status);
+		else
+			c->pid = 0;	/* may be another process's from now on */
+	} while (pid > 0 || (pid == -1 && errno == EINTR));
+	virusactions_run();
+}
+
+void
+children_kill(void)
+{
+	struct child *c;
+
+	for (c = children; c != NULL; c = c->next) {
+		if (c->command != NULL)
+			logmsg(LOG_WARNING, "%06X: VirusAction: %s, the daemon "
+			    "ends: %s", c->id, c->pid == 0 ? "not run" : "killed",
+			    command_text(c));
+		if (c->pid != 0) {
+			child_signal(c, SIGKILL);
+			waitpid(c->pid, NULL, 0);
+		}
+		if (c->copy != NULL)
+			files_remove(c);
+	}
 }
 
 /*

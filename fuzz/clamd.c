@@ -136,7 +136,12 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	s = new_session(&conf);
 	s->scan.peer.fd = dup(null_fd);
 	check_session(s, &in, (data[0] & 2) != 0);
-	session_free(s);
+	clamd_cancel(s);
+	session_rest(s);
+	peer_close(&s->client);
+	peer_close(&s->server.peer);
+	peer_close(&s->scan.peer);
+	free(s);
 	spares_free();
 	return 0;
 }

@@ -130,6 +130,7 @@ static void
 slot_take(struct session *s, struct clamd *c)
 {
 	c->running++;
+	count.scans_running++;
 	c->refs++;
 	s->scan.clamd = c;
 }
@@ -140,6 +141,7 @@ static void
 slot_free(struct clamd *c)
 {
 	c->running--;
+	count.scans_running--;
 	clamd_put(c);
 	queue_run();
 }
@@ -152,6 +154,7 @@ queue_leave(struct session *s)
 	for (p = &queue; *p != NULL; p = &(*p)->scan.next)
 		if (*p == s) {
 			*p = s->scan.next;
+			count.scans_waiting--;
 			break;
 		}
 	s->scan.next = NULL;
@@ -238,6 +241,7 @@ queue_join(struct session *s, int again)
 	s->scan.next = *p;
 	*p = s;
 	s->scan.phase = SC_QUEUE;
+	count.scans_waiting++;
 	queue_run();
 }
 
@@ -881,17 +885,6 @@ clamd_ping(const struct conf *c, int report, void (*done)(int, const char *))
 	ping.done = done;
 	ping_clamd(0);
 	ping_run();
-}
-
-int
-clamd_waiting(void)
-{
-	const struct session *s;
-	int n = 0;
-
-	for (s = queue; s != NULL; s = s->scan.next)
-		n++;
-	return n;
 }
 
 void

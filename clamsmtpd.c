@@ -1,9 +1,11 @@
 /*
- * clamsmtpd: start-up, the loop, listeners, children, signals.
+ * clamsmtpd: the loop, listeners, signals, the status page, start-up.
  *
- * A turn of the loop: what each session wants to hear is computed anew and
- * given to poll(); whoever is ready reads, writes and thinks; then those whose
- * time has come; and last the dead are freed.
+ * A pass of the loop: collect() puts every descriptor and deadline of interest
+ * into an empty poll set.  poll_wait() sleeps, and calls the functions of those
+ * that are ready, which read, write and run sessions.  Then the sessions run
+ * whose time has come or that others have woken, and those that have ended are
+ * freed.  Nothing is freed earlier in a pass.
  */
 
 #include <sys/prctl.h>
@@ -26,27 +28,654 @@
 
 #include "clamsmtpd.h"
 
-#define ACCEPTS		64		/* from one listener in one turn */
-#define PAUSE_TIME	SECOND		/* out of descriptors: no accept() for */
+#define ACCEPTS		64		/* from one listener in one pass */
+#define PAUSE_TIME	SECOND		/* without accept() after it failed */
+#define TRIM_TIME	(2 * SECOND)	/* idle: give unused buffers back after */
 #define STORE_NAME	"clamsmtpd_"	/* of listeners in systemd's store */
 #define NOTIFY_TIME	(5 * SECOND)	/* for room at systemd, at the start */
-#define TRIM_TIME	(2 * SECOND)
-#define MAXHTTP	8		/* of the status page */
-#define HTTP_TIME	(10 * SECOND)
-#define REQUESTSZ	4096		/* bytes of theirs */
+#define MAXHTTP		8		/* clients of the status page */
+#define HTTP_TIME	(10 * SECOND)	/* for each of them */
+#define REQUESTSZ	4096		/* bytes of an HTTP request */
 
-static struct conf *conf;
+static struct conf *conf;		/* the settings in effect */
 static char *conf_path;
 static const char *pid_option;		/* -p */
 static const char *flags[64][2];	/* from old flags: setting, value */
 static int nflags;
+static int pid_fd = -1;			/* of the pid file, locked; -1: none */
 static int sandboxed;
-static int stopping;			/* 1: when all is done, 2: at once */
-static int pid_fd = -1;
+static int stopping;			/* signals to stop; 2: stop at once */
+static int64_t drain_until;		/* when to stop at the latest */
 
-static time_t started;
+/*
+ * The loop.
+ */
 
-/* Not to wait for it when the first mail comes. */
+static void signals_poll(void), watchdog_poll(void), http_poll(void),
+    listeners_poll(void), handle_signals(void);
+
+/* Build the poll set, in the order in which those that are ready are served:
+ * sessions, which may end and make room, before new clients.  Returns 1 if the
+ * set contains all sessions. */
+static int
+collect(int in_vain)
+{
+	int full;
+
+	signals_poll();
+	children_poll();
+	watchdog_poll();
+	clamd_poll();
+	http_poll();
+	full = sessions_poll(in_vain);
+	listeners_poll();
+	if (stopping)
+		poll_deadline(drain_until);
+	if (has_spares())
+		poll_deadline(now + TRIM_TIME);
+	if (log_is_behind())
+		poll_deadline(now + SECOND);
+	return full;
+}
+
+static int
+is_over(void)
+{
+	return stopping > 1 || (stopping && count.open == 0 &&
+	    (now >= drain_until || !virusaction_left()));
+}
+
+static void
+serve(void)
+{
+	int full, ready = 1;
+
+	while (!is_over()) {
+		full = collect(ready == 0);
+		ready = poll_wait();
+		if (ready == 0 && full) {
+			spares_free();
+			log_retry();
+		}
+		sessions_run();
+		handle_signals();
+		sessions_reap();
+	}
+}
+
+/*
+ * Listeners.
+ */
+
+typedef void serve_fn(int fd, const struct addr *, struct conf *);
+
+struct listener {
+	int	 fd;			/* -1: shut to make room for another */
+	serve_fn *serve;		/* by the settings in effect, */
+	serve_fn *wanted;		/* and by new ones; NULL: to be closed */
+	struct addr asked;		/* of the setting; its port may be 0 */
+	struct addr addr;
+	int	 v6only;		/* [::], and IPv4 has a line of its own */
+	int	 foreign;		/* a socket unit's, not made by us */
+	struct listener *next;
+};
+static struct listener *listeners;
+static int64_t paused_until;		/* no accept() before this */
+
+static void http_accept(int, const struct addr *, struct conf *);
+static void notify(const char *, int);
+static int listen_fds(void);
+static int has_store;			/* systemd keeps descriptors for us */
+
+static void
+on_accept(void *arg, int revents)
+{
+	static int complained;
+	struct listener *l = arg;
+	struct addr a;
+	int fd, i;
+
+	(void)revents;
+	for (i = 0; i < ACCEPTS; i++) {
+		memset(&a, 0, sizeof a);
+		a.len = sizeof a.u;
+		fd = accept4(l->fd, &a.u.sa, &a.len,
+		    SOCK_NONBLOCK | SOCK_CLOEXEC);
+		if (fd == -1)
+			break;
+		complained = 0;
+		if (a.u.sa.sa_family == AF_UNIX)	/* its path is not used */
+			a.len = offsetof(struct sockaddr_un, sun_path);
+		addr_unmap(&a);
+		l->serve(fd, &a, conf);
+	}
+	if (i == ACCEPTS || errno == EAGAIN || errno == ECONNABORTED ||
+	    errno == EINTR)
+		return;
+	if (!complained)
+		logmsg(LOG_ERR, "%s: accept:", addr_full(&l->addr));
+	complained = 1;
+	paused_until = now + PAUSE_TIME;
+}
+
+static void
+listeners_poll(void)
+{
+	struct listener *l;
+
+	if (now < paused_until) {
+		poll_deadline(paused_until);
+		return;
+	}
+	for (l = listeners; l != NULL; l = l->next)
+		poll_add(l->fd, POLLIN, on_accept, l);
+}
+
+/*
+ * Store the listener with systemd for the next start (keep), or remove it from
+ * the store.  It has the same name after a restart.
+ */
+static void
+listener_store(struct listener *l, int keep)
+{
+	char state[NOTESZ], *p;
+
+	if (!has_store)
+		return;
+	format(state, sizeof state, "%s=1\nFDNAME=" STORE_NAME "%s",
+	    keep ? "FDSTORE" : "FDSTOREREMOVE", addr_full(&l->addr));
+	for (p = strstr(state, STORE_NAME); *p != '\0'; p++)
+		if (*p <= ' ' || *p > '~' || *p == ':')
+			*p = '_';
+	notify(state, keep ? l->fd : -1);
+}
+
+/* shutdown() frees the port: systemd or a child may hold a copy of the socket. */
+static void
+listener_shut(struct listener *l)
+{
+	listener_store(l, 0);
+	shutdown(l->fd, SHUT_RDWR);
+	close(l->fd);
+	l->fd = -1;
+}
+
+/*
+ * Close a listener.  ending: the daemon ends.  Listeners that systemd keeps a
+ * copy of stay open then, and clients wait there for the next start.
+ */
+static void
+listener_close(struct listener *l, int ending)
+{
+	struct listener **p;
+
+	for (p = &listeners; *p != l; p = &(*p)->next)
+		;
+	*p = l->next;
+	if (l->foreign || (ending && has_store))
+		close(l->fd);
+	else if (l->fd != -1) {
+		if (l->addr.u.sa.sa_family == AF_UNIX &&
+		    unlink(l->addr.u.un.sun_path) == -1 && errno != ENOENT)
+			logmsg(LOG_WARNING, "%s: the socket stays, for it "
+			    "cannot be removed:", addr_full(&l->addr));
+		listener_shut(l);
+	}
+	free(l);
+}
+
+/* Close all listeners (ending), or those that the new settings do not want. */
+static void
+listeners_close(int ending)
+{
+	struct listener *l, *next;
+
+	for (l = listeners; l != NULL; l = next) {
+		next = l->next;
+		if (ending || l->wanted == NULL)
+			listener_close(l, ending);
+	}
+}
+
+/* Returns 0 if it is a unix listener whose path is gone: systemd removes a
+ * RuntimeDirectory= when the service stops.  Else returns 1. */
+static int
+has_path(const struct addr *a)
+{
+	struct stat st;
+
+	return a->u.sa.sa_family != AF_UNIX ||
+	    (a->len > offsetof(struct sockaddr_un, sun_path) &&
+	    lstat(a->u.un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode));
+}
+
+/* Fill in a listener that systemd has passed.  Returns 0, or -1 if its descriptor
+ * is not a listening stream socket of a known family. */
+static int
+listener_inherit(struct listener *l)
+{
+	int is = 0, type = 0, mode = fcntl(l->fd, F_GETFL);
+	socklen_t len = sizeof is, n = sizeof type;
+
+	l->addr.len = sizeof l->addr.u;
+	if (mode == -1 || fcntl(l->fd, F_SETFL, mode | O_NONBLOCK) == -1 ||
+	    fcntl(l->fd, F_SETFD, FD_CLOEXEC) == -1 ||
+	    getsockopt(l->fd, SOL_SOCKET, SO_ACCEPTCONN, &is, &len) == -1 ||
+	    getsockopt(l->fd, SOL_SOCKET, SO_TYPE, &type, &n) == -1 ||
+	    !is || type != SOCK_STREAM ||
+	    getsockname(l->fd, &l->addr.u.sa, &l->addr.len) == -1)
+		return -1;
+	switch (l->addr.u.sa.sa_family) {
+	case AF_INET6:
+		len = sizeof l->v6only;
+		if (IN6_IS_ADDR_UNSPECIFIED(&l->addr.u.in6.sin6_addr))
+			getsockopt(l->fd, IPPROTO_IPV6, IPV6_V6ONLY,
+			    &l->v6only, &len);
+		/* FALLTHROUGH */
+	case AF_INET:
+		l->asked = l->addr;
+		addr_set_port(&l->asked, 0);
+		return 0;
+	case AF_UNIX:
+		l->asked = l->addr;
+		return 0;
+	}
+	return -1;
+}
+
+/*
+ * Take over the listeners that systemd passes: from its store those of the last
+ * daemon, and those of a socket unit.
+ */
+static void
+listeners_inherit(void)
+{
+	const char *name = getenv("LISTEN_FDNAMES");
+	int fd, n = listen_fds();
+	struct listener *l;
+
+	for (fd = 3; fd < 3 + n; fd++) {
+		if ((l = calloc(1, sizeof *l)) == NULL)
+			die(1, "listeners from systemd:");
+		l->fd = fd;
+		l->foreign = name == NULL ||
+		    strncmp(name, STORE_NAME, sizeof STORE_NAME - 1) != 0;
+		if (name != NULL) {
+			name += strcspn(name, ":");
+			name += *name == ':';
+		}
+		if (listener_inherit(l) == -1) {
+			logmsg(LOG_WARNING, "LISTEN_FDS: descriptor %d is not a "
+			    "listening stream socket; it is closed", fd);
+			close(fd);
+			free(l);
+			continue;
+		}
+		l->next = listeners;
+		listeners = l;
+		if (!has_path(&l->addr)) {
+			if (!l->foreign)
+				listener_shut(l);
+			listener_close(l, 0);
+		}
+	}
+	unsetenv("LISTEN_PID");
+	unsetenv("LISTEN_FDS");
+	unsetenv("LISTEN_FDNAMES");
+}
+
+/* Store the targets of the Listen and StatusListen lines in t.  Returns how many
+ * there are. */
+static int
+listen_targets(const struct conf *c, struct target *t[MAXLISTEN + 1])
+{
+	int n = c->nlisten;
+
+	memcpy(t, c->listen, n * sizeof *t);
+	if (c->status != NULL)
+		t[n++] = c->status;
+	return n;
+}
+
+static serve_fn *
+serve_for(const struct conf *c, const struct target *t)
+{
+	return t == c->status ? http_accept : session_accept;
+}
+
+static const char *
+listen_setting(const struct conf *c, const struct target *t)
+{
+	return t == c->status ? "StatusListen" : "Listen";
+}
+
+/*
+ * Give the target the addresses of its name.  Only the start looks names up,
+ * since that blocks.  A reload must not block (promise 5): a name keeps the
+ * addresses that it has in the settings in effect.
+ */
+static void
+listen_resolve(struct target *t, int starting)
+{
+	struct target *old[MAXLISTEN + 1];
+	int i, n = listen_targets(conf, old);
+
+	if (t->name == NULL)
+		return;
+	if (starting)
+		t->naddr = addr_lookup(t->name, t->port, t->addr);
+	else
+		for (i = 0; i < n; i++)
+			if (strcmp(old[i]->text, t->text) == 0 &&
+			    old[i]->port == t->port) {
+				memcpy(t->addr, old[i]->addr, sizeof t->addr);
+				t->naddr = old[i]->naddr;
+			}
+}
+
+/* Returns 1 for [::] if a Listen line for IPv4 has the same port. */
+static int
+is_v6only(const struct conf *c, const struct addr *a)
+{
+	const struct target *t;
+	int i, j;
+
+	if (a->u.sa.sa_family != AF_INET6 ||
+	    !IN6_IS_ADDR_UNSPECIFIED(&a->u.in6.sin6_addr))
+		return 0;
+	for (i = 0; i < c->nlisten; i++) {
+		t = c->listen[i];
+		for (j = 0; j < t->naddr; j++)
+			if (t->addr[j].u.sa.sa_family == AF_INET &&
+			    addr_port(&t->addr[j]) == addr_port(a))
+				return 1;
+	}
+	return 0;
+}
+
+/* Returns the open listener for the address, or NULL. */
+static struct listener *
+listener_find(const struct conf *c, const struct addr *a)
+{
+	struct listener *l;
+
+	for (l = listeners; l != NULL; l = l->next)
+		if ((addr_equal(a, &l->asked) || addr_equal(a, &l->addr)) &&
+		    l->v6only == is_v6only(c, a))
+			return l;
+	return NULL;
+}
+
+/*
+ * Shut the listeners of ours that are not wanted any more and may overlap with
+ * the address: 127.0.0.1:25 keeps 0.0.0.0:25 from being opened.  Paths never
+ * overlap.  Returns how many were shut.
+ */
+static int
+listeners_make_room(const struct addr *a)
+{
+	struct listener *l;
+	int n = 0;
+
+	for (l = listeners; l != NULL; l = l->next)
+		if (l->wanted == NULL && l->fd != -1 && !l->foreign &&
+		    a->u.sa.sa_family != AF_UNIX &&
+		    l->addr.u.sa.sa_family != AF_UNIX &&
+		    addr_port(&l->addr) == addr_port(a)) {
+			listener_shut(l);
+			n++;
+		}
+	return n;
+}
+
+/* Open a listener unless it is open.  Returns 0, or -1 with errno set. */
+static int
+listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
+{
+	struct listener *l = listener_find(c, a);
+	int err;
+
+	if (l != NULL && l->wanted == serve)
+		return 0;
+	if (l != NULL) {
+		errno = EADDRINUSE;
+		return -1;
+	}
+	if ((l = calloc(1, sizeof *l)) == NULL)
+		return -1;
+	l->wanted = serve;
+	l->asked = l->addr = *a;
+	l->v6only = is_v6only(c, a);
+	l->next = listeners;
+	listeners = l;
+	l->fd = addr_listen(a, c->transparent, l->v6only);
+	if (l->fd == -1 && errno == EADDRINUSE && listeners_make_room(a) > 0)
+		l->fd = addr_listen(a, c->transparent, l->v6only);
+	if (l->fd == -1) {
+		err = errno;
+		listener_close(l, 0);
+		errno = err;
+		return -1;
+	}
+	if (a->u.sa.sa_family != AF_UNIX)	/* port 0: the kernel's choice */
+		getsockname(l->fd, &l->addr.u.sa, &l->addr.len);
+	listener_store(l, 1);
+	return 0;
+}
+
+/* Open the listeners of one line.  Returns 0 if at least one of its addresses
+ * works, else -1, which has been logged. */
+static int
+listen_on(const struct conf *c, const struct target *t, int starting)
+{
+	const char *setting = listen_setting(c, t);
+	int i, opened = 0;
+
+	if (t->naddr == 0)
+		logmsg(LOG_ERR, "%s: %s: %s", setting, t->text, starting ?
+		    "no address found for this name" :
+		    "a name is looked up at the start only; give an address");
+	for (i = 0; i < t->naddr; i++)
+		if (listener_open(c, serve_for(c, t), &t->addr[i]) == 0)
+			opened++;
+		else
+			logmsg(t->naddr > 1 ? LOG_WARNING : LOG_ERR, "%s: %s:",
+			    setting, addr_full(&t->addr[i]));
+	if (opened == 0 && t->naddr > 1)
+		logmsg(LOG_ERR, "%s: %s: none of its addresses can be used",
+		    setting, t->text);
+	return opened > 0 ? 0 : -1;
+}
+
+/* After a failed reload, close the new listeners, which precede the old ones in
+ * the list, and open those again that were shut to make room. */
+static void
+listeners_restore(struct listener *old)
+{
+	struct listener *l, *next;
+
+	while (listeners != old)
+		listener_close(listeners, 0);
+	for (l = listeners; l != NULL; l = next) {
+		next = l->next;
+		if (l->fd != -1)
+			continue;
+		l->fd = addr_listen(&l->addr, conf->transparent, l->v6only);
+		if (l->fd == -1) {
+			logmsg(LOG_ERR, "%s: it cannot be opened again:",
+			    addr_full(&l->addr));
+			listener_close(l, 0);
+		} else
+			listener_store(l, 1);
+	}
+}
+
+/* Set IP_TRANSPARENT as TransparentProxy wants it: a listener may be an old one,
+ * or addr_listen() could not set it. */
+static void
+listeners_transparent(const struct conf *c)
+{
+	struct listener *l;
+
+	for (l = listeners; l != NULL; l = l->next)
+		if (addr_transparent(l->fd, &l->addr, c->transparent) == -1) {
+			logmsg(LOG_WARNING, "TransparentProxy: %s: connections "
+			    "that come by TPROXY are not accepted (those of "
+			    "REDIRECT are): IP_TRANSPARENT:",
+			    addr_full(&l->addr));
+			return;
+		}
+}
+
+/* Open the listeners that are new in c, and close those that are not in it.
+ * Returns 0, or -1 if that failed, and then all listeners are as before. */
+static int
+listeners_open(const struct conf *c, int starting)
+{
+	struct target *t[MAXLISTEN + 1];
+	struct listener *l, *old = listeners;
+	int i, j, n = listen_targets(c, t);
+
+	for (l = listeners; l != NULL; l = l->next)
+		l->wanted = NULL;
+	for (i = 0; i < n; i++)
+		listen_resolve(t[i], starting);
+	for (i = 0; i < n; i++)
+		for (j = 0; j < t[i]->naddr; j++)
+			if ((l = listener_find(c, &t[i]->addr[j])) != NULL &&
+			    l->wanted == NULL)
+				l->wanted = serve_for(c, t[i]);
+	for (i = 0; i < n; i++)
+		if (listen_on(c, t[i], starting) == -1) {
+			listeners_restore(old);
+			return -1;
+		}
+	for (l = listeners; starting && l != NULL; l = l->next)
+		if (l->wanted == NULL)
+			logmsg(LOG_NOTICE, "%s: systemd passed this listener, "
+			    "but no Listen line asks for it; it is closed",
+			    addr_full(&l->addr));
+	listeners_close(0);
+	for (l = listeners; l != NULL; l = l->next)
+		l->serve = l->wanted;
+	listeners_transparent(c);
+	return 0;
+}
+
+static int
+is_loopback(const struct addr *a)
+{
+	switch (a->u.sa.sa_family) {
+	case AF_INET:
+		return ntohl(a->u.in.sin_addr.s_addr) >> 24 == 127;
+	case AF_INET6:
+		return IN6_IS_ADDR_LOOPBACK(&a->u.in6.sin6_addr);
+	default:
+		return 1;
+	}
+}
+
+static void
+listeners_log(const struct conf *c)
+{
+	struct listener *l;
+
+	for (l = listeners; l != NULL; l = l->next) {
+		if (l->serve == http_accept) {
+			logmsg(LOG_INFO, "status on %s", addr_full(&l->addr));
+			continue;
+		}
+		logmsg(LOG_INFO, "listening on %s", addr_full(&l->addr));
+		if (!is_loopback(&l->addr) && !c->transparent &&
+		    c->out->naddr == 0 && c->out->name == NULL)
+			logmsg(LOG_WARNING, "%s can be reached from other hosts, "
+			    "and OutAddress is a port alone: each of them is "
+			    "connected back to; is that what you want?",
+			    addr_full(&l->addr));
+	}
+}
+
+/*
+ * Signals: each is a byte in a pipe, which the loop reads.
+ */
+
+static int sigpipe[2];
+static int reload_wanted;
+
+static void on_pong(int, const char *);
+static void log_counters(void);
+static int set_limits(const struct conf *);
+
+static void
+on_signal(int sig)
+{
+	int err = errno;
+	char c = sig;
+
+	(void)!write(sigpipe[1], &c, 1);	/* full: many signals wait */
+	errno = err;
+}
+
+static void
+signals_open(void)
+{
+	static const int caught[] = { SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1 };
+	struct sigaction sa;
+	size_t i;
+
+	if (pipe2(sigpipe, O_CLOEXEC | O_NONBLOCK) == -1)
+		die(1, "pipe:");
+	memset(&sa, 0, sizeof sa);
+	sa.sa_flags = SA_RESTART;
+	sa.sa_handler = on_signal;
+	for (i = 0; i < sizeof caught / sizeof caught[0]; i++)
+		sigaction(caught[i], &sa, NULL);
+	sa.sa_handler = SIG_IGN;
+	sigaction(SIGPIPE, &sa, NULL);
+	sigaction(SIGXFSZ, &sa, NULL);	/* write() fails with EFBIG */
+}
+
+static int
+differ(const char *a, const char *b)
+{
+	return a == NULL || b == NULL ? a != b : strcmp(a, b) != 0;
+}
+
+/* Returns the name of a setting that a reload cannot change, or NULL. */
+static const char *
+needs_restart(const struct conf *c)
+{
+	if (differ(c->user, conf->user))
+		return "User";
+	if (differ(c->pidfile, conf->pidfile))
+		return "PidFile";
+	if (sandboxed && differ(c->tempdir, conf->tempdir))
+		return "TempDirectory";
+	if (sandboxed && c->virusaction != NULL)
+		return "VirusAction";
+	return NULL;
+}
+
+/* Returns 0 if a file can be made in TempDirectory, else -1, which has been
+ * logged.  Landlock forbids it in a directory that was made after the start. */
+static int
+try_tempdir(const struct conf *c)
+{
+	int fd = spool_open(c->tempdir, 0);
+
+	if (fd == -1)
+		logmsg(LOG_ERR, "TempDirectory: %s cannot be written to by user "
+		    "%s; %s:", c->tempdir, user_name(),
+		    sandboxed && errno == EACCES ? "if it was made again after "
+		    "the start, a restart is needed (the sandbox allows the one "
+		    "that was there)" : "it must be there and belong to that "
+		    "user (in a container, mount a tmpfs there)");
+	else
+		close(fd);
+	return fd == -1 ? -1 : 0;
+}
+
+/* Look names up now, so that the first message need not wait. */
 static void
 resolve_all(struct conf *c)
 {
@@ -58,345 +687,89 @@ resolve_all(struct conf *c)
 		target_resolve(c->clamd[i]->target, 0);
 }
 
-/*
- * The status page: HTTP/1.0, one request a connection.
- */
-
-struct http_client {
-	struct peer peer;
-	int64_t	 deadline;
-	int	 awaits_ping;		/* and waits for clamd's PONG */
-	int	 answered;		/* to HEAD: the head is all */
-	int	 head;
-	struct http_client *next;
-};
-static struct http_client *http_clients;
-
-static void on_http(void *, int);
-
-/* Reset, or hung up, though nobody has looked at it yet. */
-static int
-http_gone(struct http_client *v)
-{
-	struct pollfd p = { v->peer.fd, 0, 0 };
-
-	if (poll(&p, 1, 0) == 1)
-		v->peer.err = 1;
-	return v->peer.err;
-}
-
-/* Where there are too many, the one goes that has been silent longest. */
 static void
-http_accept(int fd, const struct addr *a, struct conf *c)
+reload(void)
 {
-	struct http_client *v, *silent = NULL;
-	int n = 0;
+	struct conf *c = conf_load(conf_path, flags, nflags, pid_option);
+	const char *what = c != NULL ? needs_restart(c) : NULL;
 
-	(void)a;
-	(void)c;
-	for (v = http_clients; v != NULL; v = v->next) {
-		if (now >= v->deadline || http_gone(v))
-			continue;
-		n++;
-		if (!v->awaits_ping)
-			silent = v;
-	}
-	if ((n >= MAXHTTP && silent == NULL) ||
-	    (v = calloc(1, sizeof *v)) == NULL) {
-		close(fd);
+	if (what != NULL)
+		logmsg(LOG_ERR, "%s: %s cannot be changed without a restart",
+		    conf_path, what);
+	if (c == NULL || what != NULL || try_tempdir(c) == -1 ||
+	    set_limits(c) == -1 || listeners_open(c, 0) == -1) {
+		logmsg(LOG_ERR, "%s: not taken; the settings are as before",
+		    conf_path);
+		conf_put(c);
 		return;
 	}
-	if (n >= MAXHTTP)
-		silent->deadline = now;
-	v->peer.fd = fd;
-	v->deadline = now + HTTP_TIME;
-	v->next = http_clients;
-	http_clients = v;
-	on_http(v, POLLIN);		/* the request is here, mostly */
-}
-
-static unsigned long long
-count_messages(void)
-{
-	unsigned long long n = 0;
-	int f;
-
-	for (f = 0; f < NOUTCOMES; f++)
-		n += count.messages[f];
-	return n;
-}
-
-static void http_say(struct http_client *, const char *, ...)
-    __attribute__((format(printf, 2, 3)));
-
-/* What has no room in one buffer is left out.  Promise 8: text is ASCII. */
-static void
-http_say(struct http_client *v, const char *fmt, ...)
-{
-	char line[NOTESZ];
-	va_list ap;
-	size_t n;
-
-	if (v->answered && v->head)
-		return;
-	va_start(ap, fmt);
-	n = vformat(line, sizeof line, fmt, ap);
-	va_end(ap);
-	ascii_clean(line, n, " \r\n", '?');
-	if (buf_ready(&v->peer.out, n))
-		buf_put(&v->peer.out, line, n);
+	conf_put(conf);
+	conf = c;
+	log_format(conf->json);
+	logmsg(LOG_NOTICE, "%s: read again", conf_path);
+	listeners_log(conf);
+	resolve_all(conf);
+	clamd_ping(conf, 1, on_pong);
 }
 
 static void
-http_head(struct http_client *v, const char *status)
+on_signals(void *arg, int revents)
 {
-	http_say(v, "HTTP/1.0 %s\r\nContent-Type: text/plain; version=0.0.4; "
-	    "charset=utf-8\r\nConnection: close\r\n\r\n", status);
-	v->answered = 1;
-}
+	char sig;
 
-static const char *
-clamd_health(const struct clamd *c)
-{
-	return c->complaint[0] != '\0' ? c->complaint :
-	    "well, as far as is known";
-}
-
-static void
-http_page(struct http_client *v)
-{
-	const struct clamd *c;
-	int i, running = 0;
-
-	http_say(v, "clamsmtpd " VERSION ", up since %s\n",
-	    rfc3339_date(started));
-	http_say(v, "sessions: %d now, %d at most so far, %d allowed; %llu in "
-	    "all, %llu refused\n", (int)count.open, (int)count.most_open,
-	    (int)conf->maxconn, count.sessions, count.refused);
-	http_say(v, "messages: %llu", count_messages());
-	for (i = 0; i < NOUTCOMES; i++)
-		http_say(v, ", %llu %s", count.messages[i], outcome_names[i]);
-	for (i = 0; i < conf->nclamd; i++) {
-		c = conf->clamd[i];
-		running += c->running;
-		http_say(v, "\nclamd %s: %s", clamd_name(c), clamd_health(c));
-	}
-	http_say(v, "\nscans: %d running, %d waiting\n", running,
-	    clamd_waiting());
-}
-
-static void
-metric_head(struct http_client *v, const char *name, const char *type,
-    const char *help)
-{
-	http_say(v, "# HELP clamsmtpd_%s %s\n# TYPE clamsmtpd_%s %s\n", name,
-	    help, name, type);
-}
-
-static void
-metric(struct http_client *v, const char *name, const char *type, const char *help,
-    unsigned long long n)
-{
-	metric_head(v, name, type, help);
-	http_say(v, "clamsmtpd_%s %llu\n", name, n);
-}
-
-/* A label's value: what is in a configuration file has no control characters. */
-static const char *
-label(const char *text)
-{
-	static char value[NOTESZ / 2];
-	char *w = value;
-
-	for (; *text != '\0' && w < value + sizeof value - 3; text++) {
-		if (*text == '"' || *text == '\\')
-			*w++ = '\\';
-		*w++ = *text;
-	}
-	*w = '\0';
-	return value;
-}
-
-static void
-http_scans(struct http_client *v)
-{
-	unsigned long long n = 0;
-	int i, ms;
-
-	metric_head(v, "scan_seconds", "histogram",
-	    "From the final dot to the verdict.");
-	for (i = 0; i < NBUCKETS - 1; i++) {
-		ms = scan_limits[i];
-		n += count.scans[i];
-		http_say(v, "clamsmtpd_scan_seconds_bucket{le=\"%d.%02d\"} "
-		    "%llu\n", ms / 1000, ms % 1000 / 10, n);
-	}
-	n += count.scans[i];
-	http_say(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n", n);
-	http_say(v, "clamsmtpd_scan_seconds_sum %llu.%03d\n"
-	    "clamsmtpd_scan_seconds_count %llu\n", count.scan_ms / 1000,
-	    (int)(count.scan_ms % 1000), n);
-}
-
-static void
-http_metrics(struct http_client *v)
-{
-	const struct clamd *c;
-	int i, running = 0;
-
-	metric_head(v, "build_info", "gauge", "Its version.");
-	http_say(v, "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
-	metric(v, "start_time_seconds", "gauge", "Since 1970.", started);
-	metric(v, "sessions", "gauge", "Open now.", count.open);
-	metric(v, "sessions_total", "counter", "Accepted.", count.sessions);
-	metric(v, "sessions_refused_total", "counter",
-	    "Above MaxConnections.", count.refused);
-	metric(v, "message_bytes_total", "counter", "Of all messages.",
-	    count.bytes);
-	metric_head(v, "messages_total", "counter", "By what became of them.");
-	for (i = 0; i < NOUTCOMES; i++)
-		http_say(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
-		    outcome_names[i], count.messages[i]);
-	metric_head(v, "clamd_up", "gauge", "0: its last scan failed.");
-	for (i = 0; i < conf->nclamd; i++) {
-		c = conf->clamd[i];
-		running += c->running;
-		http_say(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
-		    label(clamd_name(c)), c->complaint[0] == '\0');
-	}
-	metric_head(v, "clamd_failures_total", "counter",
-	    "Scans without a verdict.");
-	for (i = 0; i < conf->nclamd; i++)
-		http_say(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
-		    "%llu\n", label(clamd_name(conf->clamd[i])),
-		    conf->clamd[i]->failures);
-	metric(v, "scans_running", "gauge", "At clamd now.", running);
-	metric(v, "scans_waiting", "gauge", "For MaxScans.", clamd_waiting());
-	http_scans(v);
-}
-
-/* Answer all that wait for clamd's PONG. */
-static void
-http_health(int well, const char *why)
-{
-	struct http_client *v;
-
-	for (v = http_clients; v != NULL; v = v->next)
-		if (v->awaits_ping) {
-			v->awaits_ping = 0;
-			http_head(v, well ? "200 OK" : "503 Service Unavailable");
-			http_say(v, "%s\n", well ? "ok" : why);
+	(void)arg;
+	(void)revents;
+	while (read(sigpipe[0], &sig, 1) == 1)
+		switch (sig) {
+		case SIGCHLD:
+			children_reap();
+			break;
+		case SIGHUP:
+			reload_wanted = 1;
+			break;
+		case SIGUSR1:
+			log_counters();
+			break;
+		default:
+			logmsg(LOG_NOTICE, stopping ? "stopping at once" :
+			    "stopping when the messages under way are done");
+			if (!stopping)
+				notify("STOPPING=1", -1);
+			stopping++;
+			drain_until = now + DRAIN_TIME;
 		}
 }
 
-/* The request is there; only its first line matters. */
 static void
-http_answer(struct http_client *v, const char *line)
+signals_poll(void)
 {
-	static const struct {
-		const char *path;
-		void	(*client_reply)(struct http_client *);
-	} pages[] = { { "/", http_page }, { "/metrics", http_metrics } };
-	size_t i, n;
-
-	v->head = strncmp(line, "HEAD ", 5) == 0;
-	if (!v->head && strncmp(line, "GET ", 4) != 0) {
-		http_head(v, "405 Method Not Allowed");
-		return;
-	}
-	line += v->head ? 5 : 4;
-	n = strcspn(line, " ?\r\n");
-	if (mem_equal(line, n, "/healthz")) {
-		v->awaits_ping = 1;
-		clamd_ping(conf, 0, http_health);
-		return;
-	}
-	for (i = 0; i < sizeof pages / sizeof pages[0]; i++)
-		if (mem_equal(line, n, pages[i].path)) {
-			http_head(v, "200 OK");
-			pages[i].client_reply(v);
-			return;
-		}
-	http_head(v, "404 Not Found");
+	poll_add(sigpipe[0], POLLIN, on_signals, NULL);
 }
 
-/* What stands behind the blank line at a head's end; NULL: it has none. */
-static const char *
-http_body(const char *p)
-{
-	while ((p = strchr(p, '\n')) != NULL) {
-		p++;
-		p += *p == '\r';
-		if (*p == '\n')
-			return p + 1;
-	}
-	return NULL;
-}
-
+/* Act on signals at the end of a pass: a listener that is about to be served
+ * must not be closed. */
 static void
-http_serve(struct http_client *v)
+handle_signals(void)
 {
-	struct buf *in = &v->peer.in;
-	char request[REQUESTSZ];
-
-	if (!v->answered && !v->awaits_ping) {
-		format(request, sizeof request, "%.*s", (int)buf_len(in),
-		    buf_head(in));
-		if (http_body(request) != NULL)
-			http_answer(v, request);
-		else if (buf_len(in) >= sizeof request)
-			http_head(v, "400 Bad Request");
-	}
-	if (v->answered)
-		buf_free(in);
-	if (v->answered && peer_drain(&v->peer, 0))
-		shutdown(v->peer.fd, SHUT_WR);
-	peer_settle(&v->peer);
-}
-
-static void
-on_http(void *arg, int revents)
-{
-	struct http_client *v = arg;
-
-	if (revents & POLLIN)
-		peer_fill(&v->peer);
-	http_serve(v);
-}
-
-static void
-http_poll(void)
-{
-	struct http_client *v, **p = &http_clients;
-
-	while ((v = *p) != NULL) {
-		if (now >= v->deadline || v->peer.err || (v->peer.eof &&
-		    !v->awaits_ping && buf_len(&v->peer.out) == 0)) {
-			*p = v->next;
-			peer_close(&v->peer);
-			free(v);
-			continue;
-		}
-		if (!v->awaits_ping)
-			poll_add(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
-			    POLLIN, on_http, v);
-		poll_deadline(v->deadline);
-		p = &v->next;
-	}
+	if (stopping) {
+		listeners_close(1);
+		sessions_shutdown(now >= drain_until);
+	} else if (reload_wanted)
+		reload();
+	reload_wanted = 0;
 }
 
 /*
- * What systemd offers to a service, without its library: sd_notify(3),
+ * systemd's interface to services, without its library: sd_notify(3),
  * sd_pid_notify_with_fds(3), sd_listen_fds(3), sd_watchdog_enabled(3).
  */
 
 static int notify_fd = -1;		/* connected to NOTIFY_SOCKET; -1: none */
-static int notify_ready;		/* READY=1 is sent */
-static int has_store;			/* for descriptors, over a restart */
+static int notify_ready;		/* READY=1 was sent */
 static int64_t watchdog_time;		/* ms from WATCHDOG=1 to the next; 0: none */
 static int64_t watchdog_at;
 
-/* A variable that is a number above 0; 0: it is not. */
+/* Returns the value of a variable that is a number above 0, else 0. */
 static int64_t
 env_number(const char *name)
 {
@@ -406,7 +779,7 @@ env_number(const char *name)
 	return v != NULL && parse_number(v, "", &n) == 1 ? n : 0;
 }
 
-/* As root still: the socket of OpenRC's start-stop-daemon is for root alone. */
+/* Called as root: only root may use the socket of OpenRC's start-stop-daemon. */
 static void
 notify_open(void)
 {
@@ -476,7 +849,7 @@ notify(const char *state, int fd)
 	if (!notify_ready || errno != ECONNREFUSED)
 		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %.*s:",
 		    (int)strcspn(state, "\n"), state);
-	else {			/* it was there for READY=1 only: OpenRC */
+	else {			/* OpenRC reads READY=1 only */
 		close(notify_fd);
 		notify_fd = -1;
 		watchdog_time = 0;
@@ -484,7 +857,7 @@ notify(const char *state, int fd)
 }
 
 static void
-watchdog_feed(void)
+watchdog_poll(void)
 {
 	if (watchdog_time == 0)
 		return;
@@ -495,7 +868,7 @@ watchdog_feed(void)
 	poll_deadline(watchdog_at);
 }
 
-/* How many descriptors from 3 on are listeners passed to this process. */
+/* Returns how many listeners were passed to this process: descriptors from 3. */
 static int
 listen_fds(void)
 {
@@ -505,479 +878,439 @@ listen_fds(void)
 }
 
 /*
- * Listeners and sessions.
+ * The status page: HTTP/1.0, one request per connection.
  */
 
-typedef void serve_fn(int fd, const struct addr *, struct conf *);
-
-struct listener {
-	int	 fd;			/* -1: it makes room for another one */
-	serve_fn *serve;		/* as the settings in effect have it, */
-	serve_fn *wanted;		/* and the new ones; NULL: not at all */
-	struct addr asked;		/* its port may be 0 */
-	struct addr addr;
-	int	 v6only;		/* [::], and IPv4 has a line of its own */
-	int	 foreign;		/* a socket unit's, not made by us */
-	struct listener *next;
+struct http_client {
+	struct peer peer;
+	int64_t	 deadline;
+	int	 awaits_ping;		/* /healthz: clamd has not answered yet */
+	int	 head;			/* HEAD: the reply has no body */
+	int	 answered;		/* the reply is in peer.out */
+	struct http_client *next;
 };
-static struct listener *listeners;
-static int64_t paused_until;		/* no accept() before this */
+static struct http_client *http_clients;	/* the newest first */
 
-static void
-on_accept(void *arg, int revents)
-{
-	static int complained;
-	struct listener *l = arg;
-	struct addr a;
-	int fd, i;
+static void on_http(void *, int);
 
-	(void)revents;
-	for (i = 0; i < ACCEPTS; i++) {
-		memset(&a, 0, sizeof a);
-		a.len = sizeof a.u;
-		fd = accept4(l->fd, &a.u.sa, &a.len,
-		    SOCK_NONBLOCK | SOCK_CLOEXEC);
-		if (fd == -1)
-			break;
-		complained = 0;
-		if (a.u.sa.sa_family == AF_UNIX)	/* whatever it is bound to */
-			a.len = offsetof(struct sockaddr_un, sun_path);
-		addr_unmap(&a);
-		l->serve(fd, &a, conf);
-	}
-	if (i == ACCEPTS || errno == EAGAIN || errno == ECONNABORTED ||
-	    errno == EINTR)
-		return;
-	if (!complained)
-		logmsg(LOG_ERR, "%s: accept:", addr_full(&l->addr));
-	complained = 1;
-	paused_until = now + PAUSE_TIME;
-}
-
-/*
- * Store the listener with systemd for the next start, or remove it from there.
- * The name has to be one that the listener keeps over a restart.
- */
-static void
-listener_store(struct listener *l, int keep)
-{
-	char state[NOTESZ], *p;
-
-	if (!has_store)
-		return;
-	format(state, sizeof state, "%s=1\nFDNAME=" STORE_NAME "%s",
-	    keep ? "FDSTORE" : "FDSTOREREMOVE", addr_full(&l->addr));
-	for (p = strstr(state, STORE_NAME); *p != '\0'; p++)
-		if (*p <= ' ' || *p > '~' || *p == ':')
-			*p = '_';
-	notify(state, keep ? l->fd : -1);
-}
-
-/* systemd or a child may still hold a copy, and with it the port. */
-static void
-listener_shut(struct listener *l)
-{
-	listener_store(l, 0);
-	shutdown(l->fd, SHUT_RDWR);
-	close(l->fd);
-	l->fd = -1;
-}
-
-/*
- * ending: the daemon ends.  What systemd has a copy of stays as it is, and
- * clients wait there for the next start.
- */
-static void
-listener_close(struct listener *l, int ending)
-{
-	struct listener **p;
-
-	for (p = &listeners; *p != l; p = &(*p)->next)
-		;
-	*p = l->next;
-	if (l->foreign || (ending && has_store))
-		close(l->fd);
-	else if (l->fd != -1) {
-		if (l->addr.u.sa.sa_family == AF_UNIX &&
-		    unlink(l->addr.u.un.sun_path) == -1 && errno != ENOENT)
-			logmsg(LOG_WARNING, "%s: the socket stays, for it "
-			    "cannot be removed:", addr_full(&l->addr));
-		listener_shut(l);
-	}
-	free(l);
-}
-
-/* ending: all of them; else those that the new settings do not want. */
-static void
-listeners_close(int ending)
-{
-	struct listener *l, *next;
-
-	for (l = listeners; l != NULL; l = next) {
-		next = l->next;
-		if (ending || l->wanted == NULL)
-			listener_close(l, ending);
-	}
-}
-
-/* Whether a unix listener still has its path.  Its directory may be a new one:
- * systemd removes those of RuntimeDirectory=. */
+/* Returns 1 if the client has reset or closed its connection, though no read has
+ * found that yet, else 0. */
 static int
-has_path(const struct addr *a)
+http_gone(struct http_client *v)
 {
-	struct stat st;
+	struct pollfd p = { v->peer.fd, 0, 0 };
 
-	return a->u.sa.sa_family != AF_UNIX ||
-	    (a->len > offsetof(struct sockaddr_un, sun_path) &&
-	    lstat(a->u.un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode));
+	if (poll(&p, 1, 0) == 1)
+		v->peer.err = 1;
+	return v->peer.err;
 }
 
-/* Returns 0, or -1 if the descriptor is not a listener of a kind we have. */
-static int
-listener_inherit(struct listener *l)
-{
-	int is = 0, type = 0, mode = fcntl(l->fd, F_GETFL);
-	socklen_t len = sizeof is, n = sizeof type;
-
-	l->addr.len = sizeof l->addr.u;
-	if (mode == -1 || fcntl(l->fd, F_SETFL, mode | O_NONBLOCK) == -1 ||
-	    fcntl(l->fd, F_SETFD, FD_CLOEXEC) == -1 ||
-	    getsockopt(l->fd, SOL_SOCKET, SO_ACCEPTCONN, &is, &len) == -1 ||
-	    getsockopt(l->fd, SOL_SOCKET, SO_TYPE, &type, &n) == -1 ||
-	    !is || type != SOCK_STREAM ||
-	    getsockname(l->fd, &l->addr.u.sa, &l->addr.len) == -1)
-		return -1;
-	switch (l->addr.u.sa.sa_family) {
-	case AF_INET6:
-		len = sizeof l->v6only;
-		if (IN6_IS_ADDR_UNSPECIFIED(&l->addr.u.in6.sin6_addr))
-			getsockopt(l->fd, IPPROTO_IPV6, IPV6_V6ONLY,
-			    &l->v6only, &len);
-		/* FALLTHROUGH */
-	case AF_INET:
-		l->asked = l->addr;
-		addr_set_port(&l->asked, 0);
-		return 0;
-	case AF_UNIX:
-		l->asked = l->addr;
-		return 0;
-	}
-	return -1;
-}
-
-/*
- * The listeners that systemd passes: those of the last daemon, from its store,
- * and those of a socket unit.
- */
+/* Promise 6: at the limit, the oldest client goes that does not wait for clamd. */
 static void
-listeners_inherit(void)
+http_accept(int fd, const struct addr *a, struct conf *c)
 {
-	const char *name = getenv("LISTEN_FDNAMES");
-	int fd, n = listen_fds();
-	struct listener *l;
+	struct http_client *v, *oldest = NULL;
+	int n = 0;
 
-	for (fd = 3; fd < 3 + n; fd++) {
-		if ((l = calloc(1, sizeof *l)) == NULL)
-			die(1, "listeners from systemd:");
-		l->fd = fd;
-		l->foreign = name == NULL ||
-		    strncmp(name, STORE_NAME, sizeof STORE_NAME - 1) != 0;
-		if (name != NULL) {
-			name += strcspn(name, ":");
-			name += *name == ':';
-		}
-		if (listener_inherit(l) == -1) {
-			logmsg(LOG_WARNING, "LISTEN_FDS: descriptor %d is not a "
-			    "listening stream socket; it is closed", fd);
-			close(fd);
-			free(l);
+	(void)a;
+	(void)c;
+	for (v = http_clients; v != NULL; v = v->next) {
+		if (now >= v->deadline || http_gone(v))
 			continue;
-		}
-		l->next = listeners;
-		listeners = l;
-		if (!has_path(&l->addr)) {
-			if (!l->foreign)
-				listener_shut(l);
-			listener_close(l, 0);
-		}
+		n++;
+		if (!v->awaits_ping)
+			oldest = v;
 	}
-	unsetenv("LISTEN_PID");
-	unsetenv("LISTEN_FDS");
-	unsetenv("LISTEN_FDNAMES");
+	if ((n >= MAXHTTP && oldest == NULL) ||
+	    (v = calloc(1, sizeof *v)) == NULL) {
+		close(fd);
+		return;
+	}
+	if (n >= MAXHTTP)
+		oldest->deadline = now;
+	v->peer.fd = fd;
+	v->deadline = now + HTTP_TIME;
+	v->next = http_clients;
+	http_clients = v;
+	on_http(v, POLLIN);		/* most requests are here already */
 }
 
-/* The Listen and StatusListen lines; how many. */
-static int
-listen_targets(const struct conf *c, struct target *t[MAXLISTEN + 1])
-{
-	int n = c->nlisten;
+static void http_print(struct http_client *, const char *, ...)
+    __attribute__((format(printf, 2, 3)));
 
-	memcpy(t, c->listen, n * sizeof *t);
-	if (c->status != NULL)
-		t[n++] = c->status;
+/* Add to the reply; output beyond one buffer is dropped.  Promise 8: only ASCII
+ * is sent. */
+static void
+http_print(struct http_client *v, const char *fmt, ...)
+{
+	char line[NOTESZ];
+	va_list ap;
+	size_t n;
+
+	if (v->answered && v->head)
+		return;
+	va_start(ap, fmt);
+	n = vformat(line, sizeof line, fmt, ap);
+	va_end(ap);
+	ascii_clean(line, n, " \r\n", '?');
+	if (buf_ready(&v->peer.out, n))
+		buf_put(&v->peer.out, line, n);
+}
+
+static void
+http_head(struct http_client *v, const char *status)
+{
+	http_print(v, "HTTP/1.0 %s\r\nContent-Type: text/plain; version=0.0.4; "
+	    "charset=utf-8\r\nConnection: close\r\n\r\n", status);
+	v->answered = 1;
+}
+
+static unsigned long long
+count_messages(void)
+{
+	unsigned long long n = 0;
+	int i;
+
+	for (i = 0; i < NOUTCOMES; i++)
+		n += count.messages[i];
 	return n;
 }
 
-/*
- * The addresses of a name: looked up at the start, which takes its time.  A
- * reload must not (promise 5); the name stays at the addresses it has.
- */
+/* For SIGUSR1. */
 static void
-listen_resolve(struct target *t, int starting)
+log_counters(void)
 {
-	struct target *old[MAXLISTEN + 1];
-	int i, n = listen_targets(conf, old);
+	char line[NOTESZ];
+	size_t n;
+	int i;
 
-	if (t->name == NULL)
-		return;
-	if (starting)
-		t->naddr = addr_lookup(t->name, t->port, t->addr);
-	else
-		for (i = 0; i < n; i++)
-			if (strcmp(old[i]->text, t->text) == 0 &&
-			    old[i]->port == t->port) {
-				memcpy(t->addr, old[i]->addr, sizeof t->addr);
-				t->naddr = old[i]->naddr;
-			}
+	n = format(line, sizeof line, "sessions=%llu of %llu refused=%llu "
+	    "messages=%llu bytes=%llu", count.open, count.sessions,
+	    count.refused, count_messages(), count.bytes);
+	for (i = 0; i < NOUTCOMES; i++)
+		n += format(line + n, sizeof line - n, " %s=%llu",
+		    outcome_names[i], count.messages[i]);
+	logmsg(LOG_NOTICE, "%s", line);
 }
 
-/* [::]:25 leaves IPv4 to a Listen line for IPv4 with the same port. */
-static int
-is_v6only(const struct conf *c, const struct addr *a)
+static void
+http_page(struct http_client *v)
 {
-	const struct target *t;
-	int i, j;
+	const struct clamd *c;
+	int i;
 
-	if (a->u.sa.sa_family != AF_INET6 ||
-	    !IN6_IS_ADDR_UNSPECIFIED(&a->u.in6.sin6_addr))
-		return 0;
-	for (i = 0; i < c->nlisten; i++) {
-		t = c->listen[i];
-		for (j = 0; j < t->naddr; j++)
-			if (t->addr[j].u.sa.sa_family == AF_INET &&
-			    addr_port(&t->addr[j]) == addr_port(a))
-				return 1;
+	http_head(v, "200 OK");
+	http_print(v, "clamsmtpd " VERSION ", up since %s\n",
+	    rfc3339_date(count.started));
+	http_print(v, "sessions: %llu now, %llu at most so far, %d allowed; "
+	    "%llu in all, %llu refused\n", count.open, count.most_open,
+	    (int)conf->maxconn, count.sessions, count.refused);
+	http_print(v, "messages: %llu", count_messages());
+	for (i = 0; i < NOUTCOMES; i++)
+		http_print(v, ", %llu %s", count.messages[i], outcome_names[i]);
+	for (i = 0; i < conf->nclamd; i++) {
+		c = conf->clamd[i];
+		http_print(v, "\nclamd %s: %s", clamd_name(c),
+		    c->complaint[0] != '\0' ? c->complaint :
+		    "well, as far as is known");
 	}
-	return 0;
+	http_print(v, "\nscans: %llu running, %llu waiting\n",
+	    count.scans_running, count.scans_waiting);
 }
 
-/* The open one that is what the settings ask for.  NULL: there is none. */
-static struct listener *
-listener_find(const struct conf *c, const struct addr *a)
-{
-	struct listener *l;
+/* The metrics of one value each. */
+static const struct metric {
+	const char *name, *type, *help;
+	const unsigned long long *value;
+} metrics[] = {
+	{ "start_time_seconds", "gauge", "Since 1970.", &count.started },
+	{ "sessions", "gauge", "Open now.", &count.open },
+	{ "sessions_total", "counter", "Accepted.", &count.sessions },
+	{ "sessions_refused_total", "counter", "Above MaxConnections.",
+	  &count.refused },
+	{ "message_bytes_total", "counter", "Of all messages.", &count.bytes },
+	{ "scans_running", "gauge", "At clamd now.", &count.scans_running },
+	{ "scans_waiting", "gauge", "For MaxScans.", &count.scans_waiting },
+};
 
-	for (l = listeners; l != NULL; l = l->next)
-		if ((addr_equal(a, &l->asked) || addr_equal(a, &l->addr)) &&
-		    l->v6only == is_v6only(c, a))
-			return l;
+static void
+metric_head(struct http_client *v, const char *name, const char *type,
+    const char *help)
+{
+	http_print(v, "# HELP clamsmtpd_%s %s\n# TYPE clamsmtpd_%s %s\n", name,
+	    help, name, type);
+}
+
+/* Returns text as a label's value; text of the configuration file has no control
+ * characters. */
+static const char *
+label(const char *text)
+{
+	static char value[NOTESZ / 2];
+	char *w = value;
+
+	for (; *text != '\0' && w < value + sizeof value - 3; text++) {
+		if (*text == '"' || *text == '\\')
+			*w++ = '\\';
+		*w++ = *text;
+	}
+	*w = '\0';
+	return value;
+}
+
+static void
+http_scans(struct http_client *v)
+{
+	unsigned long long n = 0;
+	int i, ms;
+
+	metric_head(v, "scan_seconds", "histogram",
+	    "From the final dot to the verdict.");
+	for (i = 0; i < NBUCKETS - 1; i++) {
+		ms = scan_limits[i];
+		n += count.scans[i];
+		http_print(v, "clamsmtpd_scan_seconds_bucket{le=\"%d.%02d\"} "
+		    "%llu\n", ms / 1000, ms % 1000 / 10, n);
+	}
+	n += count.scans[i];
+	http_print(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n", n);
+	http_print(v, "clamsmtpd_scan_seconds_sum %llu.%03d\n"
+	    "clamsmtpd_scan_seconds_count %llu\n", count.scan_ms / 1000,
+	    (int)(count.scan_ms % 1000), n);
+}
+
+static void
+http_metrics(struct http_client *v)
+{
+	const struct metric *m, *end = metrics + sizeof metrics / sizeof *m;
+	const struct clamd *c;
+	int i;
+
+	http_head(v, "200 OK");
+	metric_head(v, "build_info", "gauge", "Its version.");
+	http_print(v, "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
+	for (m = metrics; m < end; m++) {
+		metric_head(v, m->name, m->type, m->help);
+		http_print(v, "clamsmtpd_%s %llu\n", m->name, *m->value);
+	}
+	metric_head(v, "messages_total", "counter", "By what became of them.");
+	for (i = 0; i < NOUTCOMES; i++)
+		http_print(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
+		    outcome_names[i], count.messages[i]);
+	metric_head(v, "clamd_up", "gauge", "0: its last scan failed.");
+	for (i = 0; i < conf->nclamd; i++) {
+		c = conf->clamd[i];
+		http_print(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
+		    label(clamd_name(c)), c->complaint[0] == '\0');
+	}
+	metric_head(v, "clamd_failures_total", "counter",
+	    "Scans without a verdict.");
+	for (i = 0; i < conf->nclamd; i++) {
+		c = conf->clamd[i];
+		http_print(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
+		    "%llu\n", label(clamd_name(c)), c->failures);
+	}
+	http_scans(v);
+}
+
+/* Reply to all clients that wait for clamd. */
+static void
+on_pong(int well, const char *why)
+{
+	struct http_client *v;
+
+	for (v = http_clients; v != NULL; v = v->next)
+		if (v->awaits_ping) {
+			v->awaits_ping = 0;
+			http_head(v, well ? "200 OK" : "503 Service Unavailable");
+			http_print(v, "%s\n", well ? "ok" : why);
+		}
+}
+
+static void
+http_health(struct http_client *v)
+{
+	v->awaits_ping = 1;
+	clamd_ping(conf, 0, on_pong);
+}
+
+/* Reply to a request, of which only the first line matters. */
+static void
+http_reply(struct http_client *v, const char *line)
+{
+	static const struct {
+		const char *path;
+		void	(*reply)(struct http_client *);
+	} pages[] = {
+		{ "/", http_page }, { "/healthz", http_health },
+		{ "/metrics", http_metrics },
+	};
+	size_t i, n;
+
+	v->head = strncmp(line, "HEAD ", 5) == 0;
+	if (!v->head && strncmp(line, "GET ", 4) != 0) {
+		http_head(v, "405 Method Not Allowed");
+		return;
+	}
+	line += v->head ? 5 : 4;
+	n = strcspn(line, " ?\r\n");
+	for (i = 0; i < sizeof pages / sizeof pages[0]; i++)
+		if (mem_equal(line, n, pages[i].path)) {
+			pages[i].reply(v);
+			return;
+		}
+	http_head(v, "404 Not Found");
+}
+
+/* Returns the start of the body, after the empty line, or NULL if the head has no
+ * end yet. */
+static const char *
+http_body(const char *p)
+{
+	while ((p = strchr(p, '\n')) != NULL) {
+		p++;
+		p += *p == '\r';
+		if (*p == '\n')
+			return p + 1;
+	}
 	return NULL;
 }
 
-/*
- * Shut those of our own that keep the address from a new one, 127.0.0.1:25 from
- * 0.0.0.0:25.  A path is the same or another: there it never comes to that.
- */
-static int
-listeners_make_room(const struct addr *a)
-{
-	struct listener *l;
-	int n = 0;
-
-	for (l = listeners; l != NULL; l = l->next)
-		if (l->wanted == NULL && l->fd != -1 && !l->foreign &&
-		    a->u.sa.sa_family != AF_UNIX &&
-		    l->addr.u.sa.sa_family != AF_UNIX &&
-		    addr_port(&l->addr) == addr_port(a)) {
-			listener_shut(l);
-			n++;
-		}
-	return n;
-}
-
-/* Returns 0, or -1 with errno set. */
-static int
-listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
-{
-	struct listener *l = listener_find(c, a);
-	int err;
-
-	if (l != NULL && l->wanted == serve)
-		return 0;
-	if (l != NULL) {
-		errno = EADDRINUSE;
-		return -1;
-	}
-	if ((l = calloc(1, sizeof *l)) == NULL)
-		return -1;
-	l->wanted = serve;
-	l->asked = l->addr = *a;
-	l->v6only = is_v6only(c, a);
-	l->next = listeners;
-	listeners = l;
-	l->fd = addr_listen(a, c->transparent, l->v6only);
-	if (l->fd == -1 && errno == EADDRINUSE && listeners_make_room(a) > 0)
-		l->fd = addr_listen(a, c->transparent, l->v6only);
-	if (l->fd == -1) {
-		err = errno;
-		listener_close(l, 0);
-		errno = err;
-		return -1;
-	}
-	if (a->u.sa.sa_family != AF_UNIX)	/* port 0: the kernel's choice */
-		getsockname(l->fd, &l->addr.u.sa, &l->addr.len);
-	listener_store(l, 1);
-	return 0;
-}
-
-/* One working address of a name is enough. */
-static int
-listen_on(const struct conf *c, const struct target *t, int starting)
-{
-	const char *setting = t == c->status ? "StatusListen" : "Listen";
-	int i, opened = 0;
-
-	if (t->naddr == 0)
-		logmsg(LOG_ERR, "%s: %s: %s", setting, t->text, starting ?
-		    "no address found for this name" :
-		    "a name is looked up at the start only; give an address");
-	for (i = 0; i < t->naddr; i++)
-		if (listener_open(c, t == c->status ? http_accept :
-		    session_accept, &t->addr[i]) == 0)
-			opened++;
-		else
-			logmsg(t->naddr > 1 ? LOG_WARNING : LOG_ERR, "%s: %s:",
-			    setting, addr_full(&t->addr[i]));
-	if (opened == 0 && t->naddr > 1)
-		logmsg(LOG_ERR, "%s: %s: none of its addresses can be used",
-		    setting, t->text);
-	return opened > 0 ? 0 : -1;
-}
-
-/* After a failed reload: close the new ones, which are in front of the old, and
- * open again what made room for them. */
 static void
-listeners_restore(struct listener *old)
+http_serve(struct http_client *v)
 {
-	struct listener *l, *next;
+	struct buf *in = &v->peer.in;
+	char request[REQUESTSZ];
 
-	while (listeners != old)
-		listener_close(listeners, 0);
-	for (l = listeners; l != NULL; l = next) {
-		next = l->next;
-		if (l->fd != -1)
+	if (!v->answered && !v->awaits_ping) {
+		format(request, sizeof request, "%.*s", (int)buf_len(in),
+		    buf_head(in));
+		if (http_body(request) != NULL)
+			http_reply(v, request);
+		else if (buf_len(in) >= sizeof request)
+			http_head(v, "400 Bad Request");
+	}
+	if (v->answered)
+		buf_free(in);
+	if (v->answered && peer_drain(&v->peer, 0))
+		shutdown(v->peer.fd, SHUT_WR);
+	peer_settle(&v->peer);
+}
+
+static void
+on_http(void *arg, int revents)
+{
+	struct http_client *v = arg;
+
+	if (revents & POLLIN)
+		peer_fill(&v->peer);
+	http_serve(v);
+}
+
+static void
+http_poll(void)
+{
+	struct http_client *v, **p = &http_clients;
+
+	while ((v = *p) != NULL) {
+		if (now >= v->deadline || v->peer.err || (v->peer.eof &&
+		    !v->awaits_ping && buf_len(&v->peer.out) == 0)) {
+			*p = v->next;
+			peer_close(&v->peer);
+			free(v);
 			continue;
-		l->fd = addr_listen(&l->addr, conf->transparent, l->v6only);
-		if (l->fd == -1) {
-			logmsg(LOG_ERR, "%s: it cannot be opened again:",
-			    addr_full(&l->addr));
-			listener_close(l, 0);
-		} else
-			listener_store(l, 1);
+		}
+		if (!v->awaits_ping)
+			poll_add(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
+			    POLLIN, on_http, v);
+		poll_deadline(v->deadline);
+		p = &v->next;
 	}
 }
 
-/* What TransparentProxy asks of listeners that were opened without it, and of
- * new ones that did not get it. */
-static void
-listeners_transparent(const struct conf *c)
-{
-	struct listener *l;
+/*
+ * -C: ask the running daemon for its health.
+ */
 
-	for (l = listeners; l != NULL; l = l->next)
-		if (addr_transparent(l->fd, &l->addr, c->transparent) == -1) {
-			logmsg(LOG_WARNING, "TransparentProxy: %s: connections "
-			    "that come by TPROXY are not accepted (those of "
-			    "REDIRECT are): IP_TRANSPARENT:",
-			    addr_full(&l->addr));
-			return;
+/* Returns 0 if answer has the whole reply, or -1 and sets errno. */
+static int
+health_answer(int fd, char *answer, size_t size)
+{
+	static const char request[] = "GET /healthz HTTP/1.0\r\n\r\n";
+	struct pollfd p = { fd, POLLOUT, 0 };
+	size_t n = 0;
+	ssize_t r;
+
+	if (poll(&p, 1, HTTP_TIME) == 1 &&
+	    send(fd, request, sizeof request - 1, MSG_NOSIGNAL) == -1)
+		return -1;
+	p.events = POLLIN;
+	while (n < size - 1 && poll(&p, 1, HTTP_TIME) == 1) {
+		r = recv(fd, answer + n, size - 1 - n, 0);
+		if (r <= 0) {
+			answer[n] = '\0';
+			return r;
 		}
+		n += r;
+	}
+	errno = ETIMEDOUT;
+	return -1;
 }
 
-/* Open what is new in c, close what is not in it; -1: all as before. */
+/* Returns the exit status. */
 static int
-listeners_open(const struct conf *c, int starting)
+check_health(const struct conf *c)
 {
-	struct target *t[MAXLISTEN + 1];
-	struct listener *l, *old = listeners;
-	int i, j, n = listen_targets(c, t);
+	struct target *t = c->status;
+	char answer[NOTESZ];
+	const char *why;
+	int fd, done, err, i, r = -1;
 
-	for (l = listeners; l != NULL; l = l->next)
-		l->wanted = NULL;
-	for (i = 0; i < n; i++)
-		listen_resolve(t[i], starting);
-	for (i = 0; i < n; i++)
-		for (j = 0; j < t[i]->naddr; j++)
-			if ((l = listener_find(c, &t[i]->addr[j])) != NULL &&
-			    l->wanted == NULL)
-				l->wanted = t[i] == c->status ? http_accept :
-				    session_accept;
-	for (i = 0; i < n; i++)
-		if (listen_on(c, t[i], starting) == -1) {
-			listeners_restore(old);
-			return -1;
-		}
-	for (l = listeners; starting && l != NULL; l = l->next)
-		if (l->wanted == NULL)
-			logmsg(LOG_NOTICE, "%s: systemd passed this listener, "
-			    "but no Listen line asks for it; it is closed",
-			    addr_full(&l->addr));
-	listeners_close(0);
-	for (l = listeners; l != NULL; l = l->next)
-		l->serve = l->wanted;
-	listeners_transparent(c);
-	return 0;
-}
-
-static int
-is_loopback(const struct addr *a)
-{
-	switch (a->u.sa.sa_family) {
-	case AF_INET:
-		return ntohl(a->u.in.sin_addr.s_addr) >> 24 == 127;
-	case AF_INET6:
-		return IN6_IS_ADDR_LOOPBACK(&a->u.in6.sin6_addr);
-	default:
+	if (t == NULL) {
+		logmsg(LOG_ERR, "StatusListen is not set: nobody to ask");
+		return 2;
+	}
+	if (t->name != NULL && (t->naddr =
+	    addr_lookup(t->name, t->port, t->addr)) == 0)
+		errno = ENOENT;
+	for (i = 0; i < t->naddr && r == -1; i++) {
+		if ((fd = addr_connect(&t->addr[i], &done)) == -1)
+			continue;
+		r = health_answer(fd, answer, sizeof answer);
+		err = errno;
+		close(fd);
+		errno = err;
+	}
+	if (r == -1) {
+		logmsg(LOG_ERR, "StatusListen: %s:", t->text);
 		return 1;
 	}
-}
-
-static void
-listeners_log(const struct conf *c)
-{
-	struct listener *l;
-
-	for (l = listeners; l != NULL; l = l->next) {
-		if (l->serve == http_accept) {
-			logmsg(LOG_INFO, "status on %s", addr_full(&l->addr));
-			continue;
-		}
-		logmsg(LOG_INFO, "listening on %s", addr_full(&l->addr));
-		if (!is_loopback(&l->addr) && !c->transparent &&
-		    c->out->naddr == 0 && c->out->name == NULL)
-			logmsg(LOG_WARNING, "%s can be reached from other hosts, "
-			    "and OutAddress is a port alone: each of them is "
-			    "connected back to; is that what you want?",
-			    addr_full(&l->addr));
-	}
+	if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
+		return 0;
+	if ((why = http_body(answer)) == NULL)
+		why = "it gave no answer that makes sense";
+	logmsg(LOG_ERR, "%s", printable(why, strcspn(why, "\n")));
+	return 1;
 }
 
 /*
- * Limits, privileges, the pid file.
+ * Limits, the pid file, privileges and the sandbox.
  */
 
-/* Client, next hop and spool for each session, and what clamd needs. */
+/* Raise the limit of descriptors to what the settings need.  Returns 0, or -1 if
+ * that is not allowed, which has been logged. */
 static int
 set_limits(const struct conf *c)
 {
 	struct rlimit r = { 1, 1 };
+	/* Client, next hop and spool of each session; connections to clamd. */
 	rlim_t want = 3 * c->maxconn + c->maxscans * c->nclamd + 64;
 
 	if (c->quarantine)
 		want += MAXCOPIES;	/* their answers come through pipes */
 
-	/* Mail does not belong on the disk, nor in the pipe of a crash handler,
-	 * which 0 would not keep away (core(5)). */
+	/* No core dumps, for they contain mail.  A limit of 0 does not stop the
+	 * pipe to a crash handler, and 1 does (core(5)). */
 	setrlimit(RLIMIT_CORE, &r);
 	if (getrlimit(RLIMIT_NOFILE, &r) == -1 || r.rlim_cur >= want)
 		return 0;
@@ -1007,14 +1340,14 @@ pid_file_open(const char *path)
 			die(1, "PidFile: %s:", path);
 		fd = pid_fd;
 		if (fcntl(fd, F_SETLK, &lock) == -1) {
-			pid_fd = -1;	/* it is not ours to remove */
+			pid_fd = -1;	/* do not remove it */
 			if (errno != EACCES && errno != EAGAIN)
 				die(1, "PidFile: %s: lock:", path);
 			fcntl(fd, F_GETLK, &lock);
 			die(1, "PidFile: %s: a clamsmtpd with process id %ld "
 			    "has it and is running", path, (long)lock.l_pid);
 		}
-		/* One that has just ended may have removed what we opened. */
+		/* A daemon that ended may have removed the file meanwhile. */
 		if (fstat(pid_fd, &mine) == 0 && lstat(path, &there) == 0 &&
 		    mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
 			return;
@@ -1039,13 +1372,14 @@ pid_file_remove(void)
 
 	if (pid_fd == -1)
 		return;
-	/* The directory may belong to root, whom we are no longer. */
+	/* The directory may belong to root, and root's rights are dropped. */
 	if (unlink(path) == -1 && ftruncate(pid_fd, 0) == -1)
 		logmsg(LOG_WARNING, "PidFile: %s: remove:", path);
 	close(pid_fd);
 }
 
-/* Name or number; *pw is NULL for a number that nobody has.  -1: no such user. */
+/* Look up a user by name or number.  Returns 0, with *pw NULL for a number without
+ * a passwd entry, or -1 if there is no such user. */
 static int
 find_user(const char *user, struct passwd **pw, uid_t *uid, gid_t *gid)
 {
@@ -1084,8 +1418,9 @@ drop_privileges(const char *user)
 }
 
 /*
- * What a unit gave us to open ports and for TPROXY is of no use any more.  Root
- * keeps its rights: only User takes them away.  The kernel's numbers, as below.
+ * Drop the capabilities that a unit gave us for ports below 1024 and for TPROXY.
+ * Root keeps its rights unless User is set.  The numbers are the kernel's, as
+ * below.
  */
 static void
 drop_capabilities(void)
@@ -1104,8 +1439,8 @@ drop_capabilities(void)
 }
 
 /*
- * Landlock (Linux 5.13): the kernel's numbers, for its headers are not
- * everywhere.
+ * Landlock (Linux 5.13).  The numbers are the kernel's, since not every system
+ * has its headers.
  */
 #define LL_WRITE_FILE	(1 << 1)
 #define LL_REMOVE_FILE	(1 << 5)
@@ -1171,7 +1506,7 @@ landlock(const struct conf *c)
 }
 #endif
 
-/* With a VirusAction there is none: its script may need setgid programs. */
+/* There is no sandbox with a VirusAction, whose script may run setgid programs. */
 static void
 sandbox(const struct conf *c)
 {
@@ -1191,310 +1526,8 @@ sandbox(const struct conf *c)
 }
 
 /*
- * Signals: bytes in a pipe, read in the loop.
+ * Options.
  */
-
-static int sigpipe[2];
-static int64_t drain_until;
-static int reload_wanted;
-
-static void
-on_signal(int sig)
-{
-	int err = errno;
-	char c = sig;
-
-	if (write(sigpipe[1], &c, 1) == -1)
-		errno = err;		/* full: they are many already */
-	errno = err;
-}
-
-static void
-signals_open(void)
-{
-	static const int caught[] = { SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1 };
-	struct sigaction sa;
-	size_t i;
-
-	if (pipe2(sigpipe, O_CLOEXEC | O_NONBLOCK) == -1)
-		die(1, "pipe:");
-	memset(&sa, 0, sizeof sa);
-	sa.sa_flags = SA_RESTART;
-	sa.sa_handler = on_signal;
-	for (i = 0; i < sizeof caught / sizeof caught[0]; i++)
-		sigaction(caught[i], &sa, NULL);
-	sa.sa_handler = SIG_IGN;
-	sigaction(SIGPIPE, &sa, NULL);
-	sigaction(SIGXFSZ, &sa, NULL);	/* EFBIG tells as much */
-}
-
-static void
-log_counters(void)
-{
-	char line[NOTESZ];
-	size_t n;
-	int i;
-
-	n = format(line, sizeof line, "sessions=%d of %llu refused=%llu "
-	    "messages=%llu bytes=%llu", (int)count.open, count.sessions,
-	    count.refused, count_messages(), count.bytes);
-	for (i = 0; i < NOUTCOMES; i++)
-		n += format(line + n, sizeof line - n, " %s=%llu", outcome_names[i],
-		    count.messages[i]);
-	logmsg(LOG_NOTICE, "%s", line);
-}
-
-static int
-differ(const char *a, const char *b)
-{
-	return a == NULL || b == NULL ? a != b : strcmp(a, b) != 0;
-}
-
-/* What cannot be changed any more, or NULL. */
-static const char *
-needs_restart(const struct conf *c)
-{
-	if (differ(c->user, conf->user))
-		return "User";
-	if (differ(c->pidfile, conf->pidfile))
-		return "PidFile";
-	if (sandboxed && differ(c->tempdir, conf->tempdir))
-		return "TempDirectory";
-	if (sandboxed && c->virusaction != NULL)
-		return "VirusAction";
-	return NULL;
-}
-
-/* -1: no file can be made there, which has been logged.  A directory that was made
- * again has no rule of Landlock's. */
-static int
-try_tempdir(const struct conf *c)
-{
-	int fd = spool_open(c->tempdir, 0);
-
-	if (fd == -1)
-		logmsg(LOG_ERR, "TempDirectory: %s cannot be written to by user "
-		    "%s; %s:", c->tempdir, user_name(),
-		    sandboxed && errno == EACCES ? "if it was made again after "
-		    "the start, a restart is needed (the sandbox allows the one "
-		    "that was there)" : "it must be there and belong to that "
-		    "user (in a container, mount a tmpfs there)");
-	else
-		close(fd);
-	return fd == -1 ? -1 : 0;
-}
-
-static void
-reload(void)
-{
-	struct conf *c = conf_load(conf_path, flags, nflags, pid_option);
-	const char *what = c != NULL ? needs_restart(c) : NULL;
-
-	if (what != NULL)
-		logmsg(LOG_ERR, "%s: %s cannot be changed without a restart",
-		    conf_path, what);
-	if (c == NULL || what != NULL || try_tempdir(c) == -1 ||
-	    set_limits(c) == -1 || listeners_open(c, 0) == -1) {
-		logmsg(LOG_ERR, "%s: not taken; the settings are as before",
-		    conf_path);
-		conf_put(c);
-		return;
-	}
-	conf_put(conf);
-	conf = c;
-	log_format(conf->json);
-	logmsg(LOG_NOTICE, "%s: read again", conf_path);
-	listeners_log(conf);
-	resolve_all(conf);
-	clamd_ping(conf, 1, http_health);
-}
-
-static void
-on_signals(void *arg, int revents)
-{
-	char sig;
-
-	(void)arg;
-	(void)revents;
-	while (read(sigpipe[0], &sig, 1) == 1)
-		switch (sig) {
-		case SIGCHLD:
-			children_reap();
-			break;
-		case SIGHUP:
-			reload_wanted = 1;
-			break;
-		case SIGUSR1:
-			log_counters();
-			break;
-		default:
-			logmsg(LOG_NOTICE, stopping ? "stopping at once" :
-			    "stopping when the messages under way are done");
-			if (!stopping)
-				notify("STOPPING=1", -1);
-			stopping++;
-			drain_until = now + DRAIN_TIME;
-		}
-}
-
-/* At the end of a turn, when no listener is about to be served. */
-static void
-handle_signals(void)
-{
-	if (stopping) {
-		listeners_close(1);
-		sessions_shutdown(now >= drain_until);
-	} else if (reload_wanted)
-		reload();
-	reload_wanted = 0;
-}
-
-/*
- * The loop.
- */
-
-/* Build the poll set.  Ready descriptors are served in this order: a listener
- * comes last, after the sessions that may end and make room. */
-static int
-collect(int in_vain)
-{
-	struct listener *l;
-	int full;
-
-	poll_add(sigpipe[0], POLLIN, on_signals, NULL);
-	children_poll();
-	watchdog_feed();
-	clamd_poll();
-	http_poll();
-	full = sessions_poll(in_vain);
-	if (now >= paused_until)
-		for (l = listeners; l != NULL; l = l->next)
-			poll_add(l->fd, POLLIN, on_accept, l);
-	else
-		poll_deadline(paused_until);
-	if (stopping)
-		poll_deadline(drain_until);
-	if (has_spares())
-		poll_deadline(now + TRIM_TIME);
-	if (log_is_behind())
-		poll_deadline(now + SECOND);
-	return full;
-}
-
-static int
-is_over(void)
-{
-	return stopping > 1 || (stopping && count.open == 0 &&
-	    (now >= drain_until || !virusaction_left()));
-}
-
-static void
-serve(void)
-{
-	int full, ready = 1;
-
-	while (!is_over()) {
-		full = collect(ready == 0);
-		ready = poll_wait();
-		if (ready == 0 && full) {
-			spares_free();
-			log_retry();
-		}
-		sessions_run();
-		handle_signals();
-		sessions_reap();
-	}
-}
-
-/*
- * The end, and the beginning.
- */
-
-/* Promise 7: however we end, before the loop too; at exit(). */
-static void
-remove_files(void)
-{
-	listeners_close(1);
-	pid_file_remove();
-	conf_put(conf);
-	free(conf_path);
-	conf = NULL;
-	conf_path = NULL;
-}
-
-/* The kernel closes the rest. */
-static void
-shutdown_all(void)
-{
-	sessions_shutdown(1);
-	children_kill();
-	logmsg(LOG_NOTICE, "stopped");
-}
-
-/*
- * -C: ask the daemon of these settings how it is; the exit status.
- */
-
-static int
-health_answer(int fd, char *answer, size_t size)
-{
-	static const char request[] = "GET /healthz HTTP/1.0\r\n\r\n";
-	struct pollfd p = { fd, POLLOUT, 0 };
-	size_t n = 0;
-	ssize_t r;
-
-	if (poll(&p, 1, HTTP_TIME) == 1 &&
-	    send(fd, request, sizeof request - 1, MSG_NOSIGNAL) == -1)
-		return -1;
-	p.events = POLLIN;
-	while (n < size - 1 && poll(&p, 1, HTTP_TIME) == 1) {
-		r = recv(fd, answer + n, size - 1 - n, 0);
-		if (r == 0) {
-			answer[n] = '\0';
-			return 0;
-		}
-		if (r == -1)
-			return -1;
-		n += r;
-	}
-	errno = ETIMEDOUT;
-	return -1;
-}
-
-static int
-check_health(const struct conf *c)
-{
-	struct target *t = c->status;
-	char answer[NOTESZ];
-	const char *why;
-	int fd, done, err, i, r = -1;
-
-	if (t == NULL) {
-		logmsg(LOG_ERR, "StatusListen is not set: nobody to ask");
-		return 2;
-	}
-	if (t->name != NULL && (t->naddr =
-	    addr_lookup(t->name, t->port, t->addr)) == 0)
-		errno = ENOENT;
-	for (i = 0; i < t->naddr && r == -1; i++) {
-		if ((fd = addr_connect(&t->addr[i], &done)) == -1)
-			continue;
-		r = health_answer(fd, answer, sizeof answer);
-		err = errno;
-		close(fd);
-		errno = err;
-	}
-	if (r == -1) {
-		logmsg(LOG_ERR, "StatusListen: %s:", t->text);
-		return 1;
-	}
-	if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
-		return 0;
-	if ((why = http_body(answer)) == NULL)
-		why = "it gave no answer that makes sense";
-	logmsg(LOG_ERR, "%s", printable(why, strcspn(why, "\n")));
-	return 1;
-}
 
 static void usage(void) __attribute__((noreturn));
 static void version(void) __attribute__((noreturn));
@@ -1535,8 +1568,8 @@ struct options {
 	const char *file;		/* -f */
 };
 
-/* The flags of the original that say what the file says now; NULL: the value
- * is their argument. */
+/* The flags of the original that are settings now; NULL: the value is the
+ * argument. */
 static const struct { char flag; const char *setting, *value; } old_flags[] = {
 	{ 'b', "Action", "bounce" }, { 'c', "ClamAddress", NULL },
 	{ 'D', "TempDirectory", NULL }, { 'h', "Header", NULL },
@@ -1546,7 +1579,7 @@ static const struct { char flag; const char *setting, *value; } old_flags[] = {
 };
 #define NOLD	(sizeof old_flags / sizeof old_flags[0])
 
-/* One flag; 1: it has taken the argument. */
+/* Handle one flag.  Returns 1 if it took the argument, else 0. */
 static int
 option(struct options *o, char flag, const char *arg)
 {
@@ -1626,19 +1659,6 @@ options_read(struct options *o, char **argv)
 		old_flag("OutAddress", *argv);
 }
 
-/* Warnings are lines of the log, too: LogFormat has to be known before. */
-static void
-learn_log_format(void)
-{
-	int level = log_limit(-1);
-	struct conf *c = conf_load(conf_path, flags, nflags, pid_option);
-
-	if (c != NULL)
-		log_format(c->json);
-	conf_put(c);
-	log_limit(level);
-}
-
 static void
 flags_warn(const char *file)
 {
@@ -1650,7 +1670,32 @@ flags_warn(const char *file)
 		    flags[i][1], file);
 }
 
-/* A reload happens in another directory. */
+/*
+ * Start and end.
+ */
+
+/* Promise 7: called by exit(), before the loop as well. */
+static void
+remove_files(void)
+{
+	listeners_close(1);
+	pid_file_remove();
+	conf_put(conf);
+	free(conf_path);
+	conf = NULL;
+	conf_path = NULL;
+}
+
+/* The kernel closes the rest. */
+static void
+shutdown_all(void)
+{
+	sessions_shutdown(1);
+	children_kill();
+	logmsg(LOG_NOTICE, "stopped");
+}
+
+/* Returns the path from the root, for a reload: the daemon changes to /. */
 static char *
 absolute(const char *path)
 {
@@ -1663,8 +1708,9 @@ absolute(const char *path)
 }
 
 /*
- * Returns in the child, with the descriptor by which it says that it is ready.
- * The parent exits: 0 then, or with the child's status if that ends before.
+ * Go on in a child.  Returns a descriptor, to which the child writes a byte when
+ * it is ready.  The parent exits with 0 then, or with the exit status of a child
+ * that ends before.
  */
 static int
 detach(void)
@@ -1712,7 +1758,8 @@ attach_nothing(int ready, int level)
 	close(ready);
 }
 
-/* For -n, which another user may run: what the start would not find. */
+/* For -n: warn of what the start would not find.  Another user may run -n, and so
+ * these are no errors. */
 static void
 warn_missing(const struct conf *c)
 {
@@ -1730,9 +1777,9 @@ warn_missing(const struct conf *c)
 }
 
 /*
- * Nothing of the program that started us stays: neither its signal mask and
- * ignored signals, nor its descriptors above 2, which may hold a lock.
- * Descriptors 0 to 2 must be there, or a socket would become one of them.
+ * Keep nothing of the program that started us: not its signal mask and ignored
+ * signals, nor its descriptors above 2, which may hold a lock.  Open descriptors
+ * 0 to 2, so that no socket becomes one of them.
  */
 static void
 inherit_nothing(void)
@@ -1760,8 +1807,8 @@ main(int argc, char **argv)
 	if (o.level < 0)
 		o.level = LOG_INFO - LOG_ERR;
 	now = monotonic();
-	started = time(NULL);
-	if (o.check || o.health)	/* what old names are called now; nothing */
+	count.started = time(NULL);
+	if (o.check || o.health)	/* -n tells the new names of old settings */
 		log_limit(o.check ? LOG_INFO : LOG_ERR);
 	else if (o.foreground || !to_syslog) {
 		log_open(o.level, !to_syslog);
@@ -1769,10 +1816,10 @@ main(int argc, char **argv)
 	}
 	if ((conf_path = absolute(o.file)) == NULL)
 		die(1, "%s:", o.file);
-	if (!o.check && !o.health)
-		learn_log_format();
+	log_hold();
 	flags_warn(o.file);
 	conf = conf_load(conf_path, flags, nflags, pid_option);
+	log_format(conf != NULL && conf->json && !o.check && !o.health);
 	if (conf == NULL)
 		return 2;
 	if (o.check) {
@@ -1784,7 +1831,7 @@ main(int argc, char **argv)
 		return check_health(conf);
 	notify_open();
 	listeners_inherit();
-	/* systemd wants to hear from the process that it has started. */
+	/* systemd accepts messages of the process that it has started only. */
 	if (to_syslog && !o.foreground && getenv("NOTIFY_SOCKET") == NULL)
 		ready = detach();
 	atexit(remove_files);
@@ -1812,7 +1859,7 @@ main(int argc, char **argv)
 	sandbox(conf);
 	listeners_log(conf);
 	resolve_all(conf);
-	clamd_ping(conf, 1, http_health);
+	clamd_ping(conf, 1, on_pong);
 	notify("READY=1", -1);
 	notify_ready = 1;
 	serve();

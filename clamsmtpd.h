@@ -413,8 +413,10 @@ extern const char *const outcome_names[NOUTCOMES];	/* as the metrics call them (
 
 #define NBUCKETS 9
 
-struct counters {			/* since the start, but for open */
-	unsigned long long open, most_open;	/* sessions at the same time */
+struct counters {			/* since the start */
+	unsigned long long started;		/* time(2) */
+	unsigned long long open, most_open;	/* sessions: now, and at most */
+	unsigned long long scans_running, scans_waiting;	/* now */
 	unsigned long long sessions, refused, messages[NOUTCOMES], bytes;
 	unsigned long long scans[NBUCKETS];	/* took so long (scan_limits) */
 	unsigned long long scan_ms;		/* all together */
@@ -459,7 +461,6 @@ int64_t clamd_deadline(const struct session *);	/* when to look again; 0: no mat
 void clamd_timeout(struct session *);		/* ScanTimeOut is over */
 void clamd_cancel(struct session *);		/* no verdict is wanted any more */
 void clamd_poll(void);				/* abandoned scans, and PING */
-int clamd_waiting(void);			/* sessions without a slot */
 /* What messages call it: its ClamAddress, or the usual path that is used. */
 const char *clamd_name(const struct clamd *);
 /*
@@ -467,8 +468,7 @@ const char *clamd_name(const struct clamd *);
  * and the reason, now or later.  It is called once for all who ask while a PING
  * is under way, so they must pass the same function.  A result is good for a
  * second.  With report the settings are new: any other PING is forgotten, and a
- * warning is logged when no clamd answers.  c must live until the next such call,
- * or clamd_shutdown().
+ * warning is logged when no clamd answers.  c must live until the next such call.
  */
 void clamd_ping(const struct conf *c, int report, void (*done)(int well, const char *why));
 
@@ -510,9 +510,12 @@ void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 void die(int status, const char *fmt, ...)
     __attribute__((format(printf, 2, 3), noreturn));
-int log_limit(int level);			/* the last LOG_ level; it was that */
+void log_limit(int level);			/* the last LOG_ level that is logged */
 int log_wants(int level);
-void log_format(int json);			/* from now on */
+/* log_hold(): keep messages until log_format() is called, which writes them and all
+ * later ones as text or JSON.  A message without room is written at once. */
+void log_hold(void);
+void log_format(int json);
 int log_is_json(void);
 int log_is_behind(void);			/* log_retry() is to be called soon: */
 void log_retry(void);				/* write what waits; say what is lost */

@@ -246,6 +246,11 @@ static unsigned long log_lost;		/* lines that nobody has seen */
 static char log_out[JSONSZ + 64];
 static size_t log_r, log_n;
 
+/* Messages that wait for log_format(): a digit for the level, the text, a NUL.  An
+ * empty one ends them. */
+static int log_held;
+static char held[4 * LOGSZ];
+
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
 #define LEVEL_BASE	LOG_ERR
 
@@ -295,19 +300,28 @@ log_open(int level, int console)
 	log_fd = console && fd == -1 ? 2 : fd;
 }
 
-int
+void
 log_limit(int level)
 {
-	int before = log_level;
-
 	log_level = level;
-	return before;
+}
+
+void
+log_hold(void)
+{
+	log_held = 1;
 }
 
 void
 log_format(int as_json)
 {
+	const char *p;
+
 	log_json = as_json;
+	log_held = 0;
+	for (p = held; *p != '\0'; p += strlen(p) + 1)
+		logmsg(*p - '0', "%s", p + 1);
+	held[0] = '\0';
 }
 
 int
@@ -553,6 +567,21 @@ json_end(int level)
 	log_line(level, json, json_n);
 }
 
+/* Returns 1, or 0 if the buffer has no room for the message. */
+static int
+held_add(int level, const char *text)
+{
+	char *p = held;
+
+	while (*p != '\0')
+		p += strlen(p) + 1;
+	if (strlen(text) + 3 > (size_t)(held + sizeof held - p))
+		return 0;
+	p += format(p, LOGSZ + 2, "%d%s", level, text);
+	p[1] = '\0';
+	return 1;
+}
+
 static void
 vlog(const struct session *s, int level, const char *fmt, va_list ap)
 {
@@ -567,7 +596,9 @@ vlog(const struct session *s, int level, const char *fmt, va_list ap)
 	n += vformat(line + n, sizeof line - n, fmt, ap);
 	if (fmt[strlen(fmt) - 1] == ':')
 		n += format(line + n, sizeof line - n, " %s", strerror(err));
-	if (log_json) {
+	if (log_held && held_add(level, line))
+		;
+	else if (log_json) {
 		json_begin(s, level);
 		json_name("message");
 		json_string(line, n, sizeof json - 4);

@@ -137,3 +137,25 @@ def test_install_makes_these_files(built, tmp_path):
     config.write_text("mine\n")
     sh('make -s install DESTDIR="$1"', tmp_path, cwd=built)
     assert config.read_text() == "mine\n"
+
+
+# Each file may use what is defined further down, as the comment at the head of
+# clamsmtpd.h says.
+LAYERS = ("clamsmtpd", "smtp", "conf", "clamd", "util")
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm here")
+def test_calls_between_source_files_run_downwards(sources):
+    """No file uses a function or variable of a file above it."""
+    where = sources("layers")
+    for name in LAYERS:
+        sh("make -s BIN=$1.o SRC=$1.c LDFLAGS=-c", name, cwd=where)
+    symbols = {name: re.findall(r"^(\w+) (\w)", sh("nm -P $1.o", name, cwd=where), re.M)
+               for name in LAYERS}
+    layer = {symbol: LAYERS.index(name) for name in LAYERS
+             for symbol, kind in symbols[name] if kind in "BDRTV"}
+    assert layer["main"] == 0 and layer["logmsg"] == len(LAYERS) - 1
+    upwards = ["%s.c uses %s of %s.c" % (name, symbol, LAYERS[layer[symbol]])
+               for name in LAYERS for symbol, kind in symbols[name]
+               if kind == "U" and layer.get(symbol, len(LAYERS)) < LAYERS.index(name)]
+    assert not upwards

@@ -143,12 +143,12 @@ def test_restart_refuses_no_connection(site, systemd, number):
     the next daemon serves them on each of its listeners."""
     path, port, other = site.path("in.sock"), site.port(), site.port()
     listen = [path, "127.0.0.1:%d" % port] + ["[::]:%d" % other] * has_ipv6()
-    site.clamd.verdict = [Hold("OK")]
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
     one = systemd.start(Listen=listen)
     inode = os.stat(path).st_ino
     busy = site.session(address=path)
     busy.begin(BODY + b".\r\n")
-    hold, = site.clamd.verdict
     hold.reached()
     waiting = []
     if number == signal.SIGTERM:

@@ -72,4 +72,7 @@ clean:
 fuzz:
 	fuzz/run
 
-.PHONY: all check bench bench-quick soak fuzz install clean
+prove:
+	prove/run
+
+.PHONY: all check bench bench-quick soak fuzz prove install clean

@@ -258,7 +258,7 @@ else
 	skip size "the limit is for x86_64 and musl"
 fi
 scripts=
-for f in test.sh demo.sh .ci/run tests/*.sh fuzz/run \
+for f in test.sh demo.sh .ci/run tests/*.sh fuzz/run prove/run \
     docs/examples/transparent/tproxy-routes; do
 	if [ -f "$f" ] && head -n 1 "$f" | grep -q '^#!.*sh$'; then
 		scripts="$scripts $f"
@@ -296,6 +296,11 @@ if ! have postfix; then
 fi
 suite normal "$normal" -m "not long$without" "$@" tests
 
+if [ "$full" ]; then
+	check prove prove/run full
+else
+	check prove prove/run quick
+fi
 check soak soak/run --seed 1 --messages 2000 --program "$normal"
 
 # -- and in special ones

@@ -28,9 +28,10 @@ ref_end(const char *p, size_t n, size_t *body, size_t *taken)
 static __attribute__((unused)) void
 ref_body(struct text *to, const char *p, size_t n, int dots)
 {
-	struct text a = { NULL, 0, 0 }, b = { NULL, 0, 0 };
+	static struct text a, b;	/* kept, for speed */
 	size_t i, k, eol;
 
+	a.n = b.n = 0;
 	text_add(&a, "", 0);
 	text_add(&b, "", 0);
 	text_add(to, "", 0);
@@ -68,8 +69,6 @@ ref_body(struct text *to, const char *p, size_t n, int dots)
 		text_add(to, b.p + i, eol - i);
 		text_add(to, "\r\n", 2);
 	}
-	text_free(&a);
-	text_free(&b);
 }
 
 /* Where the lines from an mbox file end, with which the message may begin. */
@@ -113,4 +112,18 @@ ref_header(const char *p, size_t n, size_t top)
 			return i;	/* unreachable: whole lines only */
 	}
 	return n;
+}
+
+/* to: the message p of n bytes with a header added in its place. */
+static __attribute__((unused)) void
+ref_add_header(struct text *to, const char *p, size_t n, const char *header)
+{
+	size_t top = ref_top(p, n), at;
+
+	at = strncmp(header, "Received:", 9) == 0 ? top : ref_header(p, n, top);
+	text_add(to, p, at);
+	text_puts(to, header);
+	if (*header != '\0' && top < n && (p[top] == ' ' || p[top] == '\t'))
+		text_add(to, "\r\n", 2);
+	text_add(to, p + at, n - at);
 }

@@ -904,7 +904,7 @@ keep_alive(struct session *s)
 }
 
 /*
- * CONNECT.
+ * PROXY.
  */
 
 /* Find the original destination of a redirected connection: conntrack knows it
@@ -946,40 +946,6 @@ is_proxy(const struct conf *c, const struct addr *a)
 			return 1;
 	return 0;
 }
-
-/* Returns a new session for the socket fd, or NULL without memory. */
-static struct session *
-session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
-{
-	struct session *s = calloc(1, sizeof *s);
-	int one = 1;
-
-	if (s == NULL)
-		return NULL;
-	s->id = id;
-	s->conf = conf;
-	conf->refs++;
-	s->client.fd = fd;
-	s->server.peer.fd = s->scan.peer.fd = s->msg.spool = -1;
-	transaction_end(s);
-	s->peer_addr = s->client_addr = *peer;
-	s->local_addr.len = sizeof s->local_addr.u;
-	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
-		s->local_addr.len = 0;
-	addr_unmap(&s->local_addr);
-	s->xclient_state = conf->xclient ? XC_WANTED : XC_DONE;
-	if (conf->transparent)
-		original_target(fd, &s->local_addr, &s->server.addr);
-	if (peer->u.sa.sa_family != AF_UNIX)
-		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-	s->state = S_PROXY;
-	s->deadline = now + PROXY_TIME;
-	return s;
-}
-
-/*
- * PROXY.
- */
 
 /* Version 2, after its signature. */
 static int
@@ -1106,6 +1072,10 @@ st_proxy(struct session *s)
 	session_connect(s);
 	return 1;
 }
+
+/*
+ * CONNECT.
+ */
 
 /* Set server.addr to the next address to try.  Returns 1, 0 while the name is
  * being resolved, -1 when there is no address. */
@@ -2791,6 +2761,10 @@ st_quarantine(struct session *s)
 	return 1;
 }
 
+/*
+ * DATA: the next hop is asked to take the message.
+ */
+
 /* Extend the deadline by TimeOut, but not past reply_deadline. */
 static void
 replay_extend(struct session *s)
@@ -2811,10 +2785,6 @@ begin_replay(struct session *s)
 		s->replay.reply_deadline = now + s->conf->timeout;
 	replay_extend(s);
 }
-
-/*
- * DATA: the next hop is asked to take the message.
- */
 
 static const struct verb verb_data = { "DATA", NULL, NULL, 0, 0 };
 
@@ -3359,6 +3329,36 @@ session_shutdown(struct session *s, int at_once)
 	start_linger(s);
 	session_run(s);
 	linger_less(s);
+}
+
+/* Returns a new session for the socket fd, or NULL without memory. */
+static struct session *
+session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
+{
+	struct session *s = calloc(1, sizeof *s);
+	int one = 1;
+
+	if (s == NULL)
+		return NULL;
+	s->id = id;
+	s->conf = conf;
+	conf->refs++;
+	s->client.fd = fd;
+	s->server.peer.fd = s->scan.peer.fd = s->msg.spool = -1;
+	transaction_end(s);
+	s->peer_addr = s->client_addr = *peer;
+	s->local_addr.len = sizeof s->local_addr.u;
+	if (getsockname(fd, &s->local_addr.u.sa, &s->local_addr.len) == -1)
+		s->local_addr.len = 0;
+	addr_unmap(&s->local_addr);
+	s->xclient_state = conf->xclient ? XC_WANTED : XC_DONE;
+	if (conf->transparent)
+		original_target(fd, &s->local_addr, &s->server.addr);
+	if (peer->u.sa.sa_family != AF_UNIX)
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	s->state = S_PROXY;
+	s->deadline = now + PROXY_TIME;
+	return s;
 }
 
 /* Send one line to a client that gets no session, and close fd. */

@@ -493,8 +493,8 @@ enum action conf_action(const struct conf *, const char *virus);
 
 /* util.c */
 
-/* Like snprintf(3), but they return how many bytes they have written, and know
- * %s %.*s %c %d %u %x %X, l, ll and %0N only. */
+/* Like snprintf(3) and vsnprintf(3), but they return the number of bytes written,
+ * and a text that is too long is not cut within a UTF-8 character. */
 size_t format(char *, size_t, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 size_t vformat(char *, size_t, const char *fmt, va_list);

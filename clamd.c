@@ -75,12 +75,6 @@ clamd_put(struct clamd *c)
 	free(c);
 }
 
-const char *
-clamd_name(const struct clamd *c)
-{
-	return target_text(c->target);
-}
-
 /*
  * Health: one line of the log when something goes wrong, again once a minute
  * while messages fail, and one when all is well again.
@@ -93,7 +87,7 @@ clamd_complain(struct clamd *c, const char *why)
 		return;
 	format(c->complaint, sizeof c->complaint, "%s", why);
 	c->quiet_until = now + REPEAT_TIME;
-	logmsg(LOG_ERR, "clamd %s: %s", clamd_name(c), why);
+	logmsg(LOG_ERR, "clamd %s: %s", target_text(c->target), why);
 }
 
 /* Its address i, or the one that was i before a look-up, is that of the socket
@@ -119,7 +113,7 @@ clamd_well(struct clamd *c)
 	if (c->complaint[0] == '\0')
 		return;
 	c->complaint[0] = '\0';
-	logmsg(LOG_NOTICE, "clamd %s: works again", clamd_name(c));
+	logmsg(LOG_NOTICE, "clamd %s: works again", target_text(c->target));
 }
 
 /*
@@ -265,7 +259,7 @@ scan_failed(struct session *s, int dead, const char *why)
 	struct clamd *c = s->scan.clamd;
 	int i;
 
-	slog(s, LOG_DEBUG, "clamd %s: %s", clamd_name(c), why);
+	slog(s, LOG_DEBUG, "clamd %s: %s", target_text(c->target), why);
 	format(s->result.text, sizeof s->result.text, "%s", why);
 	clamd_complain(c, why);
 	c->failures++;
@@ -349,7 +343,7 @@ scan_command(struct session *s)
 		return 0;
 	if (t->addr[s->scan.addr].u.sa.sa_family != AF_UNIX)
 		keep_alive(s->scan.peer.fd);
-	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, clamd_name(s->scan.clamd));
+	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, target_text(s->scan.clamd->target));
 	buf_put(&s->scan.peer.out, command, sizeof command);
 	s->scan.phase = SC_SEND;
 	return 1;
@@ -483,8 +477,9 @@ mem_contains(const char *p, size_t n, const char *text)
 	return 0;
 }
 
-/* Promise 4: only what is exactly an OK is one. */
-enum verdict
+/* Promise 4: returns CLEAN only when the n bytes of the answer (without terminator)
+ * are exactly an OK.  VIRUS: name has it.  Anything not understood is FAILED. */
+static enum verdict
 clamd_parse(const char *p, size_t n, char name[NAMESZ])
 {
 	static const char stream[] = "stream: ", found[] = " FOUND";
@@ -678,7 +673,7 @@ clamd_timeout(struct session *s)
 	} else if (now >= quiet_until) {
 		quiet_until = now + REPEAT_TIME;
 		logmsg(LOG_ERR, "clamd %s: %s; is MaxScans as large as its "
-		    "MaxThreads?", clamd_name(s->conf->clamd[0]), s->result.text);
+		    "MaxThreads?", target_text(s->conf->clamd[0]->target), s->result.text);
 	}
 	clamd_cancel(s);
 }
@@ -738,7 +733,7 @@ static void
 ping_why(const char *why)
 {
 	format(ping.why, sizeof ping.why, "clamd %s: %s",
-	    clamd_name(ping.conf->clamd[ping.which]), why);
+	    target_text(ping.conf->clamd[ping.which]->target), why);
 }
 
 /* Begin with clamd number n. */

@@ -178,15 +178,16 @@ listeners_poll(void)
 static void
 listener_store(struct listener *l, int keep)
 {
-	char state[NOTESZ], *p;
+	char state[NOTESZ], name[ADDRTEXT], *p;
 
 	if (!has_store)
 		return;
+	ascii_clean(name, format(name, sizeof name, "%s", addr_full(&l->addr)),
+	    "", '_');
+	while ((p = strchr(name, ':')) != NULL)
+		*p = '_';
 	format(state, sizeof state, "%s=1\nFDNAME=" STORE_NAME "%s",
-	    keep ? "FDSTORE" : "FDSTOREREMOVE", addr_full(&l->addr));
-	for (p = strstr(state, STORE_NAME); *p != '\0'; p++)
-		if (*p <= ' ' || *p > '~' || *p == ':')
-			*p = '_';
+	    keep ? "FDSTORE" : "FDSTOREREMOVE", name);
 	notify(state, keep ? l->fd : -1);
 }
 
@@ -1010,7 +1011,7 @@ http_page(struct http_client *v)
 		http_print(v, ", %llu %s", count.messages[i], outcome_names[i]);
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
-		http_print(v, "\nclamd %s: %s", clamd_name(c),
+		http_print(v, "\nclamd %s: %s", target_text(c->target),
 		    c->complaint[0] != '\0' ? c->complaint :
 		    "well, as far as is known");
 	}
@@ -1101,14 +1102,14 @@ http_metrics(struct http_client *v)
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		http_print(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
-		    label(clamd_name(c)), c->complaint[0] == '\0');
+		    label(target_text(c->target)), c->complaint[0] == '\0');
 	}
 	metric_head(v, "clamd_failures_total", "counter",
 	    "Scans without a verdict.");
 	for (i = 0; i < conf->nclamd; i++) {
 		c = conf->clamd[i];
 		http_print(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
-		    "%llu\n", label(clamd_name(c)), c->failures);
+		    "%llu\n", label(target_text(c->target)), c->failures);
 	}
 	http_scans(v);
 }
@@ -1809,10 +1810,10 @@ main(int argc, char **argv)
 	now = monotonic();
 	count.started = time(NULL);
 	if (o.check || o.health)	/* -n tells the new names of old settings */
-		log_limit(o.check ? LOG_INFO : LOG_ERR);
+		log_level = o.check ? LOG_INFO : LOG_ERR;
 	else if (o.foreground || !to_syslog) {
 		log_open(o.level, !to_syslog);
-		log_starting(to_syslog);
+		log_echo = to_syslog;
 	}
 	if ((conf_path = absolute(o.file)) == NULL)
 		die(1, "%s:", o.file);
@@ -1852,7 +1853,7 @@ main(int argc, char **argv)
 		attach_nothing(ready, o.level);
 	else if (to_syslog && !o.foreground)
 		log_open(o.level, 0);
-	log_starting(0);
+	log_echo = 0;
 	if (geteuid() == 0)
 		logmsg(LOG_WARNING, "running as root is NOT recommended");
 	peer_reserve();

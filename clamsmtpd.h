@@ -461,8 +461,6 @@ int64_t clamd_deadline(const struct session *);	/* when to look again; 0: no mat
 void clamd_timeout(struct session *);		/* ScanTimeOut is over */
 void clamd_cancel(struct session *);		/* no verdict is wanted any more */
 void clamd_poll(void);				/* abandoned scans, and PING */
-/* What messages call it: its ClamAddress, or the usual path that is used. */
-const char *clamd_name(const struct clamd *);
 /*
  * Find out whether one of the clamds answers a PING: call done with 1, or with 0
  * and the reason, now or later.  It is called once for all who ask while a PING
@@ -471,12 +469,6 @@ const char *clamd_name(const struct clamd *);
  * warning is logged when no clamd answers.  c must live until the next such call.
  */
 void clamd_ping(const struct conf *c, int report, void (*done)(int well, const char *why));
-
-/*
- * What clamd's answer (n bytes, terminator taken off) says.  VIRUS: name has
- * it.  Anything not understood: FAILED.
- */
-enum verdict clamd_parse(const char *answer, size_t n, char name[NAMESZ]);
 
 /* conf.c */
 
@@ -503,20 +495,19 @@ size_t vformat(char *, size_t, const char *fmt, va_list);
  * The log.  A format that ends in a colon gets errno's text behind it.  All
  * three keep errno.  die() is for the time before the loop only.
  */
+extern int log_level;		/* lines up to this LOG_ level are written */
+extern int log_json;		/* LogFormat: json */
+extern int log_echo;		/* errors and warnings go to stderr as well */
 void log_open(int level, int console);		/* syslog, or stderr */
-void log_starting(int);		/* 1: errors and warnings to stderr as well */
 void logmsg(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 void die(int status, const char *fmt, ...)
     __attribute__((format(printf, 2, 3), noreturn));
-void log_limit(int level);			/* the last LOG_ level that is logged */
-int log_wants(int level);
 /* log_hold(): keep messages until log_format() is called, which writes them and all
  * later ones as text or JSON.  A message without room is written at once. */
 void log_hold(void);
 void log_format(int json);
-int log_is_json(void);
 int log_is_behind(void);			/* log_retry() is to be called soon: */
 void log_retry(void);				/* write what waits; say what is lost */
 

@@ -781,8 +781,7 @@ show_logformat(const struct conf *c, const struct keyword *k)
 
 #define FIELD(x)	offsetof(struct conf, x)
 
-/* Promise 9: all of the original's, with its defaults.  OutAddress is the first:
- * complete() looks at who set it. */
+/* Promise 9: all settings of the original, with its defaults. */
 static const struct keyword keywords[] = {
 	{ .name = "OutAddress", .set = set_target, .show = show_target,
 	  .off = FIELD(out), .min = 1, .max = 25 },
@@ -870,6 +869,13 @@ find_keyword(const char *name)
 		if (strcasecmp(name, keywords[i].name) == 0)
 			break;
 	return i;
+}
+
+/* Returns who has set OutAddress, with a good value or not. */
+static enum source
+out_source(const struct conf *c)
+{
+	return c->seen[find_keyword("OutAddress")];
 }
 
 /*
@@ -1094,7 +1100,7 @@ complete(struct conf *c, const char *path, int there, int *errors)
 		usual_clamd(c, &at);
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
-	if (c->seen[0] == BY_NOBODY && !c->transparent && there != -1) {
+	if (out_source(c) == BY_NOBODY && !c->transparent && there != -1) {
 		logmsg(LOG_ERR, "%s: OutAddress is missing: the mail server "
 		    "that gets the mail, such as 127.0.0.1:10026", path);
 		at.errors++;
@@ -1127,7 +1133,7 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		assign(c, &at, flags[n][0], flags[n][1]);
 	there = read_file(c, path, &at.errors);
 	read_environment(c, &at.errors);
-	if (there == 0 && c->seen[0] != BY_ENVIRONMENT)	/* OutAddress */
+	if (there == 0 && out_source(c) != BY_ENVIRONMENT)
 		logmsg(LOG_WARNING, "%s: no such file", path);
 	complete(c, path, there, &at.errors);
 	if (pidfile != NULL) {

@@ -186,7 +186,7 @@ log_dialogue(const struct session *s, const char *who, const char *p, size_t n)
 {
 	const char *nl, *end = p + n;
 
-	if (!log_wants(LOG_DEBUG))
+	if (log_level < LOG_DEBUG)
 		return;
 	for (; p < end; p = nl + 1) {
 		if ((nl = memchr(p, '\n', end - p)) == NULL)
@@ -516,9 +516,9 @@ message_log(struct session *s)
 {
 	count.messages[s->result.outcome]++;
 	count.bytes += s->msg.size;
-	if (!log_is_json())
+	if (!log_json)
 		message_log_line(s);
-	else if (log_wants(LOG_INFO))
+	else if (log_level >= LOG_INFO)
 		message_log_json(s);
 }
 

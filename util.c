@@ -151,11 +151,11 @@ word_equal(const char *p, size_t n, const char *word)
  */
 
 static int log_fd = 2;
-static int log_level = LOG_WARNING;
+int log_level = LOG_WARNING;
+int log_json;
+int log_echo;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
-static int log_json;
-static int log_echo;			/* trouble goes to stderr, too */
 static unsigned long log_lost;		/* lines that nobody has seen */
 
 /* The line that is being written: bytes log_r to log_n wait, and a NUL follows. */
@@ -217,12 +217,6 @@ log_open(int level, int console)
 }
 
 void
-log_limit(int level)
-{
-	log_level = level;
-}
-
-void
 log_hold(void)
 {
 	log_held = 1;
@@ -238,18 +232,6 @@ log_format(int as_json)
 	for (p = held; *p != '\0'; p += strlen(p) + 1)
 		logmsg(*p - '0', "%s", p + 1);
 	held[0] = '\0';
-}
-
-int
-log_is_json(void)
-{
-	return log_json;
-}
-
-int
-log_wants(int level)
-{
-	return level <= log_level;
 }
 
 static ssize_t
@@ -361,12 +343,6 @@ log_retry(void)
 	    rfc3339_date(time(NULL)));
 	if (log_write(LOG_WARNING, line, n) == 0)
 		log_lost = 0;
-}
-
-void
-log_starting(int on)
-{
-	log_echo = on;
 }
 
 static void

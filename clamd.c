@@ -409,7 +409,7 @@ send_tail(struct session *s, size_t n)
 
 	if (!buf_ready(out, n + sizeof end))
 		return 0;
-	r = pread(s->msg.spool, out->b + out->w, n, s->scan.sent);
+	r = spool_read(&s->msg.spool, out->b + out->w, n, s->scan.sent);
 	if (r <= 0) {
 		s->scan.peer.err = PEER_LOCAL;
 		s->scan.peer.eof = 1;
@@ -429,7 +429,8 @@ send_next(struct session *s)
 {
 	struct scan *c = &s->scan;
 	off_t end = scan_line_len + s->msg.size, n = c->chunk_end - c->sent;
-	off_t tail = c->chunk_end == end ? TAILSZ : 0;
+	off_t tail = s->msg.spool.mem != NULL ? MEMSPOOL :
+	    c->chunk_end == end ? TAILSZ : 0;
 
 	if (n == 0)
 		return send_length(s, end - c->sent < CHUNKSZ ?
@@ -437,7 +438,8 @@ send_next(struct session *s)
 	if (n <= tail)
 		return send_tail(s, n);
 	return peer_drain(&s->scan.peer, 1) &&
-	    peer_sendfile(&s->scan.peer, s->msg.spool, &c->sent, n - tail) &&
+	    peer_sendfile(&s->scan.peer, s->msg.spool.fd, &c->sent,
+	    n - tail) &&
 	    --s->io_budget > 0;
 }
 

@@ -662,7 +662,7 @@ needs_restart(const struct conf *c)
 static int
 try_tempdir(const struct conf *c)
 {
-	int fd = spool_open(c->tempdir, 0);
+	int fd = spool_file(c->tempdir, 0);
 
 	if (fd == -1)
 		logmsg(LOG_ERR, "TempDirectory: %s cannot be written to by user "

@@ -55,6 +55,7 @@
 
 #include <sys/types.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <netinet/in.h>
 #include <stdarg.h>
@@ -87,6 +88,13 @@
 #ifndef IO_MAX
 #define IO_MAX		(1 << 18)
 #endif
+
+/* The most bytes of a message in memory: its INSTREAM frame fits a buffer.  A
+ * test build has less. */
+#ifndef MEMSPOOL
+#define MEMSPOOL	(BUFSZ - 64)
+#endif
+#define MAXMEMSPOOLS	128		/* messages in memory: 4 MiB */
 
 #define MAXADDRS	8		/* addresses of one name */
 #define MAXLISTEN	32
@@ -299,14 +307,21 @@ struct xforward {
 	struct str addr, helo;
 };
 
+/* The bytes of a message: in memory if they are few, else in a file. */
+struct spool {
+	const char *dir;		/* for the file */
+	char	*mem;			/* NULL: not in memory */
+	int	 fd;			/* -1: not in a file */
+	off_t	 size;
+};
+
 /*
  * A message: from DATA or the first BDAT to the end of the transaction.  The
- * file `spool' contains scan_line and then `size' bytes.
+ * spool contains scan_line and then `size' bytes.
  */
 struct message {
-	int	 spool;			/* -1: none */
-	off_t	 size;			/* bytes of the message, */
-	off_t	 spool_size;		/* and bytes written, scan_line included */
+	struct spool spool;
+	off_t	 size;			/* bytes of the message */
 	int	 in_bdat;		/* it comes by BDAT */
 	int	 relay_bdat;		/* and goes out by BDAT, unchanged */
 	int	 discard;		/* BDAT without a transaction */
@@ -696,12 +711,26 @@ void signals_default(void);	/* no signal is handled, ignored or blocked */
 
 extern const char scan_line[];			/* stands before the message */
 extern const size_t scan_line_len;
-/* The spool: nameless, or DebugFiles' named one (keep); -1 and errno. */
-int spool_open(const char *dir, int keep);
+/* Open a file in dir, without a name, or with one if keep is set (DebugFiles).
+ * Returns a descriptor, or -1 with errno set. */
+int spool_file(const char *dir, int keep);
+/*
+ * Open a spool.  A message of up to MEMSPOOL bytes stays in memory, unless keep
+ * is set or MAXMEMSPOOLS other messages do so.  dir must last as long as the
+ * spool.  Returns 0, or -1 with errno set.
+ */
+int spool_open(struct spool *, const char *dir, int keep);
+/* Append n pieces, which spool_write() may modify.  Returns 0, or -1 with errno
+ * set; the spool is of no more use then. */
+int spool_write(struct spool *, struct iovec *, int n);
+/* Returns the number of bytes read at offset `at', 0 at the end, or -1 with errno
+ * set. */
+ssize_t spool_read(const struct spool *, void *, size_t n, off_t at);
+void spool_close(struct spool *);
 /* Start a copy of the message in dir; done as in child_start, with the path
  * in answer, which begins with a slash; or why there is none; or nothing.  NULL
  * and errno if it cannot begin. */
-struct child *spool_quarantine(int fd, const char *dir,
+struct child *spool_quarantine(const struct spool *, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);
 void close_from(int first);			/* that descriptor and all above */
 /* In a child: close every descriptor above 2 but the n in keep, which it sorts. */

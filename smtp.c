@@ -293,9 +293,8 @@ xforward_reset(struct xforward *x)
 static void
 message_reset(struct message *m)
 {
-	if (m->spool != -1)
-		close(m->spool);
-	*m = (struct message){ .spool = -1 };
+	spool_close(&m->spool);
+	*m = (struct message){ .spool.fd = -1 };
 }
 
 static void
@@ -1986,31 +1985,15 @@ static int ngather = 1;
 static void
 spool_flush(struct session *s)
 {
-	struct iovec *v = gather;
-	off_t left = scan_line_len + s->msg.size - s->msg.spool_size;
-	ssize_t n;
+	struct iovec *v = s->msg.spool.size == 0 ? gather : gather + 1;
+	int n = gather + ngather - v;
 
-	v->iov_base = (char *)(uintptr_t)scan_line;
-	v->iov_len = s->msg.spool_size == 0 ? scan_line_len : 0;
-	while (left > 0 && s->result.outcome == OUT_NONE) {
-		n = pwritev(s->msg.spool, v, gather + ngather - v,
-		    s->msg.spool_size);
-		if (n == -1 && errno == EINTR)
-			continue;
-		if (n == -1) {
-			fail_message_errno(s, "TempDirectory");
-			break;
-		}
-		s->msg.spool_size += n;
-		left -= n;
-		for (; left > 0 && (size_t)n >= v->iov_len; v++)
-			n -= v->iov_len;
-		if (left > 0) {
-			v->iov_base = (char *)v->iov_base + n;
-			v->iov_len -= n;
-		}
-	}
+	gather[0].iov_base = (char *)(uintptr_t)scan_line;
+	gather[0].iov_len = scan_line_len;
 	ngather = 1;
+	if (n > 0 && s->result.outcome == OUT_NONE &&
+	    spool_write(&s->msg.spool, v, n) == -1)
+		fail_message_errno(s, "TempDirectory");
 }
 
 /*
@@ -2284,8 +2267,8 @@ message_begin(struct session *s)
 {
 	if (s->conf->keepalives > 0)
 		s->server.noop_at = now + s->conf->keepalives;
-	s->msg.spool = spool_open(s->conf->tempdir, s->conf->debug_files);
-	if (s->msg.spool == -1)
+	if (spool_open(&s->msg.spool, s->conf->tempdir,
+	    s->conf->debug_files) == -1)
 		fail_message_errno(s, "TempDirectory");
 }
 
@@ -2727,7 +2710,7 @@ static void
 copy_start(struct session *s)
 {
 	s->result.copying = 1;
-	s->result.child = spool_quarantine(s->msg.spool, s->conf->tempdir,
+	s->result.child = spool_quarantine(&s->msg.spool, s->conf->tempdir,
 	    on_quarantined, s, s->deadline - now);
 	if (s->result.child == NULL)
 		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
@@ -2884,7 +2867,7 @@ replay_copy(struct session *s, off_t left)
 
 	if (!buf_ready(out, 2 * TAIL))		/* each byte may be a dot */
 		return 0;
-	n = pread(s->msg.spool, chunk, n, scan_line_len + s->replay.off);
+	n = spool_read(&s->msg.spool, chunk, n, scan_line_len + s->replay.off);
 	if (n <= 0)
 		return server_lost(s, "the spool cannot be read");
 	s->replay.off += n;
@@ -2912,7 +2895,7 @@ replay_file(struct session *s, off_t left)
 
 	if (buf_len(&s->server.peer.out) > 0)
 		return 0;
-	r = peer_sendfile(&s->server.peer, s->msg.spool, &at, left);
+	r = peer_sendfile(&s->server.peer, s->msg.spool.fd, &at, left);
 	if (at != (off_t)scan_line_len + s->replay.off)
 		replay_extend(s);
 	s->replay.off = at - scan_line_len;
@@ -2960,7 +2943,8 @@ replay_next(struct session *s)
 	    s->replay.header_off;
 	off_t left = stop - s->replay.off;
 
-	if (left > TAIL && (!s->msg.has_dot_lines || s->msg.relay_bdat))
+	if (left > TAIL && s->msg.spool.mem == NULL &&
+	    (!s->msg.has_dot_lines || s->msg.relay_bdat))
 		return replay_file(s, left - TAIL);
 	if (left > 0)
 		return replay_copy(s, left);
@@ -3344,7 +3328,7 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 	s->conf = conf;
 	conf->refs++;
 	s->client.fd = fd;
-	s->server.peer.fd = s->scan.peer.fd = s->msg.spool = -1;
+	s->server.peer.fd = s->scan.peer.fd = s->msg.spool.fd = -1;
 	transaction_end(s);
 	s->peer_addr = s->client_addr = *peer;
 	s->local_addr.len = sizeof s->local_addr.u;

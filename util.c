@@ -1906,7 +1906,7 @@ spool_named(const char *dir, const char *kind, char *path, size_t n)
 
 /* Promise 7: without a name it goes with its descriptor. */
 int
-spool_open(const char *dir, int keep)
+spool_file(const char *dir, int keep)
 {
 	char path[PATH_MAX];
 	int fd = -1;
@@ -1923,19 +1923,128 @@ spool_open(const char *dir, int keep)
 	return fd;
 }
 
+static int nmemspools;
+
+int
+spool_open(struct spool *sp, const char *dir, int keep)
+{
+	sp->dir = dir;
+	sp->fd = -1;
+	sp->size = 0;
+	if (!keep && nmemspools < MAXMEMSPOOLS &&
+	    (sp->mem = mem_get()) != NULL) {
+		nmemspools++;
+		return 0;
+	}
+	sp->fd = spool_file(dir, keep);
+	return sp->fd == -1 ? -1 : 0;
+}
+
+static void
+spool_free_mem(struct spool *sp)
+{
+	if (sp->mem == NULL)
+		return;
+	mem_put(sp->mem);
+	sp->mem = NULL;
+	nmemspools--;
+}
+
+void
+spool_close(struct spool *sp)
+{
+	spool_free_mem(sp);
+	if (sp->fd != -1)
+		close(sp->fd);
+	sp->fd = -1;
+}
+
+/* Write left bytes from v on to the file, after sp->size bytes. */
+static int
+spool_write_file(struct spool *sp, struct iovec *v, int count, size_t left)
+{
+	ssize_t n;
+
+	while (left > 0) {
+		n = pwritev(sp->fd, v, count, sp->size);
+		if (n == -1 && errno == EINTR)
+			continue;
+		if (n == -1)
+			return -1;
+		sp->size += n;
+		left -= n;
+		for (; left > 0 && (size_t)n >= v->iov_len; v++, count--)
+			n -= v->iov_len;
+		if (left > 0) {
+			v->iov_base = (char *)v->iov_base + n;
+			v->iov_len -= n;
+		}
+	}
+	return 0;
+}
+
+/* The message is too large for memory. */
+static int
+spool_move(struct spool *sp)
+{
+	struct iovec v = { sp->mem, sp->size };
+
+	if ((sp->fd = spool_file(sp->dir, 0)) == -1)
+		return -1;
+	sp->size = 0;
+	if (spool_write_file(sp, &v, 1, v.iov_len) == -1)
+		return -1;
+	spool_free_mem(sp);
+	return 0;
+}
+
+int
+spool_write(struct spool *sp, struct iovec *v, int n)
+{
+	size_t total = 0;
+	int i;
+
+	for (i = 0; i < n; i++)
+		total += v[i].iov_len;
+	if (sp->mem != NULL && sp->size + total > MEMSPOOL &&
+	    spool_move(sp) == -1)
+		return -1;
+	if (sp->mem == NULL)
+		return spool_write_file(sp, v, n, total);
+	for (i = 0; i < n; i++) {
+		memcpy(sp->mem + sp->size, v[i].iov_base, v[i].iov_len);
+		sp->size += v[i].iov_len;
+	}
+	return 0;
+}
+
+ssize_t
+spool_read(const struct spool *sp, void *to, size_t n, off_t at)
+{
+	if (sp->mem == NULL)
+		return pread(sp->fd, to, n, at);
+	if (at > sp->size)
+		return 0;
+	if ((off_t)n > sp->size - at)
+		n = sp->size - at;
+	memcpy(to, sp->mem + at, n);
+	return n;
+}
+
 struct quarantine {
-	int	 from, to;
+	const struct spool *from;
+	int	 to;
 	char	 scratch[PATH_MAX], copy[PATH_MAX];
 	const char *dir;
 };
 
 static int
-copy_file(int from, int to)
+copy_file(const struct spool *from, int to)
 {
 	off_t at = scan_line_len;
 	ssize_t n;
 
-	while ((n = pread(from, shared, sizeof shared, at)) > 0) {
+	while ((n = spool_read(from, shared, sizeof shared, at)) > 0) {
 		if ((n = write(to, shared, n)) == -1)
 			return -1;
 		at += n;
@@ -2019,18 +2128,18 @@ quarantine_names(struct quarantine *q)
 }
 
 struct child *
-spool_quarantine(int fd, const char *dir,
+spool_quarantine(const struct spool *sp, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
 {
 	static struct quarantine q;
 	struct child *c;
 	int err;
 
-	q.from = fd;
+	q.from = sp;
 	q.dir = dir;
 	if (quarantine_names(&q) == -1)
 		return NULL;
-	c = child_start(quarantine_work, &q, fd, q.to, q.scratch, q.copy, done,
+	c = child_start(quarantine_work, &q, sp->fd, q.to, q.scratch, q.copy, done,
 	    ctx, ms);
 	err = errno;
 	if (c == NULL)

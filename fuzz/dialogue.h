@@ -488,7 +488,8 @@ scan(struct session *s, struct text *out)
 	char head[64], *p = malloc(s->msg.size + 1);
 
 	CHECK(p != NULL, "memory");
-	CHECK(pread(s->msg.spool, p, s->msg.size + 1, scan_line_len) == s->msg.size,
+	CHECK(spool_read(&s->msg.spool, p, s->msg.size + 1,
+	    scan_line_len) == s->msg.size,
 	    "the spool is not as long as the daemon thinks");
 	snprintf(head, sizeof head, "M %zu ", (size_t)s->msg.size);
 	text_puts(out, head);

@@ -133,7 +133,7 @@ new_session(struct conf *conf)
 	s->conf = conf;
 	s->client.fd = dup(null_fd);
 	s->server.peer.fd = dup(null_fd);
-	s->scan.peer.fd = s->msg.spool = -1;
+	s->scan.peer.fd = s->msg.spool.fd = -1;
 	s->client_addr.len = sizeof s->client_addr.u.in;
 	s->client_addr.u.in.sin_family = AF_INET;
 	s->peer_addr = s->client_addr;

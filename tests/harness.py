@@ -28,6 +28,7 @@ CLAMSMTPD = os.path.abspath(
 READ_AGAIN = "clamsmtpd.conf: read again"
 GOOD = b"Subject: x\r\n\r\nnothing\r\n"
 BAD = b"Subject: x\r\n\r\nEICAR\r\n"
+LARGE = GOOD + 600 * (70 * b"x" + b"\r\n")    # does not stay in memory
 EICAR = b"EICAR"            # what the scripted clamd calls a virus
 VIRUS = "Eicar-Test-Signature"
 HEADER = b"X-Virus-Scanned: ClamAV using ClamSMTP\r\n"

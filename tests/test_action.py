@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from harness import (CLOSE, GOOD, HEADER, Hold, NINE, VIRUS, environment, finish_file,
+from harness import (CLOSE, EICAR, GOOD, HEADER, Hold, LARGE, NINE, VIRUS, environment, finish_file,
                      never, processes, same, turns, until, wait_file)
 
 BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
@@ -381,7 +381,8 @@ def test_directory_without_fsync_is_good_enough_for_a_copy(site, faulty_build):
 def test_quarantine_that_fails_logs_the_reason(site, faulty_build, fault, why):
     """Whatever fails, the log has its error and nothing is left."""
     site.start(Quarantine="on", binary=faulty_build, env={"FAULT": fault})
-    site.session().mail(body=BAD, want="451 4.3.0 Local Error")
+    site.session().mail(body=LARGE + EICAR + b"\r\n",
+                        want="451 4.3.0 Local Error")
     site.daemon.wait_log("^100000: quarantine in %s: (%s)$" % (site.spool, why))
     until(lambda: os.listdir(site.spool) == [], "half of a copy is removed")
 
@@ -438,7 +439,7 @@ def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
     client.envelope()
     os.rename(site.spool, site.spool + ".away")
     client.cmd("DATA", "354")
-    client.send(b"Subject: x\r\n\r\nNOOP\r\nRSET\r\nQUIT\r\n")
+    client.send(LARGE + b"NOOP\r\nRSET\r\nQUIT\r\n")
     other = site.session()
     other.quit()
     os.rename(site.spool + ".away", site.spool)

@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from harness import (BAD, GOOD, Hold, VIRUS, localhost, mounting, same, sanitized,
+from harness import (BAD, GOOD, HEADER, Hold, LARGE, VIRUS, localhost, mounting, same, sanitized,
                      tmpfs, turns, until, wait_file)
 
 
@@ -56,20 +56,78 @@ def test_a_disk_that_is_full_before_a_message_is_452(site, small, how):
     late.envelope()
     if how == "DATA":
         late.cmd("DATA", "354")
-        late.send(b"Subject: x\r\n\r\nNOOP\r\n")
+        late.send(LARGE + b"NOOP\r\n")
         turns(site)
         site.daemon.rests()
         late.send(b"QUIT\r\n.\r\n")
     else:
-        late.chunk(b"Subject: x\r\n\r\nQUIT\r\n", last=True)
+        late.chunk(LARGE + b"QUIT\r\n", last=True)
     late.expect("452 4.3.1 Local Error")
+    late.mail(body=GOOD)        # a small message needs no disk
     hold.go()
     early.expect("250 2.0.0 queued")
     os.unlink(file)
-    late.mail(body=GOOD)
-    assert len(site.hop.messages) == 2
+    late.mail(body=LARGE)
+    assert len(site.hop.messages) == 3
     assert "NOOP" not in site.hop.commands and "QUIT" not in \
         site.hop.sessions[1].commands
+
+
+def spool_files(site):
+    """How many files in TempDirectory the daemon has open, nameless ones too."""
+    return sum(name.startswith(site.spool + "/")
+               for name in site.daemon.open_files())
+
+
+MEMORY = 32768 - 64 - len("Received: by smtp.passthru\r\n")
+
+
+@pytest.mark.parametrize("how", ["DATA", "BDAT"])
+@pytest.mark.parametrize("size, files", [(MEMORY - 1, 0), (MEMORY, 0),
+                                         (MEMORY + 1, 1), (3 * MEMORY, 1)])
+def test_message_up_to_a_buffer_needs_no_file(site, size, files, how):
+    """Its bytes are the same in memory, in a file, and after the move."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.hop.ehlo.append("CHUNKING")
+    site.start()
+    body = b"Subject: x\r\n\r\n.\0" + b"0123456789" * 10000
+    body = body[:size - 2] + b"\r\n"
+    client = site.session()
+    client.envelope()
+    if how == "DATA":
+        client.cmd("DATA", "354")
+        client.send(body.replace(b"\n.", b"\n..") + b".\r\n")
+    else:
+        client.chunk(body[:size // 2])
+        client.expect("250")
+        client.chunk(body[size // 2:], last=True)
+    hold.reached()
+    assert spool_files(site) == files
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    same(site.hop.messages[0].body.replace(HEADER, b""), body)
+    same(site.clamd.scans[0].mail, body)
+    client.quit()
+
+
+def test_memory_for_messages_is_limited_and_given_back(site):
+    """The 129th message that is held at once goes to a file."""
+    site.start(MaxConnections="200", MaxScans="200")
+    clients = [site.session() for _ in range(130)]
+    for client in clients:
+        client.begin(GOOD)
+    turns(site)
+    assert spool_files(site) == 2
+    for client in clients:
+        client.send(b".\r\n")
+        client.expect("250 2.0.0 queued")
+    again = clients[0]
+    again.begin(GOOD)
+    turns(site)
+    assert spool_files(site) == 0
+    again.send(b".\r\n")
+    again.expect("250 2.0.0 queued")
 
 
 @pytest.mark.core
@@ -120,10 +178,10 @@ def test_a_temp_directory_that_is_read_only_is_451(site, small):
         subprocess.run(["true"], check=True, preexec_fn=mounting(
             ("none", site.spool, "", 0x20 | flags, ""), of=site.daemon.pid))
     remount(1)
-    client.mail(want="451 4.3.0 Local Error")
-    client.cmd("NOOP", "250")
-    remount(0)
+    client.mail(body=LARGE, want="451 4.3.0 Local Error")
     client.mail()
+    remount(0)
+    client.mail(body=LARGE)
     client.quit()
 
 
@@ -216,7 +274,7 @@ def test_out_of_descriptors_in_a_message(site, left, want):
     site.start()
     client, other = site.session(), site.session()
     leave_descriptors(site.daemon, left)
-    client.mail(want=want)
+    client.mail(body=LARGE, want=want)
     other.cmd("NOOP", "250")
     leave_descriptors(site.daemon, 100)
     client.mail()

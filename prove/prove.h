@@ -7,7 +7,7 @@ static size_t
 depth(int argc, char **argv, size_t standard)
 {
 	LLVMFuzzerInitialize(&argc, &argv);
-	log_limit(LOG_ERR);		/* do not log each of millions of runs */
+	log_level = LOG_ERR;		/* do not log each of millions of runs */
 	return argc > 1 ? strtoul(argv[1], NULL, 10) : standard;
 }
 

@@ -30,7 +30,6 @@
 
 #define ACCEPTS		64		/* from one listener in one pass */
 #define PAUSE_TIME	SECOND		/* without accept() after it failed */
-#define TRIM_TIME	(2 * SECOND)	/* idle: give unused buffers back after */
 #define STORE_NAME	"clamsmtpd_"	/* of listeners in systemd's store */
 #define NOTIFY_TIME	(5 * SECOND)	/* for room at systemd, at the start */
 #define MAXHTTP		8		/* clients of the status page */
@@ -55,27 +54,18 @@ static void signals_poll(void), watchdog_poll(void), http_poll(void),
     listeners_poll(void), handle_signals(void);
 
 /* Build the poll set, in the order in which those that are ready are served:
- * sessions, which may end and make room, before new clients.  Returns 1 if the
- * set contains all sessions. */
-static int
+ * sessions, which may end and make room, before new clients. */
+static void
 collect(int in_vain)
 {
-	int full;
-
 	signals_poll();
-	children_poll();
 	watchdog_poll();
 	clamd_poll();
 	http_poll();
-	full = sessions_poll(in_vain);
+	sessions_poll(in_vain);
 	listeners_poll();
 	if (stopping)
 		poll_deadline(drain_until);
-	if (has_spares())
-		poll_deadline(now + TRIM_TIME);
-	if (log_is_behind())
-		poll_deadline(now + SECOND);
-	return full;
 }
 
 static int
@@ -88,15 +78,11 @@ is_over(void)
 static void
 serve(void)
 {
-	int full, ready = 1;
+	int ready = 1;
 
 	while (!is_over()) {
-		full = collect(ready == 0);
+		collect(ready == 0);
 		ready = poll_wait();
-		if (ready == 0 && full) {
-			spares_free();
-			log_retry();
-		}
 		sessions_run();
 		handle_signals();
 		sessions_reap();
@@ -1777,23 +1763,6 @@ warn_missing(const struct conf *c)
 		    "this system", c->tempdir);
 }
 
-/*
- * Keep nothing of the program that started us: not its signal mask and ignored
- * signals, nor its descriptors above 2, which may hold a lock.  Open descriptors
- * 0 to 2, so that no socket becomes one of them.
- */
-static void
-inherit_nothing(void)
-{
-	int fd;
-
-	signals_default();
-	do
-		fd = open("/dev/null", O_RDWR);
-	while (fd >= 0 && fd <= 2);
-	close_from(3 + listen_fds());
-}
-
 int
 main(int argc, char **argv)
 {
@@ -1802,12 +1771,12 @@ main(int argc, char **argv)
 
 	if (argc == 0)
 		return 2;
-	inherit_nothing();
+	inherit_nothing(listen_fds());
 	options_read(&o, argv);
 	to_syslog = o.level < 0 || o.foreground;
 	if (o.level < 0)
 		o.level = LOG_INFO - LOG_ERR;
-	now = monotonic();
+	loop_prepare();
 	count.started = time(NULL);
 	if (o.check || o.health)	/* -n tells the new names of old settings */
 		log_level = o.check ? LOG_INFO : LOG_ERR;
@@ -1856,7 +1825,6 @@ main(int argc, char **argv)
 	log_echo = 0;
 	if (geteuid() == 0)
 		logmsg(LOG_WARNING, "running as root is NOT recommended");
-	peer_reserve();
 	sandbox(conf);
 	listeners_log(conf);
 	resolve_all(conf);

@@ -446,12 +446,9 @@ extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
  * the settings. */
 void session_accept(int fd, const struct addr *, struct conf *);
 
-/*
- * Add the sessions to the poll set.  in_vain: the last poll() returned nothing.
- * Returns 1 in a full pass, which is for all sessions, and 0 in a pass for those
- * that ran lately.
- */
-int sessions_poll(int in_vain);
+/* Add sessions to the poll set: all of them, or only those that ran lately.
+ * in_vain: the last poll() returned nothing. */
+void sessions_poll(int in_vain);
 
 /* Run each session that was woken or whose next_time has come; if run_all is
  * set, run them all. */
@@ -523,8 +520,6 @@ void die(int status, const char *fmt, ...)
  * later ones as text or JSON.  A message without room is written at once. */
 void log_hold(void);
 void log_format(int json);
-int log_is_behind(void);			/* log_retry() is to be called soon: */
-void log_retry(void);				/* write what waits; say what is lost */
 
 /* A line of JSON that tells of a mail: json_begin, fields, json_end.  A text is
  * cut with "..."; and the lines of a list p: the last of them is "..." then. */
@@ -534,7 +529,6 @@ void json_number(const char *name, long long);
 void json_lines(const char *name, const char *p);
 void json_end(int level);
 
-int64_t monotonic(void);			/* ms */
 
 /* The effective user, a number if it has no name.  The first call, which reads
  * passwd(5), is before the loop and after the last change of the user. */
@@ -583,16 +577,14 @@ int buf_ready(struct buf *, size_t n);
 void buf_put(struct buf *, const void *, size_t n);	/* after buf_ready() */
 void buf_eat(struct buf *, size_t n);
 void buf_free(struct buf *);
-int has_spares(void);				/* memory of buffers is kept */
-void spares_free(void);				/* idle: give it back */
-extern int nomem;				/* buf_ready had no memory */
 
 int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
 int str_set(struct str *, const char *, size_t n);
 void str_free(struct str *);
 
-/* At the start: the memory that peer_fill() reads into. */
-void peer_reserve(void);
+/* Before the loop: set now, and take the memory that peer_fill() reads into, so
+ * that no message needs more than another. */
+void loop_prepare(void);
 /* Read once.  1: something came (bytes, eof); 0: nothing there. */
 int peer_fill(struct peer *);
 /* After the session ran: keep what is left of the shared buffer.  -1: no
@@ -638,9 +630,6 @@ const char *target_text(const struct target *);
  * change.  Nothing happens when the target has no such address (any more). */
 void target_worked(struct target *, const struct addr *);
 void target_put(struct target *);		/* drop a reference; may be NULL */
-/* Give the target the n addresses (struct addr, at any alignment) that a
- * look-up has found.  The one that worked last stays first if it is there. */
-void target_set(struct target *, const void *addr, int n);
 /* Look the target's name up in a child unless that was done in the last minute;
  * force: in the last 5 s, for a target whose address was of no use.  Returns at
  * once; all sessions run when there is a result. */
@@ -679,18 +668,8 @@ extern int run_all;			/* run every session */
 void session_wake(struct session *);
 void session_rest(struct session *);
 
-/*
- * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
- * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
- * the loop with the n bytes that it wrote to out, and a NUL; n is 0 if it failed
- * or took longer than ms.  Then the files scratch and copy (NULL: none) are
- * removed, unless the answer is the name of copy and done was called.  Returns
- * NULL and sets errno if there can be no child.
- */
-struct child *child_start(void (*work)(int out, void *arg), void *arg,
-    int keep1, int keep2, const char *scratch, const char *copy,
-    void (*done)(void *ctx, const char *answer, size_t n), void *ctx, int64_t ms);
-void child_forget(struct child *);		/* done is not to be called */
+/* The child's caller is gone: it gets no answer. */
+void child_forget(struct child *);
 
 /* Returns 1 when one more child may make a copy, 0 when MAXCOPIES do.  All
  * sessions run when that has changed. */
@@ -704,10 +683,15 @@ void virusaction_start(unsigned id, const char *command, char **env, int64_t ms)
 int virusaction_left(void);	/* 1 while one runs or waits, else 0 */
 void env_free(char **env);
 
-void children_poll(void);	/* add them to the poll set, stop the late ones */
 void children_reap(void);	/* after SIGCHLD */
 void children_kill(void);	/* the daemon ends: kill and reap them all */
-void signals_default(void);	/* no signal is handled, ignored or blocked */
+/*
+ * At the start: keep nothing of the program that started us, neither its signal
+ * mask and ignored signals, nor its descriptors above 2, which may hold a lock,
+ * except the first nkept.  Descriptors 0 to 2 are opened if need be, so that no
+ * socket becomes one of them.
+ */
+void inherit_nothing(int nkept);
 
 extern const char scan_line[];			/* stands before the message */
 extern const size_t scan_line_len;
@@ -732,6 +716,3 @@ void spool_close(struct spool *);
  * and errno if it cannot begin. */
 struct child *spool_quarantine(const struct spool *, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);
-void close_from(int first);			/* that descriptor and all above */
-/* In a child: close every descriptor above 2 but the n in keep, which it sorts. */
-void close_all_but(int *keep, int n);

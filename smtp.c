@@ -3499,7 +3499,7 @@ npolled(void)
 	return table.full ? table.n : table.nactive;
 }
 
-int
+void
 sessions_poll(int in_vain)
 {
 	int i;
@@ -3516,7 +3516,6 @@ sessions_poll(int in_vain)
 		if (now - table.v[i]->ran_at >= ACTIVE_TIME)
 			session_idle(table.v[i]);
 	}
-	return table.full;
 }
 
 void

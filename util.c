@@ -38,6 +38,7 @@
 
 #define SPARE_BUFS	8
 #define POLL_TIME	(60 * SECOND)	/* the longest sleep */
+#define IDLE_TIME	SECOND		/* nothing was ready: tidy up */
 #define NOMEM_PAUSE	100		/* ms; before memory is asked for again */
 #define LOOKUP_LIMIT	(30 * SECOND)	/* for one look-up */
 #define LOOKUP_RETRY	(5 * SECOND)	/* after one that was of no use */
@@ -323,13 +324,13 @@ log_write(int level, const char *text, size_t n)
 	return -1;
 }
 
-int
+static int
 log_is_behind(void)
 {
 	return log_lost > 0 || log_n > 0;
 }
 
-void
+static void
 log_retry(void)
 {
 	char line[128];
@@ -551,7 +552,8 @@ user_name(void)
 	return name;
 }
 
-int64_t
+/* ms */
+static int64_t
 monotonic(void)
 {
 	struct timespec t;
@@ -640,7 +642,7 @@ rfc5322_date(void)
 
 static char *spare[SPARE_BUFS];
 static int nspare;
-int nomem;
+static int nomem;		/* there was no memory for a buffer */
 
 static char *
 mem_get(void)
@@ -663,13 +665,7 @@ mem_put(char *b)
 		free(b);
 }
 
-int
-has_spares(void)
-{
-	return nspare > 0;
-}
-
-void
+static void
 spares_free(void)
 {
 	while (nspare > 0)
@@ -773,10 +769,10 @@ str_free(struct str *p)
  * Peers.
  */
 
-/* Its pages are taken now, so that no mail needs more memory than another. */
 void
-peer_reserve(void)
+loop_prepare(void)
 {
+	now = monotonic();
 	memset(shared, 0, sizeof shared);
 }
 
@@ -1131,126 +1127,6 @@ addr_lookup(const char *name, unsigned port, struct addr *addr)
 	return n;
 }
 
-static int
-socket_exists(const struct addr *a)
-{
-	struct stat st;
-
-	return a->u.sa.sa_family != AF_UNIX ||
-	    stat(a->u.un.sun_path, &st) == 0;
-}
-
-int
-target_next(const struct target *t, unsigned tried)
-{
-	int i, n;
-
-	for (n = 0; n < t->naddr; n++) {
-		i = (t->first + n) % t->naddr;
-		if ((tried & 1U << i) == 0 &&
-		    (t->naddr == 1 || socket_exists(&t->addr[i])))
-			return i;
-	}
-	return t->naddr > 0 && tried == 0 ? t->first : -1;
-}
-
-const char *
-target_text(const struct target *t)
-{
-	const struct addr *a;
-
-	if (t->name != NULL || t->naddr <= 1)
-		return t->text;
-	a = &t->addr[target_next(t, 0)];
-	return socket_exists(a) ? a->u.un.sun_path : t->text;
-}
-
-void
-target_worked(struct target *t, const struct addr *a)
-{
-	int i, was = t->first;
-
-	for (i = 0; i < t->naddr && !addr_equal(&t->addr[i], a); i++)
-		;
-	if (i == t->naddr || i == was)
-		return;
-	t->first = i;
-	if (socket_exists(&t->addr[was]))
-		logmsg(LOG_NOTICE, "%s: %s works and is tried first from now on",
-		    t->text, addr_text(a));
-}
-
-void
-target_set(struct target *t, const void *addr, int n)
-{
-	struct addr worked = t->addr[t->first];
-	int i;
-
-	memcpy(t->addr, addr, n * sizeof t->addr[0]);
-	t->naddr = n;
-	for (i = 0; i < n && !addr_equal(&t->addr[i], &worked); i++)
-		;
-	t->first = i < n ? i : 0;
-}
-
-void
-target_put(struct target *t)
-{
-	if (t == NULL || --t->refs > 0)
-		return;
-	free(t->text);
-	free(t->name);
-	free(t);
-}
-
-static void
-lookup_work(int out, void *arg)
-{
-	struct target *t = arg;
-	struct addr addr[MAXADDRS];
-	int n;
-
-	n = addr_lookup(t->name, t->port, addr);
-	if (write(out, addr, n * sizeof addr[0]) == -1)
-		_exit(1);
-}
-
-static void
-on_lookup(void *ctx, const char *answer, size_t n)
-{
-	struct target *t = ctx;
-
-	t->resolving = 0;
-	if (n == 0 || n % sizeof t->addr[0] != 0)
-		logmsg(LOG_WARNING, "%s: no address found for this name%s",
-		    t->text, t->naddr > 0 ? "; the old one stays" : "");
-	else
-		target_set(t, answer, n / sizeof t->addr[0]);
-	run_all = 1;			/* sessions may wait for the address */
-	target_put(t);
-}
-
-void
-target_resolve(struct target *t, int force)
-{
-	int64_t age = now - t->resolved_at;
-
-	if (t->name == NULL || t->resolving)
-		return;
-	if (t->resolved_at != 0 && age < (force || t->naddr == 0 ?
-	    LOOKUP_RETRY : LOOKUP_TIME))
-		return;
-	t->resolved_at = now;
-	t->resolving = 1;
-	t->refs++;
-	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
-	    LOOKUP_LIMIT) != NULL)
-		return;
-	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
-	t->resolving = 0;
-	t->refs--;
-}
-
 int
 addr_connect(const struct addr *a, int *done)
 {
@@ -1379,117 +1255,6 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 }
 
 /*
- * The poll set, which is built again in each pass of the loop, and the sessions
- * that are to run whatever poll() returns.
- */
-
-int64_t now;
-int run_all;
-struct session *runnable;		/* in the order in which they were woken */
-
-static struct session **runnable_end = &runnable;
-static struct pollfd *fds;
-static struct handler {
-	void	(*ready)(void *, int);
-	void	*arg;
-} *handlers;
-static int nfds, fds_size;
-static int64_t poll_until;
-
-void
-poll_add(int fd, int events, void (*ready)(void *, int), void *arg)
-{
-	int size = fds_size * 2 + 64;
-	struct pollfd *f;
-	struct handler *h;
-
-	if (nfds == fds_size) {
-		if ((f = realloc(fds, size * sizeof *f)) != NULL)
-			fds = f;
-		if ((h = realloc(handlers, size * sizeof *h)) != NULL)
-			handlers = h;
-		if (f == NULL || h == NULL) {
-			nomem = 1;	/* the next pass adds it */
-			return;
-		}
-		fds_size = size;
-	}
-	fds[nfds].fd = fd;
-	fds[nfds].events = events;
-	fds[nfds].revents = 0;
-	handlers[nfds].ready = ready;
-	handlers[nfds++].arg = arg;
-}
-
-void
-poll_deadline(int64_t t)
-{
-	if (t != 0 && t < poll_until)
-		poll_until = t;
-}
-
-/* Only time brings memory back, so every session tries again after a pause.  A
- * signal ends it, for the pipe of the signals is the first in the set. */
-static void
-nomem_pause(void)
-{
-	poll(fds, nfds > 0, NOMEM_PAUSE);
-	nomem = 0;
-	run_all = 1;
-}
-
-int
-poll_wait(void)
-{
-	int i, r, n;
-
-	if (nomem)
-		nomem_pause();
-	if (run_all || runnable != NULL)
-		poll_until = 0;
-	n = poll(fds, nfds, poll_until > now ? poll_until - now : 0);
-	now = monotonic();
-	for (i = 0; n > 0 && i < nfds; i++) {
-		r = fds[i].revents;
-		if (r == 0)
-			continue;
-		/* The read or write that follows finds out what failed. */
-		if (r & (POLLERR | POLLHUP | POLLNVAL))
-			r |= fds[i].events;
-		handlers[i].ready(handlers[i].arg, r);
-	}
-	nfds = 0;
-	poll_until = now + POLL_TIME;
-	return n;
-}
-
-void
-session_wake(struct session *s)
-{
-	if (s->runnable)
-		return;
-	s->runnable = 1;
-	s->next_runnable = NULL;
-	*runnable_end = s;
-	runnable_end = &s->next_runnable;
-}
-
-void
-session_rest(struct session *s)
-{
-	struct session **p;
-
-	if (!s->runnable)
-		return;
-	for (p = &runnable; *p != s; p = &(*p)->next_runnable)
-		;
-	*p = s->next_runnable;
-	if (*p == NULL)
-		runnable_end = p;
-	s->runnable = 0;
-}
-
-/*
  * Child processes.  A worker runs no other program.  It does what would stop the
  * loop (promise 5), which are look-ups and quarantine copies, and answers
  * through a pipe.  A VirusAction is a shell command in a process group of its
@@ -1518,7 +1283,58 @@ struct child {
 };
 static struct child *children;		/* the oldest first */
 
-void
+static void
+close_between(int first, int last)
+{
+	struct dirent *entry;
+	struct rlimit r;
+	DIR *open_ones;
+	int64_t fd;
+
+#ifdef SYS_close_range
+	if (syscall(SYS_close_range, first, last, 0) == 0)
+		return;
+#endif
+	/* The limit may be a billion. */
+	if ((open_ones = opendir("/proc/self/fd")) != NULL) {
+		while ((entry = readdir(open_ones)) != NULL) {
+			if (parse_number(entry->d_name, "", &fd) == 1 &&
+			    fd >= first && fd <= last &&
+			    fd != dirfd(open_ones))
+				close(fd);
+		}
+		closedir(open_ones);
+		return;
+	}
+	getrlimit(RLIMIT_NOFILE, &r);
+	for (; first <= last && (rlim_t)first < r.rlim_cur; first++)
+		close(first);
+}
+
+/* Close every descriptor above 2 but the n in keep, which it sorts. */
+static void
+close_all_but(int *keep, int n)
+{
+	int i, j, t, first = 3;
+
+	for (i = 1; i < n; i++)		/* in ascending order */
+		for (j = i; j > 0 && keep[j - 1] > keep[j]; j--) {
+			t = keep[j];
+			keep[j] = keep[j - 1];
+			keep[j - 1] = t;
+		}
+	for (i = 0; i < n; i++) {
+		if (keep[i] < first)
+			continue;
+		if (keep[i] > first)
+			close_between(first, keep[i] - 1);
+		first = keep[i] + 1;
+	}
+	close_between(first, INT_MAX);
+}
+
+/* Handle, ignore and block no signal. */
+static void
 signals_default(void)
 {
 	sigset_t none;
@@ -1528,6 +1344,18 @@ signals_default(void)
 		signal(sig, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+void
+inherit_nothing(int nkept)
+{
+	int fd;
+
+	signals_default();
+	do
+		fd = open("/dev/null", O_RDWR);
+	while (fd >= 0 && fd <= 2);
+	close_between(3 + nkept, INT_MAX);
 }
 
 /* Signals are blocked during fork(), or the child would write those that all of
@@ -1604,7 +1432,15 @@ child_room(void)
 	return n < MAXCOPIES;
 }
 
-struct child *
+/*
+ * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
+ * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
+ * the loop with the n bytes that it wrote to out, and a NUL; n is 0 if it failed
+ * or took longer than ms.  Then the files scratch and copy (NULL: none) are
+ * removed, unless the answer is the name of copy and done was called.  Returns
+ * NULL and sets errno if there can be no child.
+ */
+static struct child *
 child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
     const char *scratch, const char *copy,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
@@ -1825,7 +1661,7 @@ child_late(struct child *c)
 	child_signal(c, sig);
 }
 
-void
+static void
 children_poll(void)
 {
 	struct child *c;
@@ -1879,6 +1715,253 @@ children_kill(void)
 		if (c->copy != NULL)
 			files_remove(c);
 	}
+}
+
+/*
+ * Targets.
+ */
+
+static int
+socket_exists(const struct addr *a)
+{
+	struct stat st;
+
+	return a->u.sa.sa_family != AF_UNIX ||
+	    stat(a->u.un.sun_path, &st) == 0;
+}
+
+int
+target_next(const struct target *t, unsigned tried)
+{
+	int i, n;
+
+	for (n = 0; n < t->naddr; n++) {
+		i = (t->first + n) % t->naddr;
+		if ((tried & 1U << i) == 0 &&
+		    (t->naddr == 1 || socket_exists(&t->addr[i])))
+			return i;
+	}
+	return t->naddr > 0 && tried == 0 ? t->first : -1;
+}
+
+const char *
+target_text(const struct target *t)
+{
+	const struct addr *a;
+
+	if (t->name != NULL || t->naddr <= 1)
+		return t->text;
+	a = &t->addr[target_next(t, 0)];
+	return socket_exists(a) ? a->u.un.sun_path : t->text;
+}
+
+void
+target_worked(struct target *t, const struct addr *a)
+{
+	int i, was = t->first;
+
+	for (i = 0; i < t->naddr && !addr_equal(&t->addr[i], a); i++)
+		;
+	if (i == t->naddr || i == was)
+		return;
+	t->first = i;
+	if (socket_exists(&t->addr[was]))
+		logmsg(LOG_NOTICE, "%s: %s works and is tried first from now on",
+		    t->text, addr_text(a));
+}
+
+/* Give the target the n addresses that a look-up has found, at any alignment.  The
+ * one that worked last stays first. */
+static void
+target_set(struct target *t, const void *addr, int n)
+{
+	struct addr worked = t->addr[t->first];
+	int i;
+
+	memcpy(t->addr, addr, n * sizeof t->addr[0]);
+	t->naddr = n;
+	for (i = 0; i < n && !addr_equal(&t->addr[i], &worked); i++)
+		;
+	t->first = i < n ? i : 0;
+}
+
+void
+target_put(struct target *t)
+{
+	if (t == NULL || --t->refs > 0)
+		return;
+	free(t->text);
+	free(t->name);
+	free(t);
+}
+
+static void
+lookup_work(int out, void *arg)
+{
+	struct target *t = arg;
+	struct addr addr[MAXADDRS];
+	int n;
+
+	n = addr_lookup(t->name, t->port, addr);
+	if (write(out, addr, n * sizeof addr[0]) == -1)
+		_exit(1);
+}
+
+static void
+on_lookup(void *ctx, const char *answer, size_t n)
+{
+	struct target *t = ctx;
+
+	t->resolving = 0;
+	if (n == 0 || n % sizeof t->addr[0] != 0)
+		logmsg(LOG_WARNING, "%s: no address found for this name%s",
+		    t->text, t->naddr > 0 ? "; the old one stays" : "");
+	else
+		target_set(t, answer, n / sizeof t->addr[0]);
+	run_all = 1;			/* sessions may wait for the address */
+	target_put(t);
+}
+
+void
+target_resolve(struct target *t, int force)
+{
+	int64_t age = now - t->resolved_at;
+
+	if (t->name == NULL || t->resolving)
+		return;
+	if (t->resolved_at != 0 && age < (force || t->naddr == 0 ?
+	    LOOKUP_RETRY : LOOKUP_TIME))
+		return;
+	t->resolved_at = now;
+	t->resolving = 1;
+	t->refs++;
+	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
+	    LOOKUP_LIMIT) != NULL)
+		return;
+	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
+	t->resolving = 0;
+	t->refs--;
+}
+
+/*
+ * The poll set, which is built again in each pass of the loop, and the sessions
+ * that are to run whatever poll() returns.
+ */
+
+int64_t now;
+int run_all;
+struct session *runnable;		/* in the order in which they were woken */
+
+static struct session **runnable_end = &runnable;
+static struct pollfd *fds;
+static struct handler {
+	void	(*ready)(void *, int);
+	void	*arg;
+} *handlers;
+static int nfds, fds_size;
+static int64_t poll_until;
+
+void
+poll_add(int fd, int events, void (*ready)(void *, int), void *arg)
+{
+	int size = fds_size * 2 + 64;
+	struct pollfd *f;
+	struct handler *h;
+
+	if (nfds == fds_size) {
+		if ((f = realloc(fds, size * sizeof *f)) != NULL)
+			fds = f;
+		if ((h = realloc(handlers, size * sizeof *h)) != NULL)
+			handlers = h;
+		if (f == NULL || h == NULL) {
+			nomem = 1;	/* the next pass adds it */
+			return;
+		}
+		fds_size = size;
+	}
+	fds[nfds].fd = fd;
+	fds[nfds].events = events;
+	fds[nfds].revents = 0;
+	handlers[nfds].ready = ready;
+	handlers[nfds++].arg = arg;
+}
+
+void
+poll_deadline(int64_t t)
+{
+	if (t != 0 && t < poll_until)
+		poll_until = t;
+}
+
+/* Only time brings memory back, so every session tries again after a pause.  A
+ * signal ends it, for the pipe of the signals is the first in the set. */
+static void
+nomem_pause(void)
+{
+	poll(fds, nfds > 0, NOMEM_PAUSE);
+	nomem = 0;
+	run_all = 1;
+}
+
+int
+poll_wait(void)
+{
+	static int64_t ready_at;
+	int i, r, n;
+
+	children_poll();
+	if (nspare > 0 || log_is_behind())
+		poll_deadline(now + IDLE_TIME);
+	if (nomem)
+		nomem_pause();
+	if (run_all || runnable != NULL)
+		poll_until = 0;
+	n = poll(fds, nfds, poll_until > now ? poll_until - now : 0);
+	now = monotonic();
+	if (n != 0)
+		ready_at = now;
+	else if (now - ready_at >= IDLE_TIME) {
+		spares_free();
+		log_retry();
+	}
+	for (i = 0; n > 0 && i < nfds; i++) {
+		r = fds[i].revents;
+		if (r == 0)
+			continue;
+		/* The read or write that follows finds out what failed. */
+		if (r & (POLLERR | POLLHUP | POLLNVAL))
+			r |= fds[i].events;
+		handlers[i].ready(handlers[i].arg, r);
+	}
+	nfds = 0;
+	poll_until = now + POLL_TIME;
+	return n;
+}
+
+void
+session_wake(struct session *s)
+{
+	if (s->runnable)
+		return;
+	s->runnable = 1;
+	s->next_runnable = NULL;
+	*runnable_end = s;
+	runnable_end = &s->next_runnable;
+}
+
+void
+session_rest(struct session *s)
+{
+	struct session **p;
+
+	if (!s->runnable)
+		return;
+	for (p = &runnable; *p != s; p = &(*p)->next_runnable)
+		;
+	*p = s->next_runnable;
+	if (*p == NULL)
+		runnable_end = p;
+	s->runnable = 0;
 }
 
 /*
@@ -2147,59 +2230,4 @@ spool_quarantine(const struct spool *sp, const char *dir,
 	close(q.to);
 	errno = err;
 	return c;
-}
-
-static void
-close_between(int first, int last)
-{
-	struct dirent *entry;
-	struct rlimit r;
-	DIR *open_ones;
-	int64_t fd;
-
-#ifdef SYS_close_range
-	if (syscall(SYS_close_range, first, last, 0) == 0)
-		return;
-#endif
-	/* The limit may be a billion. */
-	if ((open_ones = opendir("/proc/self/fd")) != NULL) {
-		while ((entry = readdir(open_ones)) != NULL) {
-			if (parse_number(entry->d_name, "", &fd) == 1 &&
-			    fd >= first && fd <= last &&
-			    fd != dirfd(open_ones))
-				close(fd);
-		}
-		closedir(open_ones);
-		return;
-	}
-	getrlimit(RLIMIT_NOFILE, &r);
-	for (; first <= last && (rlim_t)first < r.rlim_cur; first++)
-		close(first);
-}
-
-void
-close_from(int first)
-{
-	close_between(first, INT_MAX);
-}
-
-void
-close_all_but(int *keep, int n)
-{
-	int i, j, t, first = 3;
-
-	for (i = 1; i < n; i++)		/* in ascending order */
-		for (j = i; j > 0 && keep[j - 1] > keep[j]; j--) {
-			t = keep[j];
-			keep[j] = keep[j - 1];
-			keep[j - 1] = t;
-		}
-	for (i = 0; i < n; i++) {
-		if (keep[i] < first)
-			continue;
-		if (keep[i] > first)
-			close_between(first, keep[i] - 1);
-		first = keep[i] + 1;
-	}
-	close_between(first, INT_MAX);
 }

@@ -200,7 +200,6 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	s->client.fd = s->server.peer.fd = -1;
 	str_free(&s->replay.header);
 	session_free(s);
-	spares_free();
 	text_free(&want);
 	text_free(&got);
 	return 0;

@@ -142,7 +142,6 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	peer_close(&s->server.peer);
 	peer_close(&s->scan.peer);
 	free(s);
-	spares_free();
 	return 0;
 }
 

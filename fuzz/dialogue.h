@@ -573,7 +573,6 @@ dialogue(const uint8_t *data, size_t size)
 		s->client.eof = 1;
 	run(s, &out, flags);
 	session_free(s);
-	spares_free();
 	text_free(&out);
 	text_free(&m.out);
 	text_free(&m.message);

@@ -271,7 +271,6 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		} while (got == REPLY);
 	}
 	session_free(s);
-	spares_free();
 	return 0;
 }
 

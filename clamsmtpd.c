@@ -76,7 +76,7 @@ is_over(void)
 }
 
 static void
-serve(void)
+loop(void)
 {
 	int ready = 1;
 
@@ -1831,7 +1831,7 @@ main(int argc, char **argv)
 	clamd_ping(conf, 1, on_pong);
 	notify("READY=1", -1);
 	notify_ready = 1;
-	serve();
+	loop();
 	shutdown_all();
 	return 0;
 }

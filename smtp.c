@@ -334,6 +334,33 @@ transaction_end(struct session *s)
 }
 
 /*
+ * How many of our connections to next hops have a local port: an index, so that
+ * is_own_connection() rarely looks at all sessions.  Ports share a place.
+ */
+static unsigned short own_ports[4096];
+
+static unsigned short *
+own_port(const struct addr *a)
+{
+	return &own_ports[addr_port(a) % 4096];
+}
+
+/* Note our end of the connection to the next hop, or that there is none. */
+static void
+server_set_local(struct session *s, int fd)
+{
+	struct addr *a = &s->server.local;
+
+	if (a->len > 0)
+		--*own_port(a);
+	a->len = sizeof a->u;
+	if (fd == -1 || getsockname(fd, &a->u.sa, &a->len) == -1)
+		a->len = 0;
+	if (a->len > 0)
+		++*own_port(a);
+}
+
+/*
  * Close the connection to the next hop.  Send QUIT first, but only when the
  * next hop can take a command: during a message nothing may look like its end.
  */
@@ -349,6 +376,7 @@ server_close(struct session *s)
 	str_free(&s->server.argument);
 	str_free(&s->server.ehlo);
 	str_free(&s->server.farewell);
+	server_set_local(s, -1);
 	s->server.verb = NULL;
 }
 
@@ -1148,7 +1176,6 @@ static const struct verb verb_connect = { "connect", NULL, NULL, 0, 0 };
 static int
 st_connect(struct session *s)
 {
-	struct addr *local = &s->server.local;
 	int got, err;
 
 	if (gone_early(s))
@@ -1162,7 +1189,7 @@ st_connect(struct session *s)
 			return connect_failed(s, "no address");
 		}
 		s->server.verb = &verb_connect;
-		local->len = 0;
+		server_set_local(s, -1);
 	}
 	got = peer_connect(&s->server.peer, &s->server.addr, &s->deadline,
 	    s->conf->timeout / server_naddrs(s));
@@ -1174,11 +1201,8 @@ st_connect(struct session *s)
 			return connect_failed(s, strerror(err));
 		return 1;
 	}
-	if (local->len == 0) {
-		local->len = sizeof local->u;
-		if (getsockname(s->server.peer.fd, &local->u.sa, &local->len) == -1)
-			local->len = 0;
-	}
+	if (s->server.local.len == 0)
+		server_set_local(s, s->server.peer.fd);
 	if (got == 1)
 		enter(s, S_GREETING);
 	return got;
@@ -3455,7 +3479,7 @@ is_own_connection(const struct addr *from, const struct addr *to)
 	const struct session *s;
 	int i;
 
-	if (from->u.sa.sa_family == AF_UNIX)
+	if (from->u.sa.sa_family == AF_UNIX || *own_port(from) == 0)
 		return 0;
 	for (i = 0; i < table.n; i++) {
 		s = table.v[i];

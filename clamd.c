@@ -1,9 +1,9 @@
 /*
- * Talking to clamd(8): which of them, when, and what it said.
+ * clamd(8): the clamds and their health, the scan queue, INSTREAM and PING.
  *
- * A message is scanned over a connection of its own, opened when the message
- * is complete.  clamd gets the bytes of the spool (INSTREAM).  Nobody waits
- * here: a step that cannot go on returns 0.
+ * Each scan has a connection of its own, opened when the message is complete.
+ * clamd gets the bytes of the spool (INSTREAM).  No function here blocks: a
+ * step that must wait returns 0, and is called again after an event.
  */
 
 #include <arpa/inet.h>
@@ -16,20 +16,21 @@
 
 #include "clamsmtpd.h"
 
-#define ANSWERSZ	2048		/* bytes; clamd's answers are one line */
+#define ANSWERSZ	2048		/* bytes; an answer is one line */
 #define CHUNKSZ		(1 << 30)	/* INSTREAM; clamd has its own limit */
-#define TAILSZ		(BUFSZ / 2)	/* bytes of a message, to copy them */
+#define TAILSZ		(BUFSZ / 2)	/* bytes of a message that are copied */
 
 struct counters count;
 
-static struct clamd *clamds;		/* all that a conf or a scan refers to */
+static struct clamd *clamds;		/* of all confs and scans */
 
-/* Sessions that wait for a slot, in the order in which they came. */
+/* Sessions that wait for a slot, the oldest first. */
 static struct session *queue;
 
 /*
- * A scan that nobody wants any more keeps its thread in clamd until clamd has
- * done with it (closing the socket does not end it), and so its slot here.
+ * An abandoned scan: its session has ended or timed out.  clamd finishes the
+ * scan even when the socket is closed, so the scan keeps its slot until clamd
+ * answers or closes the connection.
  */
 struct abandoned {
 	struct peer peer;
@@ -76,8 +77,8 @@ clamd_put(struct clamd *c)
 }
 
 /*
- * Health: one line of the log when something goes wrong, again once a minute
- * while messages fail, and one when all is well again.
+ * Health.  A failure is logged at once and then once a minute while scans fail.
+ * The recovery is logged once.
  */
 
 static void
@@ -90,8 +91,8 @@ clamd_complain(struct clamd *c, const char *why)
 	logmsg(LOG_ERR, "clamd %s: %s", target_text(c->target), why);
 }
 
-/* Its address i, or the one that was i before a look-up, is that of the socket
- * fd and has done its work. */
+/* Record that the address to which fd is connected works.  It is address i of
+ * the target, unless a look-up has changed the list since. */
 static void
 clamd_worked(struct clamd *c, int i, int fd)
 {
@@ -154,8 +155,11 @@ queue_leave(struct session *s)
 	s->scan.next = NULL;
 }
 
-/* A clamd on trial has one scan at a time, not counting those that were
- * abandoned: a message that clamd cannot get done must not keep out others. */
+/*
+ * Returns 1 when this clamd may get another scan, else 0.  On trial it gets one
+ * at a time.  Abandoned scans do not count then, or one message that clamd
+ * cannot finish would keep out all others.
+ */
 static int
 has_slot(const struct clamd *c, const struct conf *conf)
 {
@@ -164,9 +168,10 @@ has_slot(const struct clamd *c, const struct conf *conf)
 }
 
 /*
- * The first in file order that is alive and has a free slot.  *busy: there is
- * none, but it is worth waiting for one.  When all are dead, the dead ones
- * that have not failed this message are tried: one may have come back.
+ * Returns the first clamd in file order that is alive, has a free slot and has
+ * not failed this message.  If none is alive, returns the first dead one with a
+ * free slot, since it may have recovered.  Otherwise returns NULL, and sets
+ * *busy when the session should wait for a slot.
  */
 static struct clamd *
 clamd_choose(struct session *s, int *busy)
@@ -194,12 +199,12 @@ clamd_choose(struct session *s, int *busy)
 	return dead;
 }
 
-/* Whoever waits and can have a slot now gets it, those who came first before
- * the others; and who has tried them all waits no longer. */
+/* Hand free slots to the waiting scans, the oldest first.  A scan that has
+ * tried every clamd leaves the queue as FAILED. */
 static void
 queue_run(void)
 {
-	const struct conf *full = NULL;	/* no slot for those with these settings */
+	const struct conf *full = NULL;	/* no slot with these settings */
 	struct session *s, *next;
 	struct clamd *c;
 	int busy;
@@ -224,7 +229,9 @@ queue_run(void)
 	}
 }
 
-/* Behind those that wait; again: in front, it has waited its turn once. */
+/*
+ * Append the session to the queue, or put it at the head when it tries again.
+ */
 static void
 queue_join(struct session *s, int again)
 {
@@ -239,8 +246,8 @@ queue_join(struct session *s, int again)
 	queue_run();
 }
 
-/* Leave clamd, if the scan has a slot of one, and forget all but which ones have
- * failed. */
+/* Release the slot, if the scan has one, and reset the scan.  Only the record
+ * of the clamds that have failed stays. */
 static void
 scan_reset(struct session *s)
 {
@@ -252,7 +259,7 @@ scan_reset(struct session *s)
 		slot_free(c);
 }
 
-/* This clamd is of no use for this message: on to the next one. */
+/* This clamd has failed the message: try the next one.  Returns 1. */
 static int
 scan_failed(struct session *s, int dead, const char *why)
 {
@@ -291,7 +298,7 @@ scan_errno(struct session *s, const char *what)
 }
 
 /*
- * The steps.
+ * The steps of a scan.  Each returns 1 to go on at once, or 0 to wait.
  */
 
 void
@@ -318,8 +325,8 @@ scan_lookup(struct session *s)
 	return 1;
 }
 
-/* A host that went away without a word ends its scans in a minute, and not in
- * ABANDON_TIME.  A kernel that refuses an option keeps its own times. */
+/* Detect a host that has vanished within a minute, and not after
+ * ABANDON_LIMIT.  If the kernel refuses an option, its own times stay. */
 static void
 keep_alive(int fd)
 {
@@ -331,7 +338,7 @@ keep_alive(int fd)
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
 }
 
-/* The connection stands: the command waits for what follows it. */
+/* Queue the command.  It leaves together with the data that follows. */
 static int
 scan_command(struct session *s)
 {
@@ -360,7 +367,7 @@ scan_connect(struct session *s)
 		if (now < c->deadline)
 			return 0;
 		i = target_next(t, c->addrs_tried);
-		c->addr = i != -1 ? i : 0;	/* -1: others were looked up */
+		c->addr = i != -1 ? i : 0;	/* -1: the list has changed */
 	}
 	switch (peer_connect(&c->peer, &t->addr[c->addr], &c->deadline,
 	    CONNECT_TIME)) {
@@ -370,7 +377,7 @@ scan_connect(struct session *s)
 		return 0;
 	}
 	err = errno;
-	if (err == EAGAIN) {		/* the backlog of clamd's socket is full */
+	if (err == EAGAIN) {		/* clamd's backlog is full */
 		c->deadline = now + CONNECT_RETRY;
 		return 0;
 	}
@@ -382,7 +389,7 @@ scan_connect(struct session *s)
 	return scan_errno(s, "connect");
 }
 
-/* The length of the next chunk. */
+/* Queue the length of the next chunk, n bytes. */
 static int
 send_length(struct session *s, off_t n)
 {
@@ -396,9 +403,9 @@ send_length(struct session *s, off_t n)
 }
 
 /*
- * The last n bytes of the message go out by way of `out', with the empty chunk
- * that ends the stream.  A small message leaves in one write with all that
- * precedes it.
+ * Copy the last n bytes of the message to `out' and append the empty chunk that
+ * ends the stream.  A small message leaves in one write with everything before
+ * it.
  */
 static int
 send_tail(struct session *s, size_t n)
@@ -449,10 +456,10 @@ scan_send(struct session *s)
 	struct scan *c = &s->scan;
 	struct peer *p = &s->scan.peer;
 
-	/* Promise 4: an OK that is here before the last bytes leave is none. */
+	/* Promise 4: an OK before the last bytes is an error, so read first. */
 	if (c->queued && !p->eof)
 		peer_fill(p);
-	/* It said something already, or it went away: that is the answer. */
+	/* An early answer, or the end of the connection, is the result. */
 	if (p->err || p->eof || buf_len(&p->in) > 0) {
 		c->phase = SC_ANSWER;
 		return 1;
@@ -479,8 +486,11 @@ mem_contains(const char *p, size_t n, const char *text)
 	return 0;
 }
 
-/* Promise 4: returns CLEAN only when the n bytes of the answer (without terminator)
- * are exactly an OK.  VIRUS: name has it.  Anything not understood is FAILED. */
+/*
+ * Promise 4: returns CLEAN only when the n bytes of the answer (without
+ * terminator) are exactly an OK.  VIRUS: name has it.  Anything not understood
+ * is FAILED.
+ */
 static enum verdict
 clamd_parse(const char *p, size_t n, char name[NAMESZ])
 {
@@ -488,7 +498,7 @@ clamd_parse(const char *p, size_t n, char name[NAMESZ])
 	size_t label = sizeof stream - 1, len = sizeof found - 1;
 
 	if (memchr(p, '\n', n) != NULL)
-		return FAILED;		/* more than one line */
+		return FAILED;		/* several lines */
 	if (mem_contains(p, n, "INSTREAM size limit exceeded"))
 		return TOOBIG;
 	if (n <= label || memcmp(p, stream, label) != 0)
@@ -524,8 +534,10 @@ scan_count(struct session *s)
 	s->result.verdict_at = now;
 }
 
-/* The answer is there, n bytes without its terminator; whole: it had one, and
- * nothing behind it.  Else it is good for nothing but a reason. */
+/*
+ * Handle clamd's answer: n bytes, without the terminator.  whole is 0 if there
+ * was no terminator or data followed it.  Such an answer can only be an error.
+ */
 static int
 scan_answer(struct session *s, const char *p, size_t n, int whole)
 {
@@ -561,7 +573,7 @@ scan_read(struct session *s)
 	const char *p, *end;
 	size_t n;
 
-	/* What stands behind the answer, if anything, has come with it. */
+	/* Read everything available, so that data after the answer is seen. */
 	if (memchr(buf_head(in), '\0', buf_len(in)) != NULL)
 		while (!s->scan.peer.eof && peer_fill(&s->scan.peer))
 			;
@@ -579,7 +591,7 @@ scan_read(struct session *s)
 	if (n == 0)
 		return scan_failed(s, 1,
 		    "it closed the connection without an answer");
-	/* Some errors end in a newline, whatever was asked for. */
+	/* Some errors end in a newline even after a z command. */
 	return scan_answer(s, p, p[n - 1] == '\n' ? n - 1 : n, 0);
 }
 
@@ -592,7 +604,7 @@ clamd_scan(struct session *s)
 		switch (s->scan.phase) {
 		case SC_NONE:
 			return 1;
-		case SC_QUEUE:		/* queue_run() will say when */
+		case SC_QUEUE:		/* queue_run() wakes the session */
 			break;
 		case SC_LOOKUP:
 			r = scan_lookup(s);
@@ -654,7 +666,7 @@ clamd_cancel(struct session *s)
 		memset(&s->scan.peer.in, 0, sizeof s->scan.peer.in);
 		memset(&s->scan.peer.out, 0, sizeof s->scan.peer.out);
 		s->scan.clamd = NULL;
-		queue_run();		/* on trial, it may have another one */
+		queue_run();		/* a clamd on trial has a slot again */
 	}
 	scan_reset(s);
 }
@@ -675,7 +687,8 @@ clamd_timeout(struct session *s)
 	} else if (now >= quiet_until) {
 		quiet_until = now + REPEAT_TIME;
 		logmsg(LOG_ERR, "clamd %s: %s; is MaxScans as large as its "
-		    "MaxThreads?", target_text(s->conf->clamd[0]->target), s->result.text);
+		    "MaxThreads?", target_text(s->conf->clamd[0]->target),
+		    s->result.text);
 	}
 	clamd_cancel(s);
 }
@@ -695,25 +708,25 @@ on_abandoned(void *arg, int revents)
 	struct abandoned *a = arg;
 
 	(void)revents;
-	a->until = now;		/* an answer or its end: clamd is done with it */
+	a->until = now;		/* an answer or EOF: clamd has finished */
 }
 
 /*
- * PING, at the start and for the status page: the clamds are asked one after the
- * other until one answers.  One PING serves all who ask while it is under way.
+ * PING, at the start and for the status page.  The clamds are asked one after
+ * the other until one answers.  Concurrent requests share one PING.
  */
 static struct {
 	const struct conf *conf;	/* NULL: none is under way */
-	int	 report;		/* log it if none answers */
-	void	(*done)(int, const char *);	/* gets the result */
-	int	 which;			/* of its clamds, */
-	int64_t	 clamd_until;		/* the time for that one, */
-	int	 addr;			/* which of its addresses, */
-	unsigned addrs_tried;		/* and those that were: bits */
+	int	 report;		/* log a warning if none answers */
+	void	(*done)(int, const char *);	/* receives the result */
+	int	 which;			/* index of the clamd, */
+	int64_t	 clamd_until;		/* its deadline, */
+	int	 addr;			/* index of its address, */
+	unsigned addrs_tried;		/* and bits of those that were tried */
 	struct peer peer;
-	int	 sent;			/* the PING is in peer.out, or has left */
-	int64_t	 until;			/* for this address, or the look-up */
-	int64_t	 ended;			/* when the last one did; 0: never */
+	int	 sent;			/* the PING is queued, or has left */
+	int64_t	 until;			/* deadline of address or look-up */
+	int64_t	 ended;			/* when the last PING ended; 0: never */
 	int	 well;			/* and its result */
 	char	 why[NOTESZ / 4];
 } ping;
@@ -747,8 +760,8 @@ ping_clamd(int n)
 	ping.addrs_tried = 0;
 }
 
-/* Choose the next address of the clamd.  Returns 1 when there is one, 0 when its
- * name is being looked up, or -1 when there is none. */
+/* Choose the next address of the clamd.  Returns 1 when there is one, 0 when
+ * its name is being looked up, or -1 when there is none. */
 static int
 ping_address(struct target *t)
 {
@@ -780,7 +793,7 @@ ping_send(struct target *t)
 		return r;
 	if (buf_ready(&ping.peer.out, sizeof command))
 		buf_put(&ping.peer.out, command, sizeof command);
-	peer_drain(&ping.peer, 0);	/* what fails shows when it is read */
+	peer_drain(&ping.peer, 0);	/* errors show when it is read */
 	ping.sent = 1;
 	return 1;
 }
@@ -813,7 +826,7 @@ ping_answer(void)
 	return -1;
 }
 
-/* Go on until the PING must wait, or has ended. */
+/* Run the PING until it must wait or has ended. */
 static void
 ping_run(void)
 {
@@ -890,7 +903,7 @@ clamd_poll(void)
 	struct abandoned *a, **p = &abandoned;
 	struct clamd *c;
 
-	/* One that is dead no longer may serve those that wait. */
+	/* When the retry time of a clamd has come, run the queue. */
 	for (c = clamds; c != NULL && queue != NULL; c = c->next) {
 		poll_deadline(c->dead_until);
 		if (now >= c->dead_until && c->dead_until != 0) {

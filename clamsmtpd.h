@@ -123,32 +123,32 @@
 #define SLOWEST_BODY	100		/* bytes a second, over TimeOut */
 
 /*
- * Bytes b[r] .. b[w-1] wait, 0 <= r <= w <= BUFSZ.  No bytes, no memory: b is
- * NULL.  The `in' of a peer may stand in the one shared buffer while its
- * session runs (peer_fill, peer_settle).
+ * Bytes b[r] .. b[w-1] wait, 0 <= r <= w <= BUFSZ.  An empty buffer may have no
+ * memory: b is NULL then.  While a session runs, b of one peer's `in' may be
+ * the buffer that all peers share (peer_fill(), peer_settle()).
  */
 struct buf {
 	char	*b;
 	size_t	 r, w;
 };
 
-/* A text that grows, always with a NUL behind it; s is NULL when empty. */
+/* A text that grows.  A NUL follows it; s is NULL until something is added. */
 struct str {
 	char	*s;
 	size_t	 len, size;
 };
 
 /*
- * One socket of a session; fd is -1 when there is none.  eof: nothing more
- * will be read.  err: it failed or was reset, what we write goes nowhere; OURS:
- * it would take it, but we lack memory, or cannot read the spool.
+ * A socket and its buffers; fd is -1 when there is none.  eof: nothing more can
+ * be read.  err: output is discarded.  It is 1 after an error of the connection
+ * and PEER_LOCAL after one of our own (no memory, the spool cannot be read).
  */
 #define PEER_LOCAL	2
 
 struct peer {
 	int	 fd;
 	int	 eof, err;
-	int	 connecting;		/* until poll has said how it went */
+	int	 connecting;		/* until poll() reports the result */
 	struct buf in, out;
 };
 
@@ -163,10 +163,10 @@ struct addr {
 };
 
 /*
- * Where an OutAddress or ClamAddress points.  A numeric address or a path is
- * in addr[0] from the start; a name has what the last look-up found.  Without
- * a ClamAddress addr has the usual paths.  Neither name nor address: a port
- * alone, back to the client's own address.
+ * An address of the configuration.  A numeric address or a path is in addr[0]
+ * from the start.  For a name addr has the result of the last look-up.  Without
+ * a ClamAddress addr has the usual paths.  A target with neither name nor
+ * address is a port at the client's own address.
  */
 struct target {
 	int	 refs;
@@ -175,42 +175,44 @@ struct target {
 	unsigned port;
 	int	 naddr;
 	struct addr addr[MAXADDRS];
-	int	 first;			/* the one that worked last */
-	int	 resolving;		/* a child is at it */
-	int64_t	 resolved_at;	/* when the last one began; 0: never */
+	int	 first;			/* index of the one that worked last */
+	int	 resolving;		/* a child looks the name up */
+	int64_t	 resolved_at;	/* when it began last; 0: never */
 };
 
-/* One ClamAddress and its health; lives on over a reload of the settings. */
+/*
+ * A ClamAddress and its health, which a reload of the settings does not reset.
+ */
 struct clamd {
 	int	 refs;
 	struct target *target;
-	int	 running;		/* scans, the abandoned ones too */
-	int	 abandoned;		/* of these */
-	int64_t	 dead_until;		/* 0: alive, as far as we know */
-	int	 on_trial;		/* it was silent: one scan at a time */
+	int	 running;		/* scans, with the abandoned ones */
+	int	 abandoned;		/* abandoned scans */
+	int64_t	 dead_until;		/* 0: alive, as far as is known */
+	int	 on_trial;		/* it timed out: one scan at a time */
 	unsigned long long failures;
-	char	 complaint[NOTESZ / 4];	/* logged last; empty: all is well */
-	int64_t	 quiet_until;		/* it is not repeated before */
+	char	 complaint[NOTESZ / 4];	/* logged last; empty: it works */
+	int64_t	 quiet_until;		/* complaint is not repeated before */
 	struct clamd *next;
 };
 
 enum action { DROP, BOUNCE, PASS };
 
-struct rule {				/* one word of an Action line */
+struct rule {				/* a pattern of an Action line */
 	enum action action;
-	char	*pattern;		/* fnmatch(3); of a virus's name */
+	char	*pattern;		/* as of fnmatch(3), for virus names */
 	struct rule *next;
 };
 
 struct network {			/* of ProxyFrom */
-	struct addr addr;		/* of the family AF_UNIX: all those */
+	struct addr addr;		/* family AF_UNIX: all unix sockets */
 	int	 bits;
 };
 
-/* The settings.  A session keeps the ones it began with: refs. */
+/* The settings.  A session has a reference to those that it began with. */
 struct conf {
 	int	 refs;
-	enum action action;		/* where no rule matches */
+	enum action action;		/* if no rule matches */
 	struct rule *rules;
 	int	 nclamd;
 	struct clamd *clamd[MAXCLAMDS];
@@ -340,21 +342,22 @@ struct message {
 	int64_t	 dot_at;		/* when the end of data came */
 };
 
-/* The scan of a message: from clamd_begin() to the verdict.  Private to clamd.c. */
+/* The scan of a message: from clamd_begin() to the verdict.  Private to
+ * clamd.c. */
 struct scan {
-	/* SC_QUEUE ends when a clamd has a free slot: in queue_run(). */
+	/* queue_run() ends SC_QUEUE when a clamd has a free slot. */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
 	struct peer peer;
-	struct clamd *clamd;		/* the scan has one of its slots; or NULL */
-	int	 addr;			/* which of the target's addresses */
+	struct clamd *clamd;		/* the scan has a slot of it; or NULL */
+	int	 addr;			/* index of its address */
 	unsigned addrs_tried;		/* bit i: that address has failed */
 	uint32_t tried;			/* bit i: conf->clamd[i] has failed */
-	int64_t	 deadline;		/* SC_CONNECT: of the attempt, or the */
-					/* time of the next; 0: none */
+	int64_t	 deadline;		/* of the connection, or without a */
+					/* socket when to try again; 0: none */
 	off_t	 sent;			/* bytes of the spool */
-	off_t	 chunk_end;		/* end of the chunk that is announced */
-	int	 queued;		/* everything is in peer.out */
-	int	 scanning;		/* everything has left */
+	off_t	 chunk_end;		/* end of the current chunk */
+	int	 queued;		/* the end is in peer.out */
+	int	 scanning;		/* clamd has the whole message */
 	struct session *next;		/* in the queue */
 };
 
@@ -462,50 +465,51 @@ void sessions_reap(void);
 
 /* clamd.c */
 
-/* The one with that text, known already or new; takes the target over.  NULL:
- * no memory (the target is gone too). */
+/* Returns the clamd with this address, known already or new, with a reference,
+ * or NULL without memory.  Takes the target in either case. */
 struct clamd *clamd_get(struct target *);
 void clamd_put(struct clamd *);
-void clamd_begin(struct session *);		/* the message is complete: queue it */
-int clamd_scan(struct session *);		/* 1: s->verdict is there; 0: wait */
-int clamd_events(const struct session *);	/* poll events of s->clamd; 0: none */
-int64_t clamd_deadline(const struct session *);	/* when to look again; 0: no matter */
-void clamd_timeout(struct session *);		/* ScanTimeOut is over */
-void clamd_cancel(struct session *);		/* no verdict is wanted any more */
-void clamd_poll(void);				/* abandoned scans, and PING */
+void clamd_begin(struct session *);		/* queue a complete message */
+int clamd_scan(struct session *);		/* 1: there is a verdict; 0: wait */
+int clamd_events(const struct session *);	/* poll events of s->scan.peer */
+int64_t clamd_deadline(const struct session *);	/* of the connection; 0: none */
+void clamd_timeout(struct session *);		/* at ScanTimeOut: no verdict */
+void clamd_cancel(struct session *);		/* abandon the scan, if any */
+void clamd_poll(void);				/* abandoned scans and PING */
 /*
- * Find out whether one of the clamds answers a PING: call done with 1, or with 0
- * and the reason, now or later.  It is called once for all who ask while a PING
- * is under way, so they must pass the same function.  A result is good for a
- * second.  With report the settings are new: any other PING is forgotten, and a
- * warning is logged when no clamd answers.  c must live until the next such call.
+ * Find out whether one of the clamds answers a PING, and call done with 1, or
+ * with 0 and the reason, now or later.  A result is used for a second.  All
+ * callers must pass the same function, since it is called once for all requests
+ * that come while a PING is under way.  If report is set, the settings are new:
+ * a PING under way is forgotten, and a warning is logged when no clamd
+ * answers.  c must stay valid until the next call with report set.
  */
 void clamd_ping(const struct conf *c, int report, void (*done)(int well, const char *why));
 
 /* conf.c */
 
 /*
- * Settings from the old flags in (name, value) pairs, then from file path, then
- * from the environment, then pidfile (NULL: as before).  All errors are logged;
- * NULL if there was one.
+ * Read the settings from the old flags, which are (name, value) pairs, then
+ * from the file, then from the environment, then from pidfile unless that is
+ * NULL.  Logs all errors.  Returns NULL if there was one.
  */
 struct conf *conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile);
-void conf_show(const struct conf *);		/* on standard output */
+void conf_show(const struct conf *);		/* to standard output */
 void conf_put(struct conf *);			/* drop a reference */
 enum action conf_action(const struct conf *, const char *virus);
 
 /* util.c */
 
-/* Like snprintf(3) and vsnprintf(3), but they return the number of bytes written,
- * and a text that is too long is not cut within a UTF-8 character. */
+/* As snprintf(3) and vsnprintf(3), but they return the number of bytes written,
+ * and do not cut a UTF-8 character in two. */
 size_t format(char *, size_t, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 size_t vformat(char *, size_t, const char *fmt, va_list);
 
 /*
- * The log.  A format that ends in a colon gets errno's text behind it.  All
- * three keep errno.  die() is for the time before the loop only.
+ * The log.  After a format that ends in a colon errno's text is appended.
+ * logmsg() and slog() preserve errno.  die() exits, and is for the start only.
  */
 extern int log_level;		/* lines up to this LOG_ level are written */
 extern int log_json;		/* LogFormat: json */
@@ -516,13 +520,16 @@ void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 void die(int status, const char *fmt, ...)
     __attribute__((format(printf, 2, 3), noreturn));
-/* log_hold(): keep messages until log_format() is called, which writes them and all
- * later ones as text or JSON.  A message without room is written at once. */
+/* log_hold() keeps messages until log_format() writes them, and all later ones,
+ * as text or JSON.  A message for which there is no room is written at once. */
 void log_hold(void);
 void log_format(int json);
 
-/* A line of JSON that tells of a mail: json_begin, fields, json_end.  A text is
- * cut with "..."; and the lines of a list p: the last of them is "..." then. */
+/*
+ * Log a line of JSON about a message: json_begin(), fields, json_end().  A long
+ * text is cut and ends in "...".  json_lines() writes the lines of p as a list,
+ * and "..." in place of those for which there is no room.
+ */
 void json_begin(const struct session *, int level);
 void json_text(const char *name, const char *p, size_t n);
 void json_number(const char *name, long long);
@@ -530,49 +537,57 @@ void json_lines(const char *name, const char *p);
 void json_end(int level);
 
 
-/* The effective user, a number if it has no name.  The first call, which reads
- * passwd(5), is before the loop and after the last change of the user. */
+/*
+ * Returns the name of the effective user, or the number if it has none.  The
+ * first call reads passwd(5), so it must be after the last change of the user
+ * and before the loop.
+ */
 const char *user_name(void);
 
 /*
- * Read the decimal digits at p, after which the text ends or a character of ends
- * follows.  Returns 1 and the number in *n, 0 and INT64_MAX in *n when it is too
+ * Read the decimal digits at p; a NUL or a character of ends must follow them.
+ * Returns 1 and the number in *n, 0 and INT64_MAX in *n when the number is too
  * large, or -1 when there is no such number.
  */
 int parse_number(const char *p, const char *ends, int64_t *n);
 
-/* Promise 8: put mark in place of each of n bytes that is neither visible ASCII nor
- * one of blanks. */
+/* Promise 8: replace each of n bytes that is neither visible ASCII nor one of
+ * blanks with mark. */
 void ascii_clean(char *p, size_t n, const char *blanks, char mark);
 
-/* Returns 1 when the n bytes at p are text, else 0.  word_equal() ignores case. */
+/*
+ * Returns 1 when the n bytes at p are text, else 0.  word_equal() ignores case.
+ */
 int mem_equal(const char *p, size_t n, const char *text);
 int word_equal(const char *p, size_t n, const char *word);
 
-/* Returns 1 when c may be in the name of a header field (RFC 5322 2.2), else 0. */
+/*
+ * Returns 1 when c may be in the name of a header field (RFC 5322 2.2), else 0.
+ */
 static inline int
 is_name_char(char c)
 {
 	return c > ' ' && c < 127 && c != ':';
 }
 
-/* The character at p has so many of the n bytes there, 1 to 4; 0: the byte there
- * is no text, but of a control character (C0, DEL, C1) or no UTF-8. */
+/* Returns the length of the character in the n bytes at p, 1 to 4, or 0 when
+ * they begin with a control character (C0, DEL, C1) or no UTF-8. */
 size_t text_char(const char *p, size_t n);
 
 /*
- * Up to n bytes made fit for a line of the log: what is no text byte by byte as
- * \xHH, the rest as it is; cut with "..." when long.  One of a
- * few buffers that are used in turn.
+ * Return n bytes as text for the log, in one of a few static buffers that are
+ * used in turn.  Each byte of control characters and invalid UTF-8 becomes
+ * \xHH.  A long text is cut and ends in "...".
  */
 const char *printable(const char *, size_t n);
-const char *printable_word(const char *, size_t n);	/* blanks as \x20 too */
-const char *rfc5322_date(void);			/* now; a static buffer */
+const char *printable_word(const char *, size_t n);	/* and a blank \x20 */
+const char *rfc5322_date(void);			/* now; in a static buffer */
 const char *rfc3339_date(time_t);		/* the same */
 
 size_t buf_len(const struct buf *);
 char *buf_head(const struct buf *);		/* the first byte that waits */
-/* Whether n more bytes fit; gets memory.  0: not now (full, or no memory). */
+/* Returns 1 when n more bytes fit, or 0 when the buffer is full or memory
+ * short. */
 int buf_ready(struct buf *, size_t n);
 void buf_put(struct buf *, const void *, size_t n);	/* after buf_ready() */
 void buf_eat(struct buf *, size_t n);
@@ -585,18 +600,23 @@ void str_free(struct str *);
 /* Before the loop: set now, and take the memory that peer_fill() reads into, so
  * that no message needs more than another. */
 void loop_prepare(void);
-/* Read once.  1: something came (bytes, eof); 0: nothing there. */
+/*
+ * Read once.  Returns 1 after bytes, EOF or an error, 0 when there was nothing.
+ */
 int peer_fill(struct peer *);
-/* After the session ran: keep what is left of the shared buffer.  -1: no
- * memory for it. */
+/* Copy unread input out of the shared buffer, after the session has run.
+ * Returns 0, or -1 without memory: the input is lost. */
 int peer_settle(struct peer *);
-/* Write what is in out, until it is empty (1) or the socket is full (0).
- * more: what follows may go into the same segment. */
+/* Write `out'.  Returns 1 when it is empty, 0 when the socket is full.  more:
+ * the bytes that follow may share a segment (MSG_MORE). */
 int peer_drain(struct peer *, int more);
-/* Up to n bytes of file fd from *at to the socket; 1: got on, 0: full. */
+/* Send up to n bytes of file fd from *at, and advance *at.  Returns 1, or 0
+ * when the socket is full. */
 int peer_sendfile(struct peer *, int fd, off_t *at, off_t n);
 void peer_close(struct peer *);
-/* Whether the peer was reset, as far as the kernel knows now. */
+/*
+ * Returns true when the connection has failed, as far as the kernel knows now.
+ */
 int peer_reset(struct peer *);
 /* Returns 1 when bytes, EOF or an error wait to be read, else 0.  Reads nothing
  * and needs no memory. */
@@ -607,62 +627,68 @@ int peer_waiting(const struct peer *);
 const char *addr_text(const struct addr *);	/* a.b.c.d, v6, path, "local" */
 const char *addr_full(const struct addr *);	/* with its port */
 int addr_equal(const struct addr *, const struct addr *);
-/* In a network of so many bits; sockets with paths are one. */
+/* Returns 1 when the address is in the network of so many bits, else 0.  All
+ * unix sockets are one network. */
 int addr_in(const struct addr *, const struct addr *net, int bits);
-void addr_unmap(struct addr *);			/* ::ffff:a.b.c.d is IPv4 */
+void addr_unmap(struct addr *);			/* make ::ffff:a.b.c.d an IPv4 address */
 unsigned addr_port(const struct addr *);
 void addr_set_port(struct addr *, unsigned port);
 int addr_ip(struct addr *, const char *text, unsigned port);	/* -1: not numeric */
 int addr_path(struct addr *, const char *path);	/* -1: too long */
-/* Look name up (this blocks); how many of addr[MAXADDRS] were filled. */
+/* Look name up, which blocks.  Returns the number of addresses in
+ * addr[MAXADDRS]. */
 int addr_lookup(const char *name, unsigned port, struct addr *addr);
 /*
- * Which of the addresses of a target is to be tried: the one that worked last,
- * then those that follow it, but for those whose bit is set in tried.  Of
- * several paths only those that exist are tried; when none does the connect to
- * the first one says so.  Returns the index, or -1 when none is left.
+ * Returns the index of the address to try next, or -1 when none is left.  The
+ * one that worked last comes first, then those that follow it.  Those whose bit
+ * is set in tried are skipped, and paths that do not exist.  If no path exists,
+ * returns the first, for the error of its connect().
  */
 int target_next(const struct target *, unsigned tried);
-/* What messages call a target: its text, or of several paths the one that is
- * used, if there is one. */
+/* Returns the name of a target for messages: its text, or of several paths the
+ * one that is in use, if there is one. */
 const char *target_text(const struct target *);
-/* The address has worked: the next connection is made to it first.  Logs a
- * change.  Nothing happens when the target has no such address (any more). */
+/*
+ * Record that this address works, so that it is tried first from now on, and
+ * log a change.  Does nothing when the target does not have the address any
+ * more.
+ */
 void target_worked(struct target *, const struct addr *);
 void target_put(struct target *);		/* drop a reference; may be NULL */
 /* Look the target's name up in a child unless that was done in the last minute;
  * force: in the last 5 s, for a target whose address was of no use.  Returns at
  * once; all sessions run when there is a result. */
 void target_resolve(struct target *, int force);
-void target_put(struct target *);		/* drop a reference */
-/* A non-blocking socket, connecting; -1 and errno. *done: connected already. */
+/* Returns a non-blocking socket that is connecting, or -1 and errno.  *done is
+ * 1 when it is connected already. */
 int addr_connect(const struct addr *, int *done);
 /*
- * Connect p to this address.  The first call begins and sets *deadline to ms from
- * now; later calls go on.  Returns 1 when p is connected, 0 when it is not yet, or
- * -1 and errno when the attempt has failed (ETIMEDOUT: at the deadline).
+ * Connect p to this address.  The first call begins and sets *deadline to ms
+ * from now; later calls go on.  Returns 1 when p is connected, 0 when it is not
+ * yet, or -1 and errno when the attempt has failed (ETIMEDOUT: at the
+ * deadline).
  */
 int peer_connect(struct peer *, const struct addr *, int64_t *deadline, int64_t ms);
-/* Set IP_TRANSPARENT, which TPROXY needs, to on (0 or 1) on an IP socket of this
- * address.  Returns 0, or -1 and errno: EPERM without CAP_NET_ADMIN. */
+/* Set IP_TRANSPARENT, which TPROXY needs, to on (0 or 1) on an IP socket of
+ * this address.  Returns 0, or -1 and errno: EPERM without CAP_NET_ADMIN. */
 int addr_transparent(int fd, const struct addr *, int on);
-/* A listening socket; -1 and errno.  v6only: leave IPv4 to another one. */
+/* Returns a listening socket, or -1 and errno.  v6only: refuse IPv4 clients. */
 int addr_listen(const struct addr *, int transparent, int v6only);
 
 /*
- * The poll set.  poll_add(): until poll_wait() has returned, call ready(arg) when
- * one of events is there, or an error.  poll_deadline(): sleep no longer than
- * until time t; 0 is no time.  poll_wait(): sleep, call the ready functions in the
- * order in which they were added, and empty the set; it sets now, and returns
- * what poll() did.
+ * The poll set.  poll_add(): until poll_wait() has returned, call ready(arg)
+ * when one of events is there, or an error.  poll_deadline(): sleep no longer
+ * than until time t; 0 is no time.  poll_wait(): sleep, call the ready
+ * functions in the order in which they were added, and empty the set; it sets
+ * now, and returns what poll() did.
  */
 extern int64_t now;			/* CLOCK_MONOTONIC, ms; one time per pass */
 void poll_add(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
 void poll_deadline(int64_t t);
 int poll_wait(void);
 
-/* Sessions that sessions_run() is to run.  poll_wait() does not sleep while there
- * are any.  session_rest() removes one from the list. */
+/* Sessions that sessions_run() is to run.  poll_wait() does not sleep while
+ * there are any.  session_rest() removes one from the list. */
 extern struct session *runnable;
 extern int run_all;			/* run every session */
 void session_wake(struct session *);
@@ -677,7 +703,8 @@ int child_room(void);
 
 /*
  * Run the shell command with env (NAME=value strings, and a NULL) for at most
- * ms, after those that wait already.  Takes env, which is freed with env_free().
+ * ms, after those that wait already.  Takes env, which is freed with
+ * env_free().
  */
 void virusaction_start(unsigned id, const char *command, char **env, int64_t ms);
 int virusaction_left(void);	/* 1 while one runs or waits, else 0 */
@@ -693,7 +720,7 @@ void children_kill(void);	/* the daemon ends: kill and reap them all */
  */
 void inherit_nothing(int nkept);
 
-extern const char scan_line[];			/* stands before the message */
+extern const char scan_line[];			/* precedes the message */
 extern const size_t scan_line_len;
 /* Open a file in dir, without a name, or with one if keep is set (DebugFiles).
  * Returns a descriptor, or -1 with errno set. */
@@ -707,12 +734,15 @@ int spool_open(struct spool *, const char *dir, int keep);
 /* Append n pieces, which spool_write() may modify.  Returns 0, or -1 with errno
  * set; the spool is of no more use then. */
 int spool_write(struct spool *, struct iovec *, int n);
-/* Returns the number of bytes read at offset `at', 0 at the end, or -1 with errno
- * set. */
+/* Returns the number of bytes read at offset `at', 0 at the end, or -1 with
+ * errno set. */
 ssize_t spool_read(const struct spool *, void *, size_t n, off_t at);
 void spool_close(struct spool *);
-/* Start a copy of the message in dir; done as in child_start, with the path
- * in answer, which begins with a slash; or why there is none; or nothing.  NULL
- * and errno if it cannot begin. */
+/*
+ * Start a child that copies the message to dir.  done is called as for
+ * child_start().  The answer is the path of the copy, which begins with a
+ * slash, or the reason of a failure, or empty.  Returns NULL and errno when the
+ * child cannot be started.
+ */
 struct child *spool_quarantine(const struct spool *, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);

@@ -1,6 +1,6 @@
 /*
- * The settings: `Name: value' lines, read through one table that also has the
- * defaults, which go through the same setters.
+ * The settings.  One table describes all `Name: value' lines and has the
+ * defaults, which pass through the same setters.
  */
 
 #include <ctype.h>
@@ -18,31 +18,31 @@
 #define MAXFILE		(1 << 20)	/* bytes of a configuration file */
 #define MAXCONFLINE	4096
 
-/* What ClamAddress is when nobody has set it: the first that is there. */
+/* Without a ClamAddress the first of these that exists is used. */
 static const char *const clamd_paths[] = {
 	"/run/clamav/clamd.sock",	/* upstream, Alpine */
 	"/var/run/clamav/clamd.ctl",	/* Debian */
-	"/var/run/clamav/clamd",	/* the original's default */
+	"/var/run/clamav/clamd",	/* the default of ClamSMTP 1.10 */
 };
 #define NPATHS	(sizeof clamd_paths / sizeof clamd_paths[0])
 
 /*
- * A setter returns NULL, or how the sentence `"value" is not ...' ends.  The
- * value has no blanks around it and is not empty unless may_be_empty.
+ * A setter returns NULL, or the end of the message `"value" is not ...'.  The
+ * value has no blanks around it, and is not empty unless may_be_empty is set.
  */
 struct keyword {
 	const char *name;
 	const char *(*set)(struct conf *, const struct keyword *, const char *);
 	void	 (*show)(const struct conf *, const struct keyword *);
-	const char *def;		/* NULL: stays 0 */
-	void	 (*clear)(struct conf *);	/* lists: it may be repeated */
-	const char *now_called;		/* an old name */
+	const char *def;		/* NULL: the field stays 0 */
+	void	 (*clear)(struct conf *);	/* lists; may be repeated */
+	const char *now_called;		/* of an old name: the new one */
 	unsigned short off;
 	short	 may_be_empty;
 	int	 min, max;		/* numbers: as in the file; BYTES */
-	int	 unit;			/* numbers: what is stored is times this */
+	int	 unit;			/* numbers: stored as a multiple */
 };
-#define BYTES	(-1)			/* any number of them, or 25M */
+#define BYTES	(-1)			/* no maximum, and suffixes as in 25M */
 
 static void *
 field(const struct conf *c, const struct keyword *k)
@@ -64,7 +64,7 @@ static const char no_memory[] = "kept: out of memory";
 
 static void put(const char *, ...) __attribute__((format(printf, 1, 2)));
 
-/* On standard output, for -n. */
+/* Print to standard output, for -n. */
 static void
 put(const char *fmt, ...)
 {
@@ -125,7 +125,8 @@ not_a_number(const struct keyword *k)
 	return text;
 }
 
-/* Read a number, with a suffix when a size is wanted.  Returns -1 when v is none. */
+/* Read a number, with a suffix when a size is wanted.  Returns -1 when v is
+ * none. */
 static int64_t
 number(const char *v, int is_size)
 {
@@ -173,7 +174,7 @@ set_text(struct conf *c, const struct keyword *k, const char *v)
 	return *p == NULL ? no_memory : NULL;
 }
 
-/* Relative to the directory that we were started in, at a reload too. */
+/* A relative path means the directory of the start, also at a reload. */
 static const char *
 set_path(struct conf *c, const struct keyword *k, const char *v)
 {
@@ -206,7 +207,7 @@ show_text(const struct conf *c, const struct keyword *k)
 		put("%s: %s\n", k->name, v);
 }
 
-/* 0 or 1: which of two words v is; -1: neither. */
+/* Returns 0 when v is the first word, 1 when it is the second, else -1. */
 static int
 choice(const char *v, const char *first, const char *second)
 {
@@ -229,7 +230,7 @@ show_scanfailure(const struct conf *c, const struct keyword *k)
 }
 
 /*
- * Action, and what it was called before.
+ * Action, and its old name Bounce.
  */
 
 static const struct { const char *word; enum action action; } actions[] = {
@@ -267,7 +268,8 @@ add_rule(struct conf *c, enum action action, const char *word, size_t n)
 	return NULL;
 }
 
-/* An action, and patterns of the viruses that it is for; none: for all. */
+/* The value is an action and patterns of virus names.  Without a pattern the
+ * action is for all viruses. */
 static const char *
 set_action(struct conf *c, const struct keyword *k, const char *v)
 {
@@ -321,8 +323,8 @@ set_bounce(struct conf *c, const struct keyword *k, const char *v)
 	return NULL;
 }
 
-/* [...] of a pattern: whether c is in it; *p is left behind it.  Without a ]
- * it is no such thing. */
+/* Match c against the set at *p, which is a '[', and advance *p past it.  A '['
+ * without ']' is an ordinary character. */
 static int
 in_set(const char **p, char c)
 {
@@ -341,7 +343,7 @@ in_set(const char **p, char c)
 	return found != not;
 }
 
-/* One element of a pattern, no star, against one character. */
+/* Match c against the pattern element at *p (not a star), and advance *p. */
 static int
 matches_one(const char **p, char c)
 {
@@ -360,7 +362,7 @@ matches_one(const char **p, char c)
 	return *(*p)++ == c;
 }
 
-/* As fnmatch(3) without flags; that one brings 17 KB of wide characters. */
+/* As fnmatch(3) without flags, which would add 17 KB to the static binary. */
 static int
 matches(const char *p, const char *s)
 {
@@ -379,7 +381,7 @@ matches(const char *p, const char *s)
 			p = next;
 			s++;
 		} else if (star != NULL && *back != '\0') {
-			p = star;	/* it stands for one more */
+			p = star;	/* the star matches one more */
 			s = ++back;
 		} else
 			return 0;
@@ -398,8 +400,8 @@ conf_action(const struct conf *c, const char *virus)
 }
 
 /*
- * Header: \r \n \t are taken at once, % when it is used.  Lines end in CRLF,
- * the last one in nothing.
+ * Header.  The setter replaces \r, \n and \t; smtp.c replaces % sequences.
+ * Lines end in CRLF, except the last one.
  */
 
 static int
@@ -417,7 +419,7 @@ set_header(struct conf *c, const struct keyword *k, const char *v)
 {
 	static const char not[] = "header lines of the form Name: text";
 	char *h = malloc(2 * strlen(v) + 1), *w = h, *p;
-	size_t n, room = BUFSZ / 4;	/* with its % sequences filled in */
+	size_t n, room = BUFSZ / 4;	/* for the % sequences, too */
 
 	(void)k;
 	if (h == NULL)
@@ -486,7 +488,7 @@ show_header(const struct conf *c, const struct keyword *k)
 static const char not_address[] = "an address: /path, port, address, name, "
     "address:port, [IPv6]:port or name:port";
 
-/* -1: not a port. */
+/* Returns the port, or -1. */
 static int
 port_number(const char *v)
 {
@@ -511,7 +513,7 @@ is_host_name(const char *p)
 	return letters;
 }
 
-/* Fill t from host (NULL: port alone) and port. */
+/* Set the host (NULL: none) and the port of t. */
 static const char *
 target_host(struct target *t, const char *host, int port)
 {
@@ -560,12 +562,12 @@ target_parse(struct target *t, const char *v, int port)
 		return target_host(t, host + 1, port);
 	}
 	if (colon == NULL || strchr(v, ':') != colon)
-		return target_host(t, host, port);	/* bare, IPv6 too */
+		return target_host(t, host, port);	/* may be IPv6 */
 	host[colon - v] = '\0';
 	return target_host(t, host, port_number(colon + 1));
 }
 
-/* k->min: the lowest port; k->max: the one where none is given. */
+/* k->min is the lowest port that is allowed, k->max the default. */
 static const char *
 target_new(struct target **tp, const struct keyword *k, const char *v)
 {
@@ -608,7 +610,7 @@ show_target(const struct conf *c, const struct keyword *k)
 		put("%s: %s\n", k->name, t->text);
 }
 
-/* A port alone stands for this address where there is nobody to answer to. */
+/* Give a target that is only a port this host. */
 static void
 target_default_host(struct target *t, const char *host)
 {
@@ -695,7 +697,7 @@ show_clamd(const struct conf *c, const struct keyword *k)
 }
 
 /*
- * ProxyFrom: 10.0.0.0/8 and the like, or the word unix.
+ * ProxyFrom: networks such as 10.0.0.0/8, or the word unix.
  */
 
 static void
@@ -837,13 +839,13 @@ static const struct keyword keywords[] = {
 };
 #define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
 
-/* Who has set a keyword, in the order in which they count. */
+/* The source of a setting.  A later one overrides an earlier one. */
 enum source { BY_NOBODY, BY_FLAG, BY_FILE, BY_ENVIRONMENT };
 
-/* Where a setting comes from, for messages. */
+/* The place of a setting, for messages. */
 struct place {
 	const char *where;
-	int	 line;			/* 0: that has no lines */
+	int	 line;			/* 0: no line number */
 	enum source source;
 	int	 errors;
 };
@@ -859,7 +861,7 @@ place_text(const struct place *at)
 	return text;
 }
 
-/* NKEYWORDS: there is no setting of that name. */
+/* Returns the index of the setting, or NKEYWORDS if there is none. */
 static size_t
 find_keyword(const char *name)
 {
@@ -871,7 +873,7 @@ find_keyword(const char *name)
 	return i;
 }
 
-/* Returns who has set OutAddress, with a good value or not. */
+/* Returns the source of OutAddress, whether its value was good or not. */
 static enum source
 out_source(const struct conf *c)
 {
@@ -879,9 +881,9 @@ out_source(const struct conf *c)
 }
 
 /*
- * Record that at->source sets keyword k.  A source that sets a list discards
- * what a weaker source has put there.  Of a value that does not add to others
- * only the last counts.
+ * Record that at->source sets keyword k.  The first line of a list discards the
+ * lines of earlier sources.  A setting that is no list is warned about when it
+ * is set twice.
  */
 static void
 note_source(struct conf *c, const struct place *at, const struct keyword *k,
@@ -893,7 +895,7 @@ note_source(struct conf *c, const struct place *at, const struct keyword *k,
 		k->clear(c);
 	if (k->clear != NULL)
 		*seen = at->source;
-	if (k->set == set_action) {	/* with patterns it adds to others */
+	if (k->set == set_action) {	/* a line with patterns adds rules */
 		if (value[strcspn(value, " \t")] != '\0')
 			return;
 		seen = &c->action_seen;
@@ -913,7 +915,7 @@ assign(struct conf *c, struct place *at, const char *name, const char *value)
 	size_t i = find_keyword(name);
 
 	if (i == NKEYWORDS) {
-		/* Others make such variables, too: Kubernetes. */
+		/* Kubernetes defines variables with this prefix. */
 		int warn = at->source == BY_ENVIRONMENT;
 
 		logmsg(warn ? LOG_WARNING : LOG_ERR, "%s: \"%s\" is not the "
@@ -979,8 +981,8 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 	assign(c, at, trim(line), trim(colon + 1));
 }
 
-/* The whole file; NULL: it cannot be read (*missing: it is not there, and nobody
- * has been told). */
+/* Returns the whole file and its length, or NULL.  If the file does not exist,
+ * *missing is set; any other error is logged. */
 static char *
 slurp(const char *path, size_t *n, int *missing)
 {
@@ -1006,11 +1008,11 @@ slurp(const char *path, size_t *n, int *missing)
 	return text;
 }
 
-/* 1; 0: there is no such file; -1: it cannot be read. */
+/* Returns 1, 0 when there is no such file, or -1 when it cannot be read. */
 static int
 read_file(struct conf *c, const char *path, int *errors)
 {
-	static const char mark[] = "\xEF\xBB\xBF";	/* of Windows editors */
+	static const char mark[] = "\xEF\xBB\xBF";	/* UTF-8 */
 	struct place at = { path, 0, BY_FILE, 0 };
 	char *text, *p, *end, *nl;
 	size_t n;
@@ -1036,8 +1038,8 @@ read_file(struct conf *c, const char *path, int *errors)
 	return 1;
 }
 
-/* CLAMSMTPD_NAME=value; several values of a list: one a line.  An empty value is
- * none, where there is no such thing as an empty one. */
+/* Read CLAMSMTPD_NAME=value.  A list has one value per line.  An empty value
+ * counts only for Header, which may be empty. */
 static void
 read_environment(struct conf *c, int *errors)
 {
@@ -1064,7 +1066,7 @@ read_environment(struct conf *c, int *errors)
 	*errors += at.errors;
 }
 
-/* No ClamAddress: one clamd, whose addresses are the usual paths. */
+/* Without a ClamAddress there is one clamd, which has the usual paths. */
 static void
 usual_clamd(struct conf *c, struct place *at)
 {
@@ -1077,7 +1079,7 @@ usual_clamd(struct conf *c, struct place *at)
 		    i > 0 ? ", " : "", clamd_paths[i]);
 	assign(c, at, "ClamAddress", text);
 	if (c->nclamd == 0)
-		return;			/* no memory, which has been logged */
+		return;			/* out of memory, already logged */
 	c->clamd_default = 1;
 	t = c->clamd[0]->target;
 	for (i = 0; i < NPATHS; i++)
@@ -1085,8 +1087,10 @@ usual_clamd(struct conf *c, struct place *at)
 	t->naddr = NPATHS;
 }
 
-/* What follows from several settings, or from none.  there: as read_file() has
- * returned it; a file that could not be read may have an OutAddress. */
+/*
+ * Set the defaults that depend on other settings, and check OutAddress.  there
+ * is the result of read_file(): an unreadable file (-1) may have an OutAddress.
+ */
 static void
 complete(struct conf *c, const char *path, int there, int *errors)
 {

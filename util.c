@@ -1,6 +1,6 @@
 /*
- * What all the others use: the log, the clock, buffers, sockets, addresses,
- * the spool.  The only file that reads from and writes to sockets.
+ * The log, the clock, text, buffers, peers, addresses, the poll set, child
+ * processes and the spool.  All socket reads and writes of a session are here.
  */
 
 #include <sys/resource.h>
@@ -32,25 +32,25 @@
 
 #include "clamsmtpd.h"
 
-/* Linux; the numbers are the kernel's own and good for both families. */
+/* Linux options for IPv4 and IPv6, which old headers of libc do not define. */
 #define IPV4_TRANSPARENT	19
 #define IPV6_IS_TRANSPARENT	75
 
 #define SPARE_BUFS	8
 #define POLL_TIME	(60 * SECOND)	/* the longest sleep */
 #define IDLE_TIME	SECOND		/* nothing was ready: tidy up */
-#define NOMEM_PAUSE	100		/* ms; before memory is asked for again */
+#define NOMEM_PAUSE	100		/* ms; after malloc(3) has failed */
 #define LOOKUP_LIMIT	(30 * SECOND)	/* for one look-up */
 #define LOOKUP_RETRY	(5 * SECOND)	/* after one that was of no use */
 #define KILL_TIME	(5 * SECOND)	/* from one signal to the next */
-#define BACKLOG		4096	/* the kernel's limit may be lower; libc's is 128 */
+#define BACKLOG		4096	/* above libc's SOMAXCONN */
 
 /*
  * Text.
  */
 
-/* Returns the length of the UTF-8 character at p, where n bytes are, or 0 when
- * the bytes there are not UTF-8. */
+/* Returns the length of the UTF-8 character in the n bytes at p, or 0 when they
+ * do not begin with one. */
 static size_t
 utf8_length(const char *p, size_t n)
 {
@@ -63,7 +63,7 @@ utf8_length(const char *p, size_t n)
 	for (i = 1; i < len; i++)
 		if ((u[i] & 0xc0) != 0x80)
 			return 0;
-	if ((u[0] == 0xe0 && u[1] < 0xa0) ||	/* longer than need be, */
+	if ((u[0] == 0xe0 && u[1] < 0xa0) ||	/* overlong, */
 	    (u[0] == 0xed && u[1] > 0x9f) ||	/* a surrogate, */
 	    (u[0] == 0xf0 && u[1] < 0x90) ||
 	    (u[0] == 0xf4 && u[1] > 0x8f))	/* beyond U+10FFFF */
@@ -157,21 +157,23 @@ int log_json;
 int log_echo;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
-static unsigned long log_lost;		/* lines that nobody has seen */
+static unsigned long log_lost;		/* lines that could not be written */
 
-/* The line that is being written: bytes log_r to log_n wait, and a NUL follows. */
+/* The line that is being written.  Bytes log_r to log_n wait; a NUL follows. */
 static char log_out[JSONSZ + 64];
 static size_t log_r, log_n;
 
-/* Messages that wait for log_format(): a digit for the level, the text, a NUL.  An
- * empty one ends them. */
+/* Messages that wait for log_format(): each is a digit for the level, the text
+ * and a NUL.  An empty message is the end. */
 static int log_held;
 static char held[4 * LOGSZ];
 
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
 #define LEVEL_BASE	LOG_ERR
 
-/* syslogd may come and go.  Most have a datagram socket, some a stream. */
+/*
+ * syslogd may be restarted.  Most have a datagram socket, some a stream socket.
+ */
 static int
 syslog_connect(void)
 {
@@ -196,9 +198,10 @@ syslog_connect(void)
 }
 
 /*
- * Promise 5: neither syslog nor a full pipe at stderr may stop the loop.  stderr is
- * opened anew where that can be done, since O_NONBLOCK would otherwise be set
- * for everybody who shares it.  A file never blocks, and its offset is shared.
+ * Promise 5: neither syslog nor a full pipe at stderr may stop the loop.  If
+ * possible stderr is opened again, since O_NONBLOCK would otherwise affect all
+ * processes that share it.  A regular file is not: it never blocks, and its
+ * offset must stay shared.
  */
 void
 log_open(int level, int console)
@@ -242,8 +245,8 @@ log_put(const char *p, size_t n)
 
 	if (log_syslog)
 		return send(log_fd, p, n, MSG_NOSIGNAL);
-	/* Where it could not be opened anew it may block: only if there is room,
-	 * and in a pipe there is room for a line then (PIPE_BUF). */
+	/* If stderr could not be opened again it may block, so write only when
+	 * there is room.  A pipe then has room for a whole line (PIPE_BUF). */
 	if (log_fd == 2 && poll(&room, 1, 0) != 1) {
 		errno = EAGAIN;
 		return -1;
@@ -251,8 +254,8 @@ log_put(const char *p, size_t n)
 	return write(log_fd, p, n);
 }
 
-/* Write what waits; in a stream a NUL ends it, as with syslog(3).  0: nothing waits
- * any more; -1: it does. */
+/* Write the waiting line.  In a stream a NUL ends it, as with syslog(3).
+ * Returns 0 when no line waits any more, else -1. */
 static int
 log_finish(void)
 {
@@ -274,7 +277,7 @@ log_finish(void)
 			return -1;
 		close(log_fd);
 		log_fd = -1;
-		if (log_r > 0) {	/* who had its beginning is gone */
+		if (log_r > 0) {	/* the reader of its start is gone */
 			log_r = log_n = 0;
 			log_lost++;
 		}
@@ -282,7 +285,7 @@ log_finish(void)
 	return 0;
 }
 
-/* Whether standard error is a socket of systemd's journal. */
+/* Returns 1 when standard error is a socket of systemd's journal, else 0. */
 static int
 is_journal(void)
 {
@@ -309,10 +312,10 @@ log_write(int level, const char *text, size_t n)
 	if (log_finish() == -1)
 		return -1;
 	if (log_syslog)
-		/* Without the time: every syslogd puts in its own then. */
+		/* Without a time stamp, which every syslogd then adds. */
 		log_n = format(log_out, sizeof log_out, "<%d>clamsmtpd: %.*s",
 		    LOG_MAIL | level, (int)n, text);
-	else if (is_journal())		/* it has tags of its own */
+	else if (is_journal())		/* the journal adds its own tag */
 		log_n = format(log_out, sizeof log_out, "<%d>%.*s\n", level,
 		    (int)n, text);
 	else
@@ -363,13 +366,13 @@ log_line(int level, const char *text, size_t n)
 }
 
 /*
- * A JSON object in the making.
+ * JSON.  One line is built at a time, in json.
  */
 static char json[JSONSZ];
 static size_t json_n;
 
-/* Promise 8: p as a JSON string, which ends before json[end], cut with "..." if
- * need be. */
+/* Promise 8: append p as a JSON string that ends before json[end].  A longer
+ * text is cut and ends in "...". */
 static void
 json_string(const char *p, size_t n, size_t end)
 {
@@ -383,7 +386,7 @@ json_string(const char *p, size_t n, size_t end)
 		}
 		len = utf8_length(p, n);
 		if (text_char(p, n) == 0) {
-			len += len == 0;	/* no UTF-8: a byte */
+			len += len == 0;	/* a byte that is no UTF-8 */
 			json_n += format(json + json_n, 8, "\\u%04x",
 			    (unsigned char)p[len - 1]);
 			continue;
@@ -416,7 +419,7 @@ json_number(const char *name, long long v)
 	json_n += format(json + json_n, 32, "%lld", v);
 }
 
-/* The last third of the line is for what comes behind them. */
+/* The last third of the line is left for the fields that follow. */
 void
 json_lines(const char *name, const char *p)
 {
@@ -562,7 +565,7 @@ monotonic(void)
 	return t.tv_sec * SECOND + t.tv_nsec / 1000000;
 }
 
-/* Promise 8. */
+/* Promise 8.  Characters below lowest are escaped, too. */
 static const char *
 escape(const char *p, size_t n, int lowest)
 {
@@ -636,8 +639,8 @@ rfc5322_date(void)
 }
 
 /*
- * Buffers.  All have one size, so that the memory of one that has become
- * empty serves the next; only the pages that were used cost anything.
+ * Buffers.  All have one size, so that the memory of an empty one is used
+ * again.  Only the pages that were touched take memory.
  */
 
 static char *spare[SPARE_BUFS];
@@ -672,7 +675,7 @@ spares_free(void)
 		free(spare[--nspare]);
 }
 
-/* What peer_fill() reads into; the body of a mail goes no further. */
+/* The buffer that peer_fill() reads into.  Bodies of messages stay in it. */
 static char shared[BUFSZ];
 static int shared_taken;
 
@@ -707,7 +710,7 @@ void
 buf_put(struct buf *p, const void *data, size_t n)
 {
 	if (n > BUFSZ - p->w)
-		abort();	/* buf_ready() was not asked */
+		abort();	/* buf_ready() was not called */
 	if (n > 0)
 		memcpy(p->b + p->w, data, n);
 	p->w += n;
@@ -777,8 +780,9 @@ loop_prepare(void)
 }
 
 /*
- * An empty `in' reads into the shared buffer: what a step takes at once, as it
- * takes nearly everything, was never copied.  peer_settle() keeps the rest.
+ * Reads go to the one shared buffer, unless the peer has unread input.  Input
+ * that the session consumes in the same pass is never copied; peer_settle()
+ * copies the rest.
  */
 int
 peer_fill(struct peer *p)
@@ -838,8 +842,7 @@ send_impossible(struct peer *p)
 	return 1;
 }
 
-/* A peer that cannot be written to has its say all the same: clamd gives the
- * reason why it reads no further. */
+/* Keep reading after a write error: clamd explains why it stopped reading. */
 static int
 send_failed(struct peer *p)
 {
@@ -875,7 +878,7 @@ peer_drain(struct peer *p, int more)
 	return 1;
 }
 
-/* Where the file system has no sendfile(2): by way of `out'. */
+/* Send by way of `out', for a file system without sendfile(2). */
 static int
 send_copy(struct peer *p, int fd, off_t *at, off_t n)
 {
@@ -903,13 +906,13 @@ peer_sendfile(struct peer *p, int fd, off_t *at, off_t n)
 		if (errno == EINVAL || errno == ENOSYS)
 			return send_copy(p, fd, at, n);
 		return send_failed(p);
-	case 0:			/* the file is shorter than we wrote it */
+	case 0:			/* the file has been cut short */
 		return send_impossible(p);
 	}
 	return 1;
 }
 
-/* shutdown(), for a child may hold a copy that close() would leave open. */
+/* shutdown() ends the connection even if a child still has the descriptor. */
 void
 peer_close(struct peer *p)
 {
@@ -974,11 +977,13 @@ addr_format(const struct addr *a, int with_port)
 		return b;
 	case AF_INET:
 		inet_ntop(AF_INET, &a->u.in.sin_addr, ip, sizeof ip);
-		format(b, ADDRTEXT, with_port ? "%s:%u" : "%s", ip, addr_port(a));
+		format(b, ADDRTEXT, with_port ? "%s:%u" : "%s", ip,
+		    addr_port(a));
 		return b;
 	default:
 		inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
-		format(b, ADDRTEXT, with_port ? "[%s]:%u" : "%s", ip, addr_port(a));
+		format(b, ADDRTEXT, with_port ? "[%s]:%u" : "%s", ip,
+		    addr_port(a));
 		return b;
 	}
 }
@@ -1151,7 +1156,8 @@ addr_connect(const struct addr *a, int *done)
 }
 
 int
-peer_connect(struct peer *p, const struct addr *a, int64_t *deadline, int64_t ms)
+peer_connect(struct peer *p, const struct addr *a, int64_t *deadline,
+    int64_t ms)
 {
 	socklen_t len = sizeof(int);
 	int err = 0, done;
@@ -1172,8 +1178,8 @@ peer_connect(struct peer *p, const struct addr *a, int64_t *deadline, int64_t ms
 	return -1;
 }
 
-/* Whether somebody accepts connections on this path; if nobody does, the
- * socket there is a leftover. */
+/* Returns 1 when a program listens at this path, or 0 when the socket is a
+ * leftover. */
 static int
 path_is_live(const struct addr *a)
 {
@@ -1201,7 +1207,7 @@ path_listen(int fd, const struct addr *a)
 		}
 		unlink(path);
 	}
-	mask = umask(0111);	/* 0666: its directory guards it */
+	mask = umask(0111);	/* 0666: its directory restricts access */
 	r = bind(fd, &a->u.sa, a->len);
 	umask(mask);
 	return r;
@@ -1240,7 +1246,7 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 		if (v6)
 			setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &v6only,
 			    sizeof v6only);
-		if (transparent)	/* to bind to another host's address */
+		if (transparent)	/* allows a foreign address in bind() */
 			addr_transparent(fd, a, 1);
 		r = bind(fd, &a->u.sa, a->len);
 	}
@@ -1255,14 +1261,14 @@ addr_listen(const struct addr *a, int transparent, int v6only)
 }
 
 /*
- * Child processes.  A worker runs no other program.  It does what would stop the
- * loop (promise 5), which are look-ups and quarantine copies, and answers
+ * Child processes.  A worker runs no other program.  It does what would stop
+ * the loop (promise 5), which are look-ups and quarantine copies, and answers
  * through a pipe.  A VirusAction is a shell command in a process group of its
  * own; MAXACTIONS run at once, and the others wait.
  */
 
 struct child {
-	pid_t	 pid;			/* 0: waits for its turn, or was reaped */
+	pid_t	 pid;			/* 0: not started yet, or reaped */
 	int64_t	 deadline;		/* of its next signal */
 	int	 signalled;
 	struct child *next;
@@ -1295,7 +1301,7 @@ close_between(int first, int last)
 	if (syscall(SYS_close_range, first, last, 0) == 0)
 		return;
 #endif
-	/* The limit may be a billion. */
+	/* RLIMIT_NOFILE may be a billion, so close those that are open. */
 	if ((open_ones = opendir("/proc/self/fd")) != NULL) {
 		while ((entry = readdir(open_ones)) != NULL) {
 			if (parse_number(entry->d_name, "", &fd) == 1 &&
@@ -1317,7 +1323,7 @@ close_all_but(int *keep, int n)
 {
 	int i, j, t, first = 3;
 
-	for (i = 1; i < n; i++)		/* in ascending order */
+	for (i = 1; i < n; i++)		/* sort them */
 		for (j = i; j > 0 && keep[j - 1] > keep[j]; j--) {
 			t = keep[j];
 			keep[j] = keep[j - 1];
@@ -1433,10 +1439,10 @@ child_room(void)
 }
 
 /*
- * Run work(out, arg) in a child that keeps the descriptors out, keep1 and
- * keep2 only (-1: none).  When it has ended, done(ctx, answer, n) is called in
- * the loop with the n bytes that it wrote to out, and a NUL; n is 0 if it failed
- * or took longer than ms.  Then the files scratch and copy (NULL: none) are
+ * Run work(out, arg) in a child that keeps the descriptors out, keep1 and keep2
+ * only (-1: none).  When it has ended, done(ctx, answer, n) is called in the
+ * loop with the n bytes that it wrote to out, and a NUL; n is 0 if it failed or
+ * took longer than ms.  Then the files scratch and copy (NULL: none) are
  * removed, unless the answer is the name of copy and done was called.  Returns
  * NULL and sets errno if there can be no child.
  */
@@ -1492,8 +1498,8 @@ child_forget(struct child *c)
 /*
  * Promise 7: a copy that no session has taken is removed.  The scratch file
  * becomes the copy by link() and unlink(), or by rename() in place of an empty
- * file.  So the copy is this child's, and not an older file of that name, if the
- * scratch file is gone, if both are one file, or if the copy is empty.
+ * file.  So the copy is this child's, and not an older file of that name, if
+ * the scratch file is gone, if both are one file, or if the copy is empty.
  */
 static void
 files_remove(const struct child *c)
@@ -1643,7 +1649,7 @@ virusaction_end(struct child *c, int status)
 	else if (WEXITSTATUS(status) != 0)
 		logmsg(LOG_WARNING, "%06X: VirusAction: exit status %d: %s",
 		    c->id, WEXITSTATUS(status), command_text(c));
-	if (c->signalled)		/* the rest of its group had its time, too */
+	if (c->signalled)		/* the time of its group is over, too */
 		child_signal(c, SIGKILL);
 	child_free(c);
 }
@@ -1693,7 +1699,7 @@ children_reap(void)
 		if (c->command != NULL)
 			virusaction_end(c, status);
 		else
-			c->pid = 0;	/* may be another process's from now on */
+			c->pid = 0;	/* the number may be used again */
 	} while (pid > 0 || (pid == -1 && errno == EINTR));
 	virusactions_run();
 }
@@ -1770,8 +1776,8 @@ target_worked(struct target *t, const struct addr *a)
 		    t->text, addr_text(a));
 }
 
-/* Give the target the n addresses that a look-up has found, at any alignment.  The
- * one that worked last stays first. */
+/* Give the target the n addresses that a look-up has found, at any alignment.
+ * The one that worked last stays first. */
 static void
 target_set(struct target *t, const void *addr, int n)
 {
@@ -1818,7 +1824,7 @@ on_lookup(void *ctx, const char *answer, size_t n)
 		    t->text, t->naddr > 0 ? "; the old one stays" : "");
 	else
 		target_set(t, answer, n / sizeof t->addr[0]);
-	run_all = 1;			/* sessions may wait for the address */
+	run_all = 1;			/* a session may wait for the address */
 	target_put(t);
 }
 
@@ -1850,7 +1856,7 @@ target_resolve(struct target *t, int force)
 
 int64_t now;
 int run_all;
-struct session *runnable;		/* in the order in which they were woken */
+struct session *runnable;		/* in the order of session_wake() */
 
 static struct session **runnable_end = &runnable;
 static struct pollfd *fds;
@@ -1969,9 +1975,9 @@ session_rest(struct session *s)
  */
 
 /*
- * libclamav takes data for mail by its first headers, and some orders of
- * headers that users and attackers send hide an attachment from it.  Behind
- * this line none does.  It is never forwarded nor quarantined.
+ * libclamav recognizes mail by its first header fields, and with some orders of
+ * fields it does not find the attachments.  After this line it always does.
+ * The line is never forwarded or quarantined.
  */
 const char scan_line[] = "Received: by smtp.passthru\r\n";
 const size_t scan_line_len = sizeof scan_line - 1;
@@ -1987,7 +1993,7 @@ spool_named(const char *dir, const char *kind, char *path, size_t n)
 	return mkostemp(path, O_CLOEXEC);
 }
 
-/* Promise 7: without a name it goes with its descriptor. */
+/* Promise 7: a file without a name is removed when its descriptor is closed. */
 int
 spool_file(const char *dir, int keep)
 {
@@ -2136,8 +2142,9 @@ copy_file(const struct spool *from, int to)
 }
 
 /*
- * link(2), for it never takes another file's name.  Some file systems have no
- * links (FAT, some FUSE): there an empty file takes the name, and is replaced.
+ * link(2) never overwrites another file.  On a file system without links (FAT,
+ * some FUSE) O_EXCL reserves the name with an empty file, and rename(2)
+ * replaces that.
  */
 static int
 copy_name(const struct quarantine *q)
@@ -2155,8 +2162,8 @@ copy_name(const struct quarantine *q)
 	return rename(q->scratch, q->copy);
 }
 
-/* The name is on the disk, too; on some network file systems EINVAL says that
- * there is no way to wait for that. */
+/* Write the directory to the disk, so that the name survives a crash.  Some
+ * network file systems cannot do that and return EINVAL. */
 static int
 directory_sync(const char *path)
 {
@@ -2165,7 +2172,7 @@ directory_sync(const char *path)
 	return dir != -1 && (fsync(dir) == 0 || errno == EINVAL) ? 0 : -1;
 }
 
-/* Promise 5: in a child, for fsync() may take its time. */
+/* Promise 5: runs in a child, since fsync() may take long. */
 static void
 quarantine_work(int out, void *arg)
 {
@@ -2187,7 +2194,8 @@ quarantine_work(int out, void *arg)
 	    strlen(failed == NULL ? q->copy : why));
 }
 
-/* The scratch file, and a name that is free: virus. and its last six letters. */
+/* Create the scratch file and choose a free name for the copy: virus. and the
+ * last six letters of the scratch file. */
 static int
 quarantine_names(struct quarantine *q)
 {

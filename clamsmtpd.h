@@ -427,7 +427,7 @@ struct session {
 
 struct child;				/* a child process (util.c) */
 
-extern const char *const outcome_names[NOUTCOMES];	/* as the metrics call them (smtp.c) */
+extern const char *const outcome_names[NOUTCOMES];	/* (smtp.c) */
 
 #define NBUCKETS 9
 
@@ -463,6 +463,19 @@ void sessions_shutdown(int at_once);
 /* Free the sessions that have ended. */
 void sessions_reap(void);
 
+/* conf.c */
+
+/*
+ * Read the settings from the old flags, which are (name, value) pairs, then
+ * from the file, then from the environment, then from pidfile unless that is
+ * NULL.  Logs all errors.  Returns NULL if there was one.
+ */
+struct conf *conf_load(const char *path, const char *const (*flags)[2], int nflags,
+    const char *pidfile);
+void conf_show(const struct conf *);		/* to standard output */
+void conf_put(struct conf *);			/* drop a reference */
+enum action conf_action(const struct conf *, const char *virus);
+
 /* clamd.c */
 
 /* Returns the clamd with this address, known already or new, with a reference,
@@ -485,19 +498,6 @@ void clamd_poll(void);				/* abandoned scans and PING */
  * answers.  c must stay valid until the next call with report set.
  */
 void clamd_ping(const struct conf *c, int report, void (*done)(int well, const char *why));
-
-/* conf.c */
-
-/*
- * Read the settings from the old flags, which are (name, value) pairs, then
- * from the file, then from the environment, then from pidfile unless that is
- * NULL.  Logs all errors.  Returns NULL if there was one.
- */
-struct conf *conf_load(const char *path, const char *const (*flags)[2], int nflags,
-    const char *pidfile);
-void conf_show(const struct conf *);		/* to standard output */
-void conf_put(struct conf *);			/* drop a reference */
-enum action conf_action(const struct conf *, const char *virus);
 
 /* util.c */
 
@@ -535,7 +535,6 @@ void json_text(const char *name, const char *p, size_t n);
 void json_number(const char *name, long long);
 void json_lines(const char *name, const char *p);
 void json_end(int level);
-
 
 /*
  * Returns the name of the effective user, or the number if it has none.  The

@@ -319,7 +319,7 @@ scan_lookup(struct session *s)
 	if (t->naddr == 0) {
 		if (t->resolving)
 			return 0;
-		return scan_failed(s, 1, "this name has no address");
+		return scan_failed(s, 1, "no address found for this name");
 	}
 	s->scan.phase = SC_CONNECT;
 	return 1;
@@ -551,11 +551,11 @@ scan_answer(struct session *s, const char *p, size_t n, int whole)
 		v = FAILED;
 	if (v == CLEAN && !s->scan.scanning)
 		return scan_failed(s, 0,
-		    "it answered OK before it had the whole message");
+		    "it sent OK before the end of the message");
 	if (v == FAILED) {
-		format(why, sizeof why, "it answered \"%.*s\"%s", 200,
+		format(why, sizeof why, "unexpected answer \"%.*s\"%s", 200,
 		    printable(p, n),
-		    whole ? "" : ", which is no whole answer");
+		    whole ? "" : " (incomplete)");
 		return scan_failed(s, 0, why);
 	}
 	clamd_worked(c, s->scan.addr, s->scan.peer.fd);
@@ -583,14 +583,15 @@ scan_read(struct session *s)
 	if (end != NULL && n <= ANSWERSZ)
 		return scan_answer(s, p, end - p, end + 1 == p + n);
 	if (n > ANSWERSZ)
-		return scan_failed(s, 0, "it answered at too great a length");
+		return scan_failed(s, 0, "answer too long");
 	if (!s->scan.peer.eof)
 		return 0;
 	if (s->scan.peer.err == PEER_LOCAL)
-		return scan_failed(s, 0, "the message could not be sent to it");
+		return scan_failed(s, 0, "cannot send the message: no memory, "
+		    "or TempDirectory cannot be read");
 	if (n == 0)
 		return scan_failed(s, 1,
-		    "it closed the connection without an answer");
+		    "connection closed without an answer");
 	/* Some errors end in a newline even after a z command. */
 	return scan_answer(s, p, p[n - 1] == '\n' ? n - 1 : n, 0);
 }
@@ -686,8 +687,8 @@ clamd_timeout(struct session *s)
 		c->on_trial = 1;
 	} else if (now >= quiet_until) {
 		quiet_until = now + REPEAT_TIME;
-		logmsg(LOG_ERR, "clamd %s: %s; is MaxScans as large as its "
-		    "MaxThreads?", target_text(s->conf->clamd[0]->target),
+		logmsg(LOG_ERR, "clamd %s: %s; set MaxScans "
+		    "to clamd's MaxThreads", target_text(s->conf->clamd[0]->target),
 		    s->result.text);
 	}
 	clamd_cancel(s);
@@ -770,8 +771,8 @@ ping_address(struct target *t)
 	if (t->naddr == 0 && t->resolving && now < ping.until)
 		return 0;
 	if (t->naddr == 0)
-		ping_why(t->resolving ? "its name is still being looked up" :
-		    "this name has no address");
+		ping_why(t->resolving ? "the name is still being resolved" :
+		    "no address found for this name");
 	if ((ping.addr = target_next(t, ping.addrs_tried)) == -1)
 		return -1;
 	ping.addrs_tried |= 1U << ping.addr;
@@ -818,7 +819,7 @@ ping_answer(void)
 		peer_settle(p);
 		return 0;
 	}
-	format(why, sizeof why, "it answered \"%s\" to PING",
+	format(why, sizeof why, "unexpected answer \"%s\" to PING",
 	    printable(answer, n));
 	ping_why(p->err ? "cannot be reached" : p->eof || n >= 5 ? why :
 	    "no answer to PING in time");

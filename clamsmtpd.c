@@ -204,8 +204,8 @@ listener_close(struct listener *l, int ending)
 	else if (l->fd != -1) {
 		if (l->addr.u.sa.sa_family == AF_UNIX &&
 		    unlink(l->addr.u.un.sun_path) == -1 && errno != ENOENT)
-			logmsg(LOG_WARNING, "%s: the socket stays, for it "
-			    "cannot be removed:", addr_full(&l->addr));
+			logmsg(LOG_WARNING, "%s: cannot remove the socket:",
+			    addr_full(&l->addr));
 		listener_shut(l);
 	}
 	free(l);
@@ -461,7 +461,7 @@ listen_on(const struct conf *c, const struct target *t, int starting)
 	if (t->naddr == 0)
 		logmsg(LOG_ERR, "%s: %s: %s", setting, t->text, starting ?
 		    "no address found for this name" :
-		    "a name is looked up at the start only; give an address");
+		    "names are resolved at start only; use an address");
 	for (i = 0; i < t->naddr; i++)
 		if (listener_open(c, serve_for(c, t), &t->addr[i]) == 0)
 			opened++;
@@ -489,7 +489,7 @@ listeners_restore(struct listener *old)
 			continue;
 		l->fd = addr_listen(&l->addr, conf->transparent, l->v6only);
 		if (l->fd == -1) {
-			logmsg(LOG_ERR, "%s: it cannot be opened again:",
+			logmsg(LOG_ERR, "%s: cannot reopen the listener:",
 			    addr_full(&l->addr));
 			listener_close(l, 0);
 		} else
@@ -506,9 +506,9 @@ listeners_transparent(const struct conf *c)
 
 	for (l = listeners; l != NULL; l = l->next)
 		if (addr_transparent(l->fd, &l->addr, c->transparent) == -1) {
-			logmsg(LOG_WARNING, "TransparentProxy: %s: connections "
-			    "that come by TPROXY are not accepted (those of "
-			    "REDIRECT are): IP_TRANSPARENT:",
+			logmsg(LOG_WARNING, "TransparentProxy: %s: TPROXY "
+			    "connections are not accepted (REDIRECT ones are): "
+			    "IP_TRANSPARENT:",
 			    addr_full(&l->addr));
 			return;
 		}
@@ -576,8 +576,8 @@ listeners_log(const struct conf *c)
 		if (!is_loopback(&l->addr) && !c->transparent &&
 		    c->out->naddr == 0 && c->out->name == NULL)
 			logmsg(LOG_WARNING, "%s can be reached from other hosts, "
-			    "and OutAddress is a port alone: each of them is "
-			    "connected back to; is that what you want?",
+			    "and OutAddress has no host: each client gets a "
+			    "connection back to itself",
 			    addr_full(&l->addr));
 	}
 }
@@ -651,11 +651,11 @@ try_tempdir(const struct conf *c)
 	int fd = spool_file(c->tempdir, 0);
 
 	if (fd == -1)
-		logmsg(LOG_ERR, "TempDirectory: %s cannot be written to by user "
+		logmsg(LOG_ERR, "TempDirectory: %s is not writable by user "
 		    "%s; %s:", c->tempdir, user_name(),
-		    sandboxed && errno == EACCES ? "if it was made again after "
-		    "the start, a restart is needed (the sandbox allows the one "
-		    "that was there)" : "it must be there and belong to that "
+		    sandboxed && errno == EACCES ? "if it was re-created after "
+		    "the start, restart clamsmtpd (the sandbox allows only the "
+		    "old one)" : "it must exist and belong to that "
 		    "user (in a container, mount a tmpfs there)");
 	else
 		close(fd);
@@ -685,7 +685,7 @@ reload(void)
 		    conf_path, what);
 	if (c == NULL || what != NULL || try_tempdir(c) == -1 ||
 	    set_limits(c) == -1 || listeners_open(c, 0) == -1) {
-		logmsg(LOG_ERR, "%s: not taken; the settings are as before",
+		logmsg(LOG_ERR, "%s: reload failed, keeping the old settings",
 		    conf_path);
 		conf_put(c);
 		return;
@@ -693,7 +693,7 @@ reload(void)
 	conf_put(conf);
 	conf = c;
 	log_format(conf->json);
-	logmsg(LOG_NOTICE, "%s: read again", conf_path);
+	logmsg(LOG_NOTICE, "%s: reloaded", conf_path);
 	listeners_log(conf);
 	resolve_all(conf);
 	clamd_ping(conf, 1, on_pong);
@@ -1254,7 +1254,7 @@ check_health(const struct conf *c)
 	int fd, done, err, i, r = -1;
 
 	if (t == NULL) {
-		logmsg(LOG_ERR, "StatusListen is not set: nobody to ask");
+		logmsg(LOG_ERR, "StatusListen is not set, but -C needs it");
 		return 2;
 	}
 	if (t->name != NULL && (t->naddr =
@@ -1275,7 +1275,7 @@ check_health(const struct conf *c)
 	if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
 		return 0;
 	if ((why = http_body(answer)) == NULL)
-		why = "it gave no answer that makes sense";
+		why = "invalid answer from StatusListen";
 	logmsg(LOG_ERR, "%s", printable(why, strcspn(why, "\n")));
 	return 1;
 }
@@ -1331,8 +1331,8 @@ pid_file_open(const char *path)
 			if (errno != EACCES && errno != EAGAIN)
 				die(1, "PidFile: %s: lock:", path);
 			fcntl(fd, F_GETLK, &lock);
-			die(1, "PidFile: %s: a clamsmtpd with process id %ld "
-			    "has it and is running", path, (long)lock.l_pid);
+			die(1, "PidFile: %s: clamsmtpd is already running "
+			    "with process id %ld", path, (long)lock.l_pid);
 		}
 		/* A daemon that ended may have removed the file meanwhile. */
 		if (fstat(pid_fd, &mine) == 0 && lstat(path, &there) == 0 &&
@@ -1401,7 +1401,7 @@ drop_privileges(const char *user)
 	if (setgid(gid) == -1 || setuid(uid) == -1)
 		die(1, "User: %s:", user);
 	if (uid != 0 && (setuid(0) != -1 || geteuid() != uid || getegid() != gid))
-		die(1, "User: %s: root's rights could not be given up", user);
+		die(1, "User: %s: cannot drop root privileges", user);
 }
 
 /*
@@ -1422,7 +1422,7 @@ drop_capabilities(void)
 		return;
 	memset(caps, 0, sizeof caps);
 	if (syscall(SYS_capset, &head, caps) == -1)
-		logmsg(LOG_WARNING, "capabilities could not be given up:");
+		logmsg(LOG_WARNING, "cannot drop capabilities:");
 }
 
 /*
@@ -1498,7 +1498,7 @@ static void
 sandbox(const struct conf *c)
 {
 	if (c->virusaction != NULL) {
-		logmsg(LOG_INFO, "sandbox: none, since there is a VirusAction");
+		logmsg(LOG_INFO, "sandbox: none because of VirusAction");
 		return;
 	}
 	sandboxed = 1;
@@ -1506,10 +1506,11 @@ sandbox(const struct conf *c)
 		logmsg(LOG_INFO, "sandbox: none on this kernel");
 	else if (landlock(c) == 0)
 		logmsg(LOG_INFO, "sandbox: no new privileges; files are written "
-		    "in %s and beside PidFile and unix listeners only",
+		    "only in %s and next to PidFile and unix listeners",
 		    c->tempdir);
 	else
-		logmsg(LOG_INFO, "sandbox: no new privileges (no Landlock here)");
+		logmsg(LOG_INFO, "sandbox: no new privileges (kernel without "
+		    "Landlock)");
 }
 
 /*
@@ -1652,8 +1653,8 @@ flags_warn(const char *file)
 	int i;
 
 	for (i = 0; i < nflags; i++)
-		logmsg(LOG_WARNING, "command line: this way to set %s will go; "
-		    "put \"%s: %s\" into %s", flags[i][0], flags[i][0],
+		logmsg(LOG_WARNING, "command line: the option for %s is "
+		    "deprecated; put \"%s: %s\" into %s", flags[i][0], flags[i][0],
 		    flags[i][1], file);
 }
 
@@ -1741,7 +1742,7 @@ attach_nothing(int ready, int level)
 	if (none > 2)
 		close(none);
 	if (write(ready, "", 1) == -1)
-		logmsg(LOG_WARNING, "the program that started us is gone");
+		logmsg(LOG_WARNING, "cannot notify the parent process");
 	close(ready);
 }
 

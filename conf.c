@@ -631,7 +631,7 @@ set_listen(struct conf *c, const struct keyword *k, const char *v)
 	const char *why;
 
 	if (c->nlisten == MAXLISTEN)
-		return "possible: 32 are the most";
+		return "allowed: 32 is the maximum";
 	why = target_new(&c->listen[c->nlisten], k, v);
 	if (why == NULL)
 		target_default_host(c->listen[c->nlisten++], "0.0.0.0");
@@ -663,7 +663,7 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 	int i;
 
 	if (c->nclamd == MAXCLAMDS)
-		return "possible: 32 are the most";
+		return "allowed: 32 is the maximum";
 	if ((why = target_new(&t, k, v)) != NULL)
 		return why;
 	target_default_host(t, "127.0.0.1");
@@ -671,7 +671,7 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 		return no_memory;
 	for (i = 0; i < c->nclamd; i++)
 		if (c->clamd[i] == new) {
-			logmsg(LOG_WARNING, "%s: %s is there twice; one line "
+			logmsg(LOG_WARNING, "%s: %s is set twice; one line "
 			    "is enough", k->name, v);
 			clamd_put(new);
 			return NULL;
@@ -687,7 +687,7 @@ show_clamd(const struct conf *c, const struct keyword *k)
 	int n;
 
 	if (c->clamd_default) {
-		put("# %s: the first of these that is there\n", k->name);
+		put("# %s: the first of these that exists\n", k->name);
 		for (i = 0; i < NPATHS; i++)
 			put("# %s: %s\n", k->name, clamd_paths[i]);
 		return;
@@ -715,7 +715,7 @@ add_network(struct conf *c, const char *word, size_t n)
 	int64_t bits = -1;
 
 	if (c->nproxies == MAXNETWORKS)
-		return "possible: 32 are the most";
+		return "allowed: 32 is the maximum";
 	if (n >= sizeof text)
 		return not;
 	format(text, sizeof text, "%.*s", (int)n, word);
@@ -926,7 +926,7 @@ assign(struct conf *c, struct place *at, const char *name, const char *value)
 	}
 	k = &keywords[i];
 	if (k->now_called != NULL)
-		logmsg(LOG_INFO, "%s: %s is an old name; %s has its place",
+		logmsg(LOG_INFO, "%s: %s is deprecated, use %s",
 		    place_text(at), k->name, k->now_called);
 	note_source(c, at, k->now_called == NULL ? k :
 	    &keywords[find_keyword(k->now_called)], value);
@@ -959,7 +959,7 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 	char *colon, *p;
 
 	if (memchr(line, '\0', n) != NULL)
-		why = "has a NUL byte in it; this is to be a text file";
+		why = "contains a NUL byte; this must be a text file";
 	else if (n > MAXCONFLINE)
 		why = "is longer than 4096 bytes";
 	line = trim(line);
@@ -967,7 +967,7 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 		return;
 	for (p = line; why == NULL && *p != '\0'; p++)
 		if ((unsigned char)*p < ' ' && *p != '\t')
-			why = "has a control character in it";
+			why = "contains a control character";
 	colon = strchr(line, ':');
 	if (why == NULL && colon == NULL)
 		why = "has no colon; it should read Name: value";
@@ -1105,8 +1105,8 @@ complete(struct conf *c, const char *path, int there, int *errors)
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
 	if (out_source(c) == BY_NOBODY && !c->transparent && there != -1) {
-		logmsg(LOG_ERR, "%s: OutAddress is missing: the mail server "
-		    "that gets the mail, such as 127.0.0.1:10026", path);
+		logmsg(LOG_ERR, "%s: OutAddress is missing; set it to the mail "
+		    "server that gets the mail, such as 127.0.0.1:10026", path);
 		at.errors++;
 	}
 	*errors += at.errors;

@@ -613,7 +613,7 @@ static void
 server_drop(struct session *s, const char *why)
 {
 	slog(s, LOG_WARNING, "SERVER: %s%s", why, s->state == S_FINAL ?
-	    ": whether it has the message is unknown" : "");
+	    ": it may have accepted the message" : "");
 	s->server.why = why;
 	s->server.verb = NULL;
 	peer_close(&s->server.peer);
@@ -749,7 +749,7 @@ server_reply(struct session *s, struct reply *r)
 		r->code = reply_code(r->text, buf_len(in));
 		r->class = r->code / 100;
 		if (code == 0 || code != r->code) {
-			s->server.why = "it does not speak SMTP";
+			s->server.why = "not an SMTP reply";
 			return LOST;
 		}
 		s->server.reply_seen = nl + 1 - r->text;
@@ -762,9 +762,9 @@ server_reply(struct session *s, struct reply *r)
 		}
 	}
 	if (buf_len(in) > REPLYSZ)		/* promise 6 */
-		s->server.why = "its reply is too long";
+		s->server.why = "reply too long";
 	else if (s->server.peer.eof)
-		s->server.why = "it closed the connection";
+		s->server.why = "connection closed";
 	else
 		return WAIT;
 	return LOST;
@@ -886,12 +886,12 @@ server_idle(struct session *s)
 				reply_eat(s, &r);
 				break;
 			}
-			slog(s, LOG_NOTICE, "SERVER: said out of turn: %s",
+			slog(s, LOG_NOTICE, "SERVER: unexpected reply during a message: %s",
 			    first_line(&r));
 			if (r.class == 4 && str_set(&s->server.farewell, clean,
 			    reply_clean(&r)) == -1)
 				client_nomem(s);
-			server_drop(s, "it refused a NOOP");
+			server_drop(s, "NOOP refused");
 			break;
 		}
 	if (s->server.peer.fd == -1)
@@ -1088,8 +1088,8 @@ st_proxy(struct session *s)
 	if (n == 0 && !s->client.eof)
 		return 0;
 	if (n <= 0) {
-		slog(s, LOG_WARNING, "%s: no PROXY header, though ProxyFrom has "
-		    "this address", addr_text(&s->peer_addr));
+		slog(s, LOG_WARNING, "%s: no valid PROXY header, but the "
+		    "address is in ProxyFrom", addr_text(&s->peer_addr));
 		session_kill(s);
 		return 1;
 	}
@@ -1184,7 +1184,7 @@ st_connect(struct session *s)
 		switch (server_next_addr(s)) {
 		case 0:
 			return now < s->deadline ? 0 :
-			    connect_failed(s, "its name is still being looked up");
+			    connect_failed(s, "the name is still being resolved");
 		case -1:
 			return connect_failed(s, "no address");
 		}
@@ -1229,7 +1229,7 @@ greeting_reply(struct session *s, const struct reply *r)
 		enter(s, S_COMMAND);
 		break;
 	case 3:
-		server_lost(s, "its greeting makes no sense");
+		server_lost(s, "unexpected 3xx greeting");
 		break;
 	case 4:
 		relay_and_close(s, r);
@@ -1378,8 +1378,8 @@ rcpt_reply(struct session *s, const struct reply *r)
 	if (s->env.rcpt_truncated)
 		return 0;
 	if (s->env.rcpt_list.len + s->server.argument.len + 1 > RCPTSZ) {
-		slog(s, LOG_NOTICE, "so many recipients that RECIPIENTS and "
-		    "the log have only the first of them");
+		slog(s, LOG_NOTICE, "too many recipients: RECIPIENTS and "
+		    "the log contain only the first ones");
 		s->env.rcpt_truncated = 1;
 		str_set(&s->server.argument, "...", 3);
 	}
@@ -1600,7 +1600,7 @@ xclient_send(struct session *s)
 		    addr_port(&s->client_addr));
 	n += format(line + n, sizeof line - n, "\r\n");
 	if (!server_command(s, &verb_xclient, line, n))
-		return server_lost(s, "no memory for a command to it");
+		return server_lost(s, "out of memory");
 	enter(s, S_REPLY);
 	return 1;
 }
@@ -1633,8 +1633,8 @@ hello_reply(struct session *s, const struct reply *r, int esmtp)
 	    (s->xclient_state == XC_EHLO && esmtp)) {
 		if (s->server.xclient != 0)
 			return xclient_send(s);
-		slog(s, LOG_WARNING, "SERVER: offers no XCLIENT: "
-		    "it takes the client for this host");
+		slog(s, LOG_WARNING, "SERVER: does not offer "
+		    "XCLIENT, and treats the client as this host");
 		s->xclient_state = XC_DONE;
 	}
 	ehlo_send(s);
@@ -1730,7 +1730,7 @@ xclient_reply(struct session *s, const struct reply *r)
 	}
 	s->xclient_state = XC_DONE;
 	if (!server_command(s, verb_find(s->helo.s), s->helo.s, s->helo.len))
-		return server_lost(s, "no memory for a command to it");
+		return server_lost(s, "out of memory");
 	enter(s, S_REPLY);
 	return 1;
 }
@@ -1886,9 +1886,9 @@ server_spoke(struct session *s)
 	case REPLY:
 		break;
 	}
-	slog(s, LOG_NOTICE, "SERVER: said unasked: %s", first_line(&r));
+	slog(s, LOG_NOTICE, "SERVER: unexpected reply: %s", first_line(&r));
 	if (r.code < 400)	/* the client must not get it as a reply */
-		return server_lost(s, "it spoke unasked");
+		return server_lost(s, "reply without a command");
 	relay_and_close(s, &r);
 	return 1;
 }
@@ -1948,7 +1948,7 @@ command_reply(struct session *s, const struct reply *r)
 	int auth = verb_is(r->verb, "AUTH") && r->code == 334;
 
 	if (r->class == 3 && !auth) {
-		server_lost(s, "its reply makes no sense");
+		server_lost(s, "unexpected 3xx reply");
 		return;
 	}
 	if (r->verb->on_reply != NULL && r->verb->on_reply(s, r))
@@ -2678,7 +2678,7 @@ on_quarantined(void *ctx, const char *answer, size_t n)
 	session_wake(s);
 	if (*answer != '/')
 		slog(s, LOG_ERR, "quarantine in %s: %s", s->conf->tempdir,
-		    n > 0 ? answer : "its process gave no answer");
+		    n > 0 ? answer : "the child process returned no result");
 	else if (str_set(&s->result.quarantined, answer, n) == -1) {
 		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
 		unlink(answer);
@@ -2838,7 +2838,7 @@ data_reply(struct session *s, const struct reply *r)
 		s->server.verb = &verb_data;	/* the final reply is due */
 		begin_replay(s);
 	} else if (r->code < 400)
-		server_lost(s, "its reply makes no sense");
+		server_lost(s, "unexpected 3xx reply");
 	else {
 		log_refusal(s, r);
 		settle_relay(s, verdict_outcome(s), r);
@@ -2868,7 +2868,7 @@ early_reply(struct session *s)
 		break;
 	}
 	if (r.code < 400)
-		return server_lost(s, "it accepted a message that it did not have");
+		return server_lost(s, "early 2xx, before the end of the message");
 	log_refusal(s, &r);
 	settle_relay(s, verdict_outcome(s), &r);
 	message_log(s);
@@ -2893,7 +2893,7 @@ replay_copy(struct session *s, off_t left)
 		return 0;
 	n = spool_read(&s->msg.spool, chunk, n, scan_line_len + s->replay.off);
 	if (n <= 0)
-		return server_lost(s, "the spool cannot be read");
+		return server_lost(s, "cannot read TempDirectory");
 	s->replay.off += n;
 	if (!s->msg.has_dot_lines || s->msg.relay_bdat) {
 		buf_put(out, chunk, n);
@@ -2995,7 +2995,8 @@ st_replay(struct session *s)
 	if (s->server.peer.err == PEER_LOCAL || (s->server.peer.err &&
 	    buf_len(&s->server.peer.in) == 0 && !s->server.peer.eof &&
 	    !peer_fill(&s->server.peer)))
-		return server_lost(s, "no writing to it, or no reading of the spool");
+		return server_lost(s, s->server.peer.err == PEER_LOCAL ?
+		    "no memory, or TempDirectory cannot be read" : "write failed");
 	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof) {
 		s->server.peer.err = 1;	/* send nothing more */
 		return client_ready(s) ? early_reply(s) : 0;
@@ -3012,7 +3013,7 @@ static void
 final_reply(struct session *s, const struct reply *r)
 {
 	if (r->class == 3) {
-		server_lost(s, "its reply makes no sense");
+		server_lost(s, "unexpected 3xx reply");
 		return;
 	}
 	settle_relay(s, verdict_outcome(s), r);
@@ -3132,7 +3133,7 @@ timed_out(struct session *s)
 		session_kill(s);
 		break;
 	default:
-		server_lost(s, "no answer in time");
+		server_lost(s, "no reply in time");
 	}
 }
 
@@ -3325,7 +3326,7 @@ session_shutdown(struct session *s, int at_once)
 	case S_FINAL:
 	case S_RESET:
 		if (at_once) {
-			server_lost(s, "no time left to wait for it");
+			server_lost(s, "no reply before shutdown");
 			session_run(s);
 		}
 		return;

@@ -210,8 +210,8 @@ log_open(int level, int console)
 	int fd = -1;
 
 	if (!console && (fd = syslog_connect()) == -1)
-		logmsg(LOG_WARNING, "/dev/log: no syslog daemon listens there, "
-		    "log lines are lost until one does:");
+		logmsg(LOG_WARNING, "/dev/log: no syslog daemon, "
+		    "log lines are lost until one starts:");
 	else if (console && fstat(2, &st) == 0 && !S_ISREG(st.st_mode))
 		fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND |
 		    O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
@@ -1610,7 +1610,7 @@ virusaction_start(unsigned id, const char *command, char **env, int64_t ms)
 	for (c = children; c != NULL; c = c->next)
 		waiting += c->command != NULL && c->pid == 0;
 	if (waiting >= MAXWAITING) {
-		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d wait already: "
+		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d are waiting: "
 		    "%s", id, waiting, printable(command, strlen(command)));
 		env_free(env);
 		return;
@@ -1660,7 +1660,7 @@ child_late(struct child *c)
 	int sig = SIGKILL;
 
 	if (c->command != NULL && !c->signalled) {
-		logmsg(LOG_WARNING, "%06X: VirusAction: takes longer than "
+		logmsg(LOG_WARNING, "%06X: VirusAction: exceeded "
 		    "TimeOut, stopped: %s", c->id, command_text(c));
 		sig = SIGTERM;
 	}
@@ -1821,7 +1821,7 @@ on_lookup(void *ctx, const char *answer, size_t n)
 	t->resolving = 0;
 	if (n == 0 || n % sizeof t->addr[0] != 0)
 		logmsg(LOG_WARNING, "%s: no address found for this name%s",
-		    t->text, t->naddr > 0 ? "; the old one stays" : "");
+		    t->text, t->naddr > 0 ? "; keeping the old one" : "");
 	else
 		target_set(t, answer, n / sizeof t->addr[0]);
 	run_all = 1;			/* a session may wait for the address */
@@ -1844,7 +1844,8 @@ target_resolve(struct target *t, int force)
 	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
 	    LOOKUP_LIMIT) != NULL)
 		return;
-	logmsg(LOG_ERR, "%s: cannot start a child to look this name up:", t->text);
+	logmsg(LOG_ERR, "%s: cannot start a child to resolve this name:",
+	    t->text);
 	t->resolving = 0;
 	t->refs--;
 }

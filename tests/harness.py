@@ -25,7 +25,7 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CLAMSMTPD = os.path.abspath(
     os.environ.get("CLAMSMTPD", os.path.join(TOP, "clamsmtpd")))
 
-READ_AGAIN = "clamsmtpd.conf: read again"
+READ_AGAIN = "clamsmtpd.conf: reloaded"
 GOOD = b"Subject: x\r\n\r\nnothing\r\n"
 BAD = b"Subject: x\r\n\r\nEICAR\r\n"
 LARGE = GOOD + 600 * (70 * b"x" + b"\r\n")    # does not stay in memory

@@ -646,7 +646,7 @@ def test_the_process_group_is_killed_when_that_is_ignored(site, clock, ignores):
     site.session().mail()
     assert len(processes(site.daemon.mark)) == 3
     clock.go(site.daemon, 1)
-    site.daemon.wait_log("VirusAction: takes longer than TimeOut, stopped: ")
+    site.daemon.wait_log("VirusAction: exceeded TimeOut, stopped: ")
     clock.go(site.daemon, 5)
     until(lambda: processes(site.daemon.mark) == [site.daemon.pid], "they are gone")
 
@@ -717,7 +717,7 @@ def test_ten_thousand_recipients_are_cut_at_whole_ones(site):
     got = result()["RECIPIENTS"].split("\n")
     assert got.pop() == "..." and 2000 < len(got) < 3000
     assert got == rcpts[:len(got)]
-    assert len(site.daemon.log("^100000: so many recipients")) == 1
+    assert len(site.daemon.log("^100000: too many recipients")) == 1
     line, = site.daemon.log("status=VIRUS")
     assert re.search(r"to=recipient\d{5}@example\.com, to=\.\.\., status=VIRUS:", line)
 

@@ -86,7 +86,7 @@ def test_n_shows_what_is_in_effect(run, tmp_path, shipped, all_of_it):
     used = [name for name in OLD_NAMES if name in settings]
     assert len(told) == len(used)
     for name in used:
-        line, = (l for l in told if " %s is an old name; %s " % (name, OLD_NAMES[name]) in l)
+        line, = (l for l in told if " %s is deprecated, use %s" % (name, OLD_NAMES[name]) in l)
         line_number = text_of(settings).split("\n").index(
             "%s: %s" % (name, settings[name])) + 3
         assert "%s:%d: " % (file, line_number) in line

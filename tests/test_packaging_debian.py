@@ -241,7 +241,7 @@ def test_what_it_asks_the_kernel_for_the_unit_allows(site, action):
     if action:
         harness.wait_file(os.path.join(site.spool, "seen"))
     one.send_signal(signal.SIGHUP)
-    one.wait_log("read again")
+    one.wait_log("reloaded")
     one.allowed.update(os.listdir(site.spool))
     one.stop()
     with open(calls) as file:

@@ -409,7 +409,7 @@ def test_a_reload_gives_the_daemon_the_new_settings(running):
     # a jail has this very file
     assert running.router.conf.stat().st_ino == inode
     running.site.daemon.send_signal(signal.SIGHUP)
-    running.wait_log("<21>clamsmtpd: %s: read again" % running.site.daemon.file)
+    running.wait_log("<21>clamsmtpd: %s: reloaded" % running.site.daemon.file)
     client = running.session()
     client.mail(body=BAD, want="250")
     client.quit()

@@ -187,7 +187,7 @@ def test_a_wrong_header_is_refused(site, header):
     if header in (b"", b"\r\n", v1()[:-1], v2()[:-1], SIGNATURE[:-1]):
         client.half_close()             # else there might be more to come
     assert client.rest() == b""
-    site.daemon.wait_log(r"^100000: 127\.0\.0\.1: no PROXY header")
+    site.daemon.wait_log(r"^100000: 127\.0\.0\.1: no valid PROXY header")
     assert site.hop.accepted == 0 and accepted(site) == []
 
 
@@ -448,7 +448,7 @@ def test_haproxy_checks_health(site, haproxy, options):
     until(lambda: len(site.hop.sessions) >= 3, "some checks")
     proxy.wait_states("UP")
     assert set(accepted(site)) == {"127.0.0.1"}
-    assert not site.daemon.log("no PROXY header")
+    assert not site.daemon.log("no valid PROXY header")
     site.hop.down()
     proxy.wait_states("DOWN")
 

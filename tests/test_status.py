@@ -102,7 +102,7 @@ def test_the_page_names_what_is_wrong_with_clamd(site):
     site.session().mail(want="451")
     text = get(address).text
     assert re.search("^clamd /no/such/socket: connect: No such file", text, re.M)
-    assert re.search(r'^clamd %s: it answered "stream: \\x1B\[2J\\x07 ' %
+    assert re.search(r'^clamd %s: unexpected answer "stream: \\x1B\[2J\\x07 ' %
                      re.escape(site.clamd.address), text, re.M)
     assert re.fullmatch(r"[ -~\n]+", text)
 
@@ -456,7 +456,7 @@ def test_clamaddress_given_twice_has_one_series(site):
     text = get(address, "/metrics").text
     names = re.findall(r"^(clamsmtpd_\S+) ", text, re.M)
     assert len(names) == len(set(names))
-    assert site.daemon.log("ClamAddress: %s is there twice; one line is enough$"
+    assert site.daemon.log("ClamAddress: %s is set twice; one line is enough$"
                            % re.escape(site.clamd.address))
     assert get(address).text.count(site.clamd.address) == 1
 
@@ -731,7 +731,7 @@ def test_sighup_with_an_address_that_is_taken_changes_nothing(site):
     site.daemon.write(site.settings(Listen=listen, StatusListen=site.hop.address))
     site.daemon.send_signal(1)
     site.daemon.wait_log("^StatusListen: %s: Address" % site.hop.address)
-    site.daemon.wait_log("not taken")
+    site.daemon.wait_log("reload failed")
     assert get(address).status == 200
 
 

@@ -266,7 +266,7 @@ def test_reload_in_vain_leaves_the_store_as_it_was(site, systemd):
     before = systemd.names()
     one.write(site.settings(Listen=["0.0.0.0:%d" % port, more, site.hop.address]))
     one.send_signal(signal.SIGHUP)
-    one.wait_log("not taken")
+    one.wait_log("reload failed")
     assert systemd.names() == before and systemd.said.count("FDSTORE=1") == 4
     end(one)
     waiting = site.client(address=listen)
@@ -467,5 +467,5 @@ def test_capabilities_that_cannot_be_given_up_are_a_warning(open_site, faulty_bu
     binary = site.path("faulty")
     shutil.copy(faulty_build, binary)
     site.start(binary=binary, preexec=as_nobody, env={"FAULT": "syscall:1:1:1"})
-    assert site.daemon.log("^capabilities could not be given up: Operation not")
+    assert site.daemon.log("^cannot drop capabilities: Operation not")
     site.session().quit()

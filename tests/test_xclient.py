@@ -70,7 +70,7 @@ def test_no_xclient_offered_gets_a_warning_and_goes_on(site, offer):
     assert site.hop.commands == ["EHLO client.example"]
     client.mail()
     client.quit()
-    site.daemon.wait_log("^100000: SERVER: offers no XCLIENT")
+    site.daemon.wait_log("^100000: SERVER: does not offer XCLIENT")
 
 
 HELO_XCLIENT = "XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9"

@@ -17,8 +17,8 @@ import threading
 
 import pytest
 
-from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, Names, READ_AGAIN, Server,
-                     VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
+from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, LARGE, Names, READ_AGAIN,
+                     Server, VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
                      mounting, processes, turns, until, wait_file, wait_listener)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
@@ -799,13 +799,13 @@ def test_sighup_with_another_temp_directory(site):
     os.mkdir(other)
     site.start(Listen=listen, VirusAction="true")       # so there is no sandbox
     old = site.session()
-    old.begin(BODY + b".\r\n")
+    old.begin(LARGE + b".\r\n")
     final.reached()
     site.reload(Listen=listen, VirusAction="true", TempDirectory=other)
     final.go()
     old.expect("250 2.0.0 queued")
     new = site.session()
-    new.begin(BODY + b".\r\n")
+    new.begin(LARGE + b".\r\n")
     scan.reached()
     files = site.daemon.open_files()
     assert [name for name in files if name.startswith(other)]
@@ -1144,7 +1144,7 @@ def test_temp_directory_made_again_needs_a_restart_and_sighup_says_so(site, land
     os.rmdir(site.spool)
     os.mkdir(site.spool)
     client = site.session()
-    client.mail(want="451 4.3.0 Local Error")
+    client.mail(body=LARGE, want="451 4.3.0 Local Error")
     site.daemon.write(site.settings())
     site.daemon.send_signal(signal.SIGHUP)
     site.daemon.wait_log("^TempDirectory: %s is not writable by user .*; if it was "
@@ -1155,7 +1155,7 @@ def test_temp_directory_made_again_needs_a_restart_and_sighup_says_so(site, land
     client.quit()
     site.daemon.stop()
     site.start()
-    site.session().mail()
+    site.session().mail(body=LARGE)
 
 
 def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):

@@ -38,7 +38,7 @@ def test_clamd_on_any_socket_gets_a_stream(site, clamd):
 
 
 @pytest.mark.skipif(bool(os.environ.get("TEST_BYTES")), reason="each byte is a segment")
-@pytest.mark.parametrize("size, want", [(2000, 1), (16000, 1), (30000, 2)])
+@pytest.mark.parametrize("size, want", [(2000, 1), (16000, 1), (30000, 1), (40000, 2)])
 def test_a_small_message_leaves_for_clamd_in_one_segment(site, size, want):
     """Command, length, message and end are one write, but for a large message."""
     segments = []
@@ -276,8 +276,8 @@ def test_an_ok_before_the_last_bytes_leave_is_an_error(site, faulty_build):
     site.servers.append(site.clamd)
     site.start(binary=faulty_build, env={"FAULT": "pread:1:0:-1"})
     client = site.session()
-    client.mail(body=b"A: b\r\n\r\n" + b"x" * 30000 + b"\r\n", want="451 4.3.0 Local Error")
-    assert site.hop.messages == [] and 10000 < sum(read) < 30000
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * 40000 + b"\r\n", want="451 4.3.0 Local Error")
+    assert site.hop.messages == [] and 10000 < sum(read) < 40000
     site.daemon.wait_log("clamd .*: it sent OK before the end of the message$")
     over.go()
     client.quit()

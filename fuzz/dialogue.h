@@ -166,6 +166,7 @@ mail_refusal(const struct model *m, const char *line, struct text *from)
 {
 	const char *p = strchr(line, ':'), *end;
 	int limited = m->ehlo && (m->flags & 4);
+	long long size;
 
 	from->n = 0;
 	text_add(from, "", 0);
@@ -183,13 +184,9 @@ mail_refusal(const struct model *m, const char *line, struct text *from)
 	}
 	for (p = blanks(p); *p != '\0'; p = blanks(end)) {
 		end = word_end(p);
-		if (limited && strncasecmp(p, "SIZE=", 5) == 0) {
-			size_t n = strspn(p + 5, "0123456789");
-
-			if (n > 18 || (n > 0 && p + 5 + n == end &&
-			    atoll(p + 5) > 600))
-				return "552";
-		}
+		if (limited && strncasecmp(p, "SIZE=", 5) == 0 &&
+		    ref_number(p + 5, &size) != -1 && size > 600)
+			return "552";
 		if (strncasecmp(p, "BODY=BINARYMIME", 15) == 0)
 			return "501";
 	}
@@ -254,17 +251,14 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 {
 	struct text body = { NULL, 0, 0 };
 	const char *a = blanks(line + 4), *end = word_end(a), *b = blanks(end);
-	size_t digits = strspn(a, "0123456789");
 	int last = strcasecmp(b, "LAST") == 0, limited;
 	long long size;
 
-	if (digits == 0 || digits > 18 || a + digits != end ||
-	    (*b != '\0' && !last)) {
+	if (ref_number(a, &size) != 1 || (*b != '\0' && !last)) {
 		hears(m, "501");
 		m->closed = 1;
 		return 0;
 	}
-	size = atoll(a);
 	if ((unsigned long long)size > n)
 		return -1;
 	if (!m->bdat) {

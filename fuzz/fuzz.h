@@ -155,6 +155,21 @@ feed(struct buf *b, const char *p, size_t n)
 	return 1;
 }
 
+/* The decimal number at p, if it is a word of digits: 1.  0: it is larger than any
+ * that can be meant, and *n is LLONG_MAX.  -1: it is no number. */
+static __attribute__((unused)) int
+ref_number(const char *p, long long *n)
+{
+	size_t digits = strspn(p, "0123456789");
+
+	if (digits == 0 || (p[digits] != '\0' && p[digits] != ' ' &&
+	    p[digits] != '\t'))
+		return -1;
+	errno = 0;
+	*n = strtoll(p, NULL, 10);
+	return errno == 0;
+}
+
 /* A text that grows, for references. */
 struct text {
 	char	*p;

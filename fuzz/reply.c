@@ -101,18 +101,6 @@ ref_word(const char *p, size_t n, const char *word)
 	return strlen(word) == n && strncasecmp(p, word, n) == 0;
 }
 
-/* A decimal number that is a word; -1: none.  Above 18 digits it is enormous,
- * whatever follows. */
-static long long
-ref_number(const char *p)
-{
-	size_t n = strspn(p, "0123456789");
-
-	if (n > 18)
-		return INT64_MAX;
-	return n == 0 || (p[n] != '\0' && p[n] != ' ') ? -1 : atoll(p);
-}
-
 struct offer {
 	long long size;
 	int	 chunking, xclient;
@@ -138,13 +126,13 @@ ref_keyword(struct text *to, struct offer *o, char *p, long long max)
 	    "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH", "ETRN", "VRFY", "EXPN",
 	    "HELP", "XFORWARD", "DELIVERBY", NULL };
 	const char *const *k;
-	char number[64];
+	char line[64];
 	size_t w = strcspn(p, " =");
-	long long limit;
+	long long limit, number;
 	int size = ref_word(p, w, "SIZE"), keep = 0;
 
-	if (size && p[w] == ' ' && ref_number(p + w + 1) > 0)
-		o->size = ref_number(p + w + 1);
+	if (size && p[w] == ' ' && ref_number(p + w + 1, &number) != -1)
+		o->size = number;
 	o->chunking |= ref_word(p, w, "CHUNKING");
 	if (ref_word(p, w, "XCLIENT"))
 		ref_xclient(o, p + w);
@@ -153,8 +141,8 @@ ref_keyword(struct text *to, struct offer *o, char *p, long long max)
 		    (p[w] != '=' || strcmp(*k, "AUTH") == 0);
 	limit = max > 0 && (o->size == 0 || max < o->size) ? max : o->size;
 	if (keep && size && limit > 0) {
-		snprintf(number, sizeof number, "250-SIZE %lld\r\n", limit);
-		text_puts(to, number);
+		snprintf(line, sizeof line, "250-SIZE %lld\r\n", limit);
+		text_puts(to, line);
 	} else if (keep) {
 		text_puts(to, "250-");
 		text_puts(to, p);

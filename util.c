@@ -49,6 +49,122 @@
  * Text.
  */
 
+/* The arguments of format(), in a struct because the address of a va_list that
+ * is a parameter has another type. */
+struct args {
+	va_list	 ap;
+};
+
+/* Write the digits of n before end, with leading zeros up to width.  ten is the
+ * digit for 10.  Returns the first digit. */
+static char *
+digits(char *end, unsigned long long n, unsigned base, int width, char ten)
+{
+	char *p = end;
+	unsigned d;
+
+	do {
+		d = n % base;
+		*--p = d < 10 ? '0' + d : ten + d - 10;
+	} while ((n /= base) != 0);
+	while (end - p < width)
+		*--p = '0';
+	return p;
+}
+
+/* Convert one argument; fmt begins with its `%'.  Returns the length of the text
+ * at *p, and in *next the rest of the format. */
+static size_t
+convert(const char *fmt, struct args *args, char number[32], const char **p,
+    const char **next)
+{
+	char *end = number + 32, *q;
+	int width = 0, precision = INT_MAX, longs = 0;
+	long long v;
+
+	for (fmt++; *fmt >= '0' && *fmt <= '9'; fmt++)
+		width = width * 10 + *fmt - '0';
+	if (*fmt == '.') {
+		precision = va_arg(args->ap, int);
+		fmt += 2;
+	}
+	for (; *fmt == 'l'; fmt++)
+		longs++;
+	*next = fmt + 1;
+	switch (*fmt) {
+	case 's':
+		*p = va_arg(args->ap, const char *);
+		return strnlen(*p, precision);
+	case 'd':
+		v = longs == 0 ? va_arg(args->ap, int) : longs == 1 ?
+		    va_arg(args->ap, long) : va_arg(args->ap, long long);
+		q = digits(end, v < 0 ? 0 - (unsigned long long)v :
+		    (unsigned long long)v, 10, width, 0);
+		if (v < 0)
+			*--q = '-';
+		break;
+	case 'u':
+	case 'x':
+	case 'X':
+		q = digits(end, longs == 0 ? va_arg(args->ap, unsigned) :
+		    longs == 1 ? va_arg(args->ap, unsigned long) :
+		    va_arg(args->ap, unsigned long long),
+		    *fmt == 'u' ? 10 : 16, width, *fmt == 'x' ? 'a' : 'A');
+		break;
+	case 'c':
+		q = end - 1;
+		*q = va_arg(args->ap, int);
+		break;
+	default:		/* %%; the compiler checks the others */
+		q = end - 1;
+		*q = '%';
+	}
+	*p = q;
+	return end - q;
+}
+
+size_t
+vformat(char *to, size_t size, const char *fmt, va_list ap)
+{
+	struct args args;
+	char number[32];
+	const char *p, *next;
+	size_t n = 0, len;
+
+	va_copy(args.ap, ap);
+	for (; *fmt != '\0'; fmt = next) {
+		if (*fmt == '%')
+			len = convert(fmt, &args, number, &p, &next);
+		else {
+			len = strcspn(fmt, "%");
+			p = fmt;
+			next = fmt + len;
+		}
+		if (len > size - 1 - n) {
+			len = size - 1 - n;
+			while (len > 0 && (p[len] & 0xc0) == 0x80)
+				len--;	/* no half of a character */
+		}
+		memcpy(to + n, p, len);
+		n += len;
+	}
+	va_end(args.ap);
+	to[n] = '\0';
+	return n;
+}
+
+size_t
+format(char *to, size_t size, const char *fmt, ...)
+{
+	va_list ap;
+	size_t n;
+
+	va_start(ap, fmt);
+	n = vformat(to, size, fmt, ap);
+	va_end(ap);
+	return n;
+}
+
 /* Returns the length of the UTF-8 character in the n bytes at p, or 0 when they
  * do not begin with one. */
 static size_t
@@ -69,36 +185,6 @@ utf8_length(const char *p, size_t n)
 	    (u[0] == 0xf4 && u[1] > 0x8f))	/* beyond U+10FFFF */
 		return 0;
 	return len;
-}
-
-size_t
-vformat(char *to, size_t size, const char *fmt, va_list ap)
-{
-	int written = vsnprintf(to, size, fmt, ap);
-	size_t i, n = written < 0 ? 0 : written;
-
-	if (n >= size) {		/* do not cut a character in two */
-		n = size - 1;
-		for (i = n; i > 0 && n - i < 4 && (to[i - 1] & 0xc0) == 0x80; i--)
-			;
-		if (i > 0 && (to[i - 1] & 0xc0) == 0xc0 &&
-		    utf8_length(to + i - 1, n - i + 1) == 0)
-			n = i - 1;
-	}
-	to[n] = '\0';
-	return n;
-}
-
-size_t
-format(char *to, size_t size, const char *fmt, ...)
-{
-	va_list ap;
-	size_t n;
-
-	va_start(ap, fmt);
-	n = vformat(to, size, fmt, ap);
-	va_end(ap);
-	return n;
 }
 
 size_t
@@ -632,8 +718,8 @@ rfc5322_date(void)
 	struct tm tm;
 
 	gmtime_r(&t, &tm);
-	format(text, sizeof text, "%.3s, %d %.3s %d %02d:%02d:%02d +0000",
-	    day + tm.tm_wday * 3, tm.tm_mday, month + tm.tm_mon * 3,
+	format(text, sizeof text, "%.*s, %d %.*s %d %02d:%02d:%02d +0000", 3,
+	    day + tm.tm_wday * 3, tm.tm_mday, 3, month + tm.tm_mon * 3,
 	    tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
 	return text;
 }
@@ -960,12 +1046,44 @@ peer_waiting(const struct peer *p)
  * Addresses.
  */
 
+/* Write an IPv6 address (RFC 5952): the longest run of two or more zero groups
+ * becomes "::".  Returns the length. */
+static size_t
+ipv6_format(char *to, size_t size, const unsigned char *ip)
+{
+	int i, run, best = 0, start = -1;
+	size_t n = 0;
+
+	for (i = 0; i < 8; i += run + 1) {
+		for (run = 0; i + run < 8 && ip[2 * (i + run)] == 0 &&
+		    ip[2 * (i + run) + 1] == 0; run++)
+			;
+		if (run > best && run > 1) {
+			best = run;
+			start = i;
+		}
+	}
+	for (i = 0; i < 8; i++) {
+		if (i == start) {
+			n += format(to + n, size - n, "::");
+			i += best - 1;
+			continue;
+		}
+		n += format(to + n, size - n,
+		    i > 0 && i != start + best ? ":%x" : "%x",
+		    ip[2 * i] << 8 | ip[2 * i + 1]);
+	}
+	return n;
+}
+
 static const char *
 addr_format(const struct addr *a, int with_port)
 {
 	static char ring[4][ADDRTEXT];
-	static int next;
-	char *b = ring[next++ & 3], ip[INET6_ADDRSTRLEN];
+	static int turn;
+	char *b = ring[turn++ & 3];
+	const unsigned char *ip = (const void *)&a->u.in.sin_addr;
+	size_t n;
 
 	if (a->len == 0)
 		return "none";
@@ -976,16 +1094,16 @@ addr_format(const struct addr *a, int with_port)
 		format(b, ADDRTEXT, "%s", a->u.un.sun_path);
 		return b;
 	case AF_INET:
-		inet_ntop(AF_INET, &a->u.in.sin_addr, ip, sizeof ip);
-		format(b, ADDRTEXT, with_port ? "%s:%u" : "%s", ip,
-		    addr_port(a));
-		return b;
+		n = format(b, ADDRTEXT, "%d.%d.%d.%d", ip[0], ip[1], ip[2], ip[3]);
+		break;
 	default:
-		inet_ntop(AF_INET6, &a->u.in6.sin6_addr, ip, sizeof ip);
-		format(b, ADDRTEXT, with_port ? "[%s]:%u" : "%s", ip,
-		    addr_port(a));
-		return b;
+		n = format(b, ADDRTEXT, with_port ? "[" : "");
+		n += ipv6_format(b + n, ADDRTEXT - n, a->u.in6.sin6_addr.s6_addr);
+		n += format(b + n, ADDRTEXT - n, with_port ? "]" : "");
 	}
+	if (with_port)
+		format(b + n, ADDRTEXT - n, ":%u", addr_port(a));
+	return b;
 }
 
 const char *

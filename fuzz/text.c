@@ -1,19 +1,79 @@
 /*
- * Texts: matches() against fnmatch(3), and addresses.  Byte 0 of the input says
- * which.
+ * Texts: format() against snprintf(3), matches() against fnmatch(3), addresses
+ * against inet_ntop(3) and inet_pton(3).  Byte 0 of the input says which.
  *
- * Only glibc's fnmatch(3) is compared, since musl's reads half a set in another
- * way.  matches() differs on purpose in these, which are not compared:
+ * The latter two are glibc's: the inet_ntop(3) of musl does not keep to RFC 5952,
+ * and its fnmatch(3) has another idea of half a set.  Where ours differ on purpose,
+ * nothing is compared:
  *
- *   It knows no classes ([:alpha:], [=a=], [.a.]).  A backslash between
- *   brackets, or at the end of the pattern, is itself.  `[a-' at the end is no
- *   set, but text (glibc: matches nothing).
+ *   format()	has %s %.*s %c %d %u %x %X, l, ll and %0N only; returns what it
+ *		has written, not what it would have; %0N counts digits, so that
+ *		the sign of a negative number is not one of them.
+ *   matches()	knows no classes ([:alpha:], [=a=], [.a.]), and a backslash
+ *		between brackets is itself; one at the end of the pattern too.
+ *		`[a-' at the end is no set, but text (glibc: matches nothing).
+ *   addresses	Of the forms of RFC 5952 only those without a dotted quad at the
+ *		end, which inet_ntop(3) writes for ::1.2.3.4.
  */
 
 #include "../conf.c"
 #include "fuzz.h"
 
+#include <arpa/inet.h>
 #include <fnmatch.h>
+
+/* A number for a width of digits and its sign. */
+static long long
+number_at(const uint8_t *p)
+{
+	long long n;
+
+	memcpy(&n, p, sizeof n);
+	return n >> (p[0] & 56);	/* small ones as often as large ones */
+}
+
+#define BOTH(...) do {							\
+	char a[300], b[300];						\
+	size_t got;							\
+									\
+	memset(a, '#', sizeof a);					\
+	got = format(a, size, __VA_ARGS__);				\
+	snprintf(b, size, __VA_ARGS__);					\
+	same("format", a, got, b, strlen(b));				\
+	CHECK(a[got] == '\0' && a[size] == '#', "no end, or behind it");	\
+} while (0)
+
+/* As bytes: size, width of a text, a number, texts. */
+static void
+check_format(const uint8_t *p, size_t n)
+{
+	char text[300], *copy;
+	size_t size = 1 + p[0], len;
+	int width = p[1], c = p[2] | 1;
+	long long v = number_at(p + 3), w = v < 0 ? -(v + 1) : v;
+
+	p += 11;
+	n -= 11;
+	len = n < sizeof text - 1 ? n : sizeof text - 1;
+	memcpy(text, p, len);
+	text[len] = '\0';
+	copy = malloc(len + 1);		/* no NUL behind it */
+	CHECK(copy != NULL, "memory");
+	memset(copy + 1, 'x', len);
+	len = strlen(text);
+	memcpy(copy + 1, text, len);
+	BOTH("%s", text);
+	BOTH("%.*s", width, text);
+	BOTH("%.*s|%.*s", (int)len, copy + 1, width / 2, text);
+	BOTH("<%d> %c%%%c", (int)v, c, c);
+	BOTH("%d %u %x %X", (int)v, (unsigned)v, (unsigned)v, (unsigned)v);
+	BOTH("%ld %lu %lx", (long)v, (unsigned long)v, (unsigned long)v);
+	BOTH("%lld %llu %llX", v, (unsigned long long)v, (unsigned long long)v);
+	BOTH("%02d:%06X:%02ld:%08x", (int)w & INT_MAX, (unsigned)v, (long)w,
+	    (unsigned)v);
+	BOTH("%s, %d bytes (%s)", text, (int)v, text);
+	free(copy);
+}
 
 /* Pattern, NUL, name; printable, since the names are. */
 static void
@@ -59,6 +119,8 @@ check_match(const uint8_t *p, size_t n)
 static void
 check_address(const uint8_t *p)
 {
+	static const uint8_t zeros[12];
+	char want[128], ip[64];
 	struct addr a, b;
 	unsigned port = p[16] | p[17] << 8;
 
@@ -67,10 +129,29 @@ check_address(const uint8_t *p)
 	a.u.in6.sin6_family = AF_INET6;
 	a.u.in6.sin6_port = htons(port);
 	memcpy(&a.u.in6.sin6_addr, p, 16);
+	inet_ntop(AF_INET6, p, ip, sizeof ip);
+#ifndef __GLIBC__
+	ip[0] = '.';
+#endif
+	if (strchr(ip, '.') == NULL && memcmp(p, zeros, 12) != 0) {
+		same("IPv6", addr_text(&a), strlen(addr_text(&a)), ip,
+		    strlen(ip));
+		snprintf(want, sizeof want, "[%s]:%u", ip, port);
+		same("IPv6 and port", addr_full(&a), strlen(addr_full(&a)), want,
+		    strlen(want));
+	}
 	/* What we write is what we read. */
 	addr_unmap(&a);
 	CHECK(addr_ip(&b, addr_text(&a), port) == 0 && addr_equal(&a, &b),
 	    "%s is read as %s", addr_full(&a), addr_full(&b));
+	memset(&a, 0, sizeof a);
+	a.len = sizeof a.u.in;
+	a.u.in.sin_family = AF_INET;
+	a.u.in.sin_port = htons(port);
+	memcpy(&a.u.in.sin_addr, p, 4);
+	inet_ntop(AF_INET, p, ip, sizeof ip);
+	snprintf(want, sizeof want, "%s:%u", ip, port);
+	same("IPv4", addr_full(&a), strlen(addr_full(&a)), want, strlen(want));
 }
 
 /* A port is digits, up to 65535. */
@@ -178,6 +259,10 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (size < 1)
 		return 0;
 	switch (*data++) {
+	case 'f':
+		if (--size >= 11)
+			check_format(data, size);
+		break;
 	case 'm':
 		check_match(data, size - 1);
 		break;

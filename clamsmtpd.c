@@ -45,6 +45,7 @@ static int pid_fd = -1;			/* of the pid file, locked; -1: none */
 static int sandboxed;
 static int stopping;			/* signals to stop; 2: stop at once */
 static int64_t drain_until;		/* when to stop at the latest */
+static int64_t begin_until;		/* last time for a busy client to begin */
 
 /*
  * The loop.
@@ -65,7 +66,7 @@ collect(int in_vain)
 	sessions_poll(in_vain);
 	listeners_poll();
 	if (stopping)
-		poll_deadline(drain_until);
+		poll_deadline(now < begin_until ? begin_until : drain_until);
 }
 
 static int
@@ -720,8 +721,13 @@ on_signals(void *arg, int revents)
 		default:
 			logmsg(LOG_NOTICE, stopping ? "stopping at once" :
 			    "stopping when the messages under way are done");
-			if (!stopping)
+			if (!stopping) {
 				notify("STOPPING=1", -1);
+				/* Postfix defers a mail that gets 421 before
+				 * MAIL.  The store lets new clients wait. */
+				if (has_store)
+					begin_until = now + BEGIN_TIME;
+			}
 			stopping++;
 			drain_until = now + DRAIN_TIME;
 		}
@@ -740,7 +746,8 @@ handle_signals(void)
 {
 	if (stopping) {
 		listeners_close(1);
-		sessions_shutdown(now >= drain_until);
+		sessions_shutdown(now < begin_until ? BEGIN_TIME : 0,
+		    now >= drain_until);
 	} else if (reload_wanted)
 		reload();
 	reload_wanted = 0;
@@ -1678,7 +1685,7 @@ remove_files(void)
 static void
 shutdown_all(void)
 {
-	sessions_shutdown(1);
+	sessions_shutdown(0, 1);
 	children_kill();
 	logmsg(LOG_NOTICE, "stopped");
 }

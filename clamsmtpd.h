@@ -115,6 +115,7 @@
 #define PROXY_TIME	(5 * SECOND)	/* for a PROXY header */
 #define PING_TIME	(5 * SECOND)	/* for clamd's PONG */
 #define DRAIN_TIME	(8 * SECOND)	/* after SIGTERM */
+#define BEGIN_TIME	SECOND		/* after SIGTERM, to begin a mail */
 #define LOOKUP_TIME	(60 * SECOND)	/* before a name is resolved again */
 #define RETRY_TIME	(30 * SECOND)	/* before a dead clamd is tried again */
 #define ABANDON_LIMIT	(600 * SECOND)	/* an abandoned scan has its slot */
@@ -457,8 +458,9 @@ void sessions_poll(int in_vain);
  * set, run them all. */
 void sessions_run(void);
 
-/* For SIGTERM: an idle session sends 421 and ends; at_once: every session. */
-void sessions_shutdown(int at_once);
+/* For SIGTERM: a session without a message that did nothing for idle_time ms
+ * sends 421 and ends; at_once: every session. */
+void sessions_shutdown(int64_t idle_time, int at_once);
 
 /* Free the sessions that have ended. */
 void sessions_reap(void);

@@ -3302,7 +3302,7 @@ linger_less(struct session *s)
 }
 
 static void
-session_shutdown(struct session *s, int at_once)
+session_shutdown(struct session *s, int64_t idle_time, int at_once)
 {
 	switch (s->state) {
 	case S_DEAD:
@@ -3311,9 +3311,9 @@ session_shutdown(struct session *s, int at_once)
 	case S_CONNECT:
 	case S_GREETING:
 	case S_AUTH:
-		break;
 	case S_COMMAND:
-		if (s->env.have_mail && !at_once)
+		if ((s->env.have_mail || now - s->ran_at < idle_time) &&
+		    !at_once)
 			return;
 		break;
 	case S_LINGER:
@@ -3559,12 +3559,12 @@ sessions_run(void)
 }
 
 void
-sessions_shutdown(int at_once)
+sessions_shutdown(int64_t idle_time, int at_once)
 {
 	int i;
 
 	for (i = 0; i < table.n; i++)
-		session_shutdown(table.v[i], at_once);
+		session_shutdown(table.v[i], idle_time, at_once);
 }
 
 void

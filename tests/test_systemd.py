@@ -55,10 +55,20 @@ class Systemd:
         self.hand.listen()
         self.hand.settimeout(WAIT)
         self.launcher = site.path("launcher")
+        self.launch(CLAMSMTPD)
+
+    def launch(self, program):
+        """What start() starts from now on."""
         with open(self.launcher, "w") as file:
-            file.write(LAUNCHER % (sys.executable, site.path("hand"), CLAMSMTPD,
-                                   CLAMSMTPD))
+            file.write(LAUNCHER % (sys.executable, self.site.path("hand"), program,
+                                   program))
         os.chmod(self.launcher, 0o755)
+
+    def launch_with(self, clock):
+        """The same, with a clock of the test's."""
+        settings = clock.settings()
+        self.launch(settings["binary"])
+        self.env.update(settings["env"])
 
     def start(self, env=(), **settings):
         """Start the daemon with the descriptors there are; it is ready then."""
@@ -178,6 +188,52 @@ def test_restart_refuses_no_connection(site, systemd, number):
     assert not two.log("in use|stays")
     end(two)
     assert os.path.exists(path)
+
+
+def test_restart_busy_session_sends_its_mail(site, systemd, clock):
+    """A client that is about to send MAIL at SIGTERM sends its mail and then gets
+    the 421, while the next hop greets it or after EHLO."""
+    hold = Hold("220 next.hop ESMTP ready")
+    site.hop.on("greeting", [hold, None])
+    systemd.launch_with(clock)
+    one = systemd.start()
+    early = site.client()
+    hold.reached()
+    talking = site.session()
+    one.send_signal(signal.SIGTERM)
+    one.wait_log("^stopping")
+    hold.go()
+    early.hello()
+    for client in early, talking:
+        client.mail()
+    never(lambda: talking.stream.more(), "the session gets 421")
+    clock.go(one, 1)
+    for client in early, talking:
+        client.expect("421 4.3.2")
+        client.eof()
+        client.close()
+    one.wait_exit()
+    one.stopped = True
+
+
+def test_restart_idle_session_gets_421(site, systemd, clock):
+    """An idle session gets 421 at once; a session that was busy at SIGTERM and
+    begins no mail gets it after a second."""
+    systemd.launch_with(clock)
+    one = systemd.start()
+    idle = site.session()
+    clock.go(one, 1)
+    busy = site.session()
+    one.send_signal(signal.SIGTERM)
+    idle.expect("421 4.3.2")
+    idle.eof()
+    never(lambda: busy.stream.more(), "the busy session gets 421")
+    clock.go(one, 1)
+    busy.expect("421 4.3.2")
+    busy.eof()
+    clock.go(one, 1)
+    one.wait_exit()
+    one.stopped = True
 
 
 def test_restart_keeps_a_port_of_the_kernels_choice(site, systemd):
@@ -391,17 +447,15 @@ def test_watchdog_is_fed_twice_in_its_time(site, clock, own):
     """WATCHDOG=1 comes at half of WATCHDOG_USEC, unless that is for another
     process."""
     systemd = Systemd(site)
+    systemd.launch_with(clock)
     with open(systemd.launcher) as file:
         launcher = file.read()
-    settings = clock.settings()
-    launcher = launcher.replace(repr(CLAMSMTPD), repr(settings.pop("binary")))
     if own is not None:
         launcher = launcher.replace("if fds:", "os.environ['WATCHDOG_PID'] = str(%s)"
                                     "\nif fds:" % ("os.getpid()" if own else "1"))
     with open(systemd.launcher, "w") as file:
         file.write(launcher)
-    settings["env"] = dict(settings.get("env", {}), WATCHDOG_USEC="20000000")
-    one = systemd.start(**settings)
+    one = systemd.start(env={"WATCHDOG_USEC": "20000000"})
 
     def fed():
         return systemd.read().count("WATCHDOG=1")

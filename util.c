@@ -2169,19 +2169,19 @@ spool_close(struct spool *sp)
 
 /* Write left bytes from v on to the file, after sp->size bytes. */
 static int
-spool_write_file(struct spool *sp, struct iovec *v, int count, size_t left)
+spool_write_file(struct spool *sp, struct iovec *v, int nv, size_t left)
 {
 	ssize_t n;
 
 	while (left > 0) {
-		n = pwritev(sp->fd, v, count, sp->size);
+		n = pwritev(sp->fd, v, nv, sp->size);
 		if (n == -1 && errno == EINTR)
 			continue;
 		if (n == -1)
 			return -1;
 		sp->size += n;
 		left -= n;
-		for (; left > 0 && (size_t)n >= v->iov_len; v++, count--)
+		for (; left > 0 && (size_t)n >= v->iov_len; v++, nv--)
 			n -= v->iov_len;
 		if (left > 0) {
 			v->iov_base = (char *)v->iov_base + n;

@@ -361,6 +361,21 @@ def test_quarantine_without_link_killed_halfway_leaves_nothing(site, faulty_buil
     until(lambda: os.listdir(site.spool) == [], "both files are removed")
 
 
+def test_quarantine_killed_between_link_and_unlink_leaves_nothing(
+        site, faulty_build, tmp_path):
+    """PROMISE 7: both names of the copy are removed."""
+    calls = tmp_path / "calls"      # of the daemon and its child together
+    calls.write_bytes(bytes(8192))
+    site.start(Quarantine="on", TimeOut="1", binary=faulty_build,
+               env={"FAULT": "unlink:1:0:-1", "FAULTS": str(calls)})
+    client = site.session()
+    client.begin(BAD + b".\r\n")
+    until(lambda: halted(site), "a copy is made")
+    assert len(os.listdir(site.spool)) == 2
+    client.expect("451 4.3.0 Local Error")
+    until(lambda: os.listdir(site.spool) == [], "both files are removed")
+
+
 def test_directory_without_fsync_is_good_enough_for_a_copy(site, faulty_build):
     """EINVAL is what some network file systems say to fsync(2) of a directory."""
     site.start(Quarantine="on", binary=faulty_build,

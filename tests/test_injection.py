@@ -169,7 +169,8 @@ def test_text_in_the_name_of_a_virus(site, name):
 
 @pytest.mark.parametrize("text", [
     b"why \x1b[2J%n%s\r\n250 ok\r\n", b"\xff\x07" * 900, b"%s" * 1000,
-    b"$(id) '\"`"], ids=["lines", "controls", "format", "shell"])
+    b"$(id) '\"`", "gr\u00fc\u00dfe".encode()],
+    ids=["lines", "controls", "format", "shell", "utf8"])
 @pytest.mark.parametrize("failure", ["tempfail", "pass"])
 def test_text_in_an_error_of_clamd(site, failure, text):
     """It gets into a reply, a header and the log."""

@@ -157,7 +157,8 @@ ERRORS = [
     b"COMMAND READ TIMED OUT\n", b"COMMAND UNAVAILABLE\0", b"PONG\0",
     b"x" * (1 << 20), b"stream: " + b"x" * 100000 + b" OK\0", b"stream:OK\0",
     b"stream OK\0", b"250 ok\r\n", b"stream: OK\r\n\0",
-    b"stream: OK\0stream: X FOUND\0", b"stream: OK\0\n",
+    b"stream: OK\0stream: X FOUND\0", b"stream: OK\nstream: X FOUND\0",
+    b"stream: OK\0\n",
     b"stream: X FOUND\0stream: OK\0", b"stream: " + b"x" * 5000 + b" FOUND\0",
 ]
 

@@ -550,6 +550,25 @@ def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
     client.quit()
 
 
+def test_client_gone_while_a_noop_is_out_sends_no_data(site):
+    """PROMISE 1: the next hop is not asked to take a message that it will not
+    get."""
+    verdict, noop = Hold("OK"), Hold()
+    site.clamd.verdict = [verdict]
+    site.hop.on("NOOP", [noop])
+    site.start(KeepAlives="1")
+    client = site.session()
+    client.begin(BODY + b".\r\n")
+    noop.reached()
+    verdict.go()
+    turns(site)
+    client.reset()
+    turns(site)
+    noop.go()
+    site.hop.sessions[0].wait_end()
+    assert "DATA" not in site.hop.sessions[0].verbs()
+
+
 def test_no_keepalives_by_default(site, clock):
     site.start(**clock.settings())
     client = site.session()
@@ -758,6 +777,23 @@ def test_a_replay_that_moves_is_not_late(site, narrow, clock):
     client.expect("250 2.0.0 queued")
     assert len(site.hop.messages) == 1
     client.quit()
+
+
+def test_commands_without_end_during_the_scan_use_no_cpu(site):
+    """PROMISE 6: a full buffer is not read into, and poll() is not asked."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    client = site.session()
+    client.begin(BODY + b".\r\n")
+    hold.reached()
+    client.send(b"NOOP\r\n" * 20000)
+    turns(site)
+    site.daemon.rests()
+    client.reset()
+    turns(site)
+    hold.go()
+    site.hop.sessions[0].wait_end()
+    assert site.hop.messages == []
 
 
 def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
@@ -1056,6 +1092,23 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
     client.expect("221")
     client.eof()
     assert len(site.hop.messages) == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("tail", [b"QUIT\r\n", b"NOOP\r\nQU"])
+def test_late_eof_behind_a_complete_command_is_served(site, clock, tail):
+    """PROMISE 1: a client that has sent its next command waits for the reply to
+    its message, however late its EOF is."""
+    hold = Hold("OK")
+    site.clamd.verdict = [hold]
+    site.start(**clock.settings())
+    client = site.session()
+    client.begin(BODY + b".\r\n" + tail)
+    hold.reached()
+    goes(site, clock, client, "half_close", 60)
+    hold.go()
+    client.expect("250 2.0.0 queued")
+    site.hop.wait_messages(1)
 
 
 @pytest.mark.core

@@ -852,13 +852,13 @@ class Clogged:
     """A daemon that waits to send a message, its last bytes included: from
     start() to go() each send() fails with EAGAIN, as on a full socket."""
 
-    def __init__(self, site, program):
+    def __init__(self, site, program, fault="send:1:1:11"):
         self.site, self.file = site, site.path("faults")
         with open(self.file, "wb") as file:
             file.truncate(8 + 255 * 16)         # struct faults of faults.h
         self.switch(off=1)
         site.start(binary=program,
-                   env={"FAULTS": self.file, "FAULT": "send:1:1:11"})
+                   env={"FAULTS": self.file, "FAULT": fault})
 
     def switch(self, off):
         with open(self.file, "r+b") as file:
@@ -869,6 +869,8 @@ class Clogged:
         self.site.hop.on("DATA", [hold])
         client.begin(body + b".\r\n")
         hold.reached()
+        until(lambda: self.site.daemon.proc("State").startswith("S"),
+              "the daemon sleeps in poll()")
         self.switch(off=0)
         hold.go()
         until(lambda: self.site.hop.sessions[0].replies[-1:] == [b"354 go ahead\r\n"],
@@ -920,11 +922,14 @@ def test_half_a_reply_before_the_last_bytes_stops_them(
     assert not session.partial and not session.messages
 
 
-def test_reply_that_is_unread_when_the_last_bytes_leave_stops_them(site, clogged):
-    """Something of the client's wakes the session before the reply does."""
+def test_reply_that_is_unread_when_the_last_bytes_leave_stops_them(
+        site, narrow, faulty_build):
+    """Input from the client wakes the session before the reply does."""
+    # The daemon halts before poll(), and not between its last check and send().
+    clogged = Clogged(site, faulty_build, "send:1:1:11 poll:1:1:-1")
     client = site.session()
     clogged.start(client, BODY)
-    site.daemon.pause()
+    until(lambda: site.daemon.proc("State").startswith("T"), "the daemon halts")
     clogged.say(b"250 2.0.0 early\r\n")
     client.send(b"NOOP\r\n")
     clogged.go()

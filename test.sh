@@ -258,7 +258,7 @@ else
 	skip size "the limit is for x86_64 and musl"
 fi
 scripts=
-for f in test.sh demo.sh .ci/run tests/*.sh fuzz/run prove/run \
+for f in test.sh demo.sh .ci/run tests/*.sh tests/vm/*.sh fuzz/run prove/run \
     docs/examples/transparent/tproxy-routes; do
 	if [ -f "$f" ] && head -n 1 "$f" | grep -q '^#!.*sh$'; then
 		scripts="$scripts $f"

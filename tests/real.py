@@ -352,7 +352,7 @@ virtual unix - n n - - virtual
 anvil unix - - n - 1 anvil
 scache unix - - n - 1 scache
 tlsmgr unix - - n 1000? 1 tlsmgr
-postlog unix-dgram n - n - 1 postlogd
+postlog unix-dgram n - n - 1 postlogd -o max_idle=1d -o max_use=1000000
 """
 
 # Besides the services of a recipe: "smtp" for clients, where the recipe has none

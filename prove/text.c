@@ -156,7 +156,7 @@ check_chars(int full)
 }
 
 /* to: the string, with what is no text written as fmt, and with backslashes
- * before what stands in quoted.  A byte below lowest is no text either.
+ * before the characters of quoted.  A byte below lowest is no text either.
  * ends: where each character ends.  Returns their number. */
 static size_t
 written(char *to, size_t *ends, const unsigned char *p, size_t n, int lowest,

@@ -1606,7 +1606,7 @@ class Site:
                         s.commands[-20:], s.ended, len(s.messages),
                         s.partial and shown(s.partial))
                     for s in server.sessions[-10:]))
-            else:
+            elif isinstance(server, Clamd):
                 yield ("clamd %s" % server.address, "\n".join(
                     [repr(c) for c in server.commands[-10:]] +
                     [repr(s) for s in server.scans[-10:]]))

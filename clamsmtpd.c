@@ -37,7 +37,6 @@
 #define REQUESTSZ	4096		/* bytes of an HTTP request */
 
 static struct conf *conf;		/* the settings in effect */
-static char *conf_path;
 static const char *pid_option;		/* -p */
 static const char *flags[64][2];	/* from old flags: setting, value */
 static int nflags;
@@ -678,23 +677,23 @@ resolve_all(struct conf *c)
 static void
 reload(void)
 {
-	struct conf *c = conf_load(conf_path, flags, nflags, pid_option);
+	struct conf *c = conf_load(conf->path, flags, nflags, pid_option);
 	const char *what = c != NULL ? needs_restart(c) : NULL;
 
 	if (what != NULL)
 		logmsg(LOG_ERR, "%s: %s cannot be changed without a restart",
-		    conf_path, what);
+		    conf->path, what);
 	if (c == NULL || what != NULL || try_tempdir(c) == -1 ||
 	    set_limits(c) == -1 || listeners_open(c, 0) == -1) {
 		logmsg(LOG_ERR, "%s: reload failed, keeping the old settings",
-		    conf_path);
+		    conf->path);
 		conf_put(c);
 		return;
 	}
 	conf_put(conf);
 	conf = c;
 	log_format(conf->json);
-	logmsg(LOG_NOTICE, "%s: reloaded", conf_path);
+	logmsg(LOG_NOTICE, "%s: reloaded", conf->path);
 	listeners_log(conf);
 	resolve_all(conf);
 	clamd_ping(conf, 1, on_pong);
@@ -1676,9 +1675,7 @@ remove_files(void)
 	listeners_close(1);
 	pid_file_remove();
 	conf_put(conf);
-	free(conf_path);
 	conf = NULL;
-	conf_path = NULL;
 }
 
 /* The kernel closes the rest. */
@@ -1688,18 +1685,6 @@ shutdown_all(void)
 	sessions_shutdown(0, 1);
 	children_kill();
 	logmsg(LOG_NOTICE, "stopped");
-}
-
-/* Returns the path from the root, for a reload: the daemon changes to /. */
-static char *
-absolute(const char *path)
-{
-	char dir[PATH_MAX], both[2 * PATH_MAX];
-
-	if (*path == '/' || getcwd(dir, sizeof dir) == NULL)
-		return strdup(path);
-	format(both, sizeof both, "%s/%s", dir, path);
-	return strdup(both);
 }
 
 /*
@@ -1792,11 +1777,9 @@ main(int argc, char **argv)
 		log_open(o.level, !to_syslog);
 		log_echo = to_syslog;
 	}
-	if ((conf_path = absolute(o.file)) == NULL)
-		die(1, "%s:", o.file);
 	log_hold();
 	flags_warn(o.file);
-	conf = conf_load(conf_path, flags, nflags, pid_option);
+	conf = conf_load(o.file, flags, nflags, pid_option);
 	log_format(conf != NULL && conf->json && !o.check && !o.health);
 	if (conf == NULL)
 		return 2;

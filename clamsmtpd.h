@@ -213,6 +213,7 @@ struct network {			/* of ProxyFrom */
 /* The settings.  A session has a reference to those that it began with. */
 struct conf {
 	int	 refs;
+	char	*path;			/* of the file, from the root */
 	enum action action;		/* if no rule matches */
 	struct rule *rules;
 	int	 nclamd;

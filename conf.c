@@ -24,7 +24,7 @@ static const char *const clamd_paths[] = {
 	"/var/run/clamav/clamd.ctl",	/* Debian */
 	"/var/run/clamav/clamd",	/* the default of ClamSMTP 1.10 */
 };
-#define NPATHS	(sizeof clamd_paths / sizeof clamd_paths[0])
+#define NPATHS	((int)(sizeof clamd_paths / sizeof clamd_paths[0]))
 
 /*
  * A setter returns NULL, or the end of the message `"value" is not ...'.  The
@@ -37,6 +37,7 @@ struct keyword {
 	const char *def;		/* NULL: the field stays 0 */
 	void	 (*clear)(struct conf *);	/* lists; may be repeated */
 	const char *now_called;		/* of an old name: the new one */
+	const char *const *words;	/* what set_word() takes */
 	unsigned short off;
 	short	 may_be_empty;
 	int	 min, max;		/* numbers: as in the file; BYTES */
@@ -61,6 +62,7 @@ copy(const char *s)
 }
 
 static const char no_memory[] = "kept: out of memory";
+static const char blanks[] = " \t";
 
 static void put(const char *, ...) __attribute__((format(printf, 1, 2)));
 
@@ -79,39 +81,47 @@ put(const char *fmt, ...)
 		exit(1);
 }
 
+static void
+show_value(const struct keyword *k, const char *v)
+{
+	if (v == NULL)
+		put("# %s:\n", k->name);
+	else
+		put("%s: %s\n", k->name, v);
+}
+
 /*
  * Values of one word.
  */
 
-static int
-truth(const char *v)
-{
-	static const char *const words[] = {
-		"off", "on", "no", "yes", "false", "true", "0", "1"
-	};
-	size_t i;
-
-	for (i = 0; i < sizeof words / sizeof words[0]; i++)
-		if (strcasecmp(v, words[i]) == 0)
-			return i & 1;
-	return -1;
-}
+/* The text for an error message, then words for 0 and 1 in turn. */
+static const char *const on_off[] = {
+	"on or off", "off", "on", "no", "yes", "false", "true", "0", "1", NULL
+};
+static const char *const failures[] = {
+	"tempfail or pass", "tempfail", "pass", NULL
+};
+static const char *const formats[] = {
+	"classic or json", "classic", "json", NULL
+};
 
 static const char *
-set_bool(struct conf *c, const struct keyword *k, const char *v)
+set_word(struct conf *c, const struct keyword *k, const char *v)
 {
-	int on = truth(v);
+	int i;
 
-	if (on == -1)
-		return "on or off";
-	*(int *)field(c, k) = on;
-	return NULL;
+	for (i = 1; k->words[i] != NULL; i++)
+		if (strcasecmp(v, k->words[i]) == 0) {
+			*(int *)field(c, k) = (i - 1) & 1;
+			return NULL;
+		}
+	return k->words[0];
 }
 
 static void
-show_bool(const struct conf *c, const struct keyword *k)
+show_word(const struct conf *c, const struct keyword *k)
 {
-	put("%s: %s\n", k->name, *(int *)field(c, k) ? "on" : "off");
+	show_value(k, k->words[1 + *(int *)field(c, k)]);
 }
 
 static const char *
@@ -174,23 +184,33 @@ set_text(struct conf *c, const struct keyword *k, const char *v)
 	return *p == NULL ? no_memory : NULL;
 }
 
-/* A relative path means the directory of the start, also at a reload. */
+/* Write the path from the root to full.  A relative path means the directory of
+ * the start, also at a reload.  Returns 0, or -1 when that directory is gone. */
+static int
+absolute(const char *path, char full[2 * PATH_MAX])
+{
+	static char start[PATH_MAX];
+
+	if (start[0] == '\0' && getcwd(start, sizeof start) == NULL &&
+	    *path != '/')
+		return -1;
+	if (*path == '/')
+		format(full, 2 * PATH_MAX, "%s", path);
+	else
+		format(full, 2 * PATH_MAX, "%s/%s", start, path);
+	return 0;
+}
+
 static const char *
 set_path(struct conf *c, const struct keyword *k, const char *v)
 {
-	static char start[PATH_MAX];
 	char path[2 * PATH_MAX];
 	size_t n;
 
-	if (start[0] == '\0' && getcwd(start, sizeof start) == NULL &&
-	    *v != '/')
+	if (absolute(v, path) == -1)
 		return "usable: the current directory is gone";
 	if (strlen(v) >= PATH_MAX)
 		return "a path of this system: it is too long";
-	if (*v == '/')
-		format(path, sizeof path, "%s", v);
-	else
-		format(path, sizeof path, "%s/%s", start, v);
 	for (n = strlen(path); n > 1 && path[n - 1] == '/'; n--)
 		path[n - 1] = '\0';
 	return set_text(c, k, path);
@@ -199,44 +219,15 @@ set_path(struct conf *c, const struct keyword *k, const char *v)
 static void
 show_text(const struct conf *c, const struct keyword *k)
 {
-	const char *v = *(char **)field(c, k);
-
-	if (v == NULL)
-		put("# %s:\n", k->name);
-	else
-		put("%s: %s\n", k->name, v);
-}
-
-/* Returns 0 when v is the first word, 1 when it is the second, else -1. */
-static int
-choice(const char *v, const char *first, const char *second)
-{
-	return strcasecmp(v, first) == 0 ? 0 :
-	    strcasecmp(v, second) == 0 ? 1 : -1;
-}
-
-static const char *
-set_scanfailure(struct conf *c, const struct keyword *k, const char *v)
-{
-	(void)k;
-	c->failopen = choice(v, "tempfail", "pass");
-	return c->failopen == -1 ? "tempfail or pass" : NULL;
-}
-
-static void
-show_scanfailure(const struct conf *c, const struct keyword *k)
-{
-	put("%s: %s\n", k->name, c->failopen ? "pass" : "tempfail");
+	show_value(k, *(char **)field(c, k));
 }
 
 /*
- * Action, and its old name Bounce.
+ * Action.
  */
 
-static const struct { const char *word; enum action action; } actions[] = {
-	{ "drop", DROP }, { "bounce", BOUNCE }, { "reject", BOUNCE },
-	{ "pass", PASS },
-};
+static const char *const actions[] = { "drop", "bounce", "pass", "reject" };
+#define NACTIONS	(sizeof actions / sizeof actions[0])
 
 static void
 clear_action(struct conf *c)
@@ -273,32 +264,26 @@ add_rule(struct conf *c, enum action action, const char *word, size_t n)
 static const char *
 set_action(struct conf *c, const struct keyword *k, const char *v)
 {
-	static const char blank[] = " \t";
 	const char *why = NULL;
-	size_t i, n = strcspn(v, blank);
+	size_t i, n = strcspn(v, blanks);
+	enum action action;
 
 	(void)k;
-	for (i = 0; i < sizeof actions / sizeof actions[0]; i++)
-		if (word_equal(v, n, actions[i].word))
-			break;
-	if (i == sizeof actions / sizeof actions[0])
+	for (i = 0; i < NACTIONS && !word_equal(v, n, actions[i]); i++)
+		;
+	if (i == NACTIONS)
 		return "bounce, drop or pass (with patterns of virus names, "
 		    "if only for those)";
+	action = i <= PASS ? i : BOUNCE;
 	v += n;
-	v += strspn(v, blank);
+	v += strspn(v, blanks);
 	if (*v == '\0')
-		c->action = actions[i].action;
-	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, blank)) {
-		n = strcspn(v, blank);
-		why = add_rule(c, actions[i].action, v, n);
+		c->action = action;
+	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, blanks)) {
+		n = strcspn(v, blanks);
+		why = add_rule(c, action, v, n);
 	}
 	return why;
-}
-
-static const char *
-action_word(enum action a)
-{
-	return a == BOUNCE ? "bounce" : a == PASS ? "pass" : "drop";
 }
 
 static void
@@ -307,20 +292,8 @@ show_action(const struct conf *c, const struct keyword *k)
 	const struct rule *r;
 
 	for (r = c->rules; r != NULL; r = r->next)
-		put("%s: %s %s\n", k->name, action_word(r->action), r->pattern);
-	put("%s: %s\n", k->name, action_word(c->action));
-}
-
-static const char *
-set_bounce(struct conf *c, const struct keyword *k, const char *v)
-{
-	int on = truth(v);
-
-	(void)k;
-	if (on == -1)
-		return "on or off";
-	c->action = on ? BOUNCE : DROP;
-	return NULL;
+		put("%s: %s %s\n", k->name, actions[r->action], r->pattern);
+	show_value(k, actions[c->action]);
 }
 
 /* Match c against the set at *p, which is a '[', and advance *p past it.  A '['
@@ -404,63 +377,65 @@ conf_action(const struct conf *c, const char *virus)
  * Lines end in CRLF, except the last one.
  */
 
+/* Returns 1 when each line has a name or continues the one before, else 0. */
 static int
-is_header_line(const char *p)
+is_header(const char *h)
 {
-	const char *q = p;
+	const char *p, *q;
 
-	while (is_name_char(*q))
-		q++;
-	return q > p && *q == ':';
+	for (p = h; p != NULL; p = strchr(q, '\n')) {
+		p += p != h;
+		q = p + strspn(p, blanks);
+		if (q != p && p != h && *q != '\r')
+			continue;
+		for (q = p; is_name_char(*q); q++)
+			;
+		if (q == p || *q != ':')
+			return 0;
+	}
+	return 1;
 }
 
 static const char *
 set_header(struct conf *c, const struct keyword *k, const char *v)
 {
-	static const char not[] = "header lines of the form Name: text";
-	char *h = malloc(2 * strlen(v) + 1), *w = h, *p;
-	size_t n, room = BUFSZ / 4;	/* for the % sequences, too */
+	char *h = malloc(2 * strlen(v) + 1), *w = h;
+	size_t room = BUFSZ / 4;	/* for the % sequences, too */
+	const char *wrong = NULL;
 
 	(void)k;
 	if (h == NULL)
 		return no_memory;
 	for (; *v != '\0' && room > 64; v++) {
 		room -= *v == '%' ? 64 : 1;
-		if (v[0] == '\\' && v[1] == 'r' && v[2] == '\\' && v[3] == 'n')
+		if (strncmp(v, "\\r\\n", 4) == 0)
 			v += 2;
-		if (v[0] == '\\' && (v[1] == 'n' || v[1] == 'r')) {
+		if (v[0] == '\\' && v[1] == 't') {
+			*w++ = '\t';
+			v++;
+		} else if (v[0] == '\\' && (v[1] == 'n' || v[1] == 'r')) {
 			*w++ = '\r';
 			*w++ = '\n';
-			v++;
-		} else if (v[0] == '\\' && v[1] == 't') {
-			*w++ = '\t';
 			v++;
 		} else
 			*w++ = *v;
 	}
-	if (*v != '\0') {
-		free(h);
-		return "short enough for a header";
-	}
 	while (w > h && strchr(" \t\r\n", w[-1]) != NULL)
 		w--;
 	*w = '\0';
-	for (p = h; p != NULL && *h != '\0'; p = strchr(p, '\n')) {
-		if (p != h)
-			p++;
-		n = strspn(p, " \t");
-		if (p == h || n == 0 ? !is_header_line(p) : p[n] == '\r') {
-			free(h);
-			return not;
-		}
-	}
-	free(c->header);
-	c->header = h;
-	if (*h == '\0') {
+	if (*v != '\0')
+		wrong = "short enough for a header";
+	else if (*h != '\0' && !is_header(h))
+		wrong = "header lines of the form Name: text";
+	if (wrong != NULL || *h == '\0') {
 		free(h);
-		c->header = NULL;
+		h = NULL;
 	}
-	return NULL;
+	if (wrong == NULL) {
+		free(c->header);
+		c->header = h;
+	}
+	return wrong;
 }
 
 static void
@@ -535,8 +510,7 @@ target_host(struct target *t, const char *host, int port)
 static const char *
 target_parse(struct target *t, const char *v, int port)
 {
-	char host[256];
-	const char *colon = strrchr(v, ':');
+	char host[256], *name = host, *rest;
 	size_t n = strlen(v);
 
 	if (*v == '/') {
@@ -547,24 +521,23 @@ target_parse(struct target *t, const char *v, int port)
 	}
 	if (n >= sizeof host)
 		return not_address;
-	memcpy(host, v, n + 1);
 	if (v[strspn(v, "0123456789")] == '\0')
 		return target_host(t, NULL, port_number(v));
-	if (*v == '[') {
-		char *end = strchr(host, ']');
-
-		if (end == NULL || (end[1] != '\0' && end[1] != ':') ||
-		    memchr(host, ':', end - host) == NULL)
+	memcpy(host, v, n + 1);
+	rest = strchr(host, ':');
+	if (*host == '[') {
+		name++;
+		if (rest == NULL || (rest = strchr(rest, ']')) == NULL)
 			return not_address;
-		if (end[1] == ':')
-			port = port_number(end + 2);
-		*end = '\0';
-		return target_host(t, host + 1, port);
-	}
-	if (colon == NULL || strchr(v, ':') != colon)
-		return target_host(t, host, port);	/* may be IPv6 */
-	host[colon - v] = '\0';
-	return target_host(t, host, port_number(colon + 1));
+		*rest++ = '\0';
+	} else if (rest == NULL || strchr(rest + 1, ':') != NULL)
+		rest = host + n;	/* no port, but maybe IPv6 */
+	if (*rest == ':') {
+		*rest = '\0';
+		port = port_number(rest + 1);
+	} else if (*rest != '\0')
+		return not_address;
+	return target_host(t, name, port);
 }
 
 /* k->min is the lowest port that is allowed, k->max the default. */
@@ -604,10 +577,7 @@ show_target(const struct conf *c, const struct keyword *k)
 {
 	const struct target *t = *(struct target **)field(c, k);
 
-	if (t == NULL)
-		put("# %s:\n", k->name);
-	else
-		put("%s: %s\n", k->name, t->text);
+	show_value(k, t != NULL ? t->text : NULL);
 }
 
 /* Give a target that is only a port this host. */
@@ -644,7 +614,7 @@ show_listen(const struct conf *c, const struct keyword *k)
 	int i;
 
 	for (i = 0; i < c->nlisten; i++)
-		put("%s: %s\n", k->name, c->listen[i]->text);
+		show_value(k, c->listen[i]->text);
 }
 
 static void
@@ -683,17 +653,14 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 static void
 show_clamd(const struct conf *c, const struct keyword *k)
 {
-	size_t i;
-	int n;
+	int i;
 
-	if (c->clamd_default) {
+	if (c->clamd_default)
 		put("# %s: the first of these that exists\n", k->name);
-		for (i = 0; i < NPATHS; i++)
-			put("# %s: %s\n", k->name, clamd_paths[i]);
-		return;
-	}
-	for (n = 0; n < c->nclamd; n++)
-		put("%s: %s\n", k->name, c->clamd[n]->target->text);
+	for (i = 0; c->clamd_default && i < NPATHS; i++)
+		put("# %s: %s\n", k->name, clamd_paths[i]);
+	for (i = 0; !c->clamd_default && i < c->nclamd; i++)
+		show_value(k, c->clamd[i]->target->text);
 }
 
 /*
@@ -745,8 +712,8 @@ set_proxy(struct conf *c, const struct keyword *k, const char *v)
 	size_t n;
 
 	(void)k;
-	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, " \t")) {
-		n = strcspn(v, " \t");
+	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, blanks)) {
+		n = strcspn(v, blanks);
 		why = add_network(c, v, n);
 	}
 	return why;
@@ -758,84 +725,57 @@ show_proxy(const struct conf *c, const struct keyword *k)
 	const struct network *net;
 
 	if (c->nproxies == 0)
-		put("# %s:\n", k->name);
+		show_value(k, NULL);
 	for (net = c->proxies; net < c->proxies + c->nproxies; net++)
 		if (net->addr.u.sa.sa_family == AF_UNIX)
-			put("%s: unix\n", k->name);
+			show_value(k, "unix");
 		else
 			put("%s: %s/%d\n", k->name, addr_text(&net->addr),
 			    net->bits);
 }
 
-static const char *
-set_logformat(struct conf *c, const struct keyword *k, const char *v)
-{
-	(void)k;
-	c->json = choice(v, "classic", "json");
-	return c->json == -1 ? "classic or json" : NULL;
-}
-
-static void
-show_logformat(const struct conf *c, const struct keyword *k)
-{
-	put("%s: %s\n", k->name, c->json ? "json" : "classic");
-}
-
-#define FIELD(x)	offsetof(struct conf, x)
+#define OFF(field)	.off = offsetof(struct conf, field)
+#define TEXT		.set = set_text, .show = show_text
+#define PATH		.set = set_path, .show = show_text
+#define TARGET		.set = set_target, .show = show_target
+#define WORD(w)		.set = set_word, .show = show_word, .words = w
+#define NUMBER(u)	.set = set_number, .show = show_number, .unit = u
+#define LIST(name)	.set = set_##name, .show = show_##name, \
+			.clear = clear_##name
 
 /* Promise 9: all settings of the original, with its defaults. */
 static const struct keyword keywords[] = {
-	{ .name = "OutAddress", .set = set_target, .show = show_target,
-	  .off = FIELD(out), .min = 1, .max = 25 },
-	{ .name = "Listen", .set = set_listen, .show = show_listen,
-	  .max = 10025, .clear = clear_listen },
-	{ .name = "ClamAddress", .set = set_clamd, .show = show_clamd,
-	  .min = 1, .max = 3310, .clear = clear_clamd },
-	{ .name = "Action", .set = set_action, .show = show_action,
-	  .def = "drop", .clear = clear_action },
-	{ .name = "Header", .set = set_header, .show = show_header,
+	{ "OutAddress", TARGET, OFF(out), .min = 1, .max = 25 },
+	{ "Listen", LIST(listen), .max = 10025 },
+	{ "ClamAddress", LIST(clamd), .min = 1, .max = 3310 },
+	{ "Action", LIST(action), .def = "drop" },
+	{ "Header", .set = set_header, .show = show_header,
 	  .def = "X-Virus-Scanned: ClamAV using ClamSMTP", .may_be_empty = 1 },
-	{ .name = "Quarantine", .set = set_bool, .show = show_bool,
-	  .off = FIELD(quarantine) },
-	{ .name = "VirusAction", .set = set_text, .show = show_text,
-	  .off = FIELD(virusaction) },
-	{ .name = "ScanFailure", .set = set_scanfailure,
-	  .show = show_scanfailure, .def = "tempfail" },
-	{ .name = "ScanTimeOut", .set = set_number, .show = show_number,
-	  .off = FIELD(scantimeout), .min = 1, .max = 86400, .unit = SECOND },
-	{ .name = "MaxScans", .set = set_number, .show = show_number,
-	  .off = FIELD(maxscans), .def = "10", .min = 1, .max = 1000, .unit = 1 },
-	{ .name = "MaxScanSize", .set = set_number, .show = show_number,
-	  .off = FIELD(maxscansize), .def = "0", .max = BYTES, .unit = 1 },
-	{ .name = "MaxConnections", .set = set_number, .show = show_number,
-	  .off = FIELD(maxconn), .def = "64", .min = 2, .max = 65535,
-	  .unit = 1 },
-	{ .name = "TimeOut", .set = set_number, .show = show_number,
-	  .off = FIELD(timeout), .def = "180", .min = 1, .max = 86400,
-	  .unit = SECOND },
-	{ .name = "KeepAlives", .set = set_number, .show = show_number,
-	  .off = FIELD(keepalives), .def = "0", .max = 86400, .unit = SECOND },
-	{ .name = "XClient", .set = set_bool, .show = show_bool,
-	  .off = FIELD(xclient) },
-	{ .name = "TransparentProxy", .set = set_bool, .show = show_bool,
-	  .off = FIELD(transparent) },
-	{ .name = "TempDirectory", .set = set_path, .show = show_text,
-	  .off = FIELD(tempdir), .def = "/tmp" },
-	{ .name = "PidFile", .set = set_path, .show = show_text,
-	  .off = FIELD(pidfile) },
-	{ .name = "User", .set = set_text, .show = show_text,
-	  .off = FIELD(user) },
-	{ .name = "ProxyFrom", .set = set_proxy, .show = show_proxy,
-	  .clear = clear_proxy },
-	{ .name = "StatusListen", .set = set_target, .show = show_target,
-	  .off = FIELD(status), .min = 1, .max = 10080 },
-	{ .name = "LogFormat", .set = set_logformat, .show = show_logformat,
-	  .def = "classic" },
-	{ .name = "DebugFiles", .set = set_bool, .show = show_bool,
-	  .off = FIELD(debug_files) },
-	{ .name = "ScanHeader", .set = set_header, .now_called = "Header",
+	{ "Quarantine", WORD(on_off), OFF(quarantine) },
+	{ "VirusAction", TEXT, OFF(virusaction) },
+	{ "ScanFailure", WORD(failures), OFF(failopen) },
+	{ "ScanTimeOut", NUMBER(SECOND), OFF(scantimeout), .min = 1, .max = 86400 },
+	{ "MaxScans", NUMBER(1), OFF(maxscans), .min = 1, .max = 1000, .def = "10" },
+	{ "MaxScanSize", NUMBER(1), OFF(maxscansize), .max = BYTES },
+	{ "MaxConnections", NUMBER(1), OFF(maxconn), .min = 2, .max = 65535,
+	  .def = "64" },
+	{ "TimeOut", NUMBER(SECOND), OFF(timeout), .min = 1, .max = 86400,
+	  .def = "180" },
+	{ "KeepAlives", NUMBER(SECOND), OFF(keepalives), .max = 86400 },
+	{ "XClient", WORD(on_off), OFF(xclient) },
+	{ "TransparentProxy", WORD(on_off), OFF(transparent) },
+	{ "TempDirectory", PATH, OFF(tempdir), .def = "/tmp" },
+	{ "PidFile", PATH, OFF(pidfile) },
+	{ "User", TEXT, OFF(user) },
+	{ "ProxyFrom", LIST(proxy) },
+	{ "StatusListen", TARGET, OFF(status), .min = 1, .max = 10080 },
+	{ "LogFormat", WORD(formats), OFF(json) },
+	{ "DebugFiles", WORD(on_off), OFF(debug_files) },
+	{ "ScanHeader", .set = set_header, .now_called = "Header",
 	  .may_be_empty = 1 },
-	{ .name = "Bounce", .set = set_bounce, .now_called = "Action" },
+	/* Off is DROP, and on is BOUNCE. */
+	{ "Bounce", .set = set_word, .words = on_off, OFF(action),
+	  .now_called = "Action" },
 };
 #define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
 
@@ -861,23 +801,23 @@ place_text(const struct place *at)
 	return text;
 }
 
-/* Returns the index of the setting, or NKEYWORDS if there is none. */
-static size_t
+/* Returns the setting, or NULL if there is none. */
+static const struct keyword *
 find_keyword(const char *name)
 {
 	size_t i;
 
 	for (i = 0; i < NKEYWORDS; i++)
 		if (strcasecmp(name, keywords[i].name) == 0)
-			break;
-	return i;
+			return &keywords[i];
+	return NULL;
 }
 
 /* Returns the source of OutAddress, whether its value was good or not. */
 static enum source
 out_source(const struct conf *c)
 {
-	return c->seen[find_keyword("OutAddress")];
+	return c->seen[find_keyword("OutAddress") - keywords];
 }
 
 /*
@@ -910,11 +850,10 @@ note_source(struct conf *c, const struct place *at, const struct keyword *k,
 static void
 assign(struct conf *c, struct place *at, const char *name, const char *value)
 {
-	const struct keyword *k;
+	const struct keyword *k = find_keyword(name);
 	const char *why;
-	size_t i = find_keyword(name);
 
-	if (i == NKEYWORDS) {
+	if (k == NULL) {
 		/* Kubernetes defines variables with this prefix. */
 		int warn = at->source == BY_ENVIRONMENT;
 
@@ -924,12 +863,11 @@ assign(struct conf *c, struct place *at, const char *name, const char *value)
 		at->errors += !warn;
 		return;
 	}
-	k = &keywords[i];
 	if (k->now_called != NULL)
 		logmsg(LOG_INFO, "%s: %s is deprecated, use %s",
 		    place_text(at), k->name, k->now_called);
 	note_source(c, at, k->now_called == NULL ? k :
-	    &keywords[find_keyword(k->now_called)], value);
+	    find_keyword(k->now_called), value);
 	if (*value == '\0' && !k->may_be_empty) {
 		logmsg(LOG_ERR, "%s: %s: the value is missing", place_text(at),
 		    k->name);
@@ -981,74 +919,62 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 	assign(c, at, trim(line), trim(colon + 1));
 }
 
-/* Returns the whole file and its length, or NULL.  If the file does not exist,
- * *missing is set; any other error is logged. */
-static char *
-slurp(const char *path, size_t *n, int *missing)
+/* Returns up to size bytes of a file in *text, and their number, or -1. */
+static ssize_t
+slurp(const char *path, char **text, size_t size)
 {
-	char *text = NULL;
-	ssize_t r = -1;
+	ssize_t n = 0, r = -1;
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 
-	*missing = fd == -1 && errno == ENOENT;
-	*n = 0;
-	if (fd != -1 && (text = malloc(MAXFILE + 1)) != NULL)
-		while ((r = read(fd, text + *n, MAXFILE - *n)) > 0)
-			*n += r;
-	if (r == -1 || *n == MAXFILE) {
-		if (!*missing)
-			logmsg(LOG_ERR, *n == MAXFILE ?
-			    "%s: larger than 1 MiB" : "%s:", path);
-		free(text);
-		text = NULL;
-	} else
-		text[*n] = '\0';
-	if (fd != -1)
-		close(fd);
-	return text;
+	*text = NULL;
+	if (fd == -1)
+		return -1;
+	if ((*text = malloc(size)) != NULL)
+		while ((r = read(fd, *text + n, size - n)) > 0)
+			n += r;
+	close(fd);
+	return r == -1 ? -1 : n;
 }
 
 /* Returns 1, 0 when there is no such file, or -1 when it cannot be read. */
 static int
-read_file(struct conf *c, const char *path, int *errors)
+read_file(struct conf *c, struct place *at, const char *path)
 {
 	static const char mark[] = "\xEF\xBB\xBF";	/* UTF-8 */
-	struct place at = { path, 0, BY_FILE, 0 };
-	char *text, *p, *end, *nl;
-	size_t n;
-	int missing;
+	char *text, *p, *nl;
+	ssize_t n = slurp(path, &text, MAXFILE);
+	int there = n == -1 && errno == ENOENT ? 0 :
+	    n == -1 || n == MAXFILE ? -1 : 1;
 
-	if ((text = slurp(path, &n, &missing)) == NULL) {
-		*errors += !missing;
-		return missing ? 0 : -1;
+	if (there == -1) {
+		logmsg(LOG_ERR, n == -1 ? "%s:" : "%s: larger than 1 MiB", path);
+		at->errors++;
 	}
-	p = text;
-	end = text + n;
-	if (n >= 3 && memcmp(text, mark, 3) == 0)
-		p += 3;
-	for (; p < end; p = nl + 1) {
-		at.line++;
-		if ((nl = memchr(p, '\n', end - p)) == NULL)
-			nl = end;
+	*at = (struct place){ path, 0, BY_FILE, at->errors };
+	p = n >= 3 && memcmp(text, mark, 3) == 0 ? text + 3 : text;
+	for (; there == 1 && p < text + n; p = nl + 1) {
+		at->line++;
+		if ((nl = memchr(p, '\n', text + n - p)) == NULL)
+			nl = text + n;
 		*nl = '\0';
-		read_line(c, &at, p, nl - p);
+		read_line(c, at, p, nl - p);
 	}
 	free(text);
-	*errors += at.errors;
-	return 1;
+	return there;
 }
 
 /* Read CLAMSMTPD_NAME=value.  A list has one value per line.  An empty value
  * counts only for Header, which may be empty. */
 static void
-read_environment(struct conf *c, int *errors)
+read_environment(struct conf *c, struct place *at)
 {
 	static const char prefix[] = "CLAMSMTPD_";
-	struct place at = { "environment", 0, BY_ENVIRONMENT, 0 };
 	char line[MAXCONFLINE + 2], name[64];
 	const char *v;
 	size_t i, n, len = sizeof prefix - 1;
 
+	*at = (struct place){ "environment", 0, BY_ENVIRONMENT, at->errors };
+	*at = (struct place){ "environment", 0, BY_ENVIRONMENT, at->errors };
 	for (i = 0; environ[i] != NULL; i++) {
 		if (strncmp(environ[i], prefix, len) != 0 ||
 		    (v = strchr(environ[i], '=')) == NULL)
@@ -1059,11 +985,10 @@ read_environment(struct conf *c, int *errors)
 			n = strcspn(++v, "\n");
 			format(line, sizeof line, "%s: %.*s", name, (int)n, v);
 			if (n > 0 || strcasecmp(name, "Header") == 0)
-				read_line(c, &at, line, strlen(line));
+				read_line(c, at, line, strlen(line));
 			v += n;
 		} while (*v != '\0');
 	}
-	*errors += at.errors;
 }
 
 /* Without a ClamAddress there is one clamd, which has the usual paths. */
@@ -1072,7 +997,8 @@ usual_clamd(struct conf *c, struct place *at)
 {
 	char text[ADDRTEXT];
 	struct target *t;
-	size_t i, n = 0;
+	size_t n = 0;
+	int i;
 
 	for (i = 0; i < NPATHS; i++)
 		n += format(text + n, sizeof text - n, "%s%s",
@@ -1092,24 +1018,22 @@ usual_clamd(struct conf *c, struct place *at)
  * is the result of read_file(): an unreadable file (-1) may have an OutAddress.
  */
 static void
-complete(struct conf *c, const char *path, int there, int *errors)
+complete(struct conf *c, struct place *at, const char *path, int there)
 {
-	struct place at = { "defaults", 0, BY_NOBODY, 0 };
-
+	*at = (struct place){ "defaults", 0, BY_NOBODY, at->errors };
 	if (c->status != NULL)
 		target_default_host(c->status, "127.0.0.1");
 	if (c->nlisten == 0)
-		assign(c, &at, "Listen", "10025");
+		assign(c, at, "Listen", "10025");
 	if (c->nclamd == 0)
-		usual_clamd(c, &at);
+		usual_clamd(c, at);
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
 	if (out_source(c) == BY_NOBODY && !c->transparent && there != -1) {
 		logmsg(LOG_ERR, "%s: OutAddress is missing; set it to the mail "
 		    "server that gets the mail, such as 127.0.0.1:10026", path);
-		at.errors++;
+		at->errors++;
 	}
-	*errors += at.errors;
 }
 
 struct conf *
@@ -1118,11 +1042,15 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 {
 	struct conf *c = calloc(1, sizeof *c);
 	struct place at = { "command line", 0, BY_FLAG, 0 };
+	char full[2 * PATH_MAX];
 	size_t i;
 	int n, there;
 
-	if (c == NULL) {
+	if (absolute(path, full) == 0)
+		path = full;
+	if (c == NULL || (c->path = strdup(path)) == NULL) {
 		logmsg(LOG_ERR, "settings:");
+		free(c);
 		return NULL;
 	}
 	c->refs = 1;
@@ -1135,15 +1063,14 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		}
 	for (n = 0; n < nflags; n++)
 		assign(c, &at, flags[n][0], flags[n][1]);
-	there = read_file(c, path, &at.errors);
-	read_environment(c, &at.errors);
+	there = read_file(c, &at, path);
+	read_environment(c, &at);
 	if (there == 0 && out_source(c) != BY_ENVIRONMENT)
 		logmsg(LOG_WARNING, "%s: no such file", path);
-	complete(c, path, there, &at.errors);
-	if (pidfile != NULL) {
-		at.source = BY_NOBODY;
+	complete(c, &at, path, there);
+	at.where = "command line";
+	if (pidfile != NULL)
 		assign(c, &at, "PidFile", pidfile);
-	}
 	if (at.errors > 0) {
 		conf_put(c);
 		return NULL;
@@ -1171,6 +1098,7 @@ conf_put(struct conf *c)
 	clear_clamd(c);
 	target_put(c->out);
 	target_put(c->status);
+	free(c->path);
 	free(c->header);
 	free(c->virusaction);
 	free(c->tempdir);

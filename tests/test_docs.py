@@ -46,15 +46,31 @@ def services(text):
         for line in text.splitlines() if line}
 
 
-@pytest.mark.parametrize("where, file", [
-    ("after", "main.cf"), ("after", "master.cf"), ("before", "master.cf")])
-def test_manual_postfix_is_example(where, file):
-    """clamsmtpd.8 has the settings of docs/examples, which the tests run."""
+def manual_postfix(where, file):
+    """The services or settings that clamsmtpd.8 has for a file of Postfix."""
     with open(os.path.join(real.TOP, "clamsmtpd.8")) as page:
         section = page.read().split(".Ss Postfix, %s the queue" % where)[1]
-    block = re.search(r"%s\b.*?\n\.Bd [^\n]*\n(.*?)\n\.Ed" % file, section, re.S)
-    wanted = services(read("examples/postfix-%s-queue/%s" % (where, file)))
-    assert wanted and services(block.group(1)) == wanted
+    return services(re.search(r"%s\b.*?\n\.Bd [^\n]*\n(.*?)\n\.Ed" % file, section,
+                              re.S).group(1))
+
+
+@pytest.mark.parametrize("file", ["main.cf", "master.cf"])
+def test_manual_postfix_after_the_queue_is_example(file):
+    """clamsmtpd.8 has the settings of docs/examples, which the tests run."""
+    wanted = services(read("examples/postfix-after-queue/" + file))
+    assert wanted and manual_postfix("after", file) == wanted
+
+
+def test_manual_postfix_before_the_queue_is_example():
+    """clamsmtpd.8 has one service, and another one with one option changed."""
+    option = "receive_override_options="
+    second = "127.0.0.1:10026inetn-n--smtpd"
+    options = [one for one in manual_postfix("after", "master.cf")[second]
+               if not one.startswith(option)]
+    wanted = services(read("examples/postfix-before-queue/master.cf"))
+    assert wanted[second] == sorted(options + [option + "no_unknown_recipient_checks"])
+    del wanted[second]
+    assert wanted and manual_postfix("before", "master.cf") == wanted
 
 
 # docs/messages.md and the sources.

@@ -50,15 +50,16 @@ static int64_t begin_until;		/* last time for a busy client to begin */
  * The loop.
  */
 
-static void signals_poll(void), watchdog_poll(void), http_poll(void),
+static void on_signals(void *, int), watchdog_poll(void), http_poll(void),
     listeners_poll(void), handle_signals(void);
+static int sigpipe[2];			/* of on_signal() to on_signals() */
 
 /* Build the poll set, in the order in which those that are ready are served:
  * sessions, which may end and make room, before new clients. */
 static void
 collect(int in_vain)
 {
-	signals_poll();
+	poll_add(sigpipe[0], POLLIN, on_signals, NULL);
 	watchdog_poll();
 	clamd_poll();
 	http_poll();
@@ -311,29 +312,10 @@ listeners_inherit(void)
 	unsetenv("LISTEN_FDNAMES");
 }
 
-/* Store the targets of the Listen and StatusListen lines in t.  Returns how many
- * there are. */
-static int
-listen_targets(const struct conf *c, struct target *t[MAXLISTEN + 1])
-{
-	int n = c->nlisten;
-
-	memcpy(t, c->listen, n * sizeof *t);
-	if (c->status != NULL)
-		t[n++] = c->status;
-	return n;
-}
-
 static serve_fn *
 serve_for(const struct conf *c, const struct target *t)
 {
 	return t == c->status ? http_accept : session_accept;
-}
-
-static const char *
-listen_setting(const struct conf *c, const struct target *t)
-{
-	return t == c->status ? "StatusListen" : "Listen";
 }
 
 /*
@@ -344,20 +326,20 @@ listen_setting(const struct conf *c, const struct target *t)
 static void
 listen_resolve(struct target *t, int starting)
 {
-	struct target *old[MAXLISTEN + 1];
-	int i, n = listen_targets(conf, old);
+	struct target **old;
 
 	if (t->name == NULL)
 		return;
-	if (starting)
+	if (starting) {
 		t->naddr = addr_lookup(t->name, t->port, t->addr);
-	else
-		for (i = 0; i < n; i++)
-			if (strcmp(old[i]->text, t->text) == 0 &&
-			    old[i]->port == t->port) {
-				memcpy(t->addr, old[i]->addr, sizeof t->addr);
-				t->naddr = old[i]->naddr;
-			}
+		return;
+	}
+	for (old = conf->listen; *old != NULL; old++)
+		if (strcmp((*old)->text, t->text) == 0 &&
+		    (*old)->port == t->port) {
+			memcpy(t->addr, (*old)->addr, sizeof t->addr);
+			t->naddr = (*old)->naddr;
+		}
 }
 
 /* Returns 1 for [::] if a Listen line for IPv4 has the same port. */
@@ -455,7 +437,7 @@ listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
 static int
 listen_on(const struct conf *c, const struct target *t, int starting)
 {
-	const char *setting = listen_setting(c, t);
+	const char *setting = t == c->status ? "StatusListen" : "Listen";
 	int i, opened = 0;
 
 	if (t->naddr == 0)
@@ -519,21 +501,21 @@ listeners_transparent(const struct conf *c)
 static int
 listeners_open(const struct conf *c, int starting)
 {
-	struct target *t[MAXLISTEN + 1];
+	struct target *const *t;
 	struct listener *l, *old = listeners;
-	int i, j, n = listen_targets(c, t);
+	int i;
 
 	for (l = listeners; l != NULL; l = l->next)
 		l->wanted = NULL;
-	for (i = 0; i < n; i++)
-		listen_resolve(t[i], starting);
-	for (i = 0; i < n; i++)
-		for (j = 0; j < t[i]->naddr; j++)
-			if ((l = listener_find(c, &t[i]->addr[j])) != NULL &&
+	for (t = c->listen; *t != NULL; t++)
+		listen_resolve(*t, starting);
+	for (t = c->listen; *t != NULL; t++)
+		for (i = 0; i < (*t)->naddr; i++)
+			if ((l = listener_find(c, &(*t)->addr[i])) != NULL &&
 			    l->wanted == NULL)
-				l->wanted = serve_for(c, t[i]);
-	for (i = 0; i < n; i++)
-		if (listen_on(c, t[i], starting) == -1) {
+				l->wanted = serve_for(c, *t);
+	for (t = c->listen; *t != NULL; t++)
+		if (listen_on(c, *t, starting) == -1) {
 			listeners_restore(old);
 			return -1;
 		}
@@ -586,7 +568,6 @@ listeners_log(const struct conf *c)
  * Signals: each is a byte in a pipe, which the loop reads.
  */
 
-static int sigpipe[2];
 static int reload_wanted;
 
 static void on_pong(int, const char *);
@@ -732,12 +713,6 @@ on_signals(void *arg, int revents)
 		}
 }
 
-static void
-signals_poll(void)
-{
-	poll_add(sigpipe[0], POLLIN, on_signals, NULL);
-}
-
 /* Act on signals at the end of a pass: a listener that is about to be served
  * must not be closed. */
 static void
@@ -777,6 +752,7 @@ static void
 notify_open(void)
 {
 	const char *path = getenv("NOTIFY_SOCKET");
+	struct timeval limit = { NOTIFY_TIME / SECOND, 0 };
 	struct addr a;
 
 	if (path == NULL || addr_path(&a, path) == -1)
@@ -785,7 +761,8 @@ notify_open(void)
 		a.u.un.sun_path[0] = '\0';
 		a.len--;
 	}
-	notify_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	notify_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	setsockopt(notify_fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
 	if (notify_fd == -1 || connect(notify_fd, &a.u.sa, a.len) == -1) {
 		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %s:", path);
 		if (notify_fd != -1)
@@ -799,19 +776,17 @@ notify_open(void)
 		watchdog_time = env_number("WATCHDOG_USEC") / 1000 / 2;
 }
 
-static ssize_t
-notify_send(const char *state, int fd)
+/* Send the state to systemd, with a descriptor unless that is -1. */
+static void
+notify(const char *state, int fd)
 {
 	union {
 		struct cmsghdr head;
 		char	 space[CMSG_SPACE(sizeof fd)];
 	} control;
 	struct iovec iov = { (void *)(uintptr_t)state, strlen(state) };
-	struct msghdr m;
+	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1 };
 
-	memset(&m, 0, sizeof m);
-	m.msg_iov = &iov;
-	m.msg_iovlen = 1;
 	if (fd != -1) {
 		memset(&control, 0, sizeof control);
 		m.msg_control = &control;
@@ -821,23 +796,8 @@ notify_send(const char *state, int fd)
 		control.head.cmsg_len = CMSG_LEN(sizeof fd);
 		memcpy(CMSG_DATA(&control.head), &fd, sizeof fd);
 	}
-	return sendmsg(notify_fd, &m, MSG_NOSIGNAL);
-}
-
-/* Send the state to systemd, with a descriptor unless that is -1. */
-static void
-notify(const char *state, int fd)
-{
-	struct pollfd room = { notify_fd, POLLOUT, 0 };
-	ssize_t n;
-
-	if (notify_fd == -1)
-		return;
-	n = notify_send(state, fd);
-	if (n == -1 && errno == EAGAIN && !notify_ready &&
-	    poll(&room, 1, NOTIFY_TIME) == 1)
-		n = notify_send(state, fd);
-	if (n != -1)
+	if (notify_fd == -1 || sendmsg(notify_fd, &m, MSG_NOSIGNAL |
+	    (notify_ready ? MSG_DONTWAIT : 0)) != -1)
 		return;
 	if (!notify_ready || errno != ECONNREFUSED)
 		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %.*s:",
@@ -1225,29 +1185,26 @@ http_poll(void)
  * -C: ask the running daemon for its health.
  */
 
-/* Returns 0 if answer has the whole reply, or -1 and sets errno. */
-static int
-health_answer(int fd, char *answer, size_t size)
+/* Returns the length of the reply, or -1 and sets errno. */
+static ssize_t
+health_ask(const struct addr *a, char *reply, size_t size)
 {
 	static const char request[] = "GET /healthz HTTP/1.0\r\n\r\n";
-	struct pollfd p = { fd, POLLOUT, 0 };
-	size_t n = 0;
-	ssize_t r;
+	struct timeval limit = { HTTP_TIME / SECOND, 0 };
+	int err, fd = socket(a->u.sa.sa_family, SOCK_STREAM, 0);
+	ssize_t n = -1;
 
-	if (poll(&p, 1, HTTP_TIME) == 1 &&
-	    send(fd, request, sizeof request - 1, MSG_NOSIGNAL) == -1)
+	if (fd == -1)
 		return -1;
-	p.events = POLLIN;
-	while (n < size - 1 && poll(&p, 1, HTTP_TIME) == 1) {
-		r = recv(fd, answer + n, size - 1 - n, 0);
-		if (r <= 0) {
-			answer[n] = '\0';
-			return r;
-		}
-		n += r;
-	}
-	errno = ETIMEDOUT;
-	return -1;
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+	if (connect(fd, &a->u.sa, a->len) == 0 &&
+	    send(fd, request, sizeof request - 1, MSG_NOSIGNAL) != -1)
+		n = recv(fd, reply, size, MSG_WAITALL);
+	err = errno == EAGAIN || errno == EINPROGRESS ? ETIMEDOUT : errno;
+	close(fd);
+	errno = err;
+	return n;
 }
 
 /* Returns the exit status. */
@@ -1257,7 +1214,8 @@ check_health(const struct conf *c)
 	struct target *t = c->status;
 	char answer[NOTESZ];
 	const char *why;
-	int fd, done, err, i, r = -1;
+	ssize_t n = -1;
+	int i;
 
 	if (t == NULL) {
 		logmsg(LOG_ERR, "StatusListen is not set, but -C needs it");
@@ -1266,18 +1224,13 @@ check_health(const struct conf *c)
 	if (t->name != NULL && (t->naddr =
 	    addr_lookup(t->name, t->port, t->addr)) == 0)
 		errno = ENOENT;
-	for (i = 0; i < t->naddr && r == -1; i++) {
-		if ((fd = addr_connect(&t->addr[i], &done)) == -1)
-			continue;
-		r = health_answer(fd, answer, sizeof answer);
-		err = errno;
-		close(fd);
-		errno = err;
-	}
-	if (r == -1) {
+	for (i = 0; i < t->naddr && n == -1; i++)
+		n = health_ask(&t->addr[i], answer, sizeof answer - 1);
+	if (n == -1) {
 		logmsg(LOG_ERR, "StatusListen: %s:", t->text);
 		return 1;
 	}
+	answer[n] = '\0';
 	if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
 		return 0;
 	if ((why = http_body(answer)) == NULL)
@@ -1320,11 +1273,12 @@ set_limits(const struct conf *c)
 }
 
 static void
-pid_file_open(const char *path)
+pid_file_create(const char *path)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
 	struct stat mine, there;
-	int fd;
+	char text[32];
+	int fd, n = format(text, sizeof text, "%ld\n", (long)getpid());
 
 	for (;;) {
 		pid_fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC,
@@ -1343,17 +1297,9 @@ pid_file_open(const char *path)
 		/* A daemon that ended may have removed the file meanwhile. */
 		if (fstat(pid_fd, &mine) == 0 && lstat(path, &there) == 0 &&
 		    mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
-			return;
+			break;
 		close(pid_fd);
 	}
-}
-
-static void
-pid_file_write(const char *path)
-{
-	char text[32];
-	int n = format(text, sizeof text, "%ld\n", (long)getpid());
-
 	if (ftruncate(pid_fd, 0) == -1 || pwrite(pid_fd, text, n, 0) != n)
 		die(1, "PidFile: %s: write:", path);
 }
@@ -1371,22 +1317,23 @@ pid_file_remove(void)
 	close(pid_fd);
 }
 
-/* Look up a user by name or number.  Returns 0, with *pw NULL for a number without
- * a passwd entry, or -1 if there is no such user. */
-static int
-find_user(const char *user, struct passwd **pw, uid_t *uid, gid_t *gid)
+/* Look up a user by name or number.  A number needs no passwd entry: pw_name is
+ * NULL then.  Returns NULL if there is no such user. */
+static struct passwd *
+find_user(const char *user)
 {
+	static struct passwd nameless;
+	struct passwd *pw;
 	int64_t n;
-	int named = parse_number(user, "", &n) == -1;
 
-	if (!named && n >= (uid_t)-1)
-		return -1;
-	*pw = named ? getpwnam(user) : getpwuid(n);
-	if (*pw == NULL && named)
-		return -1;
-	*uid = *pw != NULL ? (*pw)->pw_uid : (uid_t)n;
-	*gid = *pw != NULL ? (*pw)->pw_gid : (gid_t)n;
-	return 0;
+	if (parse_number(user, "", &n) == -1)
+		return getpwnam(user);
+	if (n >= (uid_t)-1)
+		return NULL;
+	if ((pw = getpwuid(n)) != NULL)
+		return pw;
+	nameless.pw_uid = nameless.pw_gid = n;
+	return &nameless;
 }
 
 static const char no_such_user[] = "User: \"%s\" is not a user of this system";
@@ -1394,15 +1341,18 @@ static const char no_such_user[] = "User: \"%s\" is not a user of this system";
 static void
 drop_privileges(const char *user)
 {
-	struct passwd *pw;
+	struct passwd *pw = find_user(user);
 	uid_t uid;
 	gid_t gid;
 
-	if (find_user(user, &pw, &uid, &gid) == -1)
+	if (pw == NULL)
 		die(1, no_such_user, user);
+	uid = pw->pw_uid;
+	gid = pw->pw_gid;
 	if (getuid() == uid && geteuid() == uid && uid != 0)
 		return;
-	if ((pw != NULL ? initgroups(pw->pw_name, gid) : setgroups(1, &gid)) == -1)
+	if ((pw->pw_name != NULL ? initgroups(pw->pw_name, gid) :
+	    setgroups(1, &gid)) == -1)
 		die(1, "User: %s: groups:", user);
 	if (setgid(gid) == -1 || setuid(uid) == -1)
 		die(1, "User: %s:", user);
@@ -1467,7 +1417,8 @@ static int
 landlock(const struct conf *c)
 {
 	uint64_t access = LL_ALL_WRITES;
-	int version, set, i, r;
+	struct target *const *t;
+	int version, set, r;
 
 	version = syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
 	if (version < 1)
@@ -1480,11 +1431,9 @@ landlock(const struct conf *c)
 	r = landlock_allow(set, access, c->tempdir, 1);
 	if (c->pidfile != NULL)
 		r |= landlock_allow(set, access, c->pidfile, 0);
-	for (i = 0; i < c->nlisten; i++)
-		if (c->listen[i]->text[0] == '/')
-			r |= landlock_allow(set, access, c->listen[i]->text, 0);
-	if (c->status != NULL && c->status->text[0] == '/')
-		r |= landlock_allow(set, access, c->status->text, 0);
+	for (t = c->listen; *t != NULL; t++)
+		if ((*t)->text[0] == '/')
+			r |= landlock_allow(set, access, (*t)->text, 0);
 	if (r == 0)
 		r = syscall(SYS_landlock_restrict_self, set, 0);
 	close(set);
@@ -1524,7 +1473,6 @@ sandbox(const struct conf *c)
  */
 
 static void usage(void) __attribute__((noreturn));
-static void version(void) __attribute__((noreturn));
 
 static void
 usage(void)
@@ -1543,15 +1491,6 @@ old_flag(const char *setting, const char *value)
 		usage();
 	flags[nflags][0] = setting;
 	flags[nflags++][1] = value;
-}
-
-static void
-version(void)
-{
-	static const char text[] = "clamsmtpd " VERSION "\n"
-	    "configuration file: " CONFFILE "\n";
-
-	exit(write(1, text, sizeof text - 1) == -1);
 }
 
 struct options {
@@ -1573,27 +1512,27 @@ static const struct { char flag; const char *setting, *value; } old_flags[] = {
 };
 #define NOLD	(sizeof old_flags / sizeof old_flags[0])
 
-/* Handle one flag.  Returns 1 if it took the argument, else 0. */
-static int
+/* arg: NULL for a flag that takes no argument. */
+static void
 option(struct options *o, char flag, const char *arg)
 {
+	static const char version[] = "clamsmtpd " VERSION "\n"
+	    "configuration file: " CONFFILE "\n";
 	size_t i;
 
 	switch (flag) {
 	case 'C':
 		o->health = 1;
-		return 0;
+		break;
 	case 'F':
 		o->foreground = 1;
-		return 0;
+		break;
 	case 'n':
 		o->check = 1;
-		return 0;
+		break;
 	case 'v':
-		version();
+		exit(write(1, version, sizeof version - 1) == -1);
 	case 'd':
-		if (arg == NULL)
-			break;
 		if (arg[0] < '0' || arg[0] > '4' || arg[1] != '\0') {
 			logmsg(LOG_ERR, "-d: \"%s\" is not a level from 0 to 4",
 			    arg);
@@ -1610,22 +1549,13 @@ option(struct options *o, char flag, const char *arg)
 	default:
 		for (i = 0; i < NOLD && old_flags[i].flag != flag; i++)
 			;
-		if (i < NOLD && old_flags[i].value != NULL) {
-			old_flag(old_flags[i].setting, old_flags[i].value);
-			return 0;
-		}
 		if (i == NOLD) {
 			logmsg(LOG_ERR, "-%c: no such option", flag);
 			usage();
 		}
-		if (arg != NULL)
-			old_flag(old_flags[i].setting, arg);
+		old_flag(old_flags[i].setting,
+		    arg != NULL ? arg : old_flags[i].value);
 	}
-	if (arg == NULL) {
-		logmsg(LOG_ERR, "-%c: its argument is missing", flag);
-		usage();
-	}
-	return 1;
 }
 
 static void
@@ -1638,13 +1568,15 @@ options_read(struct options *o, char **argv)
 			argv++;
 			break;
 		}
-		for (p = *argv + 1; *p != '\0'; p++) {
-			arg = p[1] != '\0' ? p + 1 : argv[1];
-			if (!option(o, *p, arg))
-				continue;
-			if (arg == argv[1])
-				argv++;
-			break;
+		arg = NULL;
+		for (p = *argv + 1; *p != '\0' && arg == NULL; p++) {
+			if (strchr("dfpcDhlmt", *p) != NULL &&
+			    (arg = p[1] != '\0' ? p + 1 : *++argv) == NULL) {
+				logmsg(LOG_ERR, "-%c: its argument is missing",
+				    *p);
+				usage();
+			}
+			option(o, *p, arg);
 		}
 	}
 	if (*argv != NULL && argv[1] != NULL)
@@ -1676,15 +1608,6 @@ remove_files(void)
 	pid_file_remove();
 	conf_put(conf);
 	conf = NULL;
-}
-
-/* The kernel closes the rest. */
-static void
-shutdown_all(void)
-{
-	sessions_shutdown(0, 1);
-	children_kill();
-	logmsg(LOG_NOTICE, "stopped");
 }
 
 /*
@@ -1743,12 +1666,9 @@ attach_nothing(int ready, int level)
 static void
 warn_missing(const struct conf *c)
 {
-	struct passwd *pw;
 	struct stat st;
-	uid_t uid;
-	gid_t gid;
 
-	if (c->user != NULL && find_user(c->user, &pw, &uid, &gid) == -1)
+	if (c->user != NULL && find_user(c->user) == NULL)
 		logmsg(LOG_WARNING, no_such_user, c->user);
 	if (stat(c->tempdir, &st) == 0 ? !S_ISDIR(st.st_mode) :
 	    errno == ENOENT || errno == ENOTDIR)
@@ -1799,10 +1719,8 @@ main(int argc, char **argv)
 	signals_open();
 	if (set_limits(conf) == -1 || listeners_open(conf, 1) == -1)
 		return 1;
-	if (conf->pidfile != NULL) {
-		pid_file_open(conf->pidfile);
-		pid_file_write(conf->pidfile);
-	}
+	if (conf->pidfile != NULL)
+		pid_file_create(conf->pidfile);
 	if (conf->user != NULL)
 		drop_privileges(conf->user);
 	drop_capabilities();
@@ -1823,6 +1741,8 @@ main(int argc, char **argv)
 	notify("READY=1", -1);
 	notify_ready = 1;
 	loop();
-	shutdown_all();
+	sessions_shutdown(0, 1);	/* the kernel closes the rest */
+	children_kill();
+	logmsg(LOG_NOTICE, "stopped");
 	return 0;
 }

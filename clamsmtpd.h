@@ -223,7 +223,8 @@ struct conf {
 	char	*header;		/* NULL: none */
 	int64_t	 keepalives;		/* ms; 0: none */
 	int	 nlisten;
-	struct target *listen[MAXLISTEN];
+	/* nlisten of them, status unless that is NULL, and NULL. */
+	struct target *listen[MAXLISTEN + 2];
 	int	 json;			/* LogFormat */
 	int64_t	 maxconn;
 	int64_t	 maxscans;

@@ -1025,6 +1025,8 @@ complete(struct conf *c, struct place *at, const char *path, int there)
 		target_default_host(c->status, "127.0.0.1");
 	if (c->nlisten == 0)
 		assign(c, at, "Listen", "10025");
+	c->listen[c->nlisten] = c->status;
+	c->listen[c->nlisten + 1] = NULL;
 	if (c->nclamd == 0)
 		usual_clamd(c, at);
 	if (c->scantimeout == 0)

@@ -19,6 +19,8 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "core: the small part that every special build is run with")
     config.addinivalue_line(
+        "markers", "covers(clause...): what the manual pages say that the test checks")
+    config.addinivalue_line(
         "markers", "long: only run by ./test.sh full")
     config.addinivalue_line(
         "markers", "postfix: needs an installed Postfix")

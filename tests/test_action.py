@@ -19,6 +19,8 @@ BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
 
 # ---------------------------------------------------------------- Action
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Infected",
+    "clamsmtpd.conf.5 Action: drop")
 @pytest.mark.core
 def test_drop_is_250_and_nothing_is_sent(site):
     client = site.session()
@@ -31,6 +33,8 @@ def test_drop_is_250_and_nothing_is_sent(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Infected",
+    "clamsmtpd.conf.5 Action: bounce")
 @pytest.mark.core
 @pytest.mark.parametrize("word", ["bounce", "reject", "Bounce"])
 def test_bounce_is_550_with_the_name_and_nothing_is_sent(site, word):
@@ -44,6 +48,7 @@ def test_bounce_is_550_with_the_name_and_nothing_is_sent(site, word):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Action: pass")
 @pytest.mark.core
 def test_pass_forwards_with_a_header_of_its_own(site):
     site.start(Action="pass")
@@ -59,6 +64,7 @@ def test_pass_forwards_with_a_header_of_its_own(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Bounce")
 def test_old_bounce_setting(site):
     site.start(Bounce="on")
     client = site.session()
@@ -66,6 +72,8 @@ def test_old_bounce_setting(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Action: patterns",
+    "clamsmtpd.conf.5 Action: first match")
 @pytest.mark.parametrize("name, want", [
     ("PUA.Win.Packer", "250 2.0.0 queued"),
     ("Heuristics.Phishing.Email", "250 2.0.0 queued"),
@@ -96,6 +104,7 @@ def test_a_pattern_of_many_stars_costs_nothing(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Action: first match")
 def test_patterns_without_a_default_line_leave_drop(site):
     site.start(Action="bounce Other*")
     client = site.session()
@@ -115,6 +124,8 @@ def test_the_next_hop_gone_while_a_virus_is_refused(site):
 
 # ---------------------------------------------------------------- Quarantine
 
+@pytest.mark.covers("clamsmtpd.8 FILES: /tmp/virus.XXXXXX",
+    "clamsmtpd.conf.5 Quarantine")
 @pytest.mark.core
 @pytest.mark.parametrize("action, want", [
     ("drop", "250 2.0.0 Virus Detected"), ("bounce", "550 5.7.1 Virus"),
@@ -134,6 +145,17 @@ def test_quarantine_keeps_a_copy_whatever_the_action(site, action, want):
                          % re.escape(path))
     site.daemon.allowed.add(name)
     client.quit()
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 Quarantine: never deleted")
+def test_quarantine_copy_stays_after_a_restart(site):
+    """Neither the end of the daemon nor the next start removes a copy."""
+    for count in (1, 2):
+        site.start(Quarantine="on")
+        site.session().mail(body=BAD, want="250 2.0.0 Virus")
+        site.daemon.allowed.update(os.listdir(site.spool))
+        site.daemon.stop()
+        assert len(os.listdir(site.spool)) == count
 
 
 def test_clean_messages_are_not_quarantined(site):
@@ -168,6 +190,8 @@ def test_quarantine_of_a_large_message(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: quarantine copy impossible",
+    "clamsmtpd.conf.5 Quarantine: copy fails")
 @pytest.mark.core
 @pytest.mark.parametrize("action", ["drop", "bounce", "pass"])
 def test_a_quarantine_that_fails_is_451(site, action):
@@ -252,6 +276,7 @@ def test_client_gone_while_a_copy_is_made_ends_it_there(site, start_halting, act
     assert site.hop.messages == []
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Quarantine: copy first")
 def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
     """The client heard no 2xx: it comes again, and so will the copy."""
     start_halting()
@@ -266,6 +291,7 @@ def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
     assert os.listdir(site.spool) == []
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut")
 def test_copy_that_takes_longer_than_time_out_is_killed(site, start_halting):
     """A child that never goes on has TimeOut, and nothing of it is left."""
     start_halting(TimeOut="1")
@@ -384,6 +410,7 @@ def test_directory_without_fsync_is_good_enough_for_a_copy(site, faulty_build):
     site.daemon.allowed.update(os.listdir(site.spool))
 
 
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: quarantine in DIRECTORY: ...")
 @pytest.mark.parametrize("fault, why", [
     ("pread:2:0:5", "copy: (I/O|Input/output) error"),
     ("fsync:1:0:5", "fsync: (I/O|Input/output) error"),
@@ -446,6 +473,8 @@ def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(
 
 # ---------------------------------------------------------------- spool
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: error at the dot",
+    "clamsmtpd.8 DIAGNOSTICS: message will be refused: ...")
 @pytest.mark.core
 def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
     """The body is never taken for commands."""
@@ -468,6 +497,11 @@ def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
 
 # ---------------------------------------------------------------- VirusAction
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: CLIENT",
+    "clamsmtpd.8 VIRUS ACTIONS: EMAIL", "clamsmtpd.8 VIRUS ACTIONS: RECIPIENTS",
+    "clamsmtpd.8 VIRUS ACTIONS: REMOTE", "clamsmtpd.8 VIRUS ACTIONS: REMOTE_HELO",
+    "clamsmtpd.8 VIRUS ACTIONS: SENDER", "clamsmtpd.8 VIRUS ACTIONS: SERVER",
+    "clamsmtpd.8 VIRUS ACTIONS: TMPDIR", "clamsmtpd.8 VIRUS ACTIONS: VIRUS")
 @pytest.mark.core
 def test_action_variables(site):
     result = environment(site, Quarantine="on")
@@ -488,6 +522,8 @@ def test_action_variables(site):
         "EMAIL": os.path.join(site.spool, name)}
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: EMAIL",
+    "clamsmtpd.8 VIRUS ACTIONS: REMOTE")
 @pytest.mark.core
 def test_action_variables_that_are_unknown_are_unset(site):
     stale = {"EMAIL": "stale", "REMOTE": "stale", "REMOTE_HELO": "stale",
@@ -502,6 +538,7 @@ def test_action_variables_that_are_unknown_are_unset(site):
     assert "PATH" in env
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: SENDER")
 @pytest.mark.parametrize("command, name, want", [
     ("MAIL FROM:<\"$(touch x)`y`;'>\"@b>", "SENDER", "\"$(touch x)`y`;'>\"@b"),
     ("MAIL FROM:<a=b;c@d> SIZE=5", "SENDER", "a=b;c@d"),
@@ -518,6 +555,7 @@ def test_action_sender_is_bare_text(site, command, name, want):
     assert result()[name] == want
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: printable")
 def test_action_variables_have_no_control_characters(site):
     """PROMISE 8."""
     result = environment(site)
@@ -534,6 +572,8 @@ def test_action_variables_have_no_control_characters(site):
             assert not re.search(r"[\x00-\x1f\x7f]", env[key].rstrip("\n")), key
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: each virus",
+    "clamsmtpd.conf.5 VirusAction")
 def test_action_runs_for_each_virus_and_for_no_clean_mail(site):
     out = site.path("count")
     site.start(VirusAction="echo x >> %s" % out)
@@ -547,6 +587,7 @@ def test_action_runs_for_each_virus_and_for_no_clean_mail(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: each virus")
 @pytest.mark.parametrize("action", ["bounce", "pass", "drop"])
 def test_action_runs_whatever_the_action_setting(site, action):
     out = site.path("ran")
@@ -558,6 +599,7 @@ def test_action_runs_whatever_the_action_setting(site, action):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: descriptors and process group")
 @pytest.mark.core
 def test_action_descriptors_signals_and_group(site):
     """A child of ours starts like one of init's."""
@@ -583,6 +625,7 @@ def test_action_descriptors_signals_and_group(site):
         client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: reply does not wait")
 @pytest.mark.core
 def test_the_session_does_not_wait_for_the_action(site):
     go = site.path("go")
@@ -598,6 +641,7 @@ def test_the_session_does_not_wait_for_the_action(site):
     wait_file(out)
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: 8 run, 64 wait")
 def test_at_most_eight_actions_at_once(site):
     go, out = site.path("go"), site.path("out")
     site.start(VirusAction="echo s >> %s; while [ ! -e %s ]; do sleep 0.05; done;"
@@ -618,6 +662,7 @@ def test_at_most_eight_actions_at_once(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: 8 run, 64 wait")
 def test_at_most_sixty_four_actions_wait(site):
     """PROMISE 6.  Eight run; who finds the rest waiting is told of in the log."""
     go, out = site.path("go"), site.path("out")
@@ -635,6 +680,7 @@ def test_at_most_sixty_four_actions_wait(site):
     assert open(out).read().count("e") == 8 + 64
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: TimeOut", "clamsmtpd.conf.5 TimeOut")
 def test_the_process_group_is_stopped_at_time_out(site, clock):
     started = site.path("started")
     site.start(VirusAction="sleep 1000 & : > %s; sleep 1000" % started,
@@ -646,6 +692,7 @@ def test_the_process_group_is_stopped_at_time_out(site, clock):
           "the action and its own child are gone")
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: TimeOut")
 @pytest.mark.parametrize("ignores", ["trap '' TERM; sleep 1000 & {}; wait",
                                      "(trap '' TERM; sleep 1000) & {}; wait"],
                          ids=["it", "its child"])
@@ -684,6 +731,8 @@ def test_an_action_leaves_no_zombie_and_stalls_nobody(site, command):
     site.daemon.settle()
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: exit status",
+    "clamsmtpd.8 DIAGNOSTICS: VirusAction: ...")
 @pytest.mark.parametrize("command, why", [
     ("/no/such/program; exit 77", "exit status 77"), ("kill -9 $$", "killed by signal 9"),
     ("exit 3 # \u20ac", "exit status 3")], ids=str)
@@ -698,6 +747,8 @@ def test_action_that_fails_is_named_in_the_log(site, command, why):
         why, re.escape(command)))
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: nothing left behind",
+    "clamsmtpd.8 VIRUS ACTIONS: end of the daemon")
 def test_an_action_still_running_at_the_end_is_not_left_behind(site, clock):
     """It has the eight seconds that the messages have."""
     started = site.path("started")
@@ -716,6 +767,8 @@ def test_an_action_still_running_at_the_end_is_not_left_behind(site, clock):
     assert site.daemon.log("^100000: VirusAction: killed, the daemon ends: : > ")
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: to=...",
+    "clamsmtpd.8 VIRUS ACTIONS: RECIPIENTS")
 def test_ten_thousand_recipients_are_cut_at_whole_ones(site):
     """PROMISE 6: of a variable the kernel takes 128 KiB.  And it says so."""
     result = environment(site, level=3)

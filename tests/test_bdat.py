@@ -32,6 +32,8 @@ def send_chunks(client, chunks, want="250"):
         client.expect(want if i == len(chunks) - 1 else "250")
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Clean",
+    "clamsmtpd.8 TRANSPARENCY: BDAT")
 @pytest.mark.core
 @pytest.mark.parametrize("chunks", [
     [BODY], sizes(BODY, 1), sizes(BODY, 10, 20), [BODY, b""],
@@ -55,6 +57,7 @@ def test_a_message_that_ends_within_a_folded_header(site, chunky):
     same(site.hop.messages[0].body, b"A: b\r\n" + HEADER + b"C: d\r\n e")
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: mailbox lines")
 @pytest.mark.parametrize("before, after", [
     (b"From a@b Mon\r\nC: d\r\n", b"\r\ntext\r\n"), (b">From a\nC: d\n", b"\ntext"),
     (b"From a\r\n", b""), (b"", b"From a"),
@@ -109,6 +112,8 @@ def test_chunks_one_byte_at_a_time(site, chunky):
     chunky.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Commands answered by clamsmtpd",
+    "clamsmtpd.8 THE SMTP DIALOGUE: chunk replies")
 def test_each_chunk_is_answered_before_the_message_is_complete(site, chunky):
     chunky.envelope()
     for i in range(3):
@@ -121,6 +126,7 @@ def test_each_chunk_is_answered_before_the_message_is_complete(site, chunky):
     chunky.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: BDAT")
 @pytest.mark.core
 @pytest.mark.parametrize("body", [
     b"A: b\r\n\r\nbare\nline\rends\r\r\nand \0 NULs\r\n\0.\r\n",
@@ -147,6 +153,7 @@ def test_chunk_sizes_around_buffers(site, chunky, size):
     chunky.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Clean")
 @pytest.mark.core
 def test_data_stays_data_where_chunking_is_offered(site, chunky):
     chunky.mail(body=BODY)
@@ -164,6 +171,7 @@ def test_an_empty_message(site, chunky):
 
 # ------------------------------------------------ next hop without CHUNKING
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: BDAT without CHUNKING")
 @pytest.mark.core
 @pytest.mark.parametrize("body, want", [
     (BODY, BODY),
@@ -193,6 +201,7 @@ def test_bdat_is_replayed_as_data_where_the_next_hop_has_no_chunking(
 
 # ---------------------------------------------------------------- refusals
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: DATA without a recipient")
 @pytest.mark.core
 @pytest.mark.parametrize("before", [[], ["MAIL FROM:<a@b>"],
                                     ["MAIL FROM:<a@b>", "RCPT TO:<no@d>"]])
@@ -210,6 +219,7 @@ def test_bdat_out_of_order_is_503_behind_its_octets(site, chunky, before):
     chunky.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: BDAT size")
 @pytest.mark.parametrize("size", ["", "x", "-1", "1x", "+1", "0x5", "1 FIRST",
                                   "1 LAST x", "99999999999999999999", "1.5"])
 def test_unreadable_size_is_501_and_the_end(site, chunky, size):
@@ -236,6 +246,7 @@ def test_bdat_without_a_size_is_501_and_the_end(site, chunky):
     chunky.eof()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: BINARYMIME")
 @pytest.mark.parametrize("command", ["MAIL FROM:<a@b> BODY=BINARYMIME",
                                      "mail from:<a@b> SIZE=5 body=binarymime"])
 def test_binarymime_is_501_and_not_forwarded(site, chunky, command):
@@ -257,6 +268,7 @@ def test_rset_between_chunks_forgets_them(site, chunky):
     chunky.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: XFORWARD in a transaction")
 @pytest.mark.parametrize("command", ["DATA", "MAIL FROM:<x@y>"])
 def test_other_commands_between_chunks_are_503(site, chunky, command):
     site.hop.on("MAIL", lambda s, line: "503 nested" if s.mail else None)

@@ -93,6 +93,7 @@ def test_dot_lines_at_each_position_around_buffers(site, plain, size):
     plain.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: dots")
 @pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
 def test_every_line_a_dot_line(site, plain, size):
     for delta in NEAR:
@@ -102,6 +103,7 @@ def test_every_line_a_dot_line(site, plain, size):
     plain.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: dots")
 @pytest.mark.core
 @pytest.mark.parametrize("drip", [False, True], ids=["at once", "byte by byte"])
 @pytest.mark.parametrize("body", [
@@ -116,6 +118,7 @@ def test_small_bodies_with_dots(site, plain, body, drip):
     plain.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: everything else")
 @pytest.mark.core
 @pytest.mark.parametrize("body", [
     b"s: x\r\n\r\n" + b"x" * 1000 + b"\r\n",
@@ -158,6 +161,7 @@ def test_a_large_message_takes_no_memory(site, plain):
     plain.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: 16 MiB")
 def test_what_is_held_back_has_a_limit(site, plain):
     """PROMISE 5: it is a number until it is written, and then all at once."""
     for byte in (b"\0", b"\r"):
@@ -184,6 +188,9 @@ def test_bare_crs_cost_no_more_than_other_bytes(site, plain):
 
 # ---------------------------------------------------------------- newlines
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: bare LF",
+    "clamsmtpd.8 TRANSPARENCY: CRs before LF", "clamsmtpd.8 TRANSPARENCY: bare CR",
+    "clamsmtpd.8 TRANSPARENCY: NULs")
 @pytest.mark.core
 @pytest.mark.parametrize("wire, want", [
     (b"a: b\n\nx\ny\r\n", b"a: b\r\n\r\nx\r\ny\r\n"),
@@ -221,6 +228,7 @@ def test_newline_rules(site, plain, wire, want):
 
 # ---------------------------------------------------------------- the end
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: end of data")
 def test_a_real_end_of_data_ends_it(site, plain):
     """The second envelope is then a second message, and answered as one."""
     envelope, data, body = vectors.SECOND.partition(b"DATA\r\n")
@@ -253,6 +261,8 @@ def test_every_split_of_the_end_of_data(site, plain):
 LINE = b"X-Test: yes\r\n"
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: place of the header",
+    "clamsmtpd.8 TRANSPARENCY: no blank line")
 @pytest.mark.core
 @pytest.mark.parametrize("head, rest", [
     (b"Subject: x\r\n", b"\r\nbody\r\n"),
@@ -293,6 +303,7 @@ def test_header_stands_at_the_end_of_the_header_section(site, head, rest, drip):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: text that begins with a blank")
 @pytest.mark.parametrize("mbox", [b"", b"From a\r\n", b">From a\r\nFrom b\r\n"])
 @pytest.mark.parametrize("text", [b" one\r\ntwo\r\n", b"\tone\r\n", b" \r\n",
                                   b" One: 1\r\nTwo: 2\r\n\r\nthree\r\n"])
@@ -334,6 +345,7 @@ def relay_with_header(site, client, wire, drip=False):
     return site.hop.messages[-1]
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: place of the header")
 @pytest.mark.parametrize("body", [
     b"Subject: x\r\n\r\nbody\r\n", b"", b"body only\r\n", b".dot\r\n", b"\r\n",
 ])
@@ -345,6 +357,7 @@ def test_a_received_header_stands_on_top(site, body):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: mailbox lines")
 @pytest.mark.parametrize("mbox", [b"From a@b  Mon Aug 22 09:45:15 2011\r\n",
                                   b">From a\r\n>>From b\r\n"])
 @pytest.mark.parametrize("rest", [b"", b"A: b\r\n\r\nc\r\n", b"text only\r\n"])
@@ -377,6 +390,7 @@ def test_header_with_bare_line_feeds_around_it(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Header")
 def test_the_usual_header(site):
     client = site.session()
     client.mail(body=b"Subject: x\r\n\r\nbody\r\n")
@@ -386,6 +400,7 @@ def test_the_usual_header(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Header: empty")
 def test_empty_header_adds_none(site, plain):
     plain.mail(body=b"Subject: x\r\n\r\nbody\r\n")
     same(site.hop.messages[0].body, b"Subject: x\r\n\r\nbody\r\n")
@@ -403,6 +418,9 @@ def test_a_long_header_arrives_whole(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Header: %i", "clamsmtpd.conf.5 Header: %l",
+    "clamsmtpd.conf.5 Header: %%", "clamsmtpd.conf.5 Header: \\r, \\n, \\t",
+    "clamsmtpd.conf.5 Header: newline")
 def test_header_escapes(site):
     site.start(Header=r"X-Seen: from %i at %l 100%%;\r\n\tsecond line")
     client = site.session(source="127.0.0.5")
@@ -413,6 +431,7 @@ def test_header_escapes(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Header: %d")
 def test_header_date_is_an_rfc_5322_date(site):
     site.start(Header="X-Date: %d")
     client = site.session()
@@ -428,6 +447,7 @@ def test_header_date_is_an_rfc_5322_date(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Header: %d")
 def test_header_date_is_utc_whatever_tz_says(site):
     site.start(Header="X-Date: %d", env={"TZ": "XXX-5:30"})
     client = site.session()

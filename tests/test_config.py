@@ -13,12 +13,12 @@ MINIMAL = "OutAddress: 10026\n"
 
 @pytest.fixture
 def check(tmp_path, run):
-    """check(text, *flags): clamsmtpd -n on a file of this text."""
-    def check(text, *flags):
+    """check(text, *flags): clamsmtpd -n on a file of this text; env=: variables."""
+    def check(text, *flags, env=()):
         check.file = str(tmp_path / "test.conf")
         with open(check.file, "wb") as file:
             file.write(text if isinstance(text, bytes) else text.encode())
-        return run("-n", "-f", check.file, *flags)
+        return run("-n", "-f", check.file, *flags, env=dict(os.environ, **dict(env)))
     return check
 
 
@@ -39,11 +39,15 @@ DEFAULTS = [
 ]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Action", "clamsmtpd.conf.5 MaxConnections",
+    "clamsmtpd.conf.5 ScanFailure")
 @pytest.mark.parametrize("name, value", DEFAULTS)
 def test_default(check, name, value):
     assert effective(check(MINIMAL))[name.lower()] == [value]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: default host",
+    "clamsmtpd.conf.5 Listen: default")
 def test_default_listen_is_port_10025(check):
     assert effective(check(MINIMAL))["listen"] == ["10025"]
 
@@ -53,6 +57,7 @@ def test_no_default(check, name):
     assert name.lower() not in effective(check(MINIMAL))
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: default")
 def test_scan_time_out_defaults_to_time_out(check):
     assert effective(check(MINIMAL + "TimeOut: 77\n"))["scantimeout"] == ["77"]
 
@@ -104,6 +109,8 @@ VALUES = [
 ]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxConnections", "clamsmtpd.conf.5 MaxScanSize",
+    "clamsmtpd.conf.5 SETTINGS: on and off")
 @pytest.mark.parametrize("name, value, want", VALUES)
 def test_setting_takes(check, name, value, want):
     got = effective(check(MINIMAL + "%s: %s\n" % (name, value)))
@@ -111,6 +118,8 @@ def test_setting_takes(check, name, value, want):
     assert any(re.fullmatch(want, one) for one in shown), shown
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: blanks",
+    "clamsmtpd.conf.5 DESCRIPTION: case of names")
 @pytest.mark.parametrize("line", [
     "maxconnections: 17", "MAXCONNECTIONS: 17", "MaxConnections:17",
     "  MaxConnections  :  17  ", "\tMaxConnections\t:\t17\t",
@@ -120,16 +129,26 @@ def test_names_in_any_case_and_blanks_ignored(check, line):
     assert got["maxconnections"] == ["17"]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: comment")
 def test_comments_and_empty_lines(check):
     got = effective(check("# one\n\n   \n  # two: three\n" + MINIMAL +
                           "#MaxConnections: 5\n"))
     assert got["maxconnections"] == ["64"]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: line ends")
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=repr)
+def test_line_of_a_file_ends_in_lf_or_crlf(check, end):
+    got = effective(check("# one\n%s\nTimeOut: 9\n".replace("\n", end)
+                          % MINIMAL.strip()))
+    assert (got["outaddress"], got["timeout"]) == (["10026"], ["9"])
+
+
 def test_last_line_needs_no_newline(check):
     assert effective(check(MINIMAL + "TimeOut: 9"))["timeout"] == ["9"]
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -n", "clamsmtpd.conf.5 DESCRIPTION: -n")
 def test_output_of_n_is_a_configuration_file(check):
     """What -n prints can be read back and gives the same."""
     first = check(MINIMAL + "TimeOut: 9\nListen: 127.0.0.1:1\nAction: pass P*\n"
@@ -170,6 +189,9 @@ BAD = [
 ]
 
 
+@pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2",
+    "clamsmtpd.8 DIAGNOSTICS: FILE:LINE: NAME: ...",
+    "clamsmtpd.conf.5 DESCRIPTION: errors")
 @pytest.mark.parametrize("name, value", BAD)
 def test_bad_value_names_file_line_setting_and_value(check, name, value):
     result = check("# one\n" + MINIMAL * (name != "OutAddress") +
@@ -205,6 +227,7 @@ def test_a_file_with_all_that_the_original_knew(check):
     assert {n: found[n.lower()] for n, _ in settings} == {n: [v] for n, v in settings}
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
 def test_unknown_setting_is_an_error(check):
     result = check(MINIMAL + "NoSuchThing: 5\n")
     assert result.returncode == 2
@@ -212,6 +235,7 @@ def test_unknown_setting_is_an_error(check):
     assert "NoSuchThing" in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
 @pytest.mark.parametrize("later", ["StatusListens: 1", "nonsense", ":", ": x"])
 def test_line_that_is_no_setting(check, later):
     result = check(MINIMAL + later + "\n")
@@ -219,6 +243,8 @@ def test_line_that_is_no_setting(check, later):
     assert "%s:2: " % check.file in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: FILE:LINE: NAME: ...",
+    "clamsmtpd.conf.5 DESCRIPTION: all errors at once")
 def test_all_errors_are_told_in_one_go(check):
     result = check("TimeOut: x\n" + MINIMAL + "Foo: 1\nXClient: 7\nMaxScans: 0\n")
     assert result.returncode == 2
@@ -233,6 +259,7 @@ def test_errors_quote_control_characters_harmlessly(check):
     assert "\x1b" not in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
 @pytest.mark.parametrize("value", ["A: b\rc", "A: \x1b[2J", "A:\x0bb"], ids=repr)
 def test_control_characters_in_the_file_are_errors(check, value):
     """They would be sent on with every mail."""
@@ -247,6 +274,7 @@ def test_nul_in_the_file(check):
     assert "%s:2: " % check.file in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
 def test_overlong_line(check):
     result = check(MINIMAL + "Header: X: " + "y" * 100000 + "\nTimeOut: q\n")
     assert result.returncode == 2
@@ -255,6 +283,7 @@ def test_overlong_line(check):
     assert len(result.stderr) < 5000
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: setting twice")
 def test_repeated_name_is_a_warning_and_the_last_counts(check):
     result = check(MINIMAL + "TimeOut: 5\ntimeout: 6\n")
     assert effective(result)["timeout"] == ["6"]
@@ -262,6 +291,7 @@ def test_repeated_name_is_a_warning_and_the_last_counts(check):
     assert "TimeOut" in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: setting twice")
 @pytest.mark.parametrize("first, second, name", [
     ("Action: drop", "Action: bounce", "Action"),
     ("Action: drop", "Bounce: on", "Action"),
@@ -311,6 +341,7 @@ def test_settings_that_may_stand_several_times(check, name, values):
     assert len(got) == len(values)
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: byte order mark")
 def test_byte_order_mark_at_the_start_is_skipped(check):
     """An editor of Windows writes one; elsewhere in the file it is no setting."""
     mark = b"\xef\xbb\xbf"
@@ -320,16 +351,19 @@ def test_byte_order_mark_at_the_start_is_skipped(check):
     assert result.returncode == 2 and "%s:2: " % check.file in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 OutAddress: required")
 def test_outaddress_is_required(check):
     result = check("TimeOut: 5\n")
     assert result.returncode == 2
     assert "OutAddress" in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 OutAddress: required")
 def test_outaddress_is_not_required_when_transparent(check):
     assert check("TransparentProxy: on\n").returncode == 0
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: missing file")
 def test_missing_file_is_a_warning_and_then_outaddress_is_missing(run, tmp_path):
     missing = str(tmp_path / "nothing.conf")
     result = run("-n", "-f", missing)
@@ -337,11 +371,56 @@ def test_missing_file_is_a_warning_and_then_outaddress_is_missing(run, tmp_path)
     assert missing in result.stderr and "OutAddress" in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: missing file")
 def test_missing_file_is_only_a_warning(run, tmp_path):
     missing = str(tmp_path / "nothing.conf")
     result = run("-n", "-f", missing, "127.0.0.1:25")
     assert effective(result)["outaddress"] == ["127.0.0.1:25"]
     assert missing in result.stderr
+
+
+# ---------------------------------------------------------------- the environment
+
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: CLAMSMTPD_NAME",
+    "clamsmtpd.conf.5 DESCRIPTION: environment")
+@pytest.mark.parametrize("name", ["CLAMSMTPD_TIMEOUT", "CLAMSMTPD_TimeOut",
+                                  "CLAMSMTPD_timeout"])
+def test_environment_overrides_the_file(check, name):
+    """A variable in upper or lower case replaces the line of the file."""
+    result = check(MINIMAL + "TimeOut: 8\n", env={name: "9"})
+    assert (effective(result)["timeout"], result.stderr) == (["9"], "")
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: several values in the environment")
+def test_environment_list_replaces_that_of_the_file(check):
+    """The values of a setting that can be repeated are one per line."""
+    got = effective(check(MINIMAL + "Listen: 127.0.0.1:7\nListen: 127.0.0.1:8\n",
+                          env={"CLAMSMTPD_LISTEN": "127.0.0.1:9\n\n/run/in.sock\n"}))
+    assert got["listen"] == ["127.0.0.1:9", "/run/in.sock"]
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: empty variable")
+@pytest.mark.parametrize("name, value", [("TimeOut", "8"), ("Header", "")])
+def test_environment_empty_variable_is_unset_except_for_header(check, name, value):
+    """An empty variable leaves a setting alone; an empty Header adds no header."""
+    got = effective(check(MINIMAL + "TimeOut: 8\nHeader: A: b\n",
+                          env={"CLAMSMTPD_" + name.upper(): ""}))
+    assert got[name.lower()] == [value]
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: unknown variable")
+def test_environment_unknown_variable_is_a_warning(check):
+    """Kubernetes sets CLAMSMTPD_PORT for a service with the name clamsmtpd."""
+    result = check(MINIMAL, env={"CLAMSMTPD_PORT": "tcp://10.0.0.1:25"})
+    assert effective(result)["outaddress"] == ["10026"]
+    assert re.search('environment: .*"PORT" is not the name', result.stderr)
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
+def test_environment_bad_value_is_an_error(check):
+    result = check(MINIMAL, env={"CLAMSMTPD_TIMEOUT": "x"})
+    assert result.returncode == 2
+    assert re.search('environment: TimeOut: "x"', result.stderr)
 
 
 def test_a_directory_is_no_configuration_file(run, tmp_path):
@@ -358,6 +437,8 @@ def test_too_large_file_is_the_only_error(check):
     assert result.stderr == "clamsmtpd: %s: larger than 1 MiB\n" % check.file
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -n warnings", "clamsmtpd.conf.5 Bounce",
+    "clamsmtpd.conf.5 ScanHeader")
 @pytest.mark.parametrize("old, name, value", [
     ("ScanHeader: X-Old: 1", "header", "X-Old: 1"),
     ("Bounce: on", "action", "bounce|reject"),
@@ -371,6 +452,8 @@ def test_old_names_still_work(check, old, name, value):
 
 # ------------------------------------------------------------ command line
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -v", "clamsmtpd.8 FILES: /etc/clamsmtpd.conf",
+    "clamsmtpd.conf.5 FILES: /etc/clamsmtpd.conf")
 def test_v_prints_version_and_default_file(run):
     result = run("-v")
     assert result.returncode == 0
@@ -379,6 +462,7 @@ def test_v_prints_version_and_default_file(run):
     assert result.stderr == ""
 
 
+@pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2")
 @pytest.mark.parametrize("args", [
     ["-Z"], ["-d"], ["-f"], ["-p"], ["-d", "x"], ["-d", "5"], ["-d", "-1"],
     ["-d", ""], ["127.0.0.1:1", "127.0.0.1:2"], ["--help"],
@@ -397,6 +481,10 @@ def test_usage_text_names_the_flags(run):
         assert flag in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -b", "clamsmtpd.8 OPTIONS: -c",
+    "clamsmtpd.8 OPTIONS: -D", "clamsmtpd.8 OPTIONS: -h", "clamsmtpd.8 OPTIONS: -l",
+    "clamsmtpd.8 OPTIONS: -m", "clamsmtpd.8 OPTIONS: -q", "clamsmtpd.8 OPTIONS: -t",
+    "clamsmtpd.8 OPTIONS: -X", "clamsmtpd.8 OPTIONS: operand")
 @pytest.mark.parametrize("args, name, value", [
     (["-b"], "action", "bounce|reject"),
     (["-c", "/x/clamd"], "clamaddress", "/x/clamd"),
@@ -421,6 +509,7 @@ def test_old_flag_with_a_bad_value(check):
     assert '"many"' in result.stderr
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: the file overrides options")
 @pytest.mark.parametrize("args, line, name, value", [
     (["-m", "99"], "MaxConnections: 11", "maxconnections", "11"),
     (["-l", "127.0.0.1:77"], "Listen: 127.0.0.1:78", "listen", r"127\.0\.0\.1:78"),
@@ -432,11 +521,13 @@ def test_the_file_wins_over_old_flags(check, args, line, name, value):
     assert len(got) == 1 and re.fullmatch(value, got[0])
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -p")
 def test_p_wins_over_pidfile(check):
     got = effective(check(MINIMAL + "PidFile: /run/a\n", "-p", "/run/b"))
     assert got["pidfile"] == ["/run/b"]
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -n warnings")
 @pytest.mark.parametrize("line, warning", [
     ("User: no-such-user", 'User: "no-such-user" is not a user of this system'),
     ("User: -5", 'User: "-5" is not a user of this system'),
@@ -455,6 +546,7 @@ def test_n_warns_about_what_the_start_would_not_find(check, line, warning):
     assert result.stderr == (warning and "clamsmtpd: %s\n" % warning)
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -n opens nothing")
 def test_n_starts_nothing(check, tmp_path):
     pid = tmp_path / "pid"
     result = check(MINIMAL + "PidFile: %s\n" % pid)
@@ -462,6 +554,8 @@ def test_n_starts_nothing(check, tmp_path):
     assert not pid.exists()
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -d", "clamsmtpd.8 LOGGING: levels",
+    "clamsmtpd.8 LOGGING: dialogue")
 @pytest.mark.parametrize("level, there, missing", [
     (0, [], ["accepted connection", "CLIENT <", "listening on"]),
     (3, ["accepted connection", "listening on", "status=CLEAN"], ["CLIENT <"]),
@@ -501,6 +595,7 @@ def test_log_lines_begin_with_the_name(site):
 
 # ---------------------------------------------------------------- addresses
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: port", "clamsmtpd.conf.5 Listen: IPv6")
 @pytest.mark.parametrize("listen, want", [
     ("127.0.0.1:0", r"127\.0\.0\.1:[1-9]\d*"),
     ("0", r"0\.0\.0\.0:[1-9]\d*"),
@@ -533,6 +628,7 @@ def test_an_ipv4_client_of_an_ipv6_listener_is_one(site):
     assert site.daemon.log("accepted connection from: 127.0.0.1$")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Listen", "clamsmtpd.conf.5 Listen: mode 0666")
 def test_listen_on_a_unix_socket(site):
     site.start(Listen=site.path("in.sock"))
     client = site.session()
@@ -545,6 +641,7 @@ def test_listen_on_a_unix_socket(site):
     assert not os.path.exists(site.path("in.sock"))
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Listen")
 @pytest.mark.core
 def test_several_listeners(site):
     site.start(Listen=["127.0.0.1:0", site.path("in.sock"), "127.0.0.2:0"])
@@ -572,6 +669,9 @@ def place(request, site):
     return place
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: /path",
+    "clamsmtpd.conf.5 ADDRESSES: a.b.c.d", "clamsmtpd.conf.5 ADDRESSES: v6",
+    "clamsmtpd.conf.5 ADDRESSES: name", "clamsmtpd.conf.5 OutAddress")
 def test_outaddress_forms(site, place):
     site.hop, address = place(site.new_hop)
     site.start(OutAddress=address)
@@ -579,6 +679,7 @@ def test_outaddress_forms(site, place):
     assert len(site.hop.messages) == 1
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: /path")
 def test_clamaddress_forms(site, place):
     site.clamd, address = place(functools.partial(site.new_clamd, tcp=True))
     site.start(ClamAddress=address)
@@ -586,6 +687,10 @@ def test_clamaddress_forms(site, place):
     assert len(site.clamd.scans) == 1
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: /path",
+    "clamsmtpd.conf.5 ADDRESSES: a.b.c.d", "clamsmtpd.conf.5 ADDRESSES: v6",
+    "clamsmtpd.conf.5 ADDRESSES: name", "clamsmtpd.conf.5 ADDRESSES: port",
+    "clamsmtpd.conf.5 ADDRESSES: a.b.c.d, v6, name")
 @pytest.mark.parametrize("value", [
     "10026", "192.0.2.1", "192.0.2.1:26", "mail.example.com", "[2001:db8::1]",
     "mail.example.com:2525", "/run/out.sock", "[2001:db8::1]:26", "2001:db8::1",
@@ -597,6 +702,8 @@ def test_every_form_of_an_address_is_taken(check, name, value):
     assert effective(check(text))[name.lower()] == [value]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: a.b.c.d, v6, name",
+    "clamsmtpd.conf.5 ADDRESSES: default port")
 @pytest.mark.parametrize("name, port", [
     ("OutAddress", 25), ("ClamAddress", 3310), ("Listen", 10025)])
 def test_default_port_of_an_address_alone(site, name, port):
@@ -619,6 +726,7 @@ def test_default_port_of_an_address_alone(site, name, port):
     assert len(site.hop.messages) == len(site.clamd.scans) == 1
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: default host")
 def test_clamaddress_port_alone_is_on_this_machine(site):
     site.clamd = site.new_clamd(tcp=True)
     site.start(ClamAddress=str(site.clamd.port))
@@ -628,6 +736,7 @@ def test_clamaddress_port_alone_is_on_this_machine(site):
     assert len(site.clamd.scans) == 1
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: name that cannot be resolved")
 def test_a_name_that_cannot_be_looked_up_does_not_stop_the_start(site):
     site.start(OutAddress="no-such-host.invalid:25",
                ClamAddress="no-such-clamd.invalid:3310")

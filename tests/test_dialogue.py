@@ -14,6 +14,7 @@ BODY = b"Subject: hello\r\n\r\nworld\r\n"
 
 # ---------------------------------------------------------------- greeting
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: greeting")
 @pytest.mark.core
 def test_greeting_text_is_replaced(site):
     site.hop.on("greeting", "220 secret.example ESMTP Postfix")
@@ -36,6 +37,7 @@ def test_greeting_shapes(site, greeting):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: greeting 4xx")
 @pytest.mark.parametrize("greeting", [
     "421 4.3.2 come later", "450-not\n450-just\n450 yet",
 ])
@@ -46,6 +48,8 @@ def test_greeting_4xx_is_relayed_whole_and_ends_the_session(site, greeting):
     client.eof()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: greeting 5xx",
+    "clamsmtpd.8 DIAGNOSTICS: SERVER: ...")
 @pytest.mark.parametrize("ending", ["stays", "closes"])
 @pytest.mark.parametrize("greeting", [
     "554 5.3.2 go away", "554-no\n554-no\n554 never", "521 no mail here"])
@@ -90,6 +94,7 @@ def test_greeting_that_is_none_gives_421(site, greeting):
     site.hop.session.wait_end()
 
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: next hop down")
 def test_next_hop_unreachable_gives_421(site):
     site.start()
     site.hop.down()
@@ -110,6 +115,7 @@ def test_next_hop_back_again(site):
 
 # ---------------------------------------------------------------- EHLO
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: name in HELO and EHLO replies")
 @pytest.mark.core
 def test_ehlo_name_is_replaced_and_the_clients_is_passed(site):
     client = site.client()
@@ -120,6 +126,7 @@ def test_ehlo_name_is_replaced_and_the_clients_is_passed(site):
     assert site.hop.commands == ["EHLO my.own.name"]
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: name in HELO and EHLO replies")
 def test_helo_name_is_replaced(site):
     client = site.client()
     client.expect("220")
@@ -133,6 +140,7 @@ def fresh_ehlo(site):
     return client.cmd("EHLO me", "250")
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: EHLO keywords")
 @pytest.mark.parametrize("keyword", [
     "SIZE 10240000", "SIZE", "8BITMIME", "DSN", "SMTPUTF8",
     "ENHANCEDSTATUSCODES", "AUTH PLAIN LOGIN", "AUTH=PLAIN LOGIN", "ETRN",
@@ -146,6 +154,7 @@ def test_ehlo_keyword_passes(site, keyword, place):
     assert keyword in fresh_ehlo(site).keywords()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: EHLO keywords")
 @pytest.mark.parametrize("keyword", [
     "STARTTLS", "BINARYMIME", "BURL imap", "CHECKPOINT", "XCLIENT NAME ADDR",
     "XEXCH50", "X-EXPS GSSAPI", "X-ANONYMOUSTLS", "XVERP", "VERP", "TURN",
@@ -161,6 +170,7 @@ def test_ehlo_keyword_is_removed_and_the_last_line_keeps_its_space(
     assert [l[3] for l in got.lines] == ["-"] * (len(got.lines) - 1) + [" "]
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: PIPELINING and CHUNKING")
 @pytest.mark.parametrize("keywords", [
     [], ["STARTTLS"], ["PIPELINING"], ["SIZE 5", "PIPELINING"], ["pipelining"],
 ])
@@ -170,6 +180,7 @@ def test_pipelining_is_offered_always_and_once(site, keywords):
     assert [k.upper() for k in got].count("PIPELINING") == 1
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: PIPELINING and CHUNKING")
 @pytest.mark.parametrize("there", [True, False])
 def test_chunking_is_offered_when_the_next_hop_has_it(site, there):
     site.hop.ehlo = ["8BITMIME"] + ["CHUNKING"] * there
@@ -203,6 +214,7 @@ def test_ehlo_refused_then_helo(site):
 
 # ---------------------------------------------------------------- verbs
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Relayed commands")
 @pytest.mark.core
 @pytest.mark.parametrize("command", [
     "HELO x", "EHLO y.z", "RSET", "NOOP", "NOOP with words", "VRFY <a@b>",
@@ -220,6 +232,7 @@ def test_command_is_passed_as_it_came(site, command):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Relayed commands")
 def test_rcpt_is_passed_as_it_came(site):
     command = "rCpT tO:<\"b \\\" c\"@example.com>  NOTIFY=NEVER ORCPT=rfc822;x+3Dy"
     client = site.session()
@@ -238,6 +251,8 @@ def refused_here(site, command, want):
     client.quit()
 
 
+@pytest.mark.covers(
+    "clamsmtpd.8 THE SMTP DIALOGUE: STARTTLS, XCLIENT and unknown commands")
 @pytest.mark.parametrize("command", [
     "FOO", "XEXCH50 10 2", "TURN", "SEND FROM:<a@b>", "DATAX", "BDATX 3",
     "MAILX FROM:<a>", "", " ", "HELOO x", "QUITT", "GETX /", " GET /",
@@ -247,6 +262,8 @@ def test_unknown_command_is_500_and_not_forwarded(site, command):
     refused_here(site, command.encode("latin-1"), "500 5.5.1")
 
 
+@pytest.mark.covers(
+    "clamsmtpd.8 THE SMTP DIALOGUE: STARTTLS, XCLIENT and unknown commands")
 @pytest.mark.core
 @pytest.mark.parametrize("command, want", [
     ("STARTTLS", "502 5.5.1"), ("starttls", "502 5.5.1"),
@@ -257,6 +274,7 @@ def test_command_that_is_refused(site, command, want):
     refused_here(site, command, want)
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Malformed commands")
 @pytest.mark.core
 @pytest.mark.parametrize("command", [
     b"NOOP\rDATA", b"NOOP\0DATA", b"MAIL FROM:<a@b>\rRCPT TO:<c@d>",
@@ -301,6 +319,7 @@ def test_a_line_of_12_kib_whose_lf_comes_alone_passes(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Malformed commands")
 @pytest.mark.core
 @pytest.mark.parametrize("size", [12 * 1024 + 10, 20000, 300000])
 def test_a_longer_line_is_500_and_not_forwarded(site, size):
@@ -326,6 +345,7 @@ POST = (b"POST /x HTTP/1.1\r\nHost: 127.0.0.1:10025\r\nContent-Length: 99\r\n\r\
         b"hi\r\n.\r\nQUIT\r\n")
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Input that ends the session")
 @pytest.mark.core
 @pytest.mark.parametrize("line", [
     b"GET / HTTP/1.1\r\n", b"post /x\r\n", b"Connect a:25 HTTP/1.0\r\n", b"POST\n",
@@ -370,6 +390,9 @@ def test_http_request_with_an_unknown_verb_delivers_nothing(site):
 LONG_LINE = b"NOOP " + b"x" * 13000
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: BINARYMIME",
+    "clamsmtpd.8 THE SMTP DIALOGUE: 20th refused command",
+    "clamsmtpd.8 DIAGNOSTICS: CLIENT: ...")
 @pytest.mark.core
 @pytest.mark.parametrize("command, want", [
     (b"FOO", "500 5.5.1"), (b"", "500 5.5.1"), (LONG_LINE, "500 5.5.2"),
@@ -409,6 +432,7 @@ def test_commands_that_the_next_hop_refuses_are_not_counted(site):
 
 # ---------------------------------------------------------------- DATA
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: DATA without a recipient")
 @pytest.mark.core
 @pytest.mark.parametrize("before", [
     [], ["MAIL FROM:<a@b>"], ["MAIL FROM:<a@b>", "RCPT TO:<no@b>"],
@@ -442,6 +466,8 @@ def test_after_a_message_the_recipients_are_gone(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Commands answered by clamsmtpd",
+    "clamsmtpd.8 THE SMTP DIALOGUE: 354")
 @pytest.mark.core
 def test_354_is_ours_and_data_is_sent_only_after_the_scan(site):
     hold = Hold("OK")
@@ -458,6 +484,8 @@ def test_354_is_ours_and_data_is_sent_only_after_the_scan(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 DESCRIPTION: 2xx after the next hop",
+    "clamsmtpd.8 THE SMTP DIALOGUE: Clean")
 @pytest.mark.core
 @pytest.mark.parametrize("reply", [
     "250 2.0.0 taken", "250-2.0.0 taken\n250 2.0.0 as 42", "550 5.7.1 no",
@@ -671,6 +699,7 @@ def test_odd_but_understandable_replies(site, reply, want):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: replies of the next hop")
 def test_a_reply_is_text(site):
     """Bytes of every kind in a reply do no harm."""
     site.hop.on("NOOP", [b"250 \x1b[2J %s%n \xff\xfe \t end\r\n"])
@@ -721,6 +750,7 @@ def test_an_overlong_reply_line_takes_no_memory(site):
 
 # ---------------------------------------------------------------- AUTH
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: AUTH continuation")
 @pytest.mark.core
 @pytest.mark.parametrize("answer", [
     "DATA", "QUIT", "STARTTLS", "RSET", "BDAT 5 LAST", "*", "",
@@ -759,6 +789,8 @@ def test_auth_pipelined_in_one_packet(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: AUTH continuation",
+    "clamsmtpd.8 LOGGING: dialogue")
 @pytest.mark.core
 def test_auth_secrets_are_never_logged(site):
     site.hop.on("AUTH", [None, "334 VXNlcm5hbWU6"])
@@ -817,6 +849,7 @@ def test_auth_broken_off_sends_no_quit_for_an_answer(site, clock, ending):
     assert site.hop.commands == ["EHLO client.example", "AUTH LOGIN"]
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: input with DATA")
 @pytest.mark.core
 @pytest.mark.parametrize("behind", [BODY + b".\r\n", b"x", b"\r\n", b"QUIT\r\n"], ids=repr)
 @pytest.mark.parametrize("data", [b"DATA\r\n", b"data \n", b"DATA x\r\n"], ids=repr)
@@ -931,6 +964,7 @@ def test_twenty_transactions_pipelined(site):
     assert len(site.hop.messages) == 20
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: 1000 bytes")
 @pytest.mark.core
 def test_a_thousand_recipients_pipelined(site):
     client = site.session()
@@ -951,6 +985,7 @@ def test_a_thousand_recipients_pipelined(site):
                      line), line[-80:]
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: one command at a time")
 @pytest.mark.core
 def test_lock_step_only_one_command_is_outstanding(site):
     hold = Hold()

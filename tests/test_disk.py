@@ -42,6 +42,7 @@ def fill(site):
 
 # ---------------------------------------------------------------- no room
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: disk full")
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_a_disk_that_is_full_before_a_message_is_452(site, small, how):
     """Told when the body is over, which is never taken for commands."""
@@ -82,6 +83,8 @@ def spool_files(site):
 MEMORY = 32768 - 64 - len("Received: by smtp.passthru\r\n")
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: 32 KiB in memory",
+    "clamsmtpd.conf.5 TempDirectory")
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 @pytest.mark.parametrize("size, files", [(MEMORY - 1, 0), (MEMORY, 0),
                                          (MEMORY + 1, 1), (3 * MEMORY, 1)])
@@ -111,6 +114,7 @@ def test_message_up_to_a_buffer_needs_no_file(site, size, files, how):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: 32 KiB in memory")
 def test_memory_for_messages_is_limited_and_given_back(site):
     """The 129th message that is held at once goes to a file."""
     site.start(MaxConnections="200", MaxScans="200")
@@ -130,6 +134,7 @@ def test_memory_for_messages_is_limited_and_given_back(site):
     again.expect("250 2.0.0 queued")
 
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: disk full")
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_a_disk_that_gets_full_in_a_message_is_452(site, small, how):
@@ -242,6 +247,7 @@ def all_works(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 FILES: /tmp/clamsmtpd.XXXXXX")
 @pytest.mark.core
 def test_a_file_system_without_o_tmpfile(site):
     site.start(Quarantine="on", preexec=no_tmpfile())

@@ -1,6 +1,8 @@
 """The pages in docs show the files of docs/examples as they are, and docs/messages.md
 has the messages of the sources."""
 
+import ast
+import difflib
 import functools
 import glob
 import os
@@ -54,6 +56,7 @@ def manual_postfix(where, file):
                               re.S).group(1))
 
 
+@pytest.mark.covers("clamsmtpd.8 Postfix, after the queue")
 @pytest.mark.parametrize("file", ["main.cf", "master.cf"])
 def test_manual_postfix_after_the_queue_is_example(file):
     """clamsmtpd.8 has the settings of docs/examples, which the tests run."""
@@ -61,6 +64,7 @@ def test_manual_postfix_after_the_queue_is_example(file):
     assert wanted and manual_postfix("after", file) == wanted
 
 
+@pytest.mark.covers("clamsmtpd.8 Postfix, before the queue")
 def test_manual_postfix_before_the_queue_is_example():
     """clamsmtpd.8 has one service, and another one with one option changed."""
     option = "receive_override_options="
@@ -71,6 +75,97 @@ def test_manual_postfix_before_the_queue_is_example():
     assert wanted[second] == sorted(options + [option + "no_unknown_recipient_checks"])
     del wanted[second]
     assert wanted and manual_postfix("before", "master.cf") == wanted
+
+
+# The manual pages and the tests.
+
+PAGES = ("clamsmtpd.8", "clamsmtpd.conf.5")
+# Sections that say what the program is, give advice, or have subsections.
+NO_CLAUSES = ("NAME", "SYNOPSIS", "OPERATION", "EXAMPLES", "SEE ALSO", "STANDARDS",
+              "HISTORY", "CAVEATS", "A false positive", "Large messages", "Load",
+              "SETTINGS")
+COMMENT = '.\\" clause: '
+MACROS = ("Ar", "Cm", "Dv", "Ev", "Ic", "Li", "No", "Oc", "Oo", "Op", "Pa")
+
+
+def tag(words):
+    """The name of an item of a list: the words before its argument or colon."""
+    name = ""
+    for i, word in enumerate(words):
+        if name and word in (":", "Ta", "Ar", "Op", "Oo") and words[i - 1] != "Ns":
+            break
+        if word not in MACROS + ("Fl", "Ns"):
+            if words[i - 1] == "Fl" and i:
+                word = "-" + word
+            apart = name and word != "," and "Ns" not in words[max(0, i - 2):i]
+            name += " " * bool(apart) + word
+    return name.replace("Nm", "clamsmtpd").replace(r"\&", "").replace(r"\e", "\\").replace('"', "")
+
+
+def clauses(page):
+    """The clauses of a manual page: "PAGE SECTION: NAME" for each item of a list, by
+    its tag, and for each comment `clause: NAME`; "PAGE SECTION" where a section has
+    neither.  Each setting is a clause, and a section as well."""
+    found, section, lists, settings = {}, None, [], False
+    with open(os.path.join(real.TOP, page)) as file:
+        for line in file.read().splitlines():
+            macro, _, rest = line.partition(" ")
+            if macro in (".Sh", ".Ss"):
+                section, settings = rest, rest == "SETTINGS"
+                found[section] = []
+            elif macro == ".Bl":
+                lists.append("-bullet" not in rest)
+            elif macro == ".El":
+                lists.pop()
+                section = "SETTINGS" if settings and not lists else section
+            elif macro == ".It" and settings and len(lists) == 1:
+                section = tag(rest.split())
+                found[section] = [""]
+            elif macro == ".It" and lists[-1] and not rest.startswith("Em "):
+                found[section].append(tag(rest.split()))
+            elif line.startswith(COMMENT):
+                found[section].append(line[len(COMMENT):])
+    return ["%s %s%s" % (page, section, name and ": " + name)
+            for section, names in found.items()
+            for name in names or [""] * (section not in NO_CLAUSES)]
+
+
+def covers():
+    """{clause: [test]} by the markers of the tests."""
+    found = {}
+    for path in glob.glob(os.path.join(real.TOP, "tests", "test_*.py")):
+        with open(path) as file:
+            tree = ast.parse(file.read())
+        for test in ast.walk(tree):
+            for mark in getattr(test, "decorator_list", ()):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func).endswith(
+                        "mark.covers"):
+                    for clause in mark.args:
+                        found.setdefault(clause.value, []).append("%s:%d %s" % (
+                            os.path.basename(path), mark.lineno, test.name))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_manual_clause_has_a_test(page):
+    """Each clause of the manual page is in the marker of a test that fails without
+    it."""
+    named = clauses(page)
+    assert len(named) > 100 and len(set(named)) == len(named)
+    marked = covers()
+    missing = [clause for clause in named if clause not in marked]
+    assert not missing, "no test has one of these markers:\n" + "\n".join(
+        '@pytest.mark.covers("%s")' % clause for clause in missing)
+
+
+def test_manual_marker_names_a_clause():
+    """No marker has a clause that the manual pages do not have."""
+    named = [clause for page in PAGES for clause in clauses(page)]
+    wrong = ['%s covers "%s"; nearest: %s' % (
+        test, clause, difflib.get_close_matches(clause, named, 1, 0))
+        for clause, tests in covers().items() if clause not in named for test in tests]
+    assert not wrong, "no such clause in clamsmtpd.8 or clamsmtpd.conf.5 (CONTRIBUTING" \
+        ".md says how clauses are named):\n" + "\n".join(wrong)
 
 
 # docs/messages.md and the sources.

@@ -478,6 +478,7 @@ def test_when_a_lasting_fault_is_over_mail_flows(scene, kind):
     scene.run("%s:1:1:%d" % (kind, number(LASTING[kind])), Lasting)
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Quarantine: copy first")
 def test_a_copy_that_is_not_on_the_disk_is_none(scene):
     """Of each quarantine both fsync() count."""
     for n in 1, 2, 3, 4:

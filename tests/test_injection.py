@@ -207,6 +207,7 @@ def whole(client):
     return got
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: replies of the next hop")
 @pytest.mark.core
 @pytest.mark.parametrize("name", ["control characters", "C1 controls", "UTF-8",
                                   "format", "invalid UTF-8", "10 KB"])
@@ -395,6 +396,7 @@ def test_a_334_where_no_auth_is_opens_nothing(site):
 
 # ---------------------------------------------------------------- XFORWARD
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: XFORWARD in a transaction")
 @pytest.mark.parametrize("before", [["MAIL FROM:<a@b>"],
                                     ["MAIL FROM:<a@b>", "RCPT TO:<c@d>"]])
 def test_xforward_in_a_transaction_is_503(site, before):

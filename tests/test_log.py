@@ -83,6 +83,7 @@ def utc(seconds):
 
 # ---------------------------------------------------------------- fields
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: JSON", "clamsmtpd.conf.5 LogFormat")
 @pytest.mark.core
 def test_the_line_of_a_message(site):
     before = utc(since())
@@ -180,6 +181,7 @@ def test_the_time_of_a_chunk_that_is_refused(site, clock):
     assert mail["status"] == "oversize" and mail["ms"] < 100000
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 LogFormat")
 @pytest.mark.core
 def test_every_other_line_has_level_and_message(site):
     """And the session that it is about."""
@@ -203,6 +205,7 @@ def test_every_other_line_has_level_and_message(site):
 
 # ---------------------------------------------------------------- hostile text
 
+@pytest.mark.covers("clamsmtpd.conf.5 LogFormat: not UTF-8")
 @pytest.mark.core
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_line_parses_whatever_a_client_says(site, name):
@@ -310,6 +313,14 @@ def test_a_start_that_is_refused_is_told_in_json(site):
     assert told(daemon, "Listen: %s: Address" % site.hop.address)
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 LogFormat: errors at start")
+def test_configuration_error_at_start_is_classic(site):
+    """An error in the configuration is not in JSON, although the file asks for it."""
+    daemon = site.refused(2, LogFormat="json", TimeOut="x")
+    line, = daemon.text().splitlines()
+    assert re.match(r'clamsmtpd: \S+:\d+: TimeOut: "x"', line)
+
+
 def test_by_the_environment(site):
     daemon = site.start(wait=False, env={"CLAMSMTPD_LOGFORMAT": "JSON"})
     until(lambda: told(daemon, "listening on "), "it listens")
@@ -383,6 +394,7 @@ def test_json_in_syslog(site, background, syslog):
     assert [line["status"] for line in found if "event" in line] == ["clean"]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 LogFormat")
 @pytest.mark.core
 @pytest.mark.parametrize("settings", [{}, {"LogFormat": "classic"}], ids=str)
 def test_classic_is_as_ever(site, settings):

@@ -148,6 +148,7 @@ def notify(site):
     notify.sock.close()
 
 
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: NOTIFY_SOCKET")
 def test_it_is_ready_when_it_listens(site, notify):
     path = site.path("in.sock")
     one = notify.start(Listen=path)
@@ -178,6 +179,7 @@ def test_an_error_in_the_configuration_is_not_tried_again(site, notify):
     one.stopped = True
 
 
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: NOTIFY_SOCKET")
 def test_under_systemd_the_log_is_that_of_syslog(site, notify, syslog):
     log, preexec = syslog
     path = site.path("in.sock")

@@ -74,6 +74,7 @@ NAMED = {
 }
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom")
 @pytest.mark.core
 @pytest.mark.parametrize("header, name", NAMED.values(), ids=list(NAMED))
 def test_the_header_names_the_client(site, header, name):
@@ -100,6 +101,7 @@ def test_a_header_in_single_bytes_and_one_with_commands_behind_it(site, header):
     assert accepted(site) == [V4, V4]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: original client")
 @pytest.mark.parametrize("name, said", [(V4, V4), (V6, "IPV6:" + V6)])
 def test_it_is_named_everywhere(site, name, said):
     site.hop.ehlo = [XCLIENT]
@@ -178,6 +180,7 @@ WRONG = {
 }
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: 5 seconds")
 @pytest.mark.parametrize("header", WRONG.values(), ids=list(WRONG))
 def test_a_wrong_header_is_refused(site, header):
     """Without a word, and the next hop never hears of it."""
@@ -193,6 +196,7 @@ def test_a_wrong_header_is_refused(site, header):
 
 # ---------------------------------------------------------------- whom it believes
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom")
 @pytest.mark.core
 @pytest.mark.parametrize("header, reply", [(v1(), "500"), (v2(), "500|501")],
                          ids=["v1", "v2"])
@@ -206,6 +210,7 @@ def test_a_stranger_is_not_believed(site, header, reply):
     assert accepted(site) == ["127.0.0.2"]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: networks")
 @pytest.mark.parametrize("networks, source, believed", [
     ("127.0.0.1", "127.0.0.1", True), ("127.0.0.1", "127.0.0.2", False),
     ("127.0.0.0/30", "127.0.0.3", True), ("127.0.0.0/30", "127.0.0.4", False),
@@ -238,6 +243,7 @@ def test_networks_of_an_ipv6_listener(site, listen, networks, source):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: unix")
 @pytest.mark.parametrize("networks, name", [("unix", V4), ("127.0.0.0/8 ::/0", "local")])
 def test_clients_of_a_unix_listener(site, networks, name):
     site.start(Listen=site.path("in.sock"), ProxyFrom=networks)
@@ -270,6 +276,7 @@ def test_sighup_changes_whom_it_believes(site):
 
 # ---------------------------------------------------------------- what it is not for
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: next hop")
 def test_outaddress_port_alone_goes_back_to_the_proxy(site):
     """And not to whoever the header names."""
     there = NextHop(host="127.0.0.77", port=site.hop.port)
@@ -304,6 +311,7 @@ def test_a_header_cannot_hide_a_loop(site):
 
 # ---------------------------------------------------------------- time
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: 5 seconds")
 def test_a_header_has_five_seconds(site, clock):
     site.start(ProxyFrom="127.0.0.1", **clock.settings())
     silent, slow, late = site.client(), site.client(), site.client()

@@ -171,6 +171,7 @@ def test_many_at_once(site, address):
 
 # ---------------------------------------------------------------- access
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: INSTREAM")
 def test_clamd_cannot_read_the_spool(site, clamd):
     """The classic trap of a scanner of paths: clamd needs no access."""
     if not clamd.user:
@@ -204,6 +205,7 @@ def test_quarantine(site, clamd):
 
 # ---------------------------------------------------------------- failures
 
+@pytest.mark.covers("clamsmtpd.8 clamd is down")
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_clamd_dies_and_comes_back(site, own_clamd, kind):
     """The next mail works as soon as clamd does."""
@@ -254,6 +256,7 @@ def test_second_clamd(site, own_clamd, clamd):
 BIG = EICAR_MAILS["plain"] + b"x" * 76 + (b"\r\n" + b"x" * 76) * 9000 + b"\r\n"
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScanSize: StreamMaxLength")
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_above_stream_max_length_is_552(site, own_clamd, kind):
     """A message above clamd's StreamMaxLength is refused, over either socket."""
@@ -279,6 +282,7 @@ def test_above_stream_max_length_with_scanfailure_pass_is_marked(site, own_clamd
     site.daemon.wait_log("status=UNSCANNED$")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScanSize: MaxFileSize")
 @pytest.mark.parametrize("where", ["ours", "clamd's"])
 def test_above_max_file_size_is_552_where_a_limit_is_as_low(site, own_clamd, where):
     """clamd says OK, without a look, to a stream between its MaxFileSize and its
@@ -292,6 +296,7 @@ def test_above_max_file_size_is_552_where_a_limit_is_as_low(site, own_clamd, whe
     site.daemon.wait_log("status=OVERSIZE$")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScanSize: MaxFileSize")
 @pytest.mark.core
 @pytest.mark.parametrize("chunks", [False, True], ids=["DATA", "BDAT"])
 def test_maxscansize_leaves_no_message_that_clamd_does_not_scan(site, own_clamd, chunks):

@@ -171,6 +171,7 @@ def start(site, postfix, **settings):
     real.start_example(site, postfix.recipe, postfix.ports, **settings)
 
 
+@pytest.mark.covers("clamsmtpd.8 Postfix, after the queue")
 def test_after_queue(open_site, postfix, real_clamd):
     start(open_site, postfix, ClamAddress=real_clamd.path)
     real.behind_a_queue(open_site, real_clamd, postfix)
@@ -274,6 +275,7 @@ def test_after_queue_turned_off(site):
 
 # ---------------------------------------------------------------- before queue
 
+@pytest.mark.covers("clamsmtpd.8 Postfix, before the queue")
 def test_before_queue(open_site, before, real_clamd):
     """The sender itself hears what becomes of its mail, and nobody else."""
     site = open_site

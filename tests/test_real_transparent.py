@@ -181,6 +181,8 @@ def passes(site, net, family, clamd, **kw):
     assert len(site.hop.sessions) == 1
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: original destination",
+    "clamsmtpd.conf.5 TransparentProxy")
 @pytest.mark.parametrize("family", [4, 6])
 def test_redirect(open_site, net, family, real_clamd):
     """SO_ORIGINAL_DST tells where the client wanted to go."""
@@ -188,6 +190,8 @@ def test_redirect(open_site, net, family, real_clamd):
     passes(open_site, net, family, real_clamd)
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: original destination",
+    "clamsmtpd.8 TRANSPARENT PROXY FEATURE: TPROXY")
 @pytest.mark.parametrize("family", [4, 6])
 def test_tproxy(open_site, net, family, real_clamd):
     """The local address of the connection is where the client wanted to go;
@@ -196,6 +200,7 @@ def test_tproxy(open_site, net, family, real_clamd):
     passes(open_site, net, family, real_clamd)
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: TPROXY")
 @pytest.mark.parametrize("family", [4, 6])
 def test_tproxy_with_the_capabilities_of_the_drop_in_passes(open_site, net, family, real_clamd):
     """The daemon, started as its user with what tproxy.conf has, is enough."""
@@ -277,6 +282,7 @@ def test_nobody_there(open_site, net, family):
     c.eof()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: mail loop")
 @pytest.mark.parametrize("family", [4, 6])
 def test_loop(open_site, net, family):
     """Rules that lead our own connections back to us: refused, not repeated."""
@@ -299,6 +305,7 @@ def test_loop(open_site, net, family):
     assert len(open_site.daemon.log("accepted connection from: ")) <= 6
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: mail loop")
 @pytest.mark.parametrize("family", [4, 6])
 def test_loop_to_the_listener(open_site, net, family):
     """A client that was not redirected leads to ourselves as well."""

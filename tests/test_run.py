@@ -27,6 +27,7 @@ SOME = b"Subject: x\r\n\r\nsome\r\n"
 
 # ---------------------------------------------------------------- daemonising
 
+@pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 0")
 @pytest.mark.core
 def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
     one = background()
@@ -48,6 +49,8 @@ def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
     assert not os.path.exists(one.pidfile) and not os.path.exists(one.socket)
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: messages at start",
+    "clamsmtpd.8 EXIT STATUS: 1")
 @pytest.mark.parametrize("settings", [
     {"Listen": "127.0.0.1:PORT"}, {"PidFile": "/no/such/directory/pid"},
     {"Listen": "/no/such/directory/sock"}, {"Listen": "192.0.2.1:0"},
@@ -62,12 +65,14 @@ def test_the_parents_exit_status_tells_of_failure(site, background, settings):
     until(lambda: not processes(one.daemon.mark), "no process is left")
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -f")
 def test_a_bad_configuration_is_told_before_the_fork(site, background):
     one = background(TimeOut="x")
     assert one.status == 2 and '"x"' in one.daemon.text()
     assert processes(one.daemon.mark) == []
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxConnections: descriptors")
 def test_a_limit_of_descriptors_that_is_too_small_is_refused(open_site):
     """With both numbers; by a user who may not raise it."""
     def preexec():
@@ -96,6 +101,7 @@ def exposed(site):
 
 # ---------------------------------------------------------------- what it inherits
 
+@pytest.mark.covers("clamsmtpd.8 SECURITY: signals and descriptors")
 def test_blocked_signals_inherited_are_unblocked(site):
     """A starter that had blocked signals gets a daemon that obeys them, and that
     reaps its children."""
@@ -120,6 +126,7 @@ def inheriting(site, prepare, program=CLAMSMTPD):
     return script
 
 
+@pytest.mark.covers("clamsmtpd.8 SECURITY: signals and descriptors")
 def test_descriptor_inherited_is_closed(site):
     """A starter's lock is not held by the daemon that it started."""
     paths = [site.path("lock%d" % fd) for fd in (3, 9)]
@@ -153,6 +160,8 @@ def test_descriptors_of_listen_fds_alone_are_taken(site, pid, count, taken):
 
 # ---------------------------------------------------------------- pid file
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: nothing left behind",
+    "clamsmtpd.conf.5 PidFile", "clamsmtpd.conf.5 PidFile: removed")
 @pytest.mark.core
 def test_pid_file_has_the_pid_and_goes_away(site):
     path = site.path("pid")
@@ -164,12 +173,14 @@ def test_pid_file_has_the_pid_and_goes_away(site):
     assert not os.path.exists(path)
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -p")
 def test_p_is_used_in_place_of_pidfile(site):
     site.start(PidFile=site.path("a"), args=["-p", site.path("b")])
     assert not os.path.exists(site.path("a"))
     assert os.path.exists(site.path("b"))
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 PidFile: locked")
 @pytest.mark.core
 def test_a_second_instance_is_refused(site):
     path = site.path("pid")
@@ -225,6 +236,7 @@ def test_a_pid_file_that_is_a_link_is_refused(site):
 
 # ---------------------------------------------------------------- listeners
 
+@pytest.mark.covers("clamsmtpd.conf.5 Listen: stale socket")
 @pytest.mark.core
 def test_a_stale_unix_listener_is_replaced(site):
     path = site.path("in.sock")
@@ -238,6 +250,7 @@ def test_a_stale_unix_listener_is_replaced(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Listen: socket removed")
 def test_unix_listener_that_cannot_be_removed_is_logged(open_site):
     """The directory is root's and User is another: the socket stays, the log says
     so, and the next start replaces it."""
@@ -253,6 +266,7 @@ def test_unix_listener_that_cannot_be_removed_is_logged(open_site):
                                "Permission denied$" % path)
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Listen: stale socket")
 @pytest.mark.core
 def test_a_live_unix_listener_is_not_replaced(site):
     path = site.path("in.sock")
@@ -292,6 +306,8 @@ def test_two_hundred_connections_in_one_instant(site):
 
 # ---------------------------------------------------------------- the end
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT",
+    "clamsmtpd.8 EXIT STATUS: 0")
 @pytest.mark.core
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_0(site, number):
@@ -300,6 +316,7 @@ def test_a_signal_ends_it_with_0(site, number):
     site.daemon.stop(number=number)
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT")
 @pytest.mark.core
 def test_idle_sessions_get_421_at_the_end(site):
     clients = [site.session() for _ in range(3)]
@@ -338,6 +355,7 @@ def test_client_that_keeps_its_connection_delays_a_stop_by_a_second(site, clock,
     site.daemon.wait_exit()
 
 
+@pytest.mark.covers("clamsmtpd.8 Restart and upgrade")
 @pytest.mark.core
 def test_a_message_under_way_may_finish(site):
     hold = Hold("OK")
@@ -388,6 +406,7 @@ def test_a_signal_within_a_transaction_lets_it_finish(site, how):
     assert len(site.hop.messages) == 1
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: second signal")
 @pytest.mark.core
 def test_a_second_signal_ends_at_once(site, clock):
     """The eight seconds of the first one are never over."""
@@ -408,6 +427,7 @@ def test_a_second_signal_ends_at_once(site, clock):
     assert site.hop.messages == []
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT")
 def test_the_end_does_not_wait_for_ever(site, clock):
     """All have 8 seconds, and then a word in place of what they wait for."""
     site.start(**clock.settings())
@@ -488,6 +508,8 @@ def test_a_standard_error_that_nobody_reads_or_is_closed(open_site, user):
 
 # ---------------------------------------------------------------- SIGHUP
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGHUP",
+    "clamsmtpd.8 SIGNALS: open connections")
 @pytest.mark.core
 def test_sighup_gives_new_sessions_the_new_settings(site):
     site.start(Listen=site.path("in.sock"))
@@ -503,6 +525,8 @@ def test_sighup_gives_new_sessions_the_new_settings(site):
     assert site.daemon.alive()
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: file with an error",
+    "clamsmtpd.8 SIGNALS: only a restart can change")
 @pytest.mark.core
 @pytest.mark.parametrize("change, why", [
     ({"TimeOut": "x"}, r"conf:6: .*TimeOut"), ({"Nonsense": "1"}, r"conf:6: .*Nonsense"),
@@ -545,6 +569,7 @@ def test_sighup_with_an_unreadable_file_says_only_that(open_site):
         site.daemon.file + ": reload failed, keeping the old settings"]
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: unchanged listeners")
 def test_sighup_opens_new_listeners_and_keeps_the_old(site):
     a, b, c = (site.path(n) for n in "abc")
     site.start(Listen=[a, b])
@@ -581,6 +606,7 @@ def places(site):
     return lambda text: [one.replace("PORT", port) for one in text.split()]
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: overlapping listeners")
 @pytest.mark.parametrize("before, after, v4, v6", [
     ("127.0.0.1:PORT", "0.0.0.0:PORT", True, False),
     ("0.0.0.0:PORT", "127.0.0.1:PORT", True, False),
@@ -601,6 +627,7 @@ def test_sighup_with_overlapping_listeners_is_as_a_start(site, places, before, a
     site.daemon.idle = site.daemon.fds()
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: overlapping listeners")
 @pytest.mark.parametrize("before, after, v4, v6", [
     ("127.0.0.1:PORT", "0.0.0.0:PORT", True, False),
     ("[::]:PORT 0.0.0.0:PORT", "[::]:PORT", True, True),
@@ -826,6 +853,7 @@ def test_sighup_with_a_temp_directory_that_cannot_be_written_to_changes_nothing(
     site.session().mail()
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: open connections")
 def test_sighup_is_no_reason_to_leave_a_message_unfinished(site):
     """What is under way keeps its settings, whatever stage it is in."""
     scan, final = Hold("OK"), Hold()
@@ -857,6 +885,7 @@ def test_sighup_is_no_reason_to_leave_a_message_unfinished(site):
 
 # ---------------------------------------------------------------- SIGUSR1
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGUSR1")
 @pytest.mark.core
 def test_sigusr1_writes_the_counters(site):
     client = site.session()
@@ -877,6 +906,7 @@ def ids(site, name):
     return [int(x) for x in site.daemon.proc(name).split()]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 User", "clamsmtpd.conf.5 User: groups")
 @pytest.mark.core
 def test_user_is_dropped_to_with_its_groups_and_no_way_back(open_site):
     site = open_site
@@ -896,6 +926,7 @@ def test_user_is_dropped_to_with_its_groups_and_no_way_back(open_site):
     assert not site.daemon.log("running as root")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 User: number without an entry")
 def test_a_numeric_user_without_an_entry_is_its_own_group(open_site):
     site = open_site
     site.start(User="54321", preexec=lambda: os.setgroups([0, 4]))
@@ -914,6 +945,7 @@ def test_a_numeric_user_with_an_entry(open_site):
     assert ids(site, "Gid") == [user.pw_gid] * 4
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TempDirectory")
 @pytest.mark.parametrize("user, name", [("nobody", "nobody"), ("65534", None),
                                         ("54321", "54321")])
 def test_unwritable_temp_directory_names_the_user(open_site, user, name):
@@ -967,6 +999,7 @@ def test_a_warning_when_it_stays_root(site, as_root):
     site.daemon.wait_log("^running as root is NOT recommended$")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 PidFile: removed")
 def test_the_pid_file_is_emptied_where_it_cannot_be_removed(open_site):
     site = open_site
     path = site.path("pid")
@@ -997,6 +1030,7 @@ def test_quarantine_and_action_as_the_user(open_site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 SECURITY: no core")
 def test_there_is_never_a_core(open_site):
     """Mail would be in it.  Where cores are piped into a program the limit is
     not asked, unless it is 1; or it is not dumpable: /proc files are root's."""
@@ -1074,6 +1108,7 @@ def test_nothing_else_is_written(open_site, mounts):
 
 # ---------------------------------------------------------------- sandbox
 
+@pytest.mark.covers("clamsmtpd.8 SECURITY: sandbox")
 def test_no_new_privs_without_a_virus_action(site):
     site.start()
     assert site.daemon.proc("NoNewPrivs") == "1"
@@ -1083,6 +1118,7 @@ def test_no_new_privs_without_a_virus_action(site):
                     else "sandbox: no new privileges (kernel without Landlock)")
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: no sandbox")
 def test_privileges_of_setgid_programs_with_a_virus_action(site):
     site.start(VirusAction="/bin/true")
     assert site.daemon.proc("NoNewPrivs") == "0"
@@ -1102,6 +1138,7 @@ def landlock():
         pytest.skip("no Landlock in this kernel")
 
 
+@pytest.mark.covers("clamsmtpd.8 SECURITY: sandbox")
 @pytest.mark.parametrize("debug", ["on", "off"])
 def test_files_are_written_in_temp_directory_only(site, landlock, debug):
     """Its name leads elsewhere after the start: nothing is written there."""
@@ -1138,6 +1175,7 @@ def test_a_copy_is_written_in_temp_directory_only(site, landlock):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 SECURITY: re-created directory")
 def test_temp_directory_made_again_needs_a_restart_and_sighup_says_so(site, landlock):
     """The rule of the sandbox is for the directory that was there at the start."""
     site.start()
@@ -1158,6 +1196,7 @@ def test_temp_directory_made_again_needs_a_restart_and_sighup_says_so(site, land
     site.session().mail(body=LARGE)
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: only a restart can change")
 def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):
     """It is refused with a reason, and all is as it was."""
     os.mkdir(site.path("here"))
@@ -1175,6 +1214,7 @@ def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 LOOPBACK FEATURE: warning of an open relay")
 def test_warning_of_an_open_door(site):
     """Beyond loopback with a port-only OutAddress: anybody's relay."""
     site.start(Listen="0.0.0.0:0", OutAddress=str(site.hop.port))
@@ -1253,6 +1293,8 @@ def test_name_to_listen_on_with_a_doubled_address_is_opened_once(site, names):
     assert not site.daemon.log("Listen")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: names to listen on",
+    "clamsmtpd.conf.5 ADDRESSES: no address of a name works")
 @pytest.mark.parametrize("reload", [False, True])
 def test_name_to_listen_on_needs_one_working_address(site, names, reload):
     """An address that is not this machine's is a warning; a reload leaves the
@@ -1267,6 +1309,7 @@ def test_name_to_listen_on_needs_one_working_address(site, names, reload):
     site.session(address=address).quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: no address of a name works")
 def test_name_to_listen_on_without_a_working_address_is_refused(site, names):
     """The error comes after a warning for each address."""
     names.addresses = ["192.0.2.1", "198.51.100.1"]
@@ -1287,6 +1330,7 @@ def test_name_beside_its_address_is_opened_once(site, names):
     site.daemon.idle = site.daemon.fds()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: several addresses")
 def test_all_addresses_of_a_name_are_tried(site, names):
     names.addresses = ["127.0.0.99", "127.0.0.98", "127.0.0.1"]
     names.go()
@@ -1297,6 +1341,7 @@ def test_all_addresses_of_a_name_are_tried(site, names):
     assert len(site.hop.messages) == len(site.clamd.scans) == 1
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: names of other hosts")
 def test_a_name_is_looked_up_again_after_a_failed_connect(site, names, clock):
     """Not more often than each five seconds."""
     names.addresses = ["127.0.0.99"]
@@ -1310,6 +1355,7 @@ def test_a_name_is_looked_up_again_after_a_failed_connect(site, names, clock):
     until(lambda: site.client().reply().code == "220", "the new address")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: names of other hosts")
 def test_a_name_in_use_is_looked_up_again_after_a_minute(site, names, clock):
     """And the old address is used until the new one is there."""
     other = site.new_hop(host="127.0.0.98", port=site.hop.port)
@@ -1341,6 +1387,7 @@ def address_lines(site):
     return site.daemon.log(r"^\w+\.example\.org:\d+: .* is tried first")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: several addresses")
 def test_hop_address_that_worked_is_tried_first(site, names, clock):
     """The first address of a name is dead.  Sessions after the first one begin
     with the address that accepted it, after another look-up too."""
@@ -1428,6 +1475,7 @@ def is_ready(status):
         return probe.makefile("rb").read().endswith(b"\r\nok\n")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: several addresses")
 def test_clamd_address_that_worked_is_tried_first(site, names):
     """By the next scan and by a PING, after a scan that it has done."""
     names.addresses = [DEAD, GOOD]
@@ -1482,6 +1530,7 @@ def test_the_end_during_a_look_up_is_no_failed_one(site, names):
 
 # ---------------------------------------------------------------- syslog
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: syslog", "clamsmtpd.8 FILES: /dev/log")
 @pytest.mark.core
 def test_syslog_lines(site, background, syslog):
     log, preexec = syslog
@@ -1553,6 +1602,7 @@ def in_foreground(site, preexec, *args, **settings):
     return daemon, sock
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -F")
 @pytest.mark.core
 def test_foreground_with_syslog_has_severities_and_a_silent_standard_error(
         site, syslog):
@@ -1576,6 +1626,7 @@ def test_foreground_with_syslog_has_severities_and_a_silent_standard_error(
     assert daemon.text() == ""
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -F")
 @pytest.mark.parametrize("args, most", [(["-d", "0"], 3), (["-d", "2"], 5),
                                         (["-d", "4"], 7)], ids=str)
 def test_foreground_with_syslog_and_a_level_logs_as_much(site, syslog, args, most):
@@ -1591,6 +1642,7 @@ def test_foreground_with_syslog_and_a_level_logs_as_much(site, syslog, args, mos
     assert not daemon.log("^1000")
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -F")
 @pytest.mark.parametrize("settings, status, why", [
     ({"MaxScans": "many"}, 2, '"many" is not'),
     ({"PidFile": "/no/such/directory/pid"}, 1, "PidFile: /no/such/directory/pid: ")],
@@ -1663,6 +1715,7 @@ def all_whole(lines):
         assert re.fullmatch(rb"<2[0-3]>clamsmtpd: [^<>\n\0]*", line), line
 
 
+@pytest.mark.covers("clamsmtpd.8 FILES: /dev/log")
 @pytest.mark.parametrize("fault", ["", "send:1:2:0", "send:1:3:0 send:2:3:11"],
                          ids=["whole", "pieces", "halves"])
 def test_syslog_with_a_stream_socket_gets_whole_lines(

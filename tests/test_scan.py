@@ -26,6 +26,8 @@ def clamd(request, site):
 
 # ---------------------------------------------------------------- what it gets
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress",
+    "clamsmtpd.conf.5 ClamAddress: INSTREAM")
 @pytest.mark.core
 def test_clamd_on_any_socket_gets_a_stream(site, clamd):
     """clamd gets the message as INSTREAM, over a unix socket and over TCP."""
@@ -68,6 +70,8 @@ def test_no_file_is_in_temp_directory_while_clamd_scans(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 FILES: /tmp/clamsmtpd.XXXXXX",
+    "clamsmtpd.conf.5 DebugFiles")
 def test_debugfiles_keeps_the_message(site):
     site.start(DebugFiles="on")
     client = site.session()
@@ -81,6 +85,7 @@ def test_debugfiles_keeps_the_message(site):
     site.daemon.allowed.add(name)
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: line for clamd")
 @pytest.mark.core
 def test_the_first_line_scanned_is_constant_and_never_forwarded(site, clamd):
     """Without it some header orders hide an attachment from libclamav."""
@@ -95,6 +100,7 @@ def test_the_first_line_scanned_is_constant_and_never_forwarded(site, clamd):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: what was scanned is forwarded")
 @pytest.mark.core
 def test_what_is_judged_is_what_is_forwarded(site, clamd):
     """PROMISE 2, with everything that is changed on the way."""
@@ -187,6 +193,8 @@ def test_answer_that_names_a_virus(site, answer, name):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: exactly OK or FOUND",
+    "clamsmtpd.8 When something fails: clamd down, slow or in error")
 @pytest.mark.core
 @pytest.mark.parametrize("answer", ERRORS, ids=lambda a: repr(a[:40]))
 def test_any_other_answer_is_an_error(site, clamd, answer):
@@ -317,6 +325,9 @@ def test_an_overlong_virus_name_is_cut(site):
 
 # ---------------------------------------------------------------- failures
 
+@pytest.mark.covers("clamsmtpd.8 DESCRIPTION: temporary error",
+    "clamsmtpd.8 When something fails: clamd down, slow or in error",
+    "clamsmtpd.conf.5 ScanFailure: tempfail")
 @pytest.mark.core
 def test_clamd_that_is_not_there_is_an_error(site, clamd):
     site.start()
@@ -329,6 +340,7 @@ def test_clamd_that_is_not_there_is_an_error(site, clamd):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: clamd ADDRESS: ...")
 @pytest.mark.parametrize("verdict, reason", [
     (None, "connect: No such file"),
     (CLOSE, "connection closed without an answer"),
@@ -361,6 +373,7 @@ def test_a_failure_is_named_in_the_log_once_and_so_is_its_end(site, verdict, rea
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: clamd ADDRESS: ...")
 def test_clamd_complaint_is_repeated_once_a_minute(site, clock):
     """While messages fail; the log near each CLAMAV-ERROR has the reason."""
     site.start(**clock.settings())
@@ -504,6 +517,8 @@ def test_clamd_check_at_start_ends_with_the_daemon(site):
         assert not site.daemon.log("no clamd answers")
 
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: clamd down, slow or in error",
+    "clamsmtpd.conf.5 ScanTimeOut: time-out")
 @pytest.mark.core
 def test_scan_time_out_gives_451(site, clamd, clock):
     hold = Hold("OK")
@@ -524,6 +539,7 @@ def test_scan_time_out_gives_451(site, clamd, clock):
     hold.go()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: default")
 def test_time_out_is_the_scan_time_out_where_none_is_set(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -551,6 +567,7 @@ def test_a_verdict_after_the_time_out_is_not_used(site, clock):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Not scanned")
 def test_an_error_resets_the_next_hop_and_the_session_goes_on(site):
     site.clamd.verdict = [CLOSE]
     client = site.session()
@@ -563,6 +580,7 @@ def test_an_error_resets_the_next_hop_and_the_session_goes_on(site):
 
 # ---------------------------------------------------------------- failover
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: first that is alive")
 @pytest.mark.core
 def test_several_clamds_the_first_alive_is_used(site):
     first, second = site.new_clamd(), site.new_clamd(tcp=True)
@@ -602,6 +620,7 @@ def test_a_virus_is_found_by_the_second_clamd_too(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: dead clamd")
 def test_all_clamds_dead_is_an_error(site):
     first, second = site.new_clamd(), site.new_clamd(tcp=True)
     site.start(ClamAddress=[first.address, second.address])
@@ -612,6 +631,7 @@ def test_all_clamds_dead_is_an_error(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: first that is alive")
 def test_a_full_clamd_leaves_the_scan_to_the_next(site):
     first, second = site.new_clamd(), site.new_clamd()
     hold = Hold("OK")
@@ -628,6 +648,7 @@ def test_a_full_clamd_leaves_the_scan_to_the_next(site):
     two.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: dead clamd")
 def test_a_dead_clamd_is_left_alone_while_another_is_alive(site):
     first, second = site.new_clamd(verdict=CLOSE), site.new_clamd()
     site.start(ClamAddress=[first.address, second.address])
@@ -638,6 +659,7 @@ def test_a_dead_clamd_is_left_alone_while_another_is_alive(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: error")
 def test_an_error_is_no_death(site):
     """A clamd that could not scan one message is asked for the next."""
     first, second = site.new_clamd(), site.new_clamd()
@@ -691,6 +713,7 @@ def test_a_dead_clamd_is_tried_again_now_and_then(site, clock):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: one scan at a time")
 def test_clamd_that_timed_out_gets_one_scan_until_it_answers(site, clock):
     """It is silent; a second one is well.  After half a minute one message is
     risked, and after its verdict the clamd is trusted again."""
@@ -960,6 +983,9 @@ def test_a_connect_that_hangs_slows_nobody(site, clock):
         client.quit()
 
 
+@pytest.mark.covers(
+    "clamsmtpd.8 FILES: /run/clamav/clamd.sock, /var/run/clamav/clamd.ctl, /var/run/clamav/clamd",
+    "clamsmtpd.conf.5 ClamAddress: default")
 @pytest.mark.parametrize("name", ["clamd.sock", "clamd.ctl", "clamd"])
 def test_without_clamaddress_it_is_the_one_that_is_there(site, mounts, name):
     """When it is needed: not at the start."""
@@ -973,6 +999,7 @@ def test_without_clamaddress_it_is_the_one_that_is_there(site, mounts, name):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScans")
 @pytest.mark.core
 def test_maxscans_at_once_and_the_rest_in_order(site):
     hold = Hold("OK")
@@ -998,6 +1025,7 @@ def test_maxscans_at_once_and_the_rest_in_order(site):
         client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScans: wait in order")
 def test_waiting_scans_begin_in_the_order_of_their_dots(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -1016,6 +1044,8 @@ def test_waiting_scans_begin_in_the_order_of_their_dots(site):
     assert [int(s.mail[9:10]) for s in site.clamd.scans] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScans: wait in order",
+    "clamsmtpd.conf.5 ScanTimeOut")
 def test_waiting_counts_for_the_scan_time_out(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = hold
@@ -1032,6 +1062,7 @@ def test_waiting_counts_for_the_scan_time_out(site, clock):
     two.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScans: given up")
 def test_an_abandoned_scan_counts_until_clamd_answers(site, clock):
     """It goes on with it, as long as a reload of its signatures takes."""
     hold = Hold("OK")
@@ -1052,6 +1083,7 @@ def test_an_abandoned_scan_counts_until_clamd_answers(site, clock):
     two.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScans: given up")
 def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -1116,6 +1148,8 @@ def test_a_slow_scan_slows_nobody(site):
 
 # ---------------------------------------------------------------- ScanFailure
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: UNSCANNED", "clamsmtpd.8 clamd is down",
+    "clamsmtpd.conf.5 ScanFailure: pass")
 @pytest.mark.core
 @pytest.mark.parametrize("failure", ["down", "error", "time-out"])
 def test_scanfailure_pass_forwards_unscanned_and_says_so(site, clock, failure):
@@ -1160,6 +1194,8 @@ def ehlo_size(got):
     return None
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: SIZE",
+    "clamsmtpd.conf.5 MaxScanSize: SIZE")
 @pytest.mark.core
 @pytest.mark.parametrize("offered, limit, want", [
     ("SIZE 50000", "10000", "SIZE 9972"),
@@ -1179,6 +1215,8 @@ def test_maxscansize_lowers_the_size_that_is_offered(site, offered, limit, want)
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: BINARYMIME",
+    "clamsmtpd.conf.5 MaxScanSize: 552")
 @pytest.mark.core
 def test_mail_with_a_size_above_the_limit_is_552_and_not_forwarded(site):
     site.start(MaxScanSize="1000")
@@ -1190,6 +1228,9 @@ def test_mail_with_a_size_above_the_limit_is_552_and_not_forwarded(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: OVERSIZE",
+    "clamsmtpd.8 When something fails: message too large",
+    "clamsmtpd.conf.5 MaxScanSize: 552")
 @pytest.mark.core
 @pytest.mark.parametrize("source", ["MaxScanSize", "SIZE of the next hop"])
 def test_a_body_that_outgrows_the_limit_is_552(site, source):
@@ -1208,6 +1249,7 @@ def test_a_body_that_outgrows_the_limit_is_552(site, source):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScanSize: 28 bytes")
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["DATA", "BDAT", "BDAT in pieces"])
 @pytest.mark.parametrize("failure", ["tempfail", "pass"])
@@ -1259,6 +1301,8 @@ def test_no_more_than_the_limit_is_stored(site):
         site.daemon.allowed.add(name)
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: UNSCANNED",
+    "clamsmtpd.conf.5 MaxScanSize: ScanFailure: pass")
 def test_above_maxscansize_with_scanfailure_pass_is_forwarded_unscanned(site):
     site.start(MaxScanSize="10K", ScanFailure="pass")
     client = site.session()
@@ -1279,6 +1323,7 @@ def test_the_next_hops_size_is_a_limit_with_scanfailure_pass_too(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScanSize: StreamMaxLength")
 @pytest.mark.core
 @pytest.mark.parametrize("size", [200000, 3000000])
 def test_clamds_own_stream_limit_is_like_maxscansize(site, size):

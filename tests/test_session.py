@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import socket
 import struct
 import termios
@@ -30,6 +31,8 @@ def narrow(site):
 
 # ---------------------------------------------------------------- the log
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: line of a message",
+    "clamsmtpd.8 LOGGING: CLEAN")
 @pytest.mark.core
 def test_log_lines_of_a_message_are_the_originals(site):
     """PROMISE 9."""
@@ -47,12 +50,15 @@ def test_log_lines_of_a_message_are_the_originals(site):
         "100000: from=<>, to=d@example.com, status=CLEAN"]
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: session number",
+    "clamsmtpd.8 DIAGNOSTICS: session number")
 def test_connections_are_numbered_in_hexadecimal(site):
     for _ in range(11):
         site.session().quit()
     site.daemon.wait_log("^10000A: accepted connection from: 127.0.0.1$")
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: escapes")
 @pytest.mark.parametrize("command, want", [
     ("MAIL FROM:<a@b> SIZE=5", "from=a@b, "),
     ("MAIL FROM: <a@b>", "from=a@b, "),
@@ -73,6 +79,7 @@ def test_log_has_bare_addresses(site, command, want):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: escapes")
 def test_log_is_one_harmless_line_whatever_is_in_the_addresses(site):
     """PROMISE 8."""
     client = site.session()
@@ -118,6 +125,8 @@ def test_nothing_of_the_first_message_is_left_in_the_second(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 LOGGING: VIRUS:name",
+    "clamsmtpd.8 LOGGING: CLAMAV-ERROR")
 @pytest.mark.core
 def test_verdicts_of_every_kind_in_one_session(site):
     site.clamd.verdict = [None, VIRUS + " FOUND", b"NOTOK\0", None, CLOSE, None]
@@ -160,6 +169,8 @@ def test_many_sessions_at_once(site):
 
 # ---------------------------------------------------------------- limits
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: MaxConnections reached",
+    "clamsmtpd.conf.5 MaxConnections: 421")
 @pytest.mark.core
 def test_maxconnections_is_421_and_a_place_is_given_back(site):
     site.start(MaxConnections="3")
@@ -193,6 +204,7 @@ def test_the_421_of_a_busy_server_is_not_lost_to_a_reset(site):
         client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut")
 @pytest.mark.core
 def test_idle_client_gets_421_after_time_out(site, clock):
     site.start(**clock.settings())
@@ -265,6 +277,7 @@ def test_end_of_a_client_that_ends_lines_with_lf_is_named(site, ending):
     assert site.hop.messages == []
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut: slow client")
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
     """PROMISE 6: one byte at a time keeps no session open."""
@@ -310,6 +323,7 @@ def endless(s, line):
         time.sleep(0.01)
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut")
 @pytest.mark.parametrize("answer", [silent, endless])
 @pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT", "DATA"])
 def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
@@ -339,6 +353,7 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
     clock.go(site.daemon, 300)      # the other one's greeting may be due later
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut: 600 seconds")
 def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
     """Giving up earlier makes duplicates (RFC 5321 4.5.3.2.6): whatever TimeOut
     is, since the dot of the client."""
@@ -509,6 +524,7 @@ def test_clients_of_single_bytes_hold_up_nobody(site):
 
 # ---------------------------------------------------------------- KeepAlives
 
+@pytest.mark.covers("clamsmtpd.conf.5 KeepAlives")
 @pytest.mark.core
 def test_keepalives_while_the_client_is_slow(site):
     site.start(KeepAlives="1")
@@ -521,6 +537,7 @@ def test_keepalives_while_the_client_is_slow(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 KeepAlives")
 @pytest.mark.core
 def test_keepalives_while_clamd_is_slow(site):
     hold = Hold()
@@ -569,6 +586,7 @@ def test_client_gone_while_a_noop_is_out_sends_no_data(site):
     assert "DATA" not in site.hop.sessions[0].verbs()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 KeepAlives: none by default")
 def test_no_keepalives_by_default(site, clock):
     site.start(**clock.settings())
     client = site.session()
@@ -631,6 +649,8 @@ def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
 
 # ---------------------------------------------------------------- draining
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: error at the dot",
+    "clamsmtpd.8 When something fails: next hop lost during a message")
 @pytest.mark.core
 @pytest.mark.parametrize("what", ["421 4.3.2 shutting down", "close", "reset"])
 def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
@@ -692,6 +712,9 @@ def test_a_reply_in_the_middle_of_the_replay(site, narrow, reply, want):
     assert session.messages == [] and session.partial is not None
 
 
+@pytest.mark.covers("clamsmtpd.8 DESCRIPTION: temporary error",
+    "clamsmtpd.8 LOGGING: ERROR",
+    "clamsmtpd.8 When something fails: next hop lost during a message")
 @pytest.mark.core
 @pytest.mark.parametrize("ending", [CLOSE, RESET], ids=["close", "reset"])
 @pytest.mark.parametrize("after", [1, 100000])
@@ -705,6 +728,7 @@ def test_next_hop_gone_in_the_replay_is_451(site, narrow, ending, after):
     site.daemon.wait_log(r"status=ERROR$")
 
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: delivered twice")
 @pytest.mark.core
 @pytest.mark.parametrize("verb, ending", [
     ("DATA", CLOSE), ("DATA", RESET), (".", CLOSE), (".", RESET),
@@ -984,6 +1008,25 @@ def leaves(site, client, ending, hold):
     site.hop.sessions[0].wait_end()
 
 
+@pytest.mark.covers("clamsmtpd.8 When something fails: clamsmtpd killed")
+@pytest.mark.parametrize("stage", ["body", "scan"])
+def test_daemon_killed_during_a_message_delivers_nothing(site, stage):
+    """PROMISE 1: the client gets no reply and keeps the message."""
+    hold = Hold()
+    site.clamd.verdict = hold
+    client = site.session()
+    client.begin(SOME)
+    if stage == "scan":
+        client.send(b".\r\n")
+        hold.reached()
+    site.daemon.stop(want=-signal.SIGKILL, number=signal.SIGKILL)
+    client.eof(allow_reset=True)
+    site.hop.session.wait_end()
+    assert site.hop.messages == [] and "DATA" not in site.hop.session.verbs()
+    hold.go()
+
+
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the last bytes")
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("sent", [b"", b"Subject: x\r\n\r\nhalf a bo",
@@ -1000,6 +1043,7 @@ def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
     assert "DATA" not in site.hop.commands
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the last bytes")
 @pytest.mark.core
 @pytest.mark.parametrize("ending, seconds", GONE)
 @pytest.mark.parametrize("tail", [b"", b"QUI"])
@@ -1020,6 +1064,7 @@ def test_client_gone_during_the_scan_delivers_nothing(
     assert "DATA" not in site.hop.sessions[0].verbs()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: early close is served")
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ["close", "half_close"])
 @pytest.mark.parametrize("tail", [b"", b"QUI"])
@@ -1083,6 +1128,7 @@ def test_reset_after_an_early_eof_is_gone(site):
     assert "DATA" not in site.hop.sessions[0].verbs()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: early close is served")
 @pytest.mark.core
 def test_eof_behind_quit_behind_the_dot_is_served(site):
     hold = Hold("OK")
@@ -1134,6 +1180,7 @@ def test_a_half_closed_client_hears_all_replies(site, tail, want):
     assert len(site.hop.messages) == 1
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the last bytes")
 @pytest.mark.core
 @pytest.mark.parametrize("ending, seconds", GONE)
 def test_client_gone_in_the_replay_delivers_nothing(
@@ -1184,6 +1231,7 @@ def test_reset_behind_a_full_buffer_in_the_replay_delivers_nothing(site, narrow)
     assert site.hop.messages == []
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: reply awaited")
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
@@ -1268,6 +1316,7 @@ def frees_its_place(site, hold):
     site.session().quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the greeting")
 @pytest.mark.core
 @pytest.mark.parametrize("sent", ["", "EHLO m"])
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -1325,6 +1374,7 @@ def test_unix_client_gone_before_the_greeting_with_commands_does_not_spin(site):
     site.hop.session.wait_end()
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the greeting")
 @pytest.mark.parametrize("verb", ["EHLO", "MAIL", "RSET"])
 def test_client_reset_while_a_command_is_out_frees_its_place(site, verb):
     """RSET is the daemon's own, after a virus."""
@@ -1346,6 +1396,9 @@ def test_client_reset_while_a_command_is_out_frees_its_place(site, verb):
 
 # ---------------------------------------------------------------- loopback
 
+@pytest.mark.covers("clamsmtpd.8 LOOPBACK FEATURE: back to the client",
+    "clamsmtpd.conf.5 ADDRESSES: default host",
+    "clamsmtpd.conf.5 OutAddress: port without a host")
 def test_back_to_the_client(site):
     """A port alone as OutAddress: back to the address the client came from."""
     first = site.new_hop(host="127.0.0.2")
@@ -1393,6 +1446,7 @@ def test_back_to_nobody(site):
     client.eof()
 
 
+@pytest.mark.covers("clamsmtpd.8 Mail loops")
 def test_a_loop_is_refused(site):
     """An OutAddress that is ourselves."""
     port = site.port()

@@ -159,6 +159,9 @@ def test_the_models_are_not_blind(name, wire):
 
 # ---------------------------------------------------------------- vectors
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: end of data",
+    "clamsmtpd.8 TRANSPARENCY: bare LF", "clamsmtpd.8 TRANSPARENCY: bare CR",
+    "clamsmtpd.8 TRANSPARENCY: NULs")
 @pytest.mark.core
 @pytest.mark.parametrize("before", vectors.ENDS)
 @pytest.mark.parametrize("way", WAYS)

@@ -74,6 +74,7 @@ def messages(address):
 
 # ---------------------------------------------------------------- the page
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /")
 @pytest.mark.core
 def test_the_page_tells_a_person_how_it_is(site, run):
     hold = Hold()
@@ -95,6 +96,7 @@ def test_the_page_tells_a_person_how_it_is(site, run):
     hold.go()
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /")
 def test_the_page_names_what_is_wrong_with_clamd(site):
     """PROMISE 8: and what it said is text."""
     site.clamd.verdict = b"stream: \x1b[2J\x07 \r<b> ERROR\0"
@@ -107,11 +109,13 @@ def test_the_page_names_what_is_wrong_with_clamd(site):
     assert re.fullmatch(r"[ -~\n]+", text)
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 StatusListen")
 def test_it_is_off_unless_asked_for(site):
     site.start()
     assert not site.daemon.log("^status on ")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 StatusListen")
 @pytest.mark.parametrize("form, where", [
     ("PORT", "127.0.0.1:PORT"), ("HOST", "HOST:10080"),
     (localhost() + ":PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),
@@ -142,6 +146,7 @@ def test_a_unix_socket(site):
 
 # ---------------------------------------------------------------- /healthz
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
 @pytest.mark.core
 def test_ready_is_a_clamd_that_answers_a_ping(site):
     address = start(site)
@@ -184,6 +189,7 @@ def sick(request, site):
     return address, reason
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
 def test_not_ready_has_a_reason(site, sick):
     """In one line, with the name of the clamd."""
     clamd, reason = sick
@@ -212,6 +218,7 @@ def test_one_that_answers_is_enough(site, sick):
     assert get(address, "/healthz").status == 200
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_clamd_that_hangs(site, clock, others):
     """Five seconds are for all of them."""
@@ -226,6 +233,31 @@ def test_a_clamd_that_hangs(site, clock, others):
                 answer = answer_on(probe)
     assert answer.status == (200 if others else 503)
     assert others or "no answer to PING" in answer.text
+
+
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: valid for one second")
+def test_healthz_answer_is_valid_for_one_second(site, clock):
+    """Within a second of a PING /healthz sends no other PING."""
+    address = start(site, **clock.settings())
+    pings = []
+    for seconds in (1, 0, 1):
+        clock.go(site.daemon, seconds)
+        assert get(address, "/healthz").status == 200
+        turns(site)
+        pings.append(site.clamd.pings)
+    assert pings == [pings[0], pings[0], pings[0] + 1]
+
+
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: only /healthz asks clamd")
+@pytest.mark.parametrize("page", ["/", "/metrics"])
+def test_page_other_than_healthz_asks_no_clamd(site, clock, page):
+    """Only /healthz makes a connection to clamd."""
+    address = start(site, **clock.settings())
+    before = site.clamd.pings
+    clock.go(site.daemon, 60)
+    assert get(address, page).status == 200
+    turns(site)
+    assert (site.clamd.pings, site.clamd.accepted) == (before, 0)
 
 
 def test_when_all_are_well_again_it_is_ready_again(site):
@@ -341,6 +373,7 @@ def test_400_for_a_head_that_has_no_end(site, request_):
 
 # ---------------------------------------------------------------- /metrics
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 @pytest.mark.core
 def test_messages_are_counted_by_verdict(site):
     address = start(site, MaxScanSize="1000", ScanFailure="tempfail")
@@ -378,6 +411,7 @@ def test_what_the_next_hop_refuses_is_counted_once(site):
     assert messages(address) == {"clean": 2}
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_bytes_of_messages(site):
     address = start(site)
     client = site.session()
@@ -386,6 +420,7 @@ def test_bytes_of_messages(site):
     assert metrics(address)["message_bytes_total"] == len(GOOD) + len(BAD)
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_sessions(site):
     address = start(site, MaxConnections="2")
     first, second = site.session(), site.session()
@@ -399,6 +434,7 @@ def test_sessions(site):
     assert metrics(address)["sessions_total"] == 2
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_version_and_start(site, run):
     before = since()
     got = metrics(start(site))
@@ -407,6 +443,7 @@ def test_version_and_start(site, run):
     assert before <= got["start_time_seconds"] <= time.time()
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_scans_running_and_waiting(site):
     hold = Hold()
     site.clamd.verdict = hold
@@ -423,6 +460,7 @@ def test_scans_running_and_waiting(site):
     assert (got["scans_running"], got["scans_waiting"]) == (0, 0)
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_health_of_each_clamd(site):
     address = start(site, ClamAddress=["/no/such/socket", site.clamd.address])
     got = metrics(address)
@@ -535,6 +573,7 @@ def test_the_histogram_has_what_clamd_judged(site):
     assert counts[-1] == count == 4 and total >= 0
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_the_histogram_has_the_time_from_the_dot_to_the_verdict(site, clock):
     hold = Hold()
     site.clamd.verdict = [hold]
@@ -592,6 +631,8 @@ HOSTILE = {
 }
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: 8 clients",
+    "clamsmtpd.8 STATUS PAGE: further client")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
     """PROMISES 5 and 6."""
@@ -611,6 +652,7 @@ def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
         sock.close()
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: 8 clients")
 @pytest.mark.parametrize("kind", ["silent", "half a request", "never reads"])
 def test_nobody_stays_longer_than_ten_seconds(site, clock, kind):
     """A byte now and then buys no time."""
@@ -645,6 +687,7 @@ def test_a_crowd_in_one_instant_does_not_crowd_out_a_probe(site):
         sock.close()
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: further client")
 def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
     path, sock = silent(site)
     address = start(site, ClamAddress=path)
@@ -757,6 +800,7 @@ def one_line_and(status, result):
     return line
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -C")
 @pytest.mark.core
 @pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT",
                                    localhost() + ":PORT", "0.0.0.0:PORT"])
@@ -779,6 +823,7 @@ def test_C_by_the_environment_alone(site, run):
     daemon.stop()
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -C", "clamsmtpd.8 EXIT STATUS: 1")
 def test_C_gives_the_reason(site, run):
     daemon = site.start(StatusListen=site.path("s"), ClamAddress="/no/such/socket")
     line = one_line_and(1, run("-C", "-f", daemon.file))
@@ -851,6 +896,7 @@ def test_C_does_not_wait_for_ever_for_an_answer(site, run):
         one_line_and(1, run("-C", "-f", file, timeout=max(WAIT, 60)))
 
 
+@pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2")
 @pytest.mark.parametrize("text", ["", "StatusListen: x:y\n", "TimeOut: x\n"])
 def test_C_without_anybody_to_ask_is_a_wrong_use(site, run, text):
     file = site.path("conf")

@@ -147,6 +147,8 @@ def end(daemon, number=signal.SIGTERM):
 
 # ---------------------------------------------------------------- a restart
 
+@pytest.mark.covers("clamsmtpd.8 Restart and upgrade", "clamsmtpd.8 SIGNALS: FDSTORE",
+    "clamsmtpd.8 ENVIRONMENT: FDSTORE")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_restart_refuses_no_connection(site, systemd, number):
     """Clients that connect while the daemon drains, or while none runs, wait, and
@@ -190,6 +192,7 @@ def test_restart_refuses_no_connection(site, systemd, number):
     assert os.path.exists(path)
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: busy client")
 def test_restart_busy_session_sends_its_mail(site, systemd, clock):
     """A client that is about to send MAIL at SIGTERM sends its mail and then gets
     the 421, while the next hop greets it or after EHLO."""
@@ -216,6 +219,7 @@ def test_restart_busy_session_sends_its_mail(site, systemd, clock):
     one.stopped = True
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: busy client")
 def test_restart_idle_session_gets_421(site, systemd, clock):
     """An idle session gets 421 at once; a session that was busy at SIGTERM and
     begins no mail gets it after a second."""
@@ -332,6 +336,7 @@ def test_reload_in_vain_leaves_the_store_as_it_was(site, systemd):
     end(site.daemon)
 
 
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: FDSTORE")
 def test_without_a_store_nothing_is_stored_or_left(site):
     """Only $FDSTORE says that there is one: OpenRC has NOTIFY_SOCKET alone."""
     systemd = Systemd(site, store=False)
@@ -351,6 +356,7 @@ def listener(family, address):
     return sock
 
 
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID")
 @pytest.mark.parametrize("store", [True, False])
 def test_sockets_of_a_unit_are_used_and_left_to_it(site, store):
     """They are matched by address, never stored, and neither shut down nor
@@ -372,6 +378,7 @@ def test_sockets_of_a_unit_are_used_and_left_to_it(site, store):
     systemd.close()
 
 
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID")
 def test_socket_of_a_unit_that_no_line_has_is_left_to_it(site, systemd):
     """We close our descriptor, and the log says so; the socket still listens."""
     with listener(socket.AF_INET, ("127.0.0.1", 0)) as inet:
@@ -442,6 +449,7 @@ def test_notify_socket_that_nobody_has_is_a_warning(site):
     site.session().quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: WATCHDOG_USEC, WATCHDOG_PID")
 @pytest.mark.parametrize("own", [None, True, False])
 def test_watchdog_is_fed_twice_in_its_time(site, clock, own):
     """WATCHDOG=1 comes at half of WATCHDOG_USEC, unless that is for another
@@ -480,6 +488,7 @@ def journal(path):
     return {"JOURNAL_STREAM": "%d:%d" % (stat.st_dev, stat.st_ino)}
 
 
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: JOURNAL_STREAM")
 @pytest.mark.parametrize("here", [True, False])
 def test_journal_gets_levels_and_no_second_tag(tmp_path, here):
     """Where standard error is the journal, a line begins with its level, which
@@ -496,6 +505,7 @@ def test_journal_gets_levels_and_no_second_tag(tmp_path, here):
 
 # ---------------------------------------------------------------- capabilities
 
+@pytest.mark.covers("clamsmtpd.8 SECURITY: capabilities")
 def test_capabilities_of_a_unit_are_given_up(open_site):
     """They are for the ports below 1024, and gone when those are open."""
     if not shutil.which("setpriv"):

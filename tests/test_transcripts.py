@@ -113,6 +113,7 @@ class Play:
         return "%s %s" % (line.prefix, got) if got else line.prefix
 
 
+@pytest.mark.covers("clamsmtpd.8 DESCRIPTION: 2xx after the next hop")
 @pytest.mark.parametrize("path", sorted(glob.glob(DIRECTORY + "/*.txt")),
                          ids=os.path.basename)
 def test_transcript_is_what_happens(site, path):

@@ -13,6 +13,8 @@ def xhop(site):
     return site.hop
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient",
+    "clamsmtpd.conf.5 XClient: first HELO or EHLO")
 @pytest.mark.core
 def test_xclient_is_sent_and_ehlo_is_repeated(site, xhop):
     xhop.on("EHLO", ["250-a\n250-DSN\n250 " + XCLIENT, "250-a\n250-SIZE 50000\n250 AUTH PLAIN"])
@@ -56,12 +58,15 @@ def test_an_ipv6_client_is_prefixed(site, xhop):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient")
 def test_no_xclient_when_it_is_off(site, xhop):
     client = site.session()
     assert site.hop.commands == ["EHLO client.example"]
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: SERVER: ...",
+    "clamsmtpd.conf.5 XClient: not offered or refused")
 @pytest.mark.parametrize("offer", [[], ["XCLIENT"], ["XCLIENT LOGIN PROTO"]])
 def test_no_xclient_offered_gets_a_warning_and_goes_on(site, offer):
     site.hop.ehlo = ["DSN"] + offer
@@ -132,6 +137,7 @@ def test_xclient_refused_after_helo_is_sent_at_the_first_ehlo(site, xhop):
     assert "PORT=" in site.hop.told("XCLIENT")[1]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient: 503 until then")
 @pytest.mark.core
 @pytest.mark.parametrize("command", [
     "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "VRFY a", "EXPN a", "ETRN a",
@@ -160,6 +166,7 @@ def test_xclient_withheld_helo_discards_bdat(site, xhop):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient: 503 until then")
 def test_commands_that_pass_before_xclient(site, xhop):
     site.start(XClient="on")
     client = site.client()
@@ -170,6 +177,7 @@ def test_commands_that_pass_before_xclient(site, xhop):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient: first HELO or EHLO")
 @pytest.mark.core
 @pytest.mark.parametrize("hello", ["EHLO", "HELO"])
 def test_xclient_withheld_while_hello_is_refused(site, xhop, hello):
@@ -208,6 +216,7 @@ def test_a_later_ehlo_sends_none_when_it_is_offered_only_then(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient: not offered or refused")
 @pytest.mark.core
 @pytest.mark.parametrize("reply", [
     "550 5.7.0 insufficient authorization", "501-5.5.4 a\n501 5.5.4 b",
@@ -227,6 +236,7 @@ def test_xclient_refused_goes_on_with_the_first_reply(site, xhop, reply):
     assert len(site.hop.told("XCLIENT")) == 1
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient: other refusal")
 @pytest.mark.core
 @pytest.mark.parametrize("reply", [
     "450 4.7.1 Client host rejected: cannot find your hostname", "421 4.3.2 bye",
@@ -323,6 +333,8 @@ def test_xforward_is_offered_and_relayed_as_it_is(site):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: REMOTE",
+    "clamsmtpd.8 VIRUS ACTIONS: REMOTE_HELO")
 @pytest.mark.parametrize("commands, remote, helo", [
     (["XFORWARD ADDR=192.0.2.5 HELO=a.b"], "192.0.2.5", "a.b"),
     (["XFORWARD NAME=x ADDR=192.0.2.5", "XFORWARD HELO=a.b"], "192.0.2.5", "a.b"),

@@ -28,6 +28,11 @@
 
 #include "clamsmtpd.h"
 
+/* Linux options for IPv4 and IPv6, which old headers of libc do not define. */
+#define IPV4_TRANSPARENT	19
+#define IPV6_IS_TRANSPARENT	75
+
+#define BACKLOG		4096	/* above libc's SOMAXCONN */
 #define ACCEPTS		64		/* from one listener in one pass */
 #define PAUSE_TIME	SECOND		/* without accept() after it failed */
 #define STORE_NAME	"clamsmtpd_"	/* of listeners in systemd's store */
@@ -156,6 +161,78 @@ listeners_poll(void)
 	}
 	for (l = listeners; l != NULL; l = l->next)
 		poll_add(l->fd, POLLIN, on_accept, l);
+}
+
+/* 0666: the directory of the path restricts access. */
+static int
+path_bind(int fd, const struct addr *a)
+{
+	const char *path = a->u.un.sun_path;
+	struct stat st;
+	mode_t mask;
+	int r;
+
+	if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
+		if (connect(fd, &a->u.sa, a->len) == 0 ||
+		    errno != ECONNREFUSED) {
+			errno = EADDRINUSE;	/* a program listens there */
+			return -1;
+		}
+		unlink(path);
+	}
+	mask = umask(0111);
+	r = bind(fd, &a->u.sa, a->len);
+	umask(mask);
+	return r;
+}
+
+/* Set IP_TRANSPARENT, which TPROXY needs, to on (0 or 1) on an IP socket of
+ * this address.  Returns 0, or -1 and errno: EPERM without CAP_NET_ADMIN. */
+static int
+set_transparent(int fd, const struct addr *a, int on)
+{
+	int v6 = a->u.sa.sa_family == AF_INET6, is = 0;
+	int level = v6 ? IPPROTO_IPV6 : IPPROTO_IP;
+	int option = v6 ? IPV6_IS_TRANSPARENT : IPV4_TRANSPARENT;
+	socklen_t len = sizeof is;
+
+	if (a->u.sa.sa_family == AF_UNIX)
+		return 0;
+	getsockopt(fd, level, option, &is, &len);
+	if (is == on)
+		return 0;
+	return setsockopt(fd, level, option, &on, sizeof on);
+}
+
+/* Returns a listening socket, or -1 and errno.  v6only: refuse IPv4 clients. */
+static int
+socket_listen(const struct addr *a, int transparent, int v6only)
+{
+	int fd, err, one = 1, r;
+
+	fd = socket(a->u.sa.sa_family,
+	    SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (fd == -1)
+		return -1;
+	if (a->u.sa.sa_family == AF_UNIX)
+		r = path_bind(fd, a);
+	else {
+		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+		if (a->u.sa.sa_family == AF_INET6)
+			setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &v6only,
+			    sizeof v6only);
+		if (transparent)	/* allows a foreign address in bind() */
+			set_transparent(fd, a, 1);
+		r = bind(fd, &a->u.sa, a->len);
+	}
+	if (r == 0 && listen(fd, BACKLOG) == 0)
+		return fd;
+	err = errno;
+	if (r == 0 && a->u.sa.sa_family == AF_UNIX)
+		unlink(a->u.un.sun_path);
+	close(fd);
+	errno = err;
+	return -1;
 }
 
 /*
@@ -417,9 +494,9 @@ listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
 	l->v6only = is_v6only(c, a);
 	l->next = listeners;
 	listeners = l;
-	l->fd = addr_listen(a, c->transparent, l->v6only);
+	l->fd = socket_listen(a, c->transparent, l->v6only);
 	if (l->fd == -1 && errno == EADDRINUSE && listeners_make_room(a) > 0)
-		l->fd = addr_listen(a, c->transparent, l->v6only);
+		l->fd = socket_listen(a, c->transparent, l->v6only);
 	if (l->fd == -1) {
 		err = errno;
 		listener_close(l, 0);
@@ -469,7 +546,7 @@ listeners_restore(struct listener *old)
 		next = l->next;
 		if (l->fd != -1)
 			continue;
-		l->fd = addr_listen(&l->addr, conf->transparent, l->v6only);
+		l->fd = socket_listen(&l->addr, conf->transparent, l->v6only);
 		if (l->fd == -1) {
 			logmsg(LOG_ERR, "%s: cannot reopen the listener:",
 			    addr_full(&l->addr));
@@ -480,14 +557,14 @@ listeners_restore(struct listener *old)
 }
 
 /* Set IP_TRANSPARENT as TransparentProxy wants it: a listener may be an old one,
- * or addr_listen() could not set it. */
+ * or socket_listen() could not set it. */
 static void
 listeners_transparent(const struct conf *c)
 {
 	struct listener *l;
 
 	for (l = listeners; l != NULL; l = l->next)
-		if (addr_transparent(l->fd, &l->addr, c->transparent) == -1) {
+		if (set_transparent(l->fd, &l->addr, c->transparent) == -1) {
 			logmsg(LOG_WARNING, "TransparentProxy: %s: TPROXY "
 			    "connections are not accepted (REDIRECT ones are): "
 			    "IP_TRANSPARENT:",
@@ -534,14 +611,10 @@ listeners_open(const struct conf *c, int starting)
 static int
 is_loopback(const struct addr *a)
 {
-	switch (a->u.sa.sa_family) {
-	case AF_INET:
-		return ntohl(a->u.in.sin_addr.s_addr) >> 24 == 127;
-	case AF_INET6:
-		return IN6_IS_ADDR_LOOPBACK(&a->u.in6.sin6_addr);
-	default:
-		return 1;
-	}
+	const char *text = addr_text(a);
+
+	return a->u.sa.sa_family == AF_UNIX || strcmp(text, "::1") == 0 ||
+	    strncmp(text, "127.", 4) == 0;
 }
 
 static void

@@ -666,9 +666,6 @@ void target_put(struct target *);		/* drop a reference; may be NULL */
  * force: in the last 5 s, for a target whose address was of no use.  Returns at
  * once; all sessions run when there is a result. */
 void target_resolve(struct target *, int force);
-/* Returns a non-blocking socket that is connecting, or -1 and errno.  *done is
- * 1 when it is connected already. */
-int addr_connect(const struct addr *, int *done);
 /*
  * Connect p to this address.  The first call begins and sets *deadline to ms
  * from now; later calls go on.  Returns 1 when p is connected, 0 when it is not
@@ -676,11 +673,6 @@ int addr_connect(const struct addr *, int *done);
  * deadline).
  */
 int peer_connect(struct peer *, const struct addr *, int64_t *deadline, int64_t ms);
-/* Set IP_TRANSPARENT, which TPROXY needs, to on (0 or 1) on an IP socket of
- * this address.  Returns 0, or -1 and errno: EPERM without CAP_NET_ADMIN. */
-int addr_transparent(int fd, const struct addr *, int on);
-/* Returns a listening socket, or -1 and errno.  v6only: refuse IPv4 clients. */
-int addr_listen(const struct addr *, int transparent, int v6only);
 
 /*
  * The poll set.  poll_add(): until poll_wait() has returned, call ready(arg)

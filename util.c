@@ -32,10 +32,6 @@
 
 #include "clamsmtpd.h"
 
-/* Linux options for IPv4 and IPv6, which old headers of libc do not define. */
-#define IPV4_TRANSPARENT	19
-#define IPV6_IS_TRANSPARENT	75
-
 #define SPARE_BUFS	8
 #define POLL_TIME	(60 * SECOND)	/* the longest sleep */
 #define IDLE_TIME	SECOND		/* nothing was ready: tidy up */
@@ -43,7 +39,6 @@
 #define LOOKUP_LIMIT	(30 * SECOND)	/* for one look-up */
 #define LOOKUP_RETRY	(5 * SECOND)	/* after one that was of no use */
 #define KILL_TIME	(5 * SECOND)	/* from one signal to the next */
-#define BACKLOG		4096	/* above libc's SOMAXCONN */
 
 /*
  * Text.
@@ -1043,7 +1038,7 @@ peer_waiting(const struct peer *p)
 }
 
 /*
- * Addresses.
+ * Addresses.  The port of an IPv6 address is where that of an IPv4 address is.
  */
 
 /* Write an IPv6 address (RFC 5952): the longest run of two or more zero groups
@@ -1076,13 +1071,20 @@ ipv6_format(char *to, size_t size, const unsigned char *ip)
 	return n;
 }
 
+static const unsigned char *
+ip_bytes(const struct addr *a)
+{
+	return a->u.sa.sa_family == AF_INET ?
+	    (const void *)&a->u.in.sin_addr : a->u.in6.sin6_addr.s6_addr;
+}
+
 static const char *
 addr_format(const struct addr *a, int with_port)
 {
 	static char ring[4][ADDRTEXT];
 	static int turn;
 	char *b = ring[turn++ & 3];
-	const unsigned char *ip = (const void *)&a->u.in.sin_addr;
+	const unsigned char *ip = ip_bytes(a);
 	size_t n;
 
 	if (a->len == 0)
@@ -1098,7 +1100,7 @@ addr_format(const struct addr *a, int with_port)
 		break;
 	default:
 		n = format(b, ADDRTEXT, with_port ? "[" : "");
-		n += ipv6_format(b + n, ADDRTEXT - n, a->u.in6.sin6_addr.s6_addr);
+		n += ipv6_format(b + n, ADDRTEXT - n, ip);
 		n += format(b + n, ADDRTEXT - n, with_port ? "]" : "");
 	}
 	if (with_port)
@@ -1121,42 +1123,22 @@ addr_full(const struct addr *a)
 int
 addr_equal(const struct addr *a, const struct addr *b)
 {
-	if (a->u.sa.sa_family != b->u.sa.sa_family)
-		return 0;
-	switch (a->u.sa.sa_family) {
-	case AF_INET:
-		return a->u.in.sin_port == b->u.in.sin_port &&
-		    a->u.in.sin_addr.s_addr == b->u.in.sin_addr.s_addr;
-	case AF_INET6:
-		return a->u.in6.sin6_port == b->u.in6.sin6_port &&
-		    memcmp(&a->u.in6.sin6_addr, &b->u.in6.sin6_addr, 16) == 0;
-	default:
+	if (a->u.sa.sa_family == AF_UNIX)
 		return a->len == b->len && memcmp(&a->u, &b->u, a->len) == 0;
-	}
+	return a->u.in.sin_port == b->u.in.sin_port && addr_in(a, b,
+	    a->u.sa.sa_family == AF_INET ? 32 : 128);
 }
 
 int
 addr_in(const struct addr *a, const struct addr *net, int bits)
 {
-	const unsigned char *x, *y;
+	const unsigned char *x = ip_bytes(a), *y = ip_bytes(net);
 	int n = bits / 8, rest = bits % 8;
 
 	if (a->u.sa.sa_family != net->u.sa.sa_family)
 		return 0;
-	switch (a->u.sa.sa_family) {
-	case AF_INET:
-		x = (const void *)&a->u.in.sin_addr;
-		y = (const void *)&net->u.in.sin_addr;
-		break;
-	case AF_INET6:
-		x = a->u.in6.sin6_addr.s6_addr;
-		y = net->u.in6.sin6_addr.s6_addr;
-		break;
-	default:
-		return 1;
-	}
-	return memcmp(x, y, n) == 0 &&
-	    (rest == 0 || (x[n] ^ y[n]) >> (8 - rest) == 0);
+	return a->u.sa.sa_family == AF_UNIX || (memcmp(x, y, n) == 0 &&
+	    (rest == 0 || (x[n] ^ y[n]) >> (8 - rest) == 0));
 }
 
 void
@@ -1177,23 +1159,13 @@ addr_unmap(struct addr *a)
 unsigned
 addr_port(const struct addr *a)
 {
-	switch (a->u.sa.sa_family) {
-	case AF_INET:
-		return ntohs(a->u.in.sin_port);
-	case AF_INET6:
-		return ntohs(a->u.in6.sin6_port);
-	default:
-		return 0;
-	}
+	return a->u.sa.sa_family == AF_UNIX ? 0 : ntohs(a->u.in.sin_port);
 }
 
 void
 addr_set_port(struct addr *a, unsigned port)
 {
-	if (a->u.sa.sa_family == AF_INET6)
-		a->u.in6.sin6_port = htons(port);
-	else
-		a->u.in.sin_port = htons(port);
+	a->u.in.sin_port = htons(port);
 }
 
 int
@@ -1251,40 +1223,27 @@ addr_lookup(const char *name, unsigned port, struct addr *addr)
 }
 
 int
-addr_connect(const struct addr *a, int *done)
-{
-	int one = 1, fd, err;
-
-	*done = 1;
-	fd = socket(a->u.sa.sa_family,
-	    SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-	if (fd == -1)
-		return -1;
-	if (a->u.sa.sa_family != AF_UNIX)
-		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-	if (connect(fd, &a->u.sa, a->len) == 0)
-		return fd;
-	*done = 0;
-	if (errno == EINPROGRESS || errno == EINTR)
-		return fd;
-	err = errno;
-	close(fd);
-	errno = err;
-	return -1;
-}
-
-int
 peer_connect(struct peer *p, const struct addr *a, int64_t *deadline,
     int64_t ms)
 {
 	socklen_t len = sizeof(int);
-	int err = 0, done;
+	int err = 0, one = 1;
 
 	if (p->fd == -1) {
-		if ((p->fd = addr_connect(a, &done)) == -1)
+		p->fd = socket(a->u.sa.sa_family,
+		    SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+		if (p->fd == -1)
 			return -1;
-		p->connecting = !done;
-		*deadline = now + ms;
+		if (a->u.sa.sa_family != AF_UNIX)
+			setsockopt(p->fd, IPPROTO_TCP, TCP_NODELAY, &one,
+			    sizeof one);
+		if (connect(p->fd, &a->u.sa, a->len) == -1)
+			err = errno;
+		p->connecting = err == EINPROGRESS || err == EINTR;
+		if (p->connecting)
+			err = 0;
+		if (err == 0)
+			*deadline = now + ms;
 	} else if (!p->connecting)
 		getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &err, &len);
 	else if (now >= *deadline)
@@ -1292,88 +1251,6 @@ peer_connect(struct peer *p, const struct addr *a, int64_t *deadline,
 	if (err == 0)
 		return !p->connecting;
 	peer_close(p);
-	errno = err;
-	return -1;
-}
-
-/* Returns 1 when a program listens at this path, or 0 when the socket is a
- * leftover. */
-static int
-path_is_live(const struct addr *a)
-{
-	int fd, done;
-
-	fd = addr_connect(a, &done);
-	if (fd == -1)
-		return errno != ECONNREFUSED;
-	close(fd);
-	return 1;
-}
-
-static int
-path_listen(int fd, const struct addr *a)
-{
-	const char *path = a->u.un.sun_path;
-	struct stat st;
-	mode_t mask;
-	int r;
-
-	if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
-		if (path_is_live(a)) {
-			errno = EADDRINUSE;
-			return -1;
-		}
-		unlink(path);
-	}
-	mask = umask(0111);	/* 0666: its directory restricts access */
-	r = bind(fd, &a->u.sa, a->len);
-	umask(mask);
-	return r;
-}
-
-int
-addr_transparent(int fd, const struct addr *a, int on)
-{
-	int v6 = a->u.sa.sa_family == AF_INET6, is = 0;
-	int level = v6 ? IPPROTO_IPV6 : IPPROTO_IP;
-	int option = v6 ? IPV6_IS_TRANSPARENT : IPV4_TRANSPARENT;
-	socklen_t len = sizeof is;
-
-	if (a->u.sa.sa_family == AF_UNIX)
-		return 0;
-	getsockopt(fd, level, option, &is, &len);
-	if (is == on)
-		return 0;
-	return setsockopt(fd, level, option, &on, sizeof on);
-}
-
-int
-addr_listen(const struct addr *a, int transparent, int v6only)
-{
-	int fd, err, one = 1, r;
-	int v6 = a->u.sa.sa_family == AF_INET6;
-
-	fd = socket(a->u.sa.sa_family,
-	    SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-	if (fd == -1)
-		return -1;
-	if (a->u.sa.sa_family == AF_UNIX)
-		r = path_listen(fd, a);
-	else {
-		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-		if (v6)
-			setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &v6only,
-			    sizeof v6only);
-		if (transparent)	/* allows a foreign address in bind() */
-			addr_transparent(fd, a, 1);
-		r = bind(fd, &a->u.sa, a->len);
-	}
-	if (r == 0 && listen(fd, BACKLOG) == 0)
-		return fd;
-	err = errno;
-	if (r == 0 && a->u.sa.sa_family == AF_UNIX)
-		unlink(a->u.un.sun_path);
-	close(fd);
 	errno = err;
 	return -1;
 }
@@ -1435,26 +1312,22 @@ close_between(int first, int last)
 		close(first);
 }
 
-/* Close every descriptor above 2 but the n in keep, which it sorts. */
+/* Close every descriptor above 2 but the n in keep. */
 static void
-close_all_but(int *keep, int n)
+close_all_but(const int *keep, int n)
 {
-	int i, j, t, first = 3;
+	int first, next, i;
 
-	for (i = 1; i < n; i++)		/* sort them */
-		for (j = i; j > 0 && keep[j - 1] > keep[j]; j--) {
-			t = keep[j];
-			keep[j] = keep[j - 1];
-			keep[j - 1] = t;
-		}
-	for (i = 0; i < n; i++) {
-		if (keep[i] < first)
-			continue;
-		if (keep[i] > first)
-			close_between(first, keep[i] - 1);
-		first = keep[i] + 1;
+	for (first = 3; ; first = next + 1) {
+		next = INT_MAX;
+		for (i = 0; i < n; i++)
+			if (keep[i] >= first && keep[i] < next)
+				next = keep[i];
+		if (next > first)
+			close_between(first, next - 1);
+		if (next == INT_MAX)
+			return;
 	}
-	close_between(first, INT_MAX);
 }
 
 /* Handle, ignore and block no signal. */

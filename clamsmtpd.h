@@ -441,6 +441,7 @@ struct counters {			/* since the start */
 	unsigned long long sessions, refused, messages[NOUTCOMES], bytes;
 	unsigned long long scans[NBUCKETS];	/* took so long (scan_limits) */
 	unsigned long long scan_ms;		/* all together */
+	unsigned long long log_lost;		/* lines of the log */
 };
 extern struct counters count;			/* (clamd.c) */
 extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
@@ -529,9 +530,12 @@ void slog(const struct session *, int level, const char *fmt, ...)
 void die(int status, const char *fmt, ...)
     __attribute__((format(printf, 2, 3), noreturn));
 /* log_hold() keeps messages until log_format() writes them, and all later ones,
- * as text or JSON.  A message for which there is no room is written at once. */
+ * as text or JSON.  When there is no more room, it keeps none any more. */
 void log_hold(void);
 void log_format(int json);
+/* In each pass of the loop: write lines for which there was no room, and wait
+ * for room. */
+void log_poll(void);
 
 /*
  * Log a line of JSON about a message: json_begin(), fields, json_end().  A long

@@ -238,16 +238,20 @@ int log_json;
 int log_echo;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
-static unsigned long log_lost;		/* lines that could not be written */
 
-/* The line that is being written.  Bytes log_r to log_n wait; a NUL follows. */
-static char log_out[JSONSZ + 64];
-static size_t log_r, log_n;
+/*
+ * The lines that wait, the oldest first.  Each is in its final form, and a NUL
+ * follows.  When there is no room for a line, it is lost, and so are those after
+ * it until all others are written.  Then a line says how many were lost.
+ */
+static char log_lines[BUFSZ];
+static struct buf log_buf = { log_lines, 0, 0 };
+static int log_begun;			/* a part of the first line is written */
+static unsigned long long log_told;	/* of count.log_lost */
 
-/* Messages that wait for log_format(): each is a digit for the level, the text
- * and a NUL.  An empty message is the end. */
+/* The lines wait for log_format().  Each is a digit for the level, the text and
+ * a NUL. */
 static int log_held;
-static char held[4 * LOGSZ];
 
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
 #define LEVEL_BASE	LOG_ERR
@@ -291,32 +295,14 @@ log_open(int level, int console)
 	int fd = -1;
 
 	if (!console && (fd = syslog_connect()) == -1)
-		logmsg(LOG_WARNING, "/dev/log: no syslog daemon, "
-		    "log lines are lost until one starts:");
+		logmsg(LOG_WARNING, "/dev/log: no syslog daemon; up to 32 KiB "
+		    "of log lines are kept until one starts:");
 	else if (console && fstat(2, &st) == 0 && !S_ISREG(st.st_mode))
 		fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND |
 		    O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
 	log_level = level + LEVEL_BASE;
 	log_syslog = !console;
 	log_fd = console && fd == -1 ? 2 : fd;
-}
-
-void
-log_hold(void)
-{
-	log_held = 1;
-}
-
-void
-log_format(int as_json)
-{
-	const char *p;
-
-	log_json = as_json;
-	log_held = 0;
-	for (p = held; *p != '\0'; p += strlen(p) + 1)
-		logmsg(*p - '0', "%s", p + 1);
-	held[0] = '\0';
 }
 
 static ssize_t
@@ -335,35 +321,39 @@ log_put(const char *p, size_t n)
 	return write(log_fd, p, n);
 }
 
-/* Write the waiting line.  In a stream a NUL ends it, as with syslog(3).
- * Returns 0 when no line waits any more, else -1. */
+/* Write the lines that wait until there is no room.  Returns how many could not
+ * be written at all. */
 static int
-log_finish(void)
+log_flush(void)
 {
-	int tries = 1;
+	int connects = 1, failed = 0;
+	size_t len;
 	ssize_t n;
 
-	while (log_n > 0) {
+	while (buf_len(&log_buf) > 0 && !log_held) {
 		if (log_syslog && log_fd == -1 &&
-		    (tries-- == 0 || (log_fd = syslog_connect()) == -1))
-			return -1;
-		n = log_put(log_out + log_r, log_n + log_stream - log_r);
-		if (n > 0) {
-			log_r += n;
-			if (log_r == log_n + log_stream)
-				log_r = log_n = 0;
-			continue;
+		    (connects-- == 0 || (log_fd = syslog_connect()) == -1))
+			break;
+		/* In a stream a NUL ends a line, as with syslog(3). */
+		len = strlen(buf_head(&log_buf)) + 1;
+		n = log_put(buf_head(&log_buf), len - !log_stream);
+		if (n == -1) {
+			if (errno == EAGAIN || errno == EINTR)
+				break;
+			if (log_syslog) {
+				close(log_fd);
+				log_fd = -1;
+				if (connects > 0 && !log_begun)
+					continue;
+			}
+			failed++;	/* or the reader of its start is gone */
 		}
-		if (!log_syslog || errno == EAGAIN || errno == ENOBUFS)
-			return -1;
-		close(log_fd);
-		log_fd = -1;
-		if (log_r > 0) {	/* the reader of its start is gone */
-			log_r = log_n = 0;
-			log_lost++;
-		}
+		log_begun = n > 0 && (size_t)n < len - !log_stream;
+		log_buf.r += log_begun ? (size_t)n : len;
 	}
-	return 0;
+	if (buf_len(&log_buf) == 0)
+		log_buf.r = log_buf.w = 0;
+	return failed;
 }
 
 /* Returns 1 when standard error is a socket of systemd's journal, else 0. */
@@ -387,47 +377,29 @@ is_journal(void)
 	return known;
 }
 
+/* Append a line.  Returns 0, or -1 when there is no room. */
 static int
-log_write(int level, const char *text, size_t n)
+log_add(int level, const char *text, size_t n)
 {
-	if (log_finish() == -1)
+	size_t size = n + 64;
+	char *p;
+
+	if (!buf_ready(&log_buf, size))
 		return -1;
-	if (log_syslog)
+	p = log_buf.b + log_buf.w;
+	if (log_held)
+		size = format(p, size, "%d%.*s", level, (int)n, text);
+	else if (log_syslog)
 		/* Without a time stamp, which every syslogd then adds. */
-		log_n = format(log_out, sizeof log_out, "<%d>clamsmtpd: %.*s",
+		size = format(p, size, "<%d>clamsmtpd: %.*s",
 		    LOG_MAIL | level, (int)n, text);
 	else if (is_journal())		/* the journal adds its own tag */
-		log_n = format(log_out, sizeof log_out, "<%d>%.*s\n", level,
-		    (int)n, text);
+		size = format(p, size, "<%d>%.*s\n", level, (int)n, text);
 	else
-		log_n = format(log_out, sizeof log_out, "%s%.*s\n",
+		size = format(p, size, "%s%.*s\n",
 		    log_json ? "" : "clamsmtpd: ", (int)n, text);
-	if (log_finish() == 0 || log_r > 0)
-		return 0;
-	log_n = 0;
-	return -1;
-}
-
-static int
-log_is_behind(void)
-{
-	return log_lost > 0 || log_n > 0;
-}
-
-static void
-log_retry(void)
-{
-	char line[128];
-	int n;
-
-	if (log_finish() == -1 || log_lost == 0)
-		return;
-	n = format(line, sizeof line, log_json ?
-	    "{\"level\":\"warning\",\"message\":\"%lu%s\",\"time\":\"%s\"}" :
-	    "%lu%s", log_lost, " lines of the log were lost",
-	    rfc3339_date(time(NULL)));
-	if (log_write(LOG_WARNING, line, n) == 0)
-		log_lost = 0;
+	log_buf.w += size + 1;
+	return 0;
 }
 
 static void
@@ -441,9 +413,39 @@ log_line(int level, const char *text, size_t n)
 		    log_json ? "" : "clamsmtpd: ", (int)n, text);
 		(void)!write(2, line, len);
 	}
-	log_retry();
-	if (log_write(level, text, n) == -1)
-		log_lost++;
+	if ((buf_len(&log_buf) > 0 && count.log_lost > log_told) ||
+	    log_add(level, text, n) == -1)
+		count.log_lost++;
+	else
+		count.log_lost += log_flush();
+}
+
+static void
+on_log(void *arg, int revents)
+{
+	(void)arg;
+	(void)revents;		/* log_poll() writes in the next pass */
+}
+
+void
+log_poll(void)
+{
+	unsigned long long told = log_told;
+
+	count.log_lost += log_flush();
+	if (buf_len(&log_buf) == 0 && count.log_lost > told) {
+		log_told = count.log_lost;
+		logmsg(LOG_WARNING, "%llu lines of the log were lost",
+		    log_told - told);
+		if (count.log_lost > log_told) {	/* this one as well */
+			count.log_lost = log_told;
+			log_told = told;
+		}
+	}
+	if (buf_len(&log_buf) > 0 && log_fd != -1)
+		poll_add(log_fd, POLLOUT, on_log, NULL);
+	else if (buf_len(&log_buf) > 0 || count.log_lost > log_told)
+		poll_deadline(now + IDLE_TIME);
 }
 
 /*
@@ -544,21 +546,6 @@ json_end(int level)
 	log_line(level, json, json_n);
 }
 
-/* Returns 1, or 0 if the buffer has no room for the message. */
-static int
-held_add(int level, const char *text)
-{
-	char *p = held;
-
-	while (*p != '\0')
-		p += strlen(p) + 1;
-	if (strlen(text) + 3 > (size_t)(held + sizeof held - p))
-		return 0;
-	p += format(p, LOGSZ + 2, "%d%s", level, text);
-	p[1] = '\0';
-	return 1;
-}
-
 static void
 vlog(const struct session *s, int level, const char *fmt, va_list ap)
 {
@@ -573,7 +560,9 @@ vlog(const struct session *s, int level, const char *fmt, va_list ap)
 	n += vformat(line + n, sizeof line - n, fmt, ap);
 	if (fmt[strlen(fmt) - 1] == ':')
 		n += format(line + n, sizeof line - n, " %s", strerror(err));
-	if (log_held && held_add(level, line))
+	if (log_held && log_add(level, line, n) == -1)
+		log_format(log_json);		/* hold no more */
+	if (log_held)
 		;
 	else if (log_json) {
 		json_begin(s, level);
@@ -583,6 +572,26 @@ vlog(const struct session *s, int level, const char *fmt, va_list ap)
 	} else
 		log_line(level, line, n);
 	errno = err;
+}
+
+void
+log_hold(void)
+{
+	log_held = 1;
+}
+
+void
+log_format(int as_json)
+{
+	char held[sizeof log_lines], *p = held;
+	size_t n = log_held ? log_buf.w : 0;
+
+	log_json = as_json;
+	log_held = 0;
+	memcpy(held, log_lines, n);
+	log_buf.w -= n;
+	for (; p < held + n; p += strlen(p) + 1)
+		logmsg(*p - '0', "%s", p + 1);
 }
 
 void
@@ -1908,7 +1917,7 @@ poll_wait(void)
 	int i, r, n;
 
 	children_poll();
-	if (nspare > 0 || log_is_behind())
+	if (nspare > 0)
 		poll_deadline(now + IDLE_TIME);
 	if (nomem)
 		nomem_pause();
@@ -1918,10 +1927,8 @@ poll_wait(void)
 	now = monotonic();
 	if (n != 0)
 		ready_at = now;
-	else if (now - ready_at >= IDLE_TIME) {
+	else if (now - ready_at >= IDLE_TIME)
 		spares_free();
-		log_retry();
-	}
 	for (i = 0; n > 0 && i < nfds; i++) {
 		r = fds[i].revents;
 		if (r == 0)

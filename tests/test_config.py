@@ -253,6 +253,13 @@ def test_all_errors_are_told_in_one_go(check):
     assert "%s:2: " % check.file not in result.stderr
 
 
+def test_errors_of_many_lines_are_told_in_their_order(check):
+    """All errors are logged in the order of the lines, also if they are more than
+    the log keeps until the format of the log is known."""
+    result = check("".join("MaxScans: x%d\n" % n for n in range(400)))
+    assert re.findall('"x(\\d+)" is not', result.stderr) == [str(n) for n in range(400)]
+
+
 def test_errors_quote_control_characters_harmlessly(check):
     result = check(MINIMAL + "Action: a\x1b[2Jb\n")
     assert result.returncode == 2

@@ -15,7 +15,7 @@ import pytest
 
 import real
 from harness import (BAD, CLOSE, GOOD, Hold, READ_AGAIN, Site, TOP, VIRUS, WAIT, since,
-                     until)
+                     until, wait_listener)
 from vectors import TEXTS
 
 LOGS = os.path.join(TOP, "packaging", "logs")
@@ -371,6 +371,47 @@ def test_lines_that_were_lost_are_counted(site):
     client.quit()
     assert lost() == count, "and tells it once"
     os.close(read)
+
+
+def test_log_burst_for_a_slow_pipe_arrives_whole(site):
+    """Lines that the reader of standard error does not take at once wait, in their
+    order, and none is lost."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
+    listen = site.path("in.sock")
+    site.start(wait=False, level=3, Listen=listen, preexec=lambda: os.dup2(write, 2))
+    os.close(write)
+    wait_listener(listen)
+    client = site.session(address=listen)
+    senders = ["%d@example.com" % n for n in range(200)]
+    for sender in senders:
+        client.mail(sender=sender)
+    with open(read, "rb") as log:
+        got = []
+        while len(got) < len(senders):
+            line = log.readline()
+            assert b"lost" not in line
+            got += re.findall(rb"from=(.*), to=b@example.com, status=CLEAN$", line)
+    assert [sender.decode() for sender in got] == senders
+
+
+def test_log_without_a_reader_neither_spins_nor_waits(site):
+    """A reader of standard error that has gone for good costs the lines, and
+    nothing else."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
+    listen = site.path("in.sock")
+    site.start(wait=False, level=3, Listen=listen, preexec=lambda: os.dup2(write, 2))
+    os.close(write)
+    wait_listener(listen)
+    client = site.session(address=listen)
+    for _ in range(100):                # some wait, when the reader goes
+        client.mail()
+    os.close(read)
+    for _ in range(100):
+        client.mail()
+    site.daemon.rests()
+    client.mail()
 
 
 @pytest.mark.usefixtures("mounts")

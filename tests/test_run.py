@@ -32,7 +32,7 @@ SOME = b"Subject: x\r\n\r\nsome\r\n"
 def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
     one = background()
     assert one.status == 0
-    assert re.fullmatch("(clamsmtpd: /dev/log: no syslog daemon, .*\n)?",
+    assert re.fullmatch("(clamsmtpd: /dev/log: no syslog daemon; .*\n)?",
                         one.daemon.text())
     pid = one.pid()
     assert processes(one.daemon.mark) == [pid]
@@ -1568,19 +1568,68 @@ def test_syslog_lines(site, background, syslog):
     assert not [t for t in text if "CLIENT <" in t]
 
 
-def test_a_syslog_that_is_full_blocks_nobody(site, background, syslog):
+def clean_lines(client, count, done=0):
+    """Send mails, and return what the log has to say of them, one line each."""
+    senders = ["%s%d@example.com" % ("x" * 60, n) for n in range(done, done + count)]
+    for sender in senders:
+        client.mail(sender=sender)
+    return ["from=%s, to=b@example.com, status=CLEAN" % sender for sender in senders]
+
+
+def next_line(log):
+    """The text of the next line at this /dev/log, without severity and session."""
+    return re.fullmatch(rb"<2[0-3]>clamsmtpd: (?:[0-9A-F]{6}: )?(.*)",
+                        log.recv(65536)).group(1).decode()
+
+
+@pytest.mark.covers("clamsmtpd.8 LOGGING: slow reader")
+def test_log_burst_for_a_slow_syslog_arrives_whole(site, background, syslog):
+    """Lines that a slow syslog daemon does not take at once wait, in their order,
+    and none is lost."""
     log, preexec = syslog
     one = background(preexec=preexec)
     client = site.session(address=one.socket)
-    for _ in range(400):                # nobody reads the other end
-        client.mail()
-    assert len(site.hop.messages) == 400
-    lines = [log.recv(65536) for _ in range(5)]
-    client.mail()
+    want = clean_lines(client, 100)     # nobody reads the other end
+    while next_line(log) != want[0]:
+        pass
+    assert [next_line(log) for _ in want[1:]] == want[1:]
     client.quit()
-    while not re.search(rb": \d+ lines of the log were lost$", lines[-1]):
-        lines.append(log.recv(65536))
-    assert b"status=CLEAN" in log.recv(65536)
+    one.end()
+    assert next_line(log).startswith("stopping") and next_line(log) == "stopped"
+
+
+def test_log_line_that_waits_at_the_end_is_in_order(site, background, syslog):
+    """When the daemon ends, it writes what there is room for, in order."""
+    log, preexec = syslog
+    one = background(preexec=preexec)
+    client = site.session(address=one.socket)
+    want = clean_lines(client, 20)
+    client.quit()
+    one.end()
+    lines = [text for _, text in received(log)]
+    first = [i for i, line in enumerate(lines) if line.endswith(want[0])][0]
+    assert [line[8:] for line in lines[first:]] == want[:len(lines) - first]
+
+
+@pytest.mark.covers("clamsmtpd.8 LOGGING: slow reader")
+def test_a_syslog_that_is_full_blocks_nobody(site, background, syslog):
+    """PROMISE 5: lines beyond the backlog are lost, and then one says how many."""
+    log, preexec = syslog
+    one = background(preexec=preexec)
+    client = site.session(address=one.socket)
+    want = clean_lines(client, 600)     # nobody reads the other end
+    assert len(site.hop.messages) == 600
+    while next_line(log) != want[0]:
+        pass
+    got = want[:1] + [next_line(log) for _ in range(50)]
+    want += clean_lines(client, 1, 600)         # there is room, but it is late
+    while not re.search(r"^\d+ lines of the log were lost$", got[-1]):
+        got.append(next_line(log))
+    assert 200 < len(got) and got[:-1] == want[:len(got) - 1]
+    assert int(got[-1].split()[0]) == len(want) - len(got) + 1
+    more = clean_lines(client, 100, 601)
+    assert [next_line(log) for _ in more] == more
+    client.quit()
     one.end()
 
 
@@ -1737,6 +1786,17 @@ def test_syslog_with_a_stream_socket_gets_whole_lines(
     all_whole(syslogd.lines())
 
 
+def test_syslog_with_a_stream_socket_that_breaks_in_a_line_gets_whole_lines(
+        site, background, stream_syslog, faulty_build):
+    """The rest of a line does not go to a new connection.  The line is lost."""
+    syslogd, preexec = stream_syslog
+    background(preexec=preexec, binary=faulty_build,
+               env={"FAULT": "send:1:0:0 send:2:0:104"})
+    syslogd.wait_line(b"listening on ")
+    syslogd.wait_line(b" 1 lines of the log were lost")
+    all_whole(syslogd.lines())
+
+
 def test_syslog_with_a_stream_socket_has_the_last_line_when_it_is_quiet(
         site, background, stream_syslog, faulty_build):
     """The second half of a line does not wait for the next line."""
@@ -1781,13 +1841,32 @@ def test_syslog_with_a_stream_socket_may_restart(site, background, stream_syslog
     client.quit()
 
 
+def test_log_for_a_syslog_that_is_away_waits(site, background, stream_syslog):
+    """A syslog daemon that is down for a while gets the lines when it is up,
+    whether or not there are new ones."""
+    syslogd, preexec = stream_syslog
+    one = background(preexec=preexec)
+    client = site.session(address=one.socket)
+    client.mail()
+    syslogd.wait_line(b"status=CLEAN")
+    syslogd.down()
+    syslogd.hang_up()
+    until(lambda: not syslogd.socks, "it is gone")
+    want = clean_lines(client, 50)
+    syslogd.up()
+    syslogd.wait_line(want[-1].encode())
+    lines = [line.split(b": ", 2)[-1].decode() for line in syslogd.lines()]
+    assert lines[-len(want):] == want
+    client.quit()
+
+
 def test_no_syslog_at_the_start_is_told_on_standard_error(site, background, own_dev):
     """In one line; and a syslogd that comes later gets the log."""
     preexec, dev = own_dev
     one = background(preexec=preexec)
     line, = [line for line in one.daemon.log() if "running as root" not in line]
-    assert line == ("/dev/log: no syslog daemon, log lines are lost until one "
-                    "starts: No such file or directory")
+    assert line == ("/dev/log: no syslog daemon; up to 32 KiB of log lines are kept "
+                    "until one starts: No such file or directory")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
         log.bind(os.path.join(dev, "log"))
         log.settimeout(WAIT)

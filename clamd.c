@@ -350,7 +350,7 @@ scan_command(struct session *s)
 		return 0;
 	if (t->addr[s->scan.addr].u.sa.sa_family != AF_UNIX)
 		keep_alive(s->scan.peer.fd);
-	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, target_text(s->scan.clamd->target));
+	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, target_text(t));
 	buf_put(&s->scan.peer.out, command, sizeof command);
 	s->scan.phase = SC_SEND;
 	return 1;
@@ -599,30 +599,15 @@ scan_read(struct session *s)
 int
 clamd_scan(struct session *s)
 {
-	for (;;) {
-		int r = 0;
+	static int (*const step[])(struct session *) = {
+		[SC_LOOKUP] = scan_lookup, [SC_CONNECT] = scan_connect,
+		[SC_SEND] = scan_send, [SC_ANSWER] = scan_read,
+	};
 
-		switch (s->scan.phase) {
-		case SC_NONE:
-			return 1;
-		case SC_QUEUE:		/* queue_run() wakes the session */
-			break;
-		case SC_LOOKUP:
-			r = scan_lookup(s);
-			break;
-		case SC_CONNECT:
-			r = scan_connect(s);
-			break;
-		case SC_SEND:
-			r = scan_send(s);
-			break;
-		case SC_ANSWER:
-			r = scan_read(s);
-			break;
-		}
-		if (r == 0)
-			return 0;
-	}
+	while (s->scan.phase != SC_NONE)
+		if (s->scan.phase == SC_QUEUE || !step[s->scan.phase](s))
+			return 0;	/* queue_run() ends SC_QUEUE */
+	return 1;
 }
 
 int
@@ -655,17 +640,13 @@ clamd_cancel(struct session *s)
 		queue_leave(s);
 	if (s->scan.clamd != NULL && s->scan.scanning && s->scan.peer.fd != -1 &&
 	    (a = calloc(1, sizeof *a)) != NULL) {
-		a->peer = s->scan.peer;
-		buf_free(&a->peer.in);
-		buf_free(&a->peer.out);
+		a->peer.fd = s->scan.peer.fd;
 		a->at = s->scan.clamd;
 		a->until = now + ABANDON_LIMIT;
 		a->next = abandoned;
 		abandoned = a;
 		a->at->abandoned++;
 		s->scan.peer.fd = -1;
-		memset(&s->scan.peer.in, 0, sizeof s->scan.peer.in);
-		memset(&s->scan.peer.out, 0, sizeof s->scan.peer.out);
 		s->scan.clamd = NULL;
 		queue_run();		/* a clamd on trial has a slot again */
 	}
@@ -725,7 +706,6 @@ static struct {
 	int	 addr;			/* index of its address, */
 	unsigned addrs_tried;		/* and bits of those that were tried */
 	struct peer peer;
-	int	 sent;			/* the PING is queued, or has left */
 	int64_t	 until;			/* deadline of address or look-up */
 	int64_t	 ended;			/* when the last PING ended; 0: never */
 	int	 well;			/* and its result */
@@ -762,10 +742,12 @@ ping_clamd(int n)
 }
 
 /* Choose the next address of the clamd.  Returns 1 when there is one, 0 when
- * its name is being looked up, or -1 when there is none. */
+ * its name is being looked up, or -1 and the next clamd when there is none. */
 static int
 ping_address(struct target *t)
 {
+	static const char command[] = "zPING";
+
 	target_resolve(t, 0);
 	ping.until = ping.clamd_until;
 	if (t->naddr == 0 && t->resolving && now < ping.until)
@@ -773,29 +755,13 @@ ping_address(struct target *t)
 	if (t->naddr == 0)
 		ping_why(t->resolving ? "the name is still being resolved" :
 		    "no address found for this name");
-	if ((ping.addr = target_next(t, ping.addrs_tried)) == -1)
+	if ((ping.addr = target_next(t, ping.addrs_tried)) == -1) {
+		ping_clamd(ping.which + 1);
 		return -1;
+	}
 	ping.addrs_tried |= 1U << ping.addr;
-	ping.sent = 0;
-	return 1;
-}
-
-static int
-ping_send(struct target *t)
-{
-	static const char command[] = "zPING";
-	int r = peer_connect(&ping.peer, &t->addr[ping.addr], &ping.until,
-	    (ping.clamd_until - now) / t->naddr);
-
-	if (r == -1)
-		ping_why(errno == ETIMEDOUT ? "no answer to PING in time" :
-		    strerror(errno));
-	if (r != 1)
-		return r;
 	if (buf_ready(&ping.peer.out, sizeof command))
 		buf_put(&ping.peer.out, command, sizeof command);
-	peer_drain(&ping.peer, 0);	/* errors show when it is read */
-	ping.sent = 1;
 	return 1;
 }
 
@@ -827,34 +793,42 @@ ping_answer(void)
 	return -1;
 }
 
-/* Run the PING until it must wait or has ended. */
+/* Go on with the PING.  Returns 1 after a PONG, 0 to wait, or -1 when another
+ * address or clamd is next. */
+static int
+ping_step(struct target *t)
+{
+	int r;
+
+	if (ping.peer.fd == -1 && (r = ping_address(t)) != 1)
+		return r;
+	if (buf_len(&ping.peer.out) == 0)	/* the command has left */
+		return ping_answer();
+	r = peer_connect(&ping.peer, &t->addr[ping.addr], &ping.until,
+	    (ping.clamd_until - now) / t->naddr);
+	if (r == -1)
+		ping_why(errno == ETIMEDOUT ? "no answer to PING in time" :
+		    strerror(errno));
+	if (r != 1)
+		return r;
+	peer_drain(&ping.peer, 0);	/* errors show when it is read */
+	return ping_answer();
+}
+
 static void
 ping_run(void)
 {
-	struct target *t;
 	int r;
 
-	while (ping.which < ping.conf->nclamd) {
-		t = ping.conf->clamd[ping.which]->target;
-		if (ping.peer.fd == -1) {
-			if ((r = ping_address(t)) == 0)
-				return;
-			if (r == -1) {
-				ping_clamd(ping.which + 1);
-				continue;
-			}
-		}
-		r = ping.sent ? 1 : ping_send(t);
-		if (r == 1)
-			r = ping_answer();
-		if (r == 0)
-			return;
-		if (r == 1) {
-			ping_end(1);
+	do {
+		if (ping.which == ping.conf->nclamd) {
+			ping_end(0);
 			return;
 		}
-	}
-	ping_end(0);
+		r = ping_step(ping.conf->clamd[ping.which]->target);
+	} while (r == -1);
+	if (r == 1)
+		ping_end(1);
 }
 
 static void

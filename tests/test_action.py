@@ -22,7 +22,7 @@ BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Infected",
     "clamsmtpd.conf.5 Action: drop")
 @pytest.mark.core
-def test_drop_is_250_and_nothing_is_sent(site):
+def test_action_drop_sends_250_and_forwards_nothing(site):
     client = site.session()
     client.mail(body=BAD, want="250 2.0.0 Virus Detected; Discarded Email")
     assert site.hop.session.verbs() == ["EHLO", "MAIL", "RCPT", "RSET"]
@@ -37,7 +37,7 @@ def test_drop_is_250_and_nothing_is_sent(site):
     "clamsmtpd.conf.5 Action: bounce")
 @pytest.mark.core
 @pytest.mark.parametrize("word", ["bounce", "reject", "Bounce"])
-def test_bounce_is_550_with_the_name_and_nothing_is_sent(site, word):
+def test_action_bounce_sends_550_with_the_name_and_forwards_nothing(site, word):
     site.start(Action=word)
     client = site.session()
     client.envelope()
@@ -50,7 +50,7 @@ def test_bounce_is_550_with_the_name_and_nothing_is_sent(site, word):
 
 @pytest.mark.covers("clamsmtpd.conf.5 Action: pass")
 @pytest.mark.core
-def test_pass_forwards_with_a_header_of_its_own(site):
+def test_action_pass_forwards_with_a_header_of_its_own(site):
     site.start(Action="pass")
     client = site.session()
     client.mail(body=BAD, want="250 2.0.0 queued")
@@ -65,7 +65,7 @@ def test_pass_forwards_with_a_header_of_its_own(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Bounce")
-def test_old_bounce_setting(site):
+def test_bounce_setting_is_an_action(site):
     site.start(Bounce="on")
     client = site.session()
     client.mail(body=BAD, want="550 5.7.1")
@@ -85,7 +85,7 @@ def test_old_bounce_setting(site):
     ("XPUA.Andr", "250 2.0.0 Virus"),
     ("Bracket1", "550 5.7.1"), ("Bracket9", "250 2.0.0 Virus"),
 ])
-def test_patterns_the_first_match_wins(site, name, want):
+def test_action_patterns_first_match_counts(site, name, want):
     site.start(Action=["drop", "pass PUA.* Heuristics.Phishing.*",
                        "bounce Eicar* PUA.Andr Bracket[1-5]"])
     site.clamd.verdict = name + " FOUND"
@@ -95,7 +95,7 @@ def test_patterns_the_first_match_wins(site, name, want):
     client.quit()
 
 
-def test_a_pattern_of_many_stars_costs_nothing(site):
+def test_action_pattern_of_many_stars_uses_no_cpu(site):
     """PROMISE 5: no search that starts anew at each star."""
     site.clamd.verdict = "a" * 150 + " FOUND"
     site.start(Action=["drop " + "*a" * 40 + "*b", "bounce"])
@@ -105,7 +105,7 @@ def test_a_pattern_of_many_stars_costs_nothing(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Action: first match")
-def test_patterns_without_a_default_line_leave_drop(site):
+def test_action_patterns_without_a_default_line_leave_drop(site):
     site.start(Action="bounce Other*")
     client = site.session()
     client.mail(body=BAD, want="250 2.0.0 Virus Detected")
@@ -113,7 +113,7 @@ def test_patterns_without_a_default_line_leave_drop(site):
 
 
 @pytest.mark.core
-def test_the_next_hop_gone_while_a_virus_is_refused(site):
+def test_next_hop_gone_while_a_virus_is_refused_changes_no_reply(site):
     """RSET fails; the client's answer is still the verdict's."""
     site.hop.on("RSET", CLOSE)
     site.start(Action="bounce")
@@ -166,7 +166,7 @@ def test_clean_messages_are_not_quarantined(site):
     client.quit()
 
 
-def test_quarantine_of_many(site):
+def test_quarantine_many_viruses_makes_a_copy_of_each(site):
     site.start(Quarantine="on")
     client = site.session()
     for i in range(20):
@@ -178,7 +178,7 @@ def test_quarantine_of_many(site):
     assert found == sorted(BAD + b"%d\r\n" % i for i in range(20))
 
 
-def test_quarantine_of_a_large_message(site):
+def test_quarantine_large_message_is_copied_whole(site):
     site.start(Quarantine="on")
     body = b"A: b\r\n\r\nEICAR" + b"x" * 3_000_000 + b"\r\n"
     client = site.session()
@@ -194,7 +194,7 @@ def test_quarantine_of_a_large_message(site):
     "clamsmtpd.conf.5 Quarantine: copy fails")
 @pytest.mark.core
 @pytest.mark.parametrize("action", ["drop", "bounce", "pass"])
-def test_a_quarantine_that_fails_is_451(site, action):
+def test_quarantine_that_fails_gives_451(site, action):
     """PROMISE 1: a virus that could not be kept as configured is not gone."""
     hold = Hold(VIRUS + " FOUND")
     site.clamd.verdict = [hold]
@@ -242,7 +242,7 @@ def copy_halted(site):
             os.kill(pid, signal.SIGCONT)
 
 
-def test_a_copy_that_nobody_waits_for_is_logged(site, start_halting):
+def test_quarantine_copy_whose_client_is_gone_is_logged(site, start_halting):
     """The client goes while the copy is made: no file without its line."""
     start_halting()
     client = site.session()
@@ -259,7 +259,7 @@ def test_a_copy_that_nobody_waits_for_is_logged(site, start_halting):
 
 
 @pytest.mark.parametrize("action", ["drop", "pass"])
-def test_client_gone_while_a_copy_is_made_ends_it_there(site, start_halting, action):
+def test_client_gone_while_a_copy_is_made_ends_the_message(site, start_halting, action):
     """The client sends the message again: no action, no verdict for this one."""
     ran = site.path("ran")
     start_halting(Action=action, VirusAction=": >> " + ran)
@@ -277,7 +277,7 @@ def test_client_gone_while_a_copy_is_made_ends_it_there(site, start_halting, act
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Quarantine: copy first")
-def test_the_end_while_a_copy_is_made_leaves_none(site, start_halting):
+def test_daemon_end_while_a_copy_is_made_leaves_none(site, start_halting):
     """The client heard no 2xx: it comes again, and so will the copy."""
     start_halting()
     client = site.session()
@@ -432,7 +432,7 @@ def test_quarantine_that_fails_logs_the_reason(site, faulty_build, fault, why):
 @pytest.mark.parametrize("farewell", ["421 4.3.2 bye", "500 what", CLOSE])
 @pytest.mark.parametrize("action, want", [("drop", "250 2.0.0 Virus Detected"),
                                           ("bounce", "550 5.7.1 Virus")])
-def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
+def test_virus_reply_is_sent_whatever_the_next_hop_says(
         site, action, want, farewell):
     """Else it is sent again, and kept again, for ever."""
     noop, verdict = Hold(farewell), Hold(VIRUS + " FOUND")
@@ -450,7 +450,7 @@ def test_a_virus_dealt_with_is_told_whatever_the_next_hop_says(
     assert len(os.listdir(site.spool)) == 1 and site.hop.messages == []
 
 
-def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(
+def test_next_hop_gone_while_a_copy_is_made_changes_no_reply(
         site, start_halting):
     noop = Hold("421 4.3.2 bye")
     verdict = Hold(VIRUS + " FOUND")
@@ -476,7 +476,7 @@ def test_a_copy_made_while_the_next_hop_goes_is_a_virus_all_the_same(
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: error at the dot",
     "clamsmtpd.8 DIAGNOSTICS: message will be refused: ...")
 @pytest.mark.core
-def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
+def test_spool_that_cannot_be_made_gives_the_error_at_the_dot(site):
     """The body is never taken for commands."""
     site.start()
     client = site.session()
@@ -503,7 +503,7 @@ def test_a_spool_that_cannot_be_made_is_told_at_the_dot(site):
     "clamsmtpd.8 VIRUS ACTIONS: SENDER", "clamsmtpd.8 VIRUS ACTIONS: SERVER",
     "clamsmtpd.8 VIRUS ACTIONS: TMPDIR", "clamsmtpd.8 VIRUS ACTIONS: VIRUS")
 @pytest.mark.core
-def test_action_variables(site):
+def test_action_variables_describe_the_message(site):
     result = environment(site, Quarantine="on")
     client = site.session(source="127.0.0.7")
     client.cmd("XFORWARD NAME=mail.example ADDR=192.0.2.5 HELO=their.name", "250")
@@ -627,7 +627,7 @@ def test_action_descriptors_signals_and_group(site):
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: reply does not wait")
 @pytest.mark.core
-def test_the_session_does_not_wait_for_the_action(site):
+def test_action_that_runs_delays_no_reply(site):
     go = site.path("go")
     out = site.path("done")
     site.start(VirusAction="while [ ! -e %s ]; do sleep 0.05; done; : > %s"
@@ -642,7 +642,7 @@ def test_the_session_does_not_wait_for_the_action(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: 8 run, 64 wait")
-def test_at_most_eight_actions_at_once(site):
+def test_actions_more_than_eight_wait(site):
     go, out = site.path("go"), site.path("out")
     site.start(VirusAction="echo s >> %s; while [ ! -e %s ]; do sleep 0.05; done;"
                "echo e >> %s" % (out, go, out))
@@ -663,7 +663,7 @@ def test_at_most_eight_actions_at_once(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: 8 run, 64 wait")
-def test_at_most_sixty_four_actions_wait(site):
+def test_actions_more_than_sixty_four_waiting_are_logged_and_not_run(site):
     """PROMISE 6.  Eight run; who finds the rest waiting is told of in the log."""
     go, out = site.path("go"), site.path("out")
     site.start(VirusAction="while [ ! -e %s ]; do sleep 0.05; done; echo e >> %s"
@@ -681,7 +681,7 @@ def test_at_most_sixty_four_actions_wait(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: TimeOut", "clamsmtpd.conf.5 TimeOut")
-def test_the_process_group_is_stopped_at_time_out(site, clock):
+def test_action_at_time_out_gets_sigterm_with_its_group(site, clock):
     started = site.path("started")
     site.start(VirusAction="sleep 1000 & : > %s; sleep 1000" % started,
                **clock.settings())
@@ -696,7 +696,7 @@ def test_the_process_group_is_stopped_at_time_out(site, clock):
 @pytest.mark.parametrize("ignores", ["trap '' TERM; sleep 1000 & {}; wait",
                                      "(trap '' TERM; sleep 1000) & {}; wait"],
                          ids=["it", "its child"])
-def test_the_process_group_is_killed_when_that_is_ignored(site, clock, ignores):
+def test_action_that_ignores_sigterm_is_killed_with_its_group(site, clock, ignores):
     """Five seconds later; a child that stays behind its parent at once."""
     started = site.path("started")
     site.start(VirusAction=ignores.format(": > " + started), **clock.settings())
@@ -716,7 +716,7 @@ def test_the_process_group_is_killed_when_that_is_ignored(site, clock, ignores):
     "exit 0", "exit 3", "kill -KILL $$", "sleep 0.1 & exit", "head -c 9000000 /dev/zero",
     "head -c 9000000 /dev/zero >&2", "cat", "(trap '' TERM; sleep 0.1 &)",
 ])
-def test_an_action_leaves_no_zombie_and_stalls_nobody(site, command):
+def test_action_children_are_reaped_and_delay_nobody(site, command):
     """As process 1 of a container the daemon inherits what they leave."""
     libc = ctypes.CDLL(None)
     ran = site.path("ran")
@@ -749,7 +749,7 @@ def test_action_that_fails_is_named_in_the_log(site, command, why):
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: nothing left behind",
     "clamsmtpd.8 VIRUS ACTIONS: end of the daemon")
-def test_an_action_still_running_at_the_end_is_not_left_behind(site, clock):
+def test_action_still_running_at_the_end_is_killed(site, clock):
     """It has the eight seconds that the messages have."""
     started = site.path("started")
     site.start(VirusAction=": > %s; sleep 1000" % started, **clock.settings())
@@ -769,7 +769,7 @@ def test_an_action_still_running_at_the_end_is_not_left_behind(site, clock):
 
 @pytest.mark.covers("clamsmtpd.8 LOGGING: to=...",
     "clamsmtpd.8 VIRUS ACTIONS: RECIPIENTS")
-def test_ten_thousand_recipients_are_cut_at_whole_ones(site):
+def test_action_recipients_too_many_are_cut_after_a_whole_one(site):
     """PROMISE 6: of a variable the kernel takes 128 KiB.  And it says so."""
     result = environment(site, level=3)
     rcpts = ["recipient%05d@example.com" % i for i in range(10000)]
@@ -789,7 +789,7 @@ def test_ten_thousand_recipients_are_cut_at_whole_ones(site):
     assert re.search(r"to=recipient\d{5}@example\.com, to=\.\.\., status=VIRUS:", line)
 
 
-def test_remote_is_cleared_after_each_message(site):
+def test_action_remote_is_cleared_after_each_message(site):
     out = site.path("out")
     site.start(VirusAction="echo \"${REMOTE-unset} ${REMOTE_HELO-unset}\" >> %s" % out)
     client = site.session()

@@ -51,7 +51,7 @@ def test_any_split_arrives_as_one_bdat_last(site, chunky, chunks):
     chunky.quit()
 
 
-def test_a_message_that_ends_within_a_folded_header(site, chunky):
+def test_bdat_message_ending_in_a_folded_header_gets_ours_before_it(site, chunky):
     """Ours goes before that header, not into it."""
     send_chunks(chunky, [b"A: b\r\nC: d\r\n e"])
     same(site.hop.messages[0].body, b"A: b\r\n" + HEADER + b"C: d\r\n e")
@@ -92,7 +92,7 @@ def test_dot_at_the_start_of_a_header_line_is_not_stuffed_in_chunks(site):
 
 
 @pytest.mark.core
-def test_chunks_pipelined_in_one_packet(site, chunky):
+def test_bdat_chunks_in_one_packet_are_answered_in_order(site, chunky):
     chunky.send(b"MAIL FROM:<a@b> BODY=8BITMIME\r\nRCPT TO:<c@d>\r\n"
                 b"BDAT 11\r\n" + BODY[:11] + b"BDAT 3\r\n" + BODY[11:14] +
                 b"BDAT %d LAST\r\n" % len(BODY[14:]) + BODY[14:] + b"NOOP\r\n")
@@ -102,7 +102,7 @@ def test_chunks_pipelined_in_one_packet(site, chunky):
     chunky.quit()
 
 
-def test_chunks_one_byte_at_a_time(site, chunky):
+def test_bdat_chunks_one_byte_at_a_time_arrive(site, chunky):
     chunky.envelope()
     chunky.drip(b"BDAT 20\r\n" + BODY[:20] +
                 b"bdat %d last\r\n" % len(BODY[20:]) + BODY[20:])
@@ -114,7 +114,7 @@ def test_chunks_one_byte_at_a_time(site, chunky):
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Commands answered by clamsmtpd",
     "clamsmtpd.8 THE SMTP DIALOGUE: chunk replies")
-def test_each_chunk_is_answered_before_the_message_is_complete(site, chunky):
+def test_bdat_chunk_is_answered_before_the_message_is_complete(site, chunky):
     chunky.envelope()
     for i in range(3):
         chunky.chunk(b"A: %d\r\n" % i)
@@ -137,7 +137,7 @@ def test_each_chunk_is_answered_before_the_message_is_complete(site, chunky):
     b"A: b\r\n\r\n" + b"x" * 100000,
     b"A: b\r\n\r\n.",
 ], ids=["newlines", "dots", "no newline", "CR", "binary", "long", "dot"])
-def test_octets_stay_as_they_are(site, chunky, body):
+def test_bdat_octets_stay_as_they_are(site, chunky, body):
     send_chunks(chunky, [body])
     same(site.hop.messages[0].body, with_header(body))
     same(site.clamd.scans[0].mail, body)
@@ -146,7 +146,7 @@ def test_octets_stay_as_they_are(site, chunky, body):
 
 @pytest.mark.parametrize("size", [4095, 4096, 4097, 8191, 8192, 8193, 16384,
                                   65535, 65536, 65537])
-def test_chunk_sizes_around_buffers(site, chunky, size):
+def test_bdat_sizes_around_buffers_arrive(site, chunky, size):
     body = b"A: b\r\n\r\n" + b"0123456789" * 14000
     send_chunks(chunky, [body[:size], body[size:]])
     same(site.hop.messages[0].body, with_header(body))
@@ -163,7 +163,7 @@ def test_data_stays_data_where_chunking_is_offered(site, chunky):
     chunky.quit()
 
 
-def test_an_empty_message(site, chunky):
+def test_bdat_empty_message_arrives(site, chunky):
     send_chunks(chunky, [b""])
     same(site.hop.messages[0].body, HEADER)
     chunky.quit()
@@ -222,7 +222,7 @@ def test_bdat_out_of_order_is_503_behind_its_octets(site, chunky, before):
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: BDAT size")
 @pytest.mark.parametrize("size", ["", "x", "-1", "1x", "+1", "0x5", "1 FIRST",
                                   "1 LAST x", "99999999999999999999", "1.5"])
-def test_unreadable_size_is_501_and_the_end(site, chunky, size):
+def test_bdat_unreadable_size_is_501_and_ends_the_session(site, chunky, size):
     chunky.envelope()
     chunky.send("BDAT %s\r\nNOOP\r\n" % size)
     chunky.expect("501 5.5.4")
@@ -240,7 +240,7 @@ def test_bdat_after_one_without_recipients_is_delivered(site, chunky):
     assert len(site.daemon.log(r"status=")) == 1
 
 
-def test_bdat_without_a_size_is_501_and_the_end(site, chunky):
+def test_bdat_without_a_size_is_501_and_ends_the_session(site, chunky):
     chunky.envelope()
     chunky.cmd("BDAT", "501 5.5.4")
     chunky.eof()
@@ -293,7 +293,7 @@ def test_noop_between_chunks_changes_nothing(site, chunky):
     chunky.quit()
 
 
-def test_bdat_after_data_and_the_reverse(site, chunky):
+def test_bdat_and_data_in_one_session_both_arrive(site, chunky):
     chunky.mail(body=BODY)
     send_chunks(chunky, [BODY])
     chunky.mail(body=BODY)
@@ -304,7 +304,7 @@ def test_bdat_after_data_and_the_reverse(site, chunky):
 
 
 @pytest.mark.core
-def test_a_chunk_above_the_limit_is_skipped_with_552(site):
+def test_bdat_chunk_above_the_limit_is_skipped_with_552(site):
     site.hop = site.new_hop(chunking=True)
     site.start(MaxScanSize="10K")
     client = site.session()
@@ -322,7 +322,7 @@ def test_a_chunk_above_the_limit_is_skipped_with_552(site):
     client.quit()
 
 
-def test_chunks_that_outgrow_the_limit_together(site):
+def test_bdat_chunks_above_the_limit_together_are_552(site):
     site.hop = site.new_hop(chunking=True)
     site.start(MaxScanSize="10K")
     client = site.session()
@@ -342,7 +342,7 @@ def test_chunks_that_outgrow_the_limit_together(site):
 @pytest.mark.core
 @pytest.mark.parametrize("action, want", [("drop", "250 2.0.0 Virus Detected"),
                                           ("bounce", "550 5.7.1 Virus Detected")])
-def test_a_virus_across_chunks(site, action, want):
+def test_bdat_virus_across_chunks_is_found(site, action, want):
     site.hop = site.new_hop(chunking=True)
     site.start(Action=action)
     client = site.session()
@@ -354,7 +354,7 @@ def test_a_virus_across_chunks(site, action, want):
     client.quit()
 
 
-def test_the_next_hop_refuses_the_bdat(site, chunky):
+def test_bdat_refused_by_the_next_hop_is_relayed(site, chunky):
     site.hop.on(".", ["554-5.6.0 no\n554 5.6.0 never"])
     send_chunks(chunky, [BODY], "554 5.6.0 never")
     chunky.cmd("RSET", "250")
@@ -364,7 +364,7 @@ def test_the_next_hop_refuses_the_bdat(site, chunky):
 
 @pytest.mark.parametrize("reply", [b"250 ok\r\n250 ok\r\n",
                                    b"250 ok\r\n250-ok\r\n250 ok\r\n"])
-def test_a_reply_too_many_is_not_the_messages(site, chunky, reply):
+def test_bdat_unexpected_reply_is_not_that_of_the_message(site, chunky, reply):
     """PROMISE 1: what the next hop says unasked is no answer to a chunk."""
     site.hop.on("RCPT", [reply])
     chunky.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
@@ -374,7 +374,7 @@ def test_a_reply_too_many_is_not_the_messages(site, chunky, reply):
     assert heard.count(b"250") == 2, "2xx for a message that nobody has: %r" % heard
 
 
-def test_a_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):
+def test_bdat_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):
     """Its reply is not taken for another one, nor another one for it."""
     noop = Hold()
     site.hop = site.new_hop(chunking=True)
@@ -395,7 +395,7 @@ def test_a_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):
     client.quit()
 
 
-def test_keepalives_while_the_chunks_are_scanned(site):
+def test_keepalives_while_chunks_are_scanned_are_sent(site):
     hold = Hold()
     site.clamd.verdict = [hold]
     site.hop = site.new_hop(chunking=True)
@@ -410,7 +410,7 @@ def test_keepalives_while_the_chunks_are_scanned(site):
     client.quit()
 
 
-def test_keepalives_between_many_small_chunks(site, clock):
+def test_keepalives_between_many_small_chunks_are_sent(site, clock):
     """Each of them comes before a NOOP would be due if it were the first."""
     site.hop = site.new_hop(chunking=True)
     site.start(KeepAlives="60", **clock.settings())

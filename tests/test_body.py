@@ -67,7 +67,7 @@ def text(size, seed=0):
 
 @pytest.mark.core
 @pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
-def test_sizes_around_buffers_at_once(site, plain, size):
+def test_body_sizes_around_buffers_arrive(site, plain, size):
     for delta in NEAR:
         body = text(size + delta, delta)
         same(relay(site, plain, body).body, body)
@@ -75,7 +75,7 @@ def test_sizes_around_buffers_at_once(site, plain, size):
 
 
 @pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
-def test_sizes_around_buffers_one_byte_at_a_time(site, plain, size):
+def test_body_sizes_around_buffers_byte_by_byte_arrive(site, plain, size):
     for delta in NEAR if size < 65536 else (-1, 0, 1):
         body = text(size + delta, delta)
         same(relay(site, plain, body, drip=True).body, body)
@@ -83,7 +83,7 @@ def test_sizes_around_buffers_one_byte_at_a_time(site, plain, size):
 
 
 @pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
-def test_dot_lines_at_each_position_around_buffers(site, plain, size):
+def test_body_dot_lines_at_each_position_arrive(site, plain, size):
     """The body, stuffed: a line that begins with a dot at each offset."""
     for delta in range(-6, 7):
         for dots in (b"\r\n.\r\n", b"\r\n..\r\n", b"\r\n.x\r\n"):
@@ -95,7 +95,7 @@ def test_dot_lines_at_each_position_around_buffers(site, plain, size):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: dots")
 @pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
-def test_every_line_a_dot_line(site, plain, size):
+def test_body_of_dot_lines_arrives(site, plain, size):
     for delta in NEAR:
         body = (b".\r\n" * (size // 3 + 2))[:size + delta]
         body = body[:body.rfind(b"\r\n") + 2]
@@ -111,7 +111,7 @@ def test_every_line_a_dot_line(site, plain, size):
     b"a\r\n.\r\n", b"a\r\n..\r\n.\r\n", b".\r\n.\r\n.\r\n",
     b"a\r\n\r\n.\r\n\r\n.a\r\n", b"a .\r\n", b"a.\r\nb.\r\n", b". \r\n",
 ])
-def test_small_bodies_with_dots(site, plain, body, drip):
+def test_body_small_with_dots_arrives(site, plain, body, drip):
     message = relay(site, plain, stuff(body), drip)
     same(message.body, body)
     same(message.wire, stuff(body), "the wire")
@@ -132,12 +132,12 @@ def test_small_bodies_with_dots(site, plain, body, drip):
     b"s: x\r\n\r\n\tx\x0b\x0c\x1b\x7f\x1a\x04\r\n",
 ], ids=["long line", "100000 bytes a line", "no header", "8 bit", "NUL",
         "only NULs", "UTF-8", "invalid UTF-8", "control characters"])
-def test_bytes_stay_intact(site, plain, body):
+def test_body_bytes_of_every_kind_arrive(site, plain, body):
     same(relay(site, plain, stuff(body)).body, body)
     plain.quit()
 
 
-def test_random_bodies_arrive_as_the_model_says(site, plain):
+def test_body_random_arrives_as_the_model_says(site, plain):
     random.seed(4711)
     atoms = [b"\r\n", b"\r\n.", b".", b"..", b"\n", b"\r", b"\0", b"a", b"b" * 40,
              b"\r\n\r\n", b"\r\r\n", b"\n\r", b":", b" ", b"\xe4"]
@@ -152,7 +152,7 @@ def test_random_bodies_arrive_as_the_model_says(site, plain):
     plain.quit()
 
 
-def test_a_large_message_takes_no_memory(site, plain):
+def test_body_large_takes_no_memory(site, plain):
     relay(site, plain, text(10000))
     before = site.daemon.rss()
     body = text(4 << 20)
@@ -162,7 +162,7 @@ def test_a_large_message_takes_no_memory(site, plain):
 
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: 16 MiB")
-def test_what_is_held_back_has_a_limit(site, plain):
+def test_body_bytes_held_back_have_a_limit(site, plain):
     """PROMISE 5: it is a number until it is written, and then all at once."""
     for byte in (b"\0", b"\r"):
         plain.begin(b"Subject: x\r\n\r\n")
@@ -176,7 +176,7 @@ def test_what_is_held_back_has_a_limit(site, plain):
 
 
 @pytest.mark.skipif("TEST_QEMU" in os.environ, reason="CPU time is qemu's, too")
-def test_bare_crs_cost_no_more_than_other_bytes(site, plain):
+def test_body_of_bare_crs_costs_no_more_than_other_bytes(site, plain):
     """PROMISE 5: no search for a line's end is done twice."""
     def cost(body):
         before = site.daemon.ticks()
@@ -219,7 +219,7 @@ def test_bare_crs_cost_no_more_than_other_bytes(site, plain):
     (b"a\r\0\n.\r\n", b"a \0\r\n.\r\n"),
     (b"\n\n\n\r\n", b"\r\n\r\n\r\n\r\n"),
 ])
-def test_newline_rules(site, plain, wire, want):
+def test_body_newlines_are_changed_by_the_rules(site, plain, wire, want):
     assert model(wire) == want          # the model and this table agree
     same(relay(site, plain, wire).body, want)
     same(relay(site, plain, wire, drip=True).body, want, "byte by byte: bytes")
@@ -229,7 +229,7 @@ def test_newline_rules(site, plain, wire, want):
 # ---------------------------------------------------------------- the end
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: end of data")
-def test_a_real_end_of_data_ends_it(site, plain):
+def test_body_ends_at_crlf_dot_crlf(site, plain):
     """The second envelope is then a second message, and answered as one."""
     envelope, data, body = vectors.SECOND.partition(b"DATA\r\n")
     plain.begin(b"Subject: first\r\n\r\nfirst\r\n.\r\n" + envelope + data)
@@ -243,7 +243,7 @@ def test_a_real_end_of_data_ends_it(site, plain):
     plain.quit()
 
 
-def test_every_split_of_the_end_of_data(site, plain):
+def test_body_end_of_data_split_anywhere_ends_it(site, plain):
     """The end in two packets, cut at each place."""
     end = b"x\r\n..\r\n.y\r\n.\r\n"
     for cut in range(len(end) + 1):
@@ -349,7 +349,7 @@ def relay_with_header(site, client, wire, drip=False):
 @pytest.mark.parametrize("body", [
     b"Subject: x\r\n\r\nbody\r\n", b"", b"body only\r\n", b".dot\r\n", b"\r\n",
 ])
-def test_a_received_header_stands_on_top(site, body):
+def test_header_received_stands_on_top(site, body):
     site.start(Header="Received: from %i by %l")
     client = site.session()
     message = relay_with_header(site, client, stuff(body))
@@ -361,7 +361,7 @@ def test_a_received_header_stands_on_top(site, body):
 @pytest.mark.parametrize("mbox", [b"From a@b  Mon Aug 22 09:45:15 2011\r\n",
                                   b">From a\r\n>>From b\r\n"])
 @pytest.mark.parametrize("rest", [b"", b"A: b\r\n\r\nc\r\n", b"text only\r\n"])
-def test_a_received_header_stands_below_mbox_lines(site, mbox, rest):
+def test_header_received_stands_below_mbox_lines(site, mbox, rest):
     """A From_ line that is not the first one would end the header section."""
     site.start(Header="Received: here")
     client = site.session()
@@ -370,7 +370,7 @@ def test_a_received_header_stands_below_mbox_lines(site, mbox, rest):
     client.quit()
 
 
-def test_a_body_of_the_next_hops_size_passes_and_one_byte_more_is_552(site):
+def test_body_of_the_next_hops_size_passes_and_one_byte_more_is_552(site):
     """The limit that the next hop names in its EHLO reply is exact."""
     site.hop = site.new_hop(ehlo=["SIZE 1000"])
     client = site.session()
@@ -382,7 +382,7 @@ def test_a_body_of_the_next_hops_size_passes_and_one_byte_more_is_552(site):
     assert len(site.hop.messages) == 1
 
 
-def test_header_with_bare_line_feeds_around_it(site):
+def test_header_with_bare_line_feeds_around_it_stands_right(site):
     site.start(Header="X-Test: yes")
     client = site.session()
     message = relay_with_header(site, client, b"Subject: x\n\nbody\n.\n\r\n")
@@ -391,7 +391,7 @@ def test_header_with_bare_line_feeds_around_it(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Header")
-def test_the_usual_header(site):
+def test_header_default_is_added(site):
     client = site.session()
     client.mail(body=b"Subject: x\r\n\r\nbody\r\n")
     same(site.hop.messages[0].body,
@@ -401,13 +401,13 @@ def test_the_usual_header(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Header: empty")
-def test_empty_header_adds_none(site, plain):
+def test_header_empty_adds_none(site, plain):
     plain.mail(body=b"Subject: x\r\n\r\nbody\r\n")
     same(site.hop.messages[0].body, b"Subject: x\r\n\r\nbody\r\n")
     plain.quit()
 
 
-def test_a_long_header_arrives_whole(site):
+def test_header_long_arrives_whole(site):
     """Its dates filled in, it is some times as long as it was written."""
     site.start(Header="X-Long: " + "%d;" * 120)
     client = site.session()
@@ -421,7 +421,7 @@ def test_a_long_header_arrives_whole(site):
 @pytest.mark.covers("clamsmtpd.conf.5 Header: %i", "clamsmtpd.conf.5 Header: %l",
     "clamsmtpd.conf.5 Header: %%", "clamsmtpd.conf.5 Header: \\r, \\n, \\t",
     "clamsmtpd.conf.5 Header: newline")
-def test_header_escapes(site):
+def test_header_escapes_are_replaced(site):
     site.start(Header=r"X-Seen: from %i at %l 100%%;\r\n\tsecond line")
     client = site.session(source="127.0.0.5")
     client.mail(body=b"A: b\r\n\r\nx\r\n")
@@ -456,7 +456,7 @@ def test_header_date_is_utc_whatever_tz_says(site):
     client.quit()
 
 
-def test_two_messages_of_a_session_have_one_header_each(site):
+def test_header_of_two_messages_in_a_session_is_added_once_each(site):
     client = site.session()
     for _ in range(3):
         client.mail(body=b"A: b\r\n\r\nx\r\n")

@@ -42,23 +42,23 @@ DEFAULTS = [
 @pytest.mark.covers("clamsmtpd.conf.5 Action", "clamsmtpd.conf.5 MaxConnections",
     "clamsmtpd.conf.5 ScanFailure")
 @pytest.mark.parametrize("name, value", DEFAULTS)
-def test_default(check, name, value):
+def test_setting_unset_has_its_default(check, name, value):
     assert effective(check(MINIMAL))[name.lower()] == [value]
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: default host",
     "clamsmtpd.conf.5 Listen: default")
-def test_default_listen_is_port_10025(check):
+def test_listen_unset_is_port_10025(check):
     assert effective(check(MINIMAL))["listen"] == ["10025"]
 
 
 @pytest.mark.parametrize("name", ["PidFile", "User", "VirusAction"])
-def test_no_default(check, name):
+def test_setting_without_a_default_is_unset(check, name):
     assert name.lower() not in effective(check(MINIMAL))
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: default")
-def test_scan_time_out_defaults_to_time_out(check):
+def test_scantimeout_unset_is_timeout(check):
     assert effective(check(MINIMAL + "TimeOut: 77\n"))["scantimeout"] == ["77"]
 
 
@@ -112,7 +112,7 @@ VALUES = [
 @pytest.mark.covers("clamsmtpd.conf.5 MaxConnections", "clamsmtpd.conf.5 MaxScanSize",
     "clamsmtpd.conf.5 SETTINGS: on and off")
 @pytest.mark.parametrize("name, value, want", VALUES)
-def test_setting_takes(check, name, value, want):
+def test_setting_value_is_taken(check, name, value, want):
     got = effective(check(MINIMAL + "%s: %s\n" % (name, value)))
     shown = got.get(name.lower(), [""])
     assert any(re.fullmatch(want, one) for one in shown), shown
@@ -130,7 +130,7 @@ def test_names_in_any_case_and_blanks_ignored(check, line):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: comment")
-def test_comments_and_empty_lines(check):
+def test_comments_and_empty_lines_are_skipped(check):
     got = effective(check("# one\n\n   \n  # two: three\n" + MINIMAL +
                           "#MaxConnections: 5\n"))
     assert got["maxconnections"] == ["64"]
@@ -193,7 +193,7 @@ BAD = [
     "clamsmtpd.8 DIAGNOSTICS: FILE:LINE: NAME: ...",
     "clamsmtpd.conf.5 DESCRIPTION: errors")
 @pytest.mark.parametrize("name, value", BAD)
-def test_bad_value_names_file_line_setting_and_value(check, name, value):
+def test_bad_value_error_names_file_line_setting_and_value(check, name, value):
     result = check("# one\n" + MINIMAL * (name != "OutAddress") +
                    "%s: %s\n" % (name, value))
     assert result.returncode == 2, (result.stdout, result.stderr)
@@ -204,14 +204,14 @@ def test_bad_value_names_file_line_setting_and_value(check, name, value):
 
 
 @pytest.mark.parametrize("escape", ["%d", "%i", "%l"])
-def test_a_header_that_no_buffer_holds_is_an_error(check, escape):
+def test_header_that_no_buffer_holds_is_an_error(check, escape):
     """As long as it may be with its escapes filled in."""
     result = check(MINIMAL + "Header: X-Long: %s\n" % (escape * 2000))
     assert result.returncode == 2
     assert "%s:2: Header: " % check.file in result.stderr
 
 
-def test_a_file_with_all_that_the_original_knew(check):
+def test_file_of_the_original_with_all_settings_gives_no_warning(check):
     """PROMISE 9: not even a warning."""
     settings = [
         ("OutAddress", "127.0.0.1:10026"), ("MaxConnections", "32"),
@@ -237,7 +237,7 @@ def test_unknown_setting_is_an_error(check):
 
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
 @pytest.mark.parametrize("later", ["StatusListens: 1", "nonsense", ":", ": x"])
-def test_line_that_is_no_setting(check, later):
+def test_line_that_is_no_setting_is_an_error(check, later):
     result = check(MINIMAL + later + "\n")
     assert result.returncode == 2
     assert "%s:2: " % check.file in result.stderr
@@ -245,7 +245,7 @@ def test_line_that_is_no_setting(check, later):
 
 @pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: FILE:LINE: NAME: ...",
     "clamsmtpd.conf.5 DESCRIPTION: all errors at once")
-def test_all_errors_are_told_in_one_go(check):
+def test_errors_of_a_file_are_reported_at_once(check):
     result = check("TimeOut: x\n" + MINIMAL + "Foo: 1\nXClient: 7\nMaxScans: 0\n")
     assert result.returncode == 2
     for line in (1, 3, 4, 5):
@@ -275,14 +275,14 @@ def test_control_characters_in_the_file_are_errors(check, value):
     assert "%s:2: " % check.file in result.stderr
 
 
-def test_nul_in_the_file(check):
+def test_nul_in_the_file_is_an_error(check):
     result = check(MINIMAL.encode() + b"Header: X-A: \0b\n")
     assert result.returncode == 2
     assert "%s:2: " % check.file in result.stderr
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
-def test_overlong_line(check):
+def test_line_too_long_is_an_error(check):
     result = check(MINIMAL + "Header: X: " + "y" * 100000 + "\nTimeOut: q\n")
     assert result.returncode == 2
     assert "%s:2: " % check.file in result.stderr
@@ -341,7 +341,7 @@ def test_action_of_the_file_replaces_all_of_a_flag(check):
     ("ClamAddress", ["/a/b", "127.0.0.1:3310"]),
     ("Action", ["pass PUA.*", "bounce Eicar*", "drop"]),
 ])
-def test_settings_that_may_stand_several_times(check, name, values):
+def test_setting_that_can_be_repeated_has_all_values(check, name, values):
     result = check(MINIMAL + "".join("%s: %s\n" % (name, v) for v in values))
     assert result.stderr == ""
     got = effective(result)[name.lower()]
@@ -371,7 +371,7 @@ def test_outaddress_is_not_required_when_transparent(check):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: missing file")
-def test_missing_file_is_a_warning_and_then_outaddress_is_missing(run, tmp_path):
+def test_missing_file_is_a_warning_and_outaddress_is_missing(run, tmp_path):
     missing = str(tmp_path / "nothing.conf")
     result = run("-n", "-f", missing)
     assert result.returncode == 2
@@ -430,7 +430,7 @@ def test_environment_bad_value_is_an_error(check):
     assert re.search('environment: TimeOut: "x"', result.stderr)
 
 
-def test_a_directory_is_no_configuration_file(run, tmp_path):
+def test_directory_as_configuration_is_an_error(run, tmp_path):
     """The error is the only one: what the file says is unknown."""
     result = run("-n", "-f", str(tmp_path))
     assert result.returncode == 2
@@ -510,7 +510,7 @@ def test_older_flag_works_with_a_warning(check, args, name, value):
     assert check.file in result.stderr
 
 
-def test_old_flag_with_a_bad_value(check):
+def test_old_flag_with_a_bad_value_is_an_error(check):
     result = check(MINIMAL, "-m", "many")
     assert result.returncode == 2
     assert '"many"' in result.stderr
@@ -523,13 +523,13 @@ def test_old_flag_with_a_bad_value(check):
     (["-c", "/x/y"], "ClamAddress: /z", "clamaddress", "/z"),
     (["-b"], "Action: pass", "action", "pass"),
 ])
-def test_the_file_wins_over_old_flags(check, args, line, name, value):
+def test_file_overrides_old_flags(check, args, line, name, value):
     got = effective(check(MINIMAL + line + "\n", *args))[name]
     assert len(got) == 1 and re.fullmatch(value, got[0])
 
 
 @pytest.mark.covers("clamsmtpd.8 OPTIONS: -p")
-def test_p_wins_over_pidfile(check):
+def test_p_overrides_pidfile(check):
     got = effective(check(MINIMAL + "PidFile: /run/a\n", "-p", "/run/b"))
     assert got["pidfile"] == ["/run/b"]
 
@@ -544,7 +544,7 @@ def test_p_wins_over_pidfile(check):
      "of this system"),
     ("User: nobody", ""), ("User: 54321", ""), ("TempDirectory: /", ""),
 ])
-def test_n_warns_about_what_the_start_would_not_find(check, line, warning):
+def test_n_warns_of_a_missing_user_or_directory(check, line, warning):
     """A user or a directory that does not exist is a warning on standard error;
     the settings are printed, for another machine may have them."""
     result = check(MINIMAL + line + "\n")
@@ -569,7 +569,7 @@ def test_n_starts_nothing(check, tmp_path):
     (4, ["accepted connection", "listening on", "CLIENT < EHLO", "SERVER > EHLO",
          "SERVER < 250", "CLIENT > 250", "CLAMAV <", "CLAMAV >"], []),
 ])
-def test_d_chooses_what_is_logged(site, level, there, missing):
+def test_d_selects_what_is_logged(site, level, there, missing):
     site.start(level=level, wait=False, Listen=site.path("in.sock"))
     daemon = site.daemon
     until(lambda: os.path.exists(site.path("in.sock")) or not daemon.alive(),
@@ -611,7 +611,7 @@ def test_log_lines_begin_with_the_name(site):
     ("[::ffff:127.0.0.1]:0", r"127\.0\.0\.1:[1-9]\d*"),
     ("[::]:0", r"\[::\]:[1-9]\d*"),
 ])
-def test_listen_on(site, listen, want):
+def test_listen_address_of_each_form_is_opened(site, listen, want):
     if "::1" in listen and not has_ipv6():
         pytest.skip("no IPv6 loopback here")
     site.start(Listen=listen)
@@ -621,7 +621,7 @@ def test_listen_on(site, listen, want):
     client.quit()
 
 
-def test_an_ipv4_client_of_an_ipv6_listener_is_one(site):
+def test_ipv4_client_of_an_ipv6_listener_has_an_ipv4_address(site):
     """No ::ffff: in log or header, and its own loopback is the next hop."""
     if not has_ipv6():
         pytest.skip("no IPv6 loopback here")
@@ -636,7 +636,7 @@ def test_an_ipv4_client_of_an_ipv6_listener_is_one(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Listen", "clamsmtpd.conf.5 Listen: mode 0666")
-def test_listen_on_a_unix_socket(site):
+def test_listen_unix_socket_has_mode_0666_and_is_removed(site):
     site.start(Listen=site.path("in.sock"))
     client = site.session()
     client.mail()
@@ -650,7 +650,7 @@ def test_listen_on_a_unix_socket(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 Listen")
 @pytest.mark.core
-def test_several_listeners(site):
+def test_listen_repeated_opens_each_address(site):
     site.start(Listen=["127.0.0.1:0", site.path("in.sock"), "127.0.0.2:0"])
     assert len(set(site.daemon.addresses)) == 3
     for address in site.daemon.addresses:
@@ -679,7 +679,7 @@ def place(request, site):
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: /path",
     "clamsmtpd.conf.5 ADDRESSES: a.b.c.d", "clamsmtpd.conf.5 ADDRESSES: v6",
     "clamsmtpd.conf.5 ADDRESSES: name", "clamsmtpd.conf.5 OutAddress")
-def test_outaddress_forms(site, place):
+def test_outaddress_of_each_form_is_connected_to(site, place):
     site.hop, address = place(site.new_hop)
     site.start(OutAddress=address)
     site.session().mail()
@@ -687,7 +687,7 @@ def test_outaddress_forms(site, place):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: /path")
-def test_clamaddress_forms(site, place):
+def test_clamaddress_of_each_form_is_connected_to(site, place):
     site.clamd, address = place(functools.partial(site.new_clamd, tcp=True))
     site.start(ClamAddress=address)
     site.session().mail()
@@ -704,7 +704,7 @@ def test_clamaddress_forms(site, place):
     "[::ffff:192.0.2.1]:26", "localhost", "65535",
 ])
 @pytest.mark.parametrize("name", ["OutAddress", "ClamAddress", "Listen"])
-def test_every_form_of_an_address_is_taken(check, name, value):
+def test_address_of_each_form_is_taken(check, name, value):
     text = ("" if name == "OutAddress" else MINIMAL) + "%s: %s\n" % (name, value)
     assert effective(check(text))[name.lower()] == [value]
 
@@ -713,7 +713,7 @@ def test_every_form_of_an_address_is_taken(check, name, value):
     "clamsmtpd.conf.5 ADDRESSES: default port")
 @pytest.mark.parametrize("name, port", [
     ("OutAddress", 25), ("ClamAddress", 3310), ("Listen", 10025)])
-def test_default_port_of_an_address_alone(site, name, port):
+def test_address_without_a_port_has_the_default_port(site, name, port):
     host = own_host(77)
     try:
         if name == "OutAddress":
@@ -734,7 +734,7 @@ def test_default_port_of_an_address_alone(site, name, port):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: default host")
-def test_clamaddress_port_alone_is_on_this_machine(site):
+def test_clamaddress_port_alone_is_at_127_0_0_1(site):
     site.clamd = site.new_clamd(tcp=True)
     site.start(ClamAddress=str(site.clamd.port))
     client = site.session()
@@ -744,7 +744,7 @@ def test_clamaddress_port_alone_is_on_this_machine(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: name that cannot be resolved")
-def test_a_name_that_cannot_be_looked_up_does_not_stop_the_start(site):
+def test_name_that_cannot_be_resolved_stops_no_start(site):
     site.start(OutAddress="no-such-host.invalid:25",
                ClamAddress="no-such-clamd.invalid:3310")
     client = site.client()

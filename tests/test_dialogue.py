@@ -28,7 +28,7 @@ def test_greeting_text_is_replaced(site):
     "220",
     b"220 only a line feed\n",
 ])
-def test_greeting_shapes(site, greeting):
+def test_greeting_of_any_form_is_relayed(site, greeting):
     site.hop.on("greeting", greeting)
     client = site.client()
     got = client.expect("220")
@@ -84,7 +84,7 @@ def test_greeting_5xx_and_a_client_that_goes_frees_its_place(site):
     CLOSE, RESET, "354 what", "hello there", b"220 half a li", "999 high",
     "220-a\n250 b",
 ])
-def test_greeting_that_is_none_gives_421(site, greeting):
+def test_greeting_that_is_no_reply_gives_421(site, greeting):
     site.hop.on("greeting",
                 Then(greeting, CLOSE) if isinstance(greeting, bytes) else greeting)
     client = site.client()
@@ -103,7 +103,7 @@ def test_next_hop_unreachable_gives_421(site):
     client.eof()
 
 
-def test_next_hop_back_again(site):
+def test_next_hop_back_after_an_outage_is_used(site):
     site.start()
     site.hop.down()
     site.client().expect("421 4.4.1")
@@ -192,7 +192,7 @@ def test_ehlo_reply_one_byte_at_a_time(site):
     assert sorted(fresh_ehlo(site).keywords()) == ["DSN", "PIPELINING", "SIZE 77"]
 
 
-def test_a_second_ehlo_is_followed(site):
+def test_ehlo_repeated_is_relayed(site):
     site.hop.on("EHLO", ["250-a\n250-DSN\n250 SIZE 5",
                          "250-a\n250-AUTH PLAIN\n250 SIZE 6"])
     client = site.client()
@@ -202,7 +202,7 @@ def test_a_second_ehlo_is_followed(site):
     assert sorted(got) == ["AUTH PLAIN", "PIPELINING", "SIZE 6"]
 
 
-def test_ehlo_refused_then_helo(site):
+def test_ehlo_refused_is_relayed_and_helo_works(site):
     site.hop.on("EHLO", "502-5.5.1 old\n502 5.5.1 server")
     client = site.client()
     client.expect("220")
@@ -270,7 +270,7 @@ def test_unknown_command_is_500_and_not_forwarded(site, command):
     ("XCLIENT ADDR=1.2.3.4", "554 5.7.0 Insufficient authorization"),
     ("xclient NAME=x", "554 5.7.0"),
 ])
-def test_command_that_is_refused(site, command, want):
+def test_command_starttls_or_xclient_is_refused(site, command, want):
     refused_here(site, command, want)
 
 
@@ -285,7 +285,7 @@ def test_nul_or_bare_cr_in_a_command_is_501(site, command):
     refused_here(site, command, "501 5.5.2")
 
 
-def test_commands_may_end_in_lf(site):
+def test_command_that_ends_in_lf_is_relayed(site):
     client = site.client()
     client.expect("220")
     client.send("EHLO me\nMAIL FROM:<a@b>\nRCPT TO:<c@d>\nQUIT\n")
@@ -296,7 +296,7 @@ def test_commands_may_end_in_lf(site):
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n"], ids=["CRLF", "LF"])
-def test_a_line_of_12_kib_passes_whatever_its_end(site, end):
+def test_line_of_12_kib_passes_whatever_its_end(site, end):
     client = site.session()
     command = "NOOP " + "x" * (12 * 1024 - 5)
     client.send(command + end)
@@ -307,7 +307,7 @@ def test_a_line_of_12_kib_passes_whatever_its_end(site, end):
     client.quit()
 
 
-def test_a_line_of_12_kib_whose_lf_comes_alone_passes(site):
+def test_line_of_12_kib_whose_lf_comes_alone_passes(site):
     """Its CR is not one byte too many."""
     client = site.session()
     command = "NOOP " + "x" * (12 * 1024 - 5)
@@ -322,11 +322,11 @@ def test_a_line_of_12_kib_whose_lf_comes_alone_passes(site):
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Malformed commands")
 @pytest.mark.core
 @pytest.mark.parametrize("size", [12 * 1024 + 10, 20000, 300000])
-def test_a_longer_line_is_500_and_not_forwarded(site, size):
+def test_line_longer_than_12_kib_is_500_and_not_forwarded(site, size):
     refused_here(site, "NOOP " + "x" * size, "500 5.5.2 Line too long")
 
 
-def test_an_endless_line_takes_no_memory(site):
+def test_line_without_end_takes_no_memory(site):
     client = site.session()
     client.cmd("NOOP", "250")
     before = site.daemon.rss()
@@ -526,7 +526,7 @@ def test_other_replies_to_data_are_a_protocol_error(site, reply):
     assert site.hop.messages == []
 
 
-def test_multi_line_354(site):
+def test_reply_354_of_several_lines_is_understood(site):
     site.hop.on("DATA", "354-go\n354-on\n354 now")
     client = site.session()
     client.mail()
@@ -535,7 +535,7 @@ def test_multi_line_354(site):
 
 
 @pytest.mark.parametrize("reply", ["354 more", "334 more"])
-def test_3xx_as_final_reply_is_a_protocol_error(site, reply):
+def test_final_reply_3xx_is_a_protocol_error(site, reply):
     site.hop.on(".", reply)
     client = site.session()
     client.envelope()
@@ -617,7 +617,7 @@ def test_next_hop_gone_at_a_command_gives_421(site, command, ending):
     client.eof()
 
 
-def test_next_hop_gone_at_quit(site):
+def test_next_hop_gone_at_quit_ends_the_session(site):
     site.hop.on("QUIT", CLOSE)
     client = site.session()
     client.line("QUIT")
@@ -628,7 +628,7 @@ def test_next_hop_gone_at_quit(site):
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ["421 4.3.2 shutting down now",
                                     "421-4.3.2 a\n421 4.3.2 b"])
-def test_a_421_out_of_the_blue_is_passed_on_and_ends_the_session(site, ending):
+def test_unexpected_421_is_relayed_and_ends_the_session(site, ending):
     client = site.session()
     site.hop.session.sock.sendall(site.hop.encode(ending))
     assert client.reply().text == ending
@@ -643,7 +643,7 @@ def test_next_hop_closing_while_idle_gives_421(site):
     client.eof()
 
 
-def test_a_second_reply_is_never_taken_for_the_next_answer(site):
+def test_reply_unexpected_is_not_taken_for_the_next_one(site):
     site.hop.on("MAIL", "250 ok\n250 one too many")
     client = site.session()
     client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
@@ -656,7 +656,7 @@ def test_a_second_reply_is_never_taken_for_the_next_answer(site):
 @pytest.mark.parametrize("whole", [True, False], ids=["in one go", "in pieces"])
 @pytest.mark.parametrize("size, fits", [(16000, True), (17000, False),
                                         (30000, False)])
-def test_the_limit_of_a_reply_does_not_depend_on_packets(site, size, fits, whole):
+def test_reply_limit_does_not_depend_on_packets(site, size, fits, whole):
     lines = (b"214-" + b"h" * 74 + b"\r\n") * (size // 80) + b"214 end\r\n"
     site.hop = site.new_hop(path=site.path("hop.sock"))   # a write is one read
 
@@ -691,7 +691,7 @@ def test_the_limit_of_a_reply_does_not_depend_on_packets(site, size, fits, whole
     (b"250 ok\n", "250 ok"), (b"250\r\n", "250"), (b"250 \r\n", "250"),
     (b"250-\r\n250 \r\n", "250"), (b"250-a\n250 b\n", "250"),
 ])
-def test_odd_but_understandable_replies(site, reply, want):
+def test_reply_of_odd_form_is_understood(site, reply, want):
     site.hop.on("NOOP", [reply])
     client = site.session()
     client.cmd("NOOP", want)
@@ -700,7 +700,7 @@ def test_odd_but_understandable_replies(site, reply, want):
 
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: replies of the next hop")
-def test_a_reply_is_text(site):
+def test_reply_with_control_characters_is_harmless(site):
     """Bytes of every kind in a reply do no harm."""
     site.hop.on("NOOP", [b"250 \x1b[2J %s%n \xff\xfe \t end\r\n"])
     client = site.session()
@@ -712,7 +712,7 @@ def test_a_reply_is_text(site):
     client.quit()
 
 
-def test_an_endless_reply_takes_no_memory(site):
+def test_reply_without_end_takes_no_memory(site):
     def flood(s, line):
         try:
             for _ in range(40):
@@ -729,7 +729,7 @@ def test_an_endless_reply_takes_no_memory(site):
     assert site.daemon.grown(before) < 2048
 
 
-def test_an_overlong_reply_line_takes_no_memory(site):
+def test_reply_line_too_long_takes_no_memory(site):
     def flood(s, line):
         try:
             s.sock.sendall(b"250 ")
@@ -756,7 +756,7 @@ def test_an_overlong_reply_line_takes_no_memory(site):
     "DATA", "QUIT", "STARTTLS", "RSET", "BDAT 5 LAST", "*", "",
     "MAIL FROM:<x@y>", "XCLIENT ADDR=1", "=", "GET /", "\x16\x03", base64.b64encode(b"x" * 6000).decode(),
 ])
-def test_a_continuation_of_auth_is_opaque(site, answer):
+def test_auth_continuation_is_relayed_unread(site, answer):
     site.hop.on("AUTH", "334 VXNlcm5hbWU6")
     site.hop.on("334", ["334 UGFzc3dvcmQ6", "235 2.7.0 welcome"])
     client = site.session()
@@ -779,7 +779,7 @@ def test_auth_refused_in_the_middle_leaves_no_state(site):
     client.quit()
 
 
-def test_auth_pipelined_in_one_packet(site):
+def test_auth_pipelined_in_one_packet_is_relayed(site):
     site.hop.on("AUTH", "334 a")
     site.hop.on("334", ["334 b"])
     client = site.session()
@@ -825,7 +825,7 @@ def test_auth_secrets_in_a_bad_line_are_not_logged(site, how, control):
     assert "c2VjcmV0T05F" not in site.daemon.text()
 
 
-def test_the_mechanism_of_auth_is_text(site):
+def test_auth_mechanism_with_control_characters_is_harmless(site):
     """PROMISE 8."""
     client = site.session()
     client.cmd(b"AUTH \x1b[2J\x7f c2VjcmV0", "235")
@@ -834,7 +834,7 @@ def test_the_mechanism_of_auth_is_text(site):
 
 
 @pytest.mark.parametrize("ending", ["time-out", "half_close", "reset"])
-def test_auth_broken_off_sends_no_quit_for_an_answer(site, clock, ending):
+def test_auth_broken_off_gets_no_quit_as_answer(site, clock, ending):
     """Behind a 334 it would be a failed login in the next hop's log."""
     site.hop.on("AUTH", "334 VXNlcm5hbWU6")
     site.start(**clock.settings())
@@ -853,7 +853,7 @@ def test_auth_broken_off_sends_no_quit_for_an_answer(site, clock, ending):
 @pytest.mark.core
 @pytest.mark.parametrize("behind", [BODY + b".\r\n", b"x", b"\r\n", b"QUIT\r\n"], ids=repr)
 @pytest.mark.parametrize("data", [b"DATA\r\n", b"data \n", b"DATA x\r\n"], ids=repr)
-def test_input_behind_data_is_554_and_ends_the_session(site, data, behind):
+def test_input_after_data_is_554_and_ends_the_session(site, data, behind):
     """PROMISE 10: DATA is the last command of a group (RFC 2920 3.1)."""
     client = site.session()
     client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n" + data + behind)
@@ -865,7 +865,7 @@ def test_input_behind_data_is_554_and_ends_the_session(site, data, behind):
     assert len(site.daemon.wait_log("CLIENT: sent input after DATA")) == 1
 
 
-def test_input_behind_data_that_the_daemon_has_not_read_is_554(site):
+def test_input_after_data_that_was_not_read_is_554(site):
     """It comes while a command is out, and waits in the kernel."""
     hold = Hold()
     site.hop.on("RCPT", hold)
@@ -881,7 +881,7 @@ def test_input_behind_data_that_the_daemon_has_not_read_is_554(site):
     assert site.hop.messages == []
 
 
-def test_input_behind_data_of_no_transaction_is_554(site):
+def test_input_after_data_without_a_transaction_is_554(site):
     """Nor are the lines of a body taken for commands."""
     client = site.session()
     client.send(b"DATA\r\nMAIL FROM:<a@b>\r\n.\r\n")
@@ -890,7 +890,7 @@ def test_input_behind_data_of_no_transaction_is_554(site):
     assert "MAIL" not in site.hop.session.verbs()
 
 
-def test_second_transaction_pipelined_behind_a_body_is_taken(site):
+def test_second_transaction_pipelined_after_a_body_is_taken(site):
     """What follows the final dot is a group of its own."""
     client = site.session()
     client.begin(BODY + b".\r\n" + ENVELOPE)
@@ -940,7 +940,7 @@ def expect_all(client, count, body=BODY, send=None, half_close=False):
 
 
 @pytest.mark.core
-def test_two_transactions_and_quit_pipelined(site):
+def test_pipelined_two_transactions_and_quit_are_answered(site):
     client = site.client()
     client.send(b"EHLO me\r\n" + ENVELOPE)
     expect_all(client, 2)
@@ -949,7 +949,7 @@ def test_two_transactions_and_quit_pipelined(site):
 
 
 @pytest.mark.core
-def test_a_session_one_byte_at_a_time(site):
+def test_session_one_byte_at_a_time_is_served(site):
     client = site.client()
     client.drip(b"EHLO me\r\n" + ENVELOPE)
     expect_all(client, 2, b"Subject: x\r\n\r\n.dot\r\n..\r\n.\r\n", client.drip)
@@ -957,7 +957,7 @@ def test_a_session_one_byte_at_a_time(site):
         assert message.body.endswith(b"\r\n\r\n.dot\r\n..\r\n.\r\n")
 
 
-def test_twenty_transactions_pipelined(site):
+def test_pipelined_twenty_transactions_are_answered(site):
     client = site.client()
     client.send(b"EHLO me\r\n" + ENVELOPE)
     expect_all(client, 20)
@@ -966,7 +966,7 @@ def test_twenty_transactions_pipelined(site):
 
 @pytest.mark.covers("clamsmtpd.8 LOGGING: 1000 bytes")
 @pytest.mark.core
-def test_a_thousand_recipients_pipelined(site):
+def test_pipelined_thousand_recipients_are_answered_and_logged(site):
     client = site.session()
     rcpts = ["RCPT TO:<user%d@example.com>" % i for i in range(1000)]
     client.send("MAIL FROM:<a@b>\r\n" + "\r\n".join(rcpts) + "\r\nDATA\r\n")
@@ -1004,7 +1004,7 @@ def test_lock_step_only_one_command_is_outstanding(site):
     client.quit()
 
 
-def test_everything_sent_before_the_greeting(site):
+def test_session_sent_before_the_greeting_is_served(site):
     hold = Hold()
     site.hop.on("greeting", hold)
     client = site.client()
@@ -1013,7 +1013,7 @@ def test_everything_sent_before_the_greeting(site):
     expect_all(client, 1)
 
 
-def test_refused_recipients_among_pipelined_ones(site):
+def test_pipelined_recipients_partly_refused_get_their_replies(site):
     site.hop.on("RCPT", lambda s, line: "550 5.1.1 no" if "no" in line else None)
     client = site.session()
     client.send("MAIL FROM:<a@b>\r\nRCPT TO:<no1@d>\r\nRCPT TO:<c@d>\r\n"
@@ -1027,7 +1027,7 @@ def test_refused_recipients_among_pipelined_ones(site):
     client.quit()
 
 
-def test_a_client_that_does_not_read_is_waited_for(site):
+def test_client_that_does_not_read_is_waited_for(site):
     """In the end it has all replies, and others have had theirs."""
     count = 50
     site.hop.on("NOOP", b"250 " + b"x" * 8000 + b"\r\n")
@@ -1044,7 +1044,7 @@ def test_a_client_that_does_not_read_is_waited_for(site):
 # ---------------------------------------------------------------- endings
 
 @pytest.mark.core
-def test_quit_is_passed_and_both_sides_close(site):
+def test_quit_is_relayed_and_both_sides_close(site):
     client = site.session()
     site.hop.on("QUIT", "221-2.0.0 so\n221 2.0.0 long")
     assert client.cmd("QUIT").text == "221-2.0.0 so\n221 2.0.0 long"
@@ -1053,14 +1053,14 @@ def test_quit_is_passed_and_both_sides_close(site):
 
 
 @pytest.mark.core
-def test_eof_behind_quit_is_a_half_close_and_served(site):
+def test_eof_after_quit_is_served(site):
     client = site.client()
     client.send(b"EHLO me\r\n" + ENVELOPE)
     expect_all(client, 2, half_close=True)
     assert len(site.hop.messages) == 2
 
 
-def test_eof_behind_a_command_while_idle_ends_the_session(site):
+def test_eof_after_a_command_while_idle_ends_the_session(site):
     client = site.session()
     client.half_close()
     client.rest()
@@ -1068,7 +1068,7 @@ def test_eof_behind_a_command_while_idle_ends_the_session(site):
     assert site.hop.messages == []
 
 
-def test_a_client_that_sends_without_end_is_held_back(site):
+def test_client_that_sends_without_end_is_not_read(site):
     """PROMISE 6: one command is out, the rest waits in the client's kernel."""
     hold = Hold()
     site.hop.on("NOOP", [hold])
@@ -1091,14 +1091,14 @@ def test_a_client_that_sends_without_end_is_held_back(site):
     site.hop.session.wait_end()
 
 
-def test_hung_up_client_closes_the_next_hops_session(site):
+def test_client_gone_closes_the_next_hops_session(site):
     client = site.session()
     client.reset()
     site.hop.session.wait_end()
     assert site.hop.messages == []
 
 
-def test_the_last_reply_is_not_lost_to_a_reset(site):
+def test_last_reply_is_not_lost_to_a_reset(site):
     """Bytes unread at close would make the kernel send RST."""
     site.hop.on("greeting", Then("554 5.7.1 go away for good", CLOSE))
     for _ in range(20):

@@ -44,7 +44,7 @@ def fill(site):
 
 @pytest.mark.covers("clamsmtpd.8 When something fails: disk full")
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
-def test_a_disk_that_is_full_before_a_message_is_452(site, small, how):
+def test_disk_full_before_a_message_gives_452(site, small, how):
     """Told when the body is over, which is never taken for commands."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -115,7 +115,7 @@ def test_message_up_to_a_buffer_needs_no_file(site, size, files, how):
 
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: 32 KiB in memory")
-def test_memory_for_messages_is_limited_and_given_back(site):
+def test_memory_for_messages_is_limited_and_freed(site):
     """The 129th message that is held at once goes to a file."""
     site.start(MaxConnections="200", MaxScans="200")
     clients = [site.session() for _ in range(130)]
@@ -137,7 +137,7 @@ def test_memory_for_messages_is_limited_and_given_back(site):
 @pytest.mark.covers("clamsmtpd.8 When something fails: disk full")
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
-def test_a_disk_that_gets_full_in_a_message_is_452(site, small, how):
+def test_disk_full_in_a_message_gives_452(site, small, how):
     small()
     client = site.session()
     client.envelope()
@@ -156,7 +156,7 @@ def test_a_disk_that_gets_full_in_a_message_is_452(site, small, how):
 
 
 @pytest.mark.parametrize("action", ["drop", "bounce", "pass"])
-def test_no_room_for_the_quarantine_is_451_and_leaves_nothing(site, small, action):
+def test_disk_full_for_the_quarantine_gives_451_and_leaves_nothing(site, small, action):
     """PROMISE 1: not even half of a copy; and no action is run."""
     ran = site.path("ran")
     small(Action=action, Quarantine="on", VirusAction=": >> %s" % ran)
@@ -175,7 +175,7 @@ def test_no_room_for_the_quarantine_is_451_and_leaves_nothing(site, small, actio
     client.quit()
 
 
-def test_a_temp_directory_that_is_read_only_is_451(site, small):
+def test_temp_directory_read_only_gives_451(site, small):
     small()
     client = site.session()
 
@@ -190,7 +190,7 @@ def test_a_temp_directory_that_is_read_only_is_451(site, small):
     client.quit()
 
 
-def test_a_file_above_the_limit_of_size_is_452(site):
+def test_file_above_the_size_limit_gives_452(site):
     """And no SIGXFSZ, which would end the daemon and all its sessions."""
     site.start(Quarantine="on")
     client = site.session()
@@ -249,12 +249,12 @@ def all_works(site):
 
 @pytest.mark.covers("clamsmtpd.8 FILES: /tmp/clamsmtpd.XXXXXX")
 @pytest.mark.core
-def test_a_file_system_without_o_tmpfile(site):
+def test_file_system_without_o_tmpfile_serves(site):
     site.start(Quarantine="on", preexec=no_tmpfile())
     all_works(site)
 
 
-def test_without_proc(site, mounts):
+def test_start_without_proc_serves(site, mounts):
     if sanitized():
         pytest.skip("the address sanitizer cannot do without it")
     site.start(Quarantine="on", preexec=mounting(tmpfs("/proc", "")))
@@ -275,7 +275,7 @@ def leave_descriptors(daemon, count):
 
 @pytest.mark.parametrize("left, want", [
     (0, "452 4.3.1 Local Error"), (1, "451 4.3.0 Local Error"), (2, "250")])
-def test_out_of_descriptors_in_a_message(site, left, want):
+def test_out_of_descriptors_in_a_message_gives_452_or_451(site, left, want):
     """None for the spool; none for clamd; enough."""
     site.start()
     client, other = site.session(), site.session()
@@ -288,7 +288,7 @@ def test_out_of_descriptors_in_a_message(site, left, want):
     client.quit()
 
 
-def test_out_of_descriptors_for_a_client(site):
+def test_out_of_descriptors_for_a_client_makes_it_wait(site):
     """It waits; no busy loop meanwhile, and nothing to do when there are some."""
     site.start()
     client = site.session()
@@ -304,7 +304,7 @@ def test_out_of_descriptors_for_a_client(site):
     assert len(site.daemon.log("accept:")) == 1
 
 
-def test_out_of_descriptors_for_the_next_hop(site):
+def test_out_of_descriptors_for_the_next_hop_gives_421(site):
     site.start()
     client = site.session()
     leave_descriptors(site.daemon, 1)
@@ -315,7 +315,7 @@ def test_out_of_descriptors_for_the_next_hop(site):
     site.session().quit()
 
 
-def test_out_of_descriptors_for_a_quarantine(site):
+def test_out_of_descriptors_for_a_quarantine_gives_451(site):
     hold = Hold(VIRUS + " FOUND")
     site.clamd.verdict = [hold]
     site.start(Quarantine="on")
@@ -332,7 +332,7 @@ def test_out_of_descriptors_for_a_quarantine(site):
     client.quit()
 
 
-def test_out_of_descriptors_for_a_virus_action(site):
+def test_out_of_descriptors_for_a_virus_action_runs_it(site):
     """Its output goes nowhere, with no descriptor left for /dev/null too."""
     hold = Hold(VIRUS + " FOUND")
     site.clamd.verdict = [hold]
@@ -363,7 +363,7 @@ def allow_children(site, count):
                        site.daemon.pid, resource.RLIMIT_NPROC, (count, 1000)))
 
 
-def test_out_of_processes_for_a_quarantine(open_site):
+def test_out_of_processes_for_a_quarantine_gives_451(open_site):
     site = open_site
     site.start(User=USER, Quarantine="on")
     client = site.session()
@@ -378,7 +378,7 @@ def test_out_of_processes_for_a_quarantine(open_site):
     client.quit()
 
 
-def test_out_of_processes_for_a_virus_action(open_site):
+def test_out_of_processes_for_a_virus_action_is_logged(open_site):
     site = open_site
     ran = os.path.join(site.spool, "ran")
     site.start(User=USER, VirusAction="echo x >> " + ran)
@@ -393,7 +393,7 @@ def test_out_of_processes_for_a_virus_action(open_site):
     client.quit()
 
 
-def test_out_of_processes_for_a_look_up(open_site, clock):
+def test_out_of_processes_for_a_look_up_is_logged_and_repeated(open_site, clock):
     """Told once in a while, and made up for."""
     site = open_site
     if localhost() != "localhost":
@@ -413,7 +413,7 @@ def test_out_of_processes_for_a_look_up(open_site, clock):
 
 # ---------------------------------------------------------------- signals
 
-def test_a_storm_of_signals_interrupts_nothing(site):
+def test_signals_without_end_interrupt_nothing(site):
     """Commands, bodies both ways, scans and copies, all among signals."""
     site.clamd = site.new_clamd(tcp=True)
     site.start(level=3, Quarantine="on")

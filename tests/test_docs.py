@@ -25,7 +25,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_shown(path):
+def test_example_file_is_on_one_page(path):
     """In the first block behind the link, on one page."""
     link = re.escape("[%s](%s)" % (path, path))
     pages = "\0".join(read(page) for page in os.listdir(DOCS) if page.endswith(".md"))
@@ -33,7 +33,7 @@ def test_shown(path):
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.endswith("clamsmtpd.conf")])
-def test_configuration(run, path):
+def test_example_configuration_has_no_error(run, path):
     """Each has no error; its user and directory need not exist on this machine."""
     done = run("-n", "-f", os.path.join(DOCS, path))
     assert (done.returncode, complaints(done)) == (0, [])

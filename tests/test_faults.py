@@ -442,7 +442,7 @@ def scene(site, program):
     return Scene(site, program)
 
 
-def test_without_a_fault(scene):
+def test_fault_none_all_mail_arrives(scene):
     """What the others take for given."""
     run = scene.run()
     assert [a.said for a in run.attempts] == ["250"] * 6
@@ -450,36 +450,36 @@ def test_without_a_fault(scene):
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_each_call_fails_once(scene, kind):
+def test_fault_of_each_call_once_loses_no_mail(scene, kind):
     scene.run_all(kind, FAULTS[kind].split()[0])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind, how", [
     (kind, how) for kind, hows in FAULTS.items() for how in hows.split()[1:]])
-def test_each_call_fails_in_other_ways(scene, kind, how):
+def test_fault_of_each_call_in_other_ways_loses_no_mail(scene, kind, how):
     scene.run_all(kind, how)
 
 
 @pytest.mark.parametrize("kind", AT_START)
-def test_each_call_of_the_start_fails_once(open_site, program, kind):
+def test_fault_of_each_call_at_start_is_survived_or_reported(open_site, program, kind):
     Scene(open_site, program).run_all(kind, AT_START[kind], Background)
 
 
 @pytest.mark.parametrize("how", STORMS)
-def test_a_storm_costs_no_mail(scene, how):
+def test_faults_at_random_lose_no_mail(scene, how):
     run = scene.run(" ".join("%s:1:3:%d" % (kind, number(how))
                              for kind in STORMS[how].split()))
     assert [a.said for a in run.attempts] == ["250"] * 6
 
 
 @pytest.mark.parametrize("kind", LASTING)
-def test_when_a_lasting_fault_is_over_mail_flows(scene, kind):
+def test_fault_that_lasts_and_ends_lets_mail_flow(scene, kind):
     scene.run("%s:1:1:%d" % (kind, number(LASTING[kind])), Lasting)
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Quarantine: copy first")
-def test_a_copy_that_is_not_on_the_disk_is_none(scene):
+def test_fault_of_each_fsync_of_a_copy_gives_451(scene):
     """Of each quarantine both fsync() count."""
     for n in 1, 2, 3, 4:
         run = scene.run("fsync:%d:0:%d" % (n, errno.EIO))
@@ -506,7 +506,7 @@ class Replay(Run):
         self.finish()
 
 
-def test_a_fast_next_hop_leaves_the_others_their_turns(scene):
+def test_next_hop_fast_delays_no_other_session(scene):
     """PROMISE 5."""
     run = scene.run(kind=Replay)
     assert run.pieces > 200 and run.turns > run.pieces / 5, \

@@ -61,7 +61,7 @@ def check_log(site, *status):
 # ---------------------------------------------------------------- commands
 
 @pytest.mark.core
-def test_text_in_commands(site, text):
+def test_text_in_commands_is_harmless(site, text):
     """HELO, XFORWARD, MAIL and RCPT: to the log, the next hop, the header and
     the variables of the VirusAction."""
     remote = text[:200] + b"\nLD_AUDIT=x\r\n\0LD_DEBUG=all"
@@ -107,7 +107,7 @@ def test_text_in_commands(site, text):
 
 @pytest.mark.parametrize("name", ["control characters", "format", "shell",
                                   "invalid UTF-8", "10 KB"])
-def test_text_in_helo_and_xclient(site, name):
+def test_text_in_helo_and_xclient_is_harmless(site, name):
     """XCLIENT is proper xtext, and has nothing of the client's in it."""
     text = TEXTS[name]
     site.hop.ehlo = [XCLIENT]
@@ -130,7 +130,7 @@ def test_text_in_helo_and_xclient(site, name):
     check_log(site, "CLEAN")
 
 
-def test_text_in_an_unknown_command(site, text):
+def test_text_in_an_unknown_command_is_harmless(site, text):
     client = site.session()
     client.cmd(b"X" + text, "500 5.5.1")
     client.cmd(b" " + text, "500")
@@ -140,7 +140,7 @@ def test_text_in_an_unknown_command(site, text):
     check_log(site, "CLEAN")
 
 
-def test_text_in_a_line_that_is_not_smtp(site, text):
+def test_text_in_a_line_that_is_not_smtp_is_harmless(site, text):
     """Logged in one harmless line when it ends the session."""
     client = site.session()
     client.cmd(b"GET " + text, "554 5.5.1")
@@ -152,7 +152,7 @@ def test_text_in_a_line_that_is_not_smtp(site, text):
 # ---------------------------------------------------------------- virus names
 
 @pytest.mark.parametrize("name", [n for n in TEXTS if "10 KB" not in n])
-def test_text_in_the_name_of_a_virus(site, name):
+def test_text_in_the_name_of_a_virus_is_harmless(site, name):
     """One word of printable ASCII in header, variable and log."""
     text = b"A " + TEXTS[name] + b"\r Z"
     want = re.sub(rb"[^!-~]", b"_", text)[:159].decode()
@@ -172,7 +172,7 @@ def test_text_in_the_name_of_a_virus(site, name):
     b"$(id) '\"`", "gr\u00fc\u00dfe".encode()],
     ids=["lines", "controls", "format", "shell", "utf8"])
 @pytest.mark.parametrize("failure", ["tempfail", "pass"])
-def test_text_in_an_error_of_clamd(site, failure, text):
+def test_text_in_an_error_of_clamd_is_harmless(site, failure, text):
     """It gets into a reply, a header and the log."""
     site.clamd.verdict = b"stream: " + text + b" ERROR\0"
     site.start(ScanFailure=failure)
@@ -212,7 +212,7 @@ def whole(client):
 @pytest.mark.parametrize("name", ["control characters", "C1 controls", "UTF-8",
                                   "format", "invalid UTF-8", "10 KB"])
 @pytest.mark.parametrize("place", REPLIES)
-def test_text_in_replies_of_the_next_hop(site, name, place):
+def test_text_in_replies_of_the_next_hop_is_harmless(site, name, place):
     """In two lines, with CR and NUL in one of them: two lines, harmless."""
     text, code = TEXTS[name][:9000], REPLIES[place].encode()
     reply = (code + b"-%s\r" + text[:2000] + b"\0\r250 ok\r\n" +
@@ -245,7 +245,7 @@ def test_text_in_replies_of_the_next_hop(site, name, place):
     check_log(site, *["CLEAN"] * mail)
 
 
-def test_text_in_an_ehlo_reply(site, text):
+def test_text_in_an_ehlo_reply_is_harmless(site, text):
     site.hop.on("EHLO", b"250-hi " + text[:6000] + b"\r\n250-SIZE 5000 " + text[:900] +
                 b"\r\n250-X" + text[:2000] + b"\r\n250-DSN\r250-STARTTLS\r\n"
                 b"250 AUTH " + text[:900] + b"\r\n")
@@ -262,7 +262,7 @@ def test_text_in_an_ehlo_reply(site, text):
     check_log(site, "CLEAN")
 
 
-def test_text_in_a_refusal_of_xclient(site, text):
+def test_text_in_a_refusal_of_xclient_is_harmless(site, text):
     site.hop.ehlo = ["XCLIENT ADDR"]
     site.hop.on("XCLIENT", b"550-" + text[:3000] + b"\r\n550 " + text[:3000] +
                 b"\r\n")
@@ -273,7 +273,7 @@ def test_text_in_a_refusal_of_xclient(site, text):
     check_log(site, "CLEAN")
 
 
-def test_text_in_a_reply_out_of_turn(site, text):
+def test_text_in_an_unexpected_reply_is_harmless(site, text):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
@@ -294,7 +294,7 @@ CLIENT_HELLO = bytes.fromhex(
 
 
 @pytest.mark.parametrize("where", ["before EHLO", "before MAIL", "before DATA"])
-def test_commands_behind_starttls_are_ordinary(site, where):
+def test_commands_after_starttls_are_ordinary(site, where):
     """A transaction pipelined with STARTTLS somewhere in it: what comes after is
     neither dropped nor taken for anything else."""
     script = ["EHLO me", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"]
@@ -315,7 +315,7 @@ def test_commands_behind_starttls_are_ordinary(site, where):
     assert "STARTTLS" not in site.hop.session.verbs()
 
 
-def test_a_tls_handshake_after_starttls_ends_the_session(site):
+def test_tls_handshake_after_starttls_ends_the_session(site):
     """Its first byte is enough, since it may have no line end."""
     client = site.session()
     client.cmd("STARTTLS", "502")
@@ -368,7 +368,7 @@ def test_auth_broken_off_leaves_no_state(site, ending):
     assert "XCLIENT ADDR=1.2.3.4" not in site.hop.commands
 
 
-def test_auth_broken_off_with_commands_pipelined(site):
+def test_auth_broken_off_with_commands_pipelined_leaves_no_state(site):
     site.hop.on("AUTH", "334 go")
     site.hop.on("334", "501 5.7.0 cancelled")
     client = site.session()
@@ -384,7 +384,7 @@ def test_auth_broken_off_with_commands_pipelined(site):
                                         "DATA", "QUIT"]
 
 
-def test_a_334_where_no_auth_is_opens_nothing(site):
+def test_reply_334_without_auth_opens_nothing(site):
     """No other command can put the stream into a state we do not see."""
     site.hop.on("NOOP", "334 go")
     client = site.session()
@@ -418,7 +418,7 @@ def test_xforward_in_a_transaction_is_503(site, before):
 
 
 @pytest.mark.parametrize("between", ["mail", "refused mail", "RSET", "EHLO", "HELO"])
-def test_xforward_is_good_for_one_mail(site, between):
+def test_xforward_counts_for_one_mail(site, between):
     """The next one must not pass for this client's."""
     result = environment(site)
     client = site.session()
@@ -444,7 +444,7 @@ def offer(*keywords):
 
 
 @pytest.mark.parametrize("by", ["AUTH", "a second EHLO", "HELO"])
-def test_extensions_that_change_are_followed(site, by):
+def test_ehlo_extensions_that_change_are_followed(site, by):
     """Not in the list alone: in what is done with SIZE and CHUNKING."""
     site.hop = site.new_hop(chunking=True)
     site.hop.on("EHLO", [offer("SIZE 1000", "CHUNKING", "DSN", "AUTH PLAIN"),
@@ -474,7 +474,7 @@ def test_extensions_that_change_are_followed(site, by):
     client.quit()
 
 
-def test_extensions_that_come_late_are_used(site):
+def test_ehlo_extensions_that_come_late_are_used(site):
     site.hop = site.new_hop(chunking=True)
     site.hop.on("EHLO", [offer("SIZE 5000"), offer("SIZE 1000", "CHUNKING")])
     client = site.session()
@@ -490,7 +490,7 @@ def test_extensions_that_come_late_are_used(site):
     client.quit()
 
 
-def test_a_refused_ehlo_changes_nothing(site):
+def test_ehlo_refused_changes_nothing(site):
     """The server goes on as before, so do we."""
     site.hop = site.new_hop(chunking=True)
     site.hop.on("EHLO", [offer("SIZE 1000", "CHUNKING"), "501 5.5.4 what?"])

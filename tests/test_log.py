@@ -85,7 +85,7 @@ def utc(seconds):
 
 @pytest.mark.covers("clamsmtpd.8 LOGGING: JSON", "clamsmtpd.conf.5 LogFormat")
 @pytest.mark.core
-def test_the_line_of_a_message(site):
+def test_json_line_of_a_message_has_its_fields(site):
     before = utc(since())
     daemon = start(site)
     client = site.session(source="127.0.0.7")
@@ -102,7 +102,7 @@ def test_the_line_of_a_message(site):
 
 
 @pytest.mark.core
-def test_the_line_of_a_virus(site):
+def test_json_line_of_a_virus_has_its_fields(site):
     daemon = start(site, Quarantine="on", Action="bounce")
     client = site.session()
     client.mail(body=BAD, want="550")
@@ -114,7 +114,7 @@ def test_the_line_of_a_virus(site):
     assert mail["reply"].startswith("550 5.7.1 Virus Detected") and "reason" not in mail
 
 
-def test_the_other_verdicts(site):
+def test_json_line_of_each_verdict_has_its_status(site):
     daemon = start(site, MaxScanSize="1000")
     client = site.session()
     client.mail(body=GOOD + b"x" * 2000 + b"\r\n", want="552")
@@ -131,7 +131,7 @@ def test_the_other_verdicts(site):
     assert not any("virus" in mail for mail in found)
 
 
-def test_a_message_that_passes_unscanned(site):
+def test_json_line_of_an_unscanned_message_has_the_reason(site):
     site.clamd.verdict = ["sick ERROR"]
     daemon = start(site, ScanFailure="pass")
     site.session().mail()
@@ -140,7 +140,7 @@ def test_a_message_that_passes_unscanned(site):
     assert mail["reason"] == 'unexpected answer "stream: sick ERROR"'
 
 
-def test_the_null_sender_and_helo(site):
+def test_json_line_has_the_null_sender_and_the_helo_name(site):
     daemon = start(site)
     client = site.client()
     client.expect("220")
@@ -150,7 +150,7 @@ def test_the_null_sender_and_helo(site):
     assert mail["from"] == "<>" and mail["helo"] == "[192.0.2.9]"
 
 
-def test_times_are_those_of_scan_and_next_hop(site, clock):
+def test_json_times_are_those_of_scan_and_next_hop(site, clock):
     scan, hop = Hold(), Hold()
     site.clamd.verdict = [scan]
     site.hop.on(".", [hop])
@@ -168,7 +168,7 @@ def test_times_are_those_of_scan_and_next_hop(site, clock):
     assert mail["scan_ms"] >= 3000 and mail["ms"] >= mail["scan_ms"] + 5000
 
 
-def test_the_time_of_a_chunk_that_is_refused(site, clock):
+def test_json_time_of_a_refused_chunk_begins_at_the_chunk(site, clock):
     """There is no final dot to count from."""
     site.hop = site.new_hop(ehlo=["SIZE 100"], chunking=True)
     daemon = start(site, **clock.settings())
@@ -183,7 +183,7 @@ def test_the_time_of_a_chunk_that_is_refused(site, clock):
 
 @pytest.mark.covers("clamsmtpd.conf.5 LogFormat")
 @pytest.mark.core
-def test_every_other_line_has_level_and_message(site):
+def test_json_line_of_each_kind_has_level_and_message(site):
     """And the session that it is about."""
     daemon = start(site, ClamAddress="/no/such/socket")
     client = site.session()
@@ -208,7 +208,7 @@ def test_every_other_line_has_level_and_message(site):
 @pytest.mark.covers("clamsmtpd.conf.5 LogFormat: not UTF-8")
 @pytest.mark.core
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_line_parses_whatever_a_client_says(site, name):
+def test_json_line_parses_whatever_a_client_sends(site, name):
     """PROMISE 8.  What fits is there, character for character."""
     text = TEXTS[name]
     daemon = start(site)
@@ -230,7 +230,7 @@ def test_every_line_parses_whatever_a_client_says(site, name):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_line_parses_whatever_the_servers_say(site, name):
+def test_json_line_parses_whatever_the_servers_send(site, name):
     text = TEXTS[name]
     site.hop.on("RCPT", [b"250-x\r\n250 " + text + b"\r\n"])
     site.hop.on(".", [b"250 " + text + b"\r\n", b"550-x\r\n550 " + text + b"\r\n"])
@@ -250,7 +250,7 @@ LONG = [b"a" * 11000, b"\xff" * 11000, b"\x01" * 11000, b"\\" * 11000,
 
 
 @pytest.mark.parametrize("text", LONG, ids=["a", "FF", "01", "backslash", "euro"])
-def test_what_is_too_long_is_cut_and_not_left_out(site, text):
+def test_json_field_too_long_is_cut(site, text):
     """The beginning is what one looks for."""
     daemon = start(site)
     client = site.session(source="127.0.0.7")
@@ -267,7 +267,7 @@ def test_what_is_too_long_is_cut_and_not_left_out(site, text):
     assert all("message" in line for line in lines(daemon) if "event" not in line)
 
 
-def test_senders_of_every_length(site):
+def test_json_sender_of_each_length_parses(site):
     """Where the line is full, wherever in a field that is."""
     lengths = range(3300, 4000, 7)
     daemon = start(site, level=3)
@@ -278,7 +278,7 @@ def test_senders_of_every_length(site):
 
 
 @pytest.mark.parametrize("size", [10, 60, 250])
-def test_ten_thousand_recipients(site, size):
+def test_json_recipients_too_many_end_in_dots(site, size):
     """As many as fit, whole; then that there were more."""
     rcpts = ["%05d%s@example.com" % (i, "r" * size) for i in range(10000)]
     daemon = start(site, level=3)
@@ -302,13 +302,13 @@ def test_ten_thousand_recipients(site, size):
     ({"TimeOut": ["5", "6"]}, {}, "TimeOut is set twice"),
     ({}, {"CLAMSMTPD_PORT": "tcp://10.0.0.1:25"}, '"PORT" is not the name'),
 ])
-def test_what_is_said_of_the_settings_is_json_too(site, settings, env, message):
+def test_json_warning_about_settings_is_json(site, settings, env, message):
     """As a collector of logs reads it from a container's first line on."""
     daemon = start(site, env=env, **settings)
     assert told(daemon, message)
 
 
-def test_a_start_that_is_refused_is_told_in_json(site):
+def test_json_start_that_fails_is_json(site):
     daemon = site.refused(LogFormat="json", Listen=site.hop.address)
     assert told(daemon, "Listen: %s: Address" % site.hop.address)
 
@@ -321,12 +321,12 @@ def test_configuration_error_at_start_is_classic(site):
     assert re.match(r'clamsmtpd: \S+:\d+: TimeOut: "x"', line)
 
 
-def test_by_the_environment(site):
+def test_json_set_by_the_environment_counts(site):
     daemon = site.start(wait=False, env={"CLAMSMTPD_LOGFORMAT": "JSON"})
     until(lambda: told(daemon, "listening on "), "it listens")
 
 
-def test_sighup_changes_the_format(site):
+def test_json_set_by_sighup_counts(site):
     listen = site.path("in.sock")
     daemon = site.start(Listen=listen)
     site.reload(Listen=listen, LogFormat="json")
@@ -340,7 +340,7 @@ def test_sighup_changes_the_format(site):
     until(lambda: daemon.log("^[^{].*reloaded$"), "the classic one again")
 
 
-def test_lines_that_were_lost_are_counted(site):
+def test_log_lines_lost_are_counted(site):
     """PROMISE 5: nobody reads it for a while; what comes out is whole lines."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
@@ -415,7 +415,7 @@ def test_log_without_a_reader_neither_spins_nor_waits(site):
 
 
 @pytest.mark.usefixtures("mounts")
-def test_json_in_syslog(site, background, syslog):
+def test_json_line_in_syslog_has_its_severity(site, background, syslog):
     log, preexec = syslog
     one = background(preexec=preexec, LogFormat="json")
     client = site.session(address=one.socket)
@@ -438,7 +438,7 @@ def test_json_in_syslog(site, background, syslog):
 @pytest.mark.covers("clamsmtpd.conf.5 LogFormat")
 @pytest.mark.core
 @pytest.mark.parametrize("settings", [{}, {"LogFormat": "classic"}], ids=str)
-def test_classic_is_as_ever(site, settings):
+def test_classic_lines_are_the_originals(site, settings):
     """PROMISE 9: to the letter."""
     site.start(level=3, Quarantine="on", **settings)
     client = site.session()
@@ -500,7 +500,7 @@ def fail2ban(tmp_path_factory, debian_package):
     (prefix, settings) for prefix in ALL
     for settings in ({}, {"level": 3}, {"LogFormat": "json"})] +
     [("", {"LogFormat": "json"})], ids=str)
-def test_fail2ban_finds_who_sends_viruses(site, fail2ban, prefix, settings):
+def test_fail2ban_finds_senders_of_viruses(site, fail2ban, prefix, settings):
     """And nobody else, whatever they say."""
     daemon = (start if settings.get("LogFormat") else Site.start)(site, **settings)
     bad, good, sly = (site.session(source="127.0.0." + n) for n in "678")
@@ -522,7 +522,7 @@ def test_fail2ban_finds_who_sends_viruses(site, fail2ban, prefix, settings):
     assert got.stdout.split() == ["127.0.0.6", "127.0.0.6", "127.0.0.8"], got
 
 
-def test_fail2ban_takes_the_time_of_a_json_line(fail2ban, tmp_path):
+def test_fail2ban_reads_the_time_of_a_json_line(fail2ban, tmp_path):
     """Without a prefix there is no other time, and an old line bans nobody."""
     log = tmp_path / "log"
     log.write_text('{"time":"2026-11-25T19:00:00.123Z","level":"info","session":"100000",'
@@ -531,7 +531,7 @@ def test_fail2ban_takes_the_time_of_a_json_line(fail2ban, tmp_path):
     assert got.stdout.split() == ["192.0.2.1", "1795633200"], got
 
 
-def test_fail2ban_takes_the_jail(site, fail2ban):
+def test_fail2ban_accepts_the_jail(site, fail2ban):
     log = site.path("mail.log")
     open(log, "w").close()
     with open(fail2ban.config + "/jail.d/clamsmtpd.local", "w") as file:
@@ -559,7 +559,7 @@ def logcheck(daemon, file, prefix):
 
 
 @pytest.mark.parametrize("prefix", ALL)
-def test_logcheck_is_silent_in_everyday_life(site, prefix):
+def test_logcheck_ignores_everyday_lines(site, prefix):
     listen = [site.path("in.sock"), "127.0.0.1:0"]
     daemon = site.start(level=3, Listen=listen, Quarantine="on", MaxScanSize="1000",
                         StatusListen=site.path("status.sock"))
@@ -582,7 +582,7 @@ def test_logcheck_is_silent_in_everyday_life(site, prefix):
 
 
 @pytest.mark.parametrize("prefix", ALL)
-def test_logcheck_tells_of_what_somebody_should_see(site, prefix):
+def test_logcheck_reports_warnings_and_errors(site, prefix):
     site.clamd.verdict = ["sick ERROR"]
     daemon = site.start(level=3, MaxConnections="2", Listen=["127.0.0.1:0"],
                         OutAddress=site.hop.address)

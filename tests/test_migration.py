@@ -66,7 +66,7 @@ def text_of(settings):
 
 @pytest.mark.core
 @pytest.mark.parametrize("all_of_it", [False, True], ids=["as it is", "comments too"])
-def test_n_shows_what_is_in_effect(run, tmp_path, shipped, all_of_it):
+def test_old_configuration_n_prints_the_settings(run, tmp_path, shipped, all_of_it):
     """And what is called otherwise now; nothing else is said."""
     settings, offered, args = shipped
     if all_of_it:
@@ -93,7 +93,7 @@ def test_n_shows_what_is_in_effect(run, tmp_path, shipped, all_of_it):
 
 
 @pytest.mark.core
-def test_it_relays_mail(site, shipped):
+def test_old_configuration_relays_mail(site, shipped):
     """A port alone stays what it is: back to the client's address."""
     settings, _, args = shipped
     ours = {

@@ -52,7 +52,7 @@ def programs(debian_package):
 
 # ---------------------------------------------------------------- the rules
 
-def test_rules_each_alert_fires_for_what_it_is_for(programs):
+def test_rules_each_alert_fires_for_its_condition(programs):
     """promtool runs alerts.test.yml, which has each alert fire and be silent."""
     got = subprocess.run([programs[1], "test", "rules", "alerts.test.yml"], cwd=DIRECTORY,
                          capture_output=True, text=True)
@@ -68,7 +68,7 @@ def test_rules_every_alert_is_tested():
     assert alerts == fired and len(alerts) > 5
 
 
-def test_configuration_is_prometheus_own(programs):
+def test_configuration_of_prometheus_has_no_error(programs):
     """promtool accepts prometheus.yml and the rules that it names."""
     got = subprocess.run([programs[1], "check", "config", path("prometheus.yml")],
                          capture_output=True, text=True)

@@ -77,7 +77,7 @@ NAMED = {
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom")
 @pytest.mark.core
 @pytest.mark.parametrize("header, name", NAMED.values(), ids=list(NAMED))
-def test_the_header_names_the_client(site, header, name):
+def test_proxy_header_names_the_client(site, header, name):
     site.start(ProxyFrom="127.0.0.1")
     client = proxied(site, header)
     client.mail()
@@ -87,7 +87,7 @@ def test_the_header_names_the_client(site, header, name):
 
 @pytest.mark.core
 @pytest.mark.parametrize("header", [v1(), v2(V4, TLVS)], ids=["v1", "v2"])
-def test_a_header_in_single_bytes_and_one_with_commands_behind_it(site, header):
+def test_proxy_header_in_single_bytes_or_with_commands_is_read(site, header):
     site.start(ProxyFrom="127.0.0.1")
     client = site.client()
     client.drip(header)
@@ -103,7 +103,7 @@ def test_a_header_in_single_bytes_and_one_with_commands_behind_it(site, header):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: original client")
 @pytest.mark.parametrize("name, said", [(V4, V4), (V6, "IPV6:" + V6)])
-def test_it_is_named_everywhere(site, name, said):
+def test_proxy_client_is_named_in_log_header_and_xclient(site, name, said):
     site.hop.ehlo = [XCLIENT]
     env = environment(site, ProxyFrom="127.0.0.1", XClient="on",
                       Header="X-From: %i to %l")
@@ -131,7 +131,7 @@ NOBODY = {
 
 
 @pytest.mark.parametrize("header", NOBODY.values(), ids=list(NOBODY))
-def test_a_header_that_names_nobody(site, header):
+def test_proxy_header_without_a_client_leaves_the_peer(site, header):
     """As of a proxy's own health check: the client is who connected."""
     site.hop.ehlo = [XCLIENT]
     site.start(ProxyFrom="127.0.0.9", XClient="on")
@@ -182,7 +182,7 @@ WRONG = {
 
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: 5 seconds")
 @pytest.mark.parametrize("header", WRONG.values(), ids=list(WRONG))
-def test_a_wrong_header_is_refused(site, header):
+def test_proxy_header_invalid_closes_the_connection(site, header):
     """Without a word, and the next hop never hears of it."""
     site.start(ProxyFrom="127.0.0.1")
     client = site.client()
@@ -200,7 +200,7 @@ def test_a_wrong_header_is_refused(site, header):
 @pytest.mark.core
 @pytest.mark.parametrize("header, reply", [(v1(), "500"), (v2(), "500|501")],
                          ids=["v1", "v2"])
-def test_a_stranger_is_not_believed(site, header, reply):
+def test_proxy_header_of_a_stranger_is_an_unknown_command(site, header, reply):
     """The header is a command that nobody knows."""
     site.start(ProxyFrom="127.0.0.1", XClient="on")
     client = site.client(source="127.0.0.2")
@@ -221,7 +221,7 @@ def test_a_stranger_is_not_believed(site, header, reply):
     (["127.0.0.9", "10.0.0.0/8 fd00::/8"], "127.0.0.9", True),
     (None, "127.0.0.1", False),
 ])
-def test_networks(site, networks, source, believed):
+def test_proxyfrom_networks_match_their_addresses(site, networks, source, believed):
     site.start(ProxyFrom=networks)
     client = site.client(source=source)
     client.send(v1())
@@ -232,7 +232,7 @@ def test_networks(site, networks, source, believed):
 @pytest.mark.parametrize("listen, networks, source", [
     ("[::1]:0", "::1", "::1"), ("[::1]:0", "::/1", "::1"),
     ("[::]:0", "127.0.0.0/8", "127.0.0.1")])
-def test_networks_of_an_ipv6_listener(site, listen, networks, source):
+def test_proxyfrom_networks_of_an_ipv6_listener_match(site, listen, networks, source):
     if not has_ipv6():
         pytest.skip("no IPv6 here")
     site.start(Listen=listen, ProxyFrom=networks)
@@ -245,7 +245,7 @@ def test_networks_of_an_ipv6_listener(site, listen, networks, source):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: unix")
 @pytest.mark.parametrize("networks, name", [("unix", V4), ("127.0.0.0/8 ::/0", "local")])
-def test_clients_of_a_unix_listener(site, networks, name):
+def test_proxyfrom_unix_matches_unix_listeners(site, networks, name):
     site.start(Listen=site.path("in.sock"), ProxyFrom=networks)
     client = site.client()
     client.send(v1())
@@ -253,7 +253,7 @@ def test_clients_of_a_unix_listener(site, networks, name):
     assert accepted(site) == [name]
 
 
-def test_networks_of_the_environment_take_the_place_of_the_files(site):
+def test_proxyfrom_of_the_environment_replaces_the_files(site):
     site.start(ProxyFrom="127.0.0.1",
                env={"CLAMSMTPD_PROXYFROM": "10.0.0.0/8\n127.0.0.9"})
     for source in ("127.0.0.9", "127.0.0.1"):
@@ -263,7 +263,7 @@ def test_networks_of_the_environment_take_the_place_of_the_files(site):
     assert accepted(site) == [V4, "127.0.0.1"]
 
 
-def test_sighup_changes_whom_it_believes(site):
+def test_proxyfrom_changed_by_sighup_counts(site):
     listen = site.path("in.sock")
     site.start(Listen=listen, ProxyFrom="unix")
     early = site.client()
@@ -277,7 +277,7 @@ def test_sighup_changes_whom_it_believes(site):
 # ---------------------------------------------------------------- what it is not for
 
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: next hop")
-def test_outaddress_port_alone_goes_back_to_the_proxy(site):
+def test_outaddress_port_alone_with_a_proxy_leads_to_the_proxy(site):
     """And not to whoever the header names."""
     there = NextHop(host="127.0.0.77", port=site.hop.port)
     site.servers.append(there)
@@ -288,7 +288,7 @@ def test_outaddress_port_alone_goes_back_to_the_proxy(site):
     assert (len(site.hop.messages), there.accepted) == (1, 0)
 
 
-def test_a_header_cannot_make_a_loop(site):
+def test_proxy_header_cannot_make_a_loop(site):
     site.start(ProxyFrom="127.0.0.9")
     first = site.session()
     ours = site.hop.session.sock.getpeername()
@@ -298,7 +298,7 @@ def test_a_header_cannot_make_a_loop(site):
     assert not site.daemon.log("loop")
 
 
-def test_a_header_cannot_hide_a_loop(site):
+def test_proxy_header_cannot_hide_a_loop(site):
     port = site.port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port,
                ProxyFrom="127.0.0.9")
@@ -312,7 +312,7 @@ def test_a_header_cannot_hide_a_loop(site):
 # ---------------------------------------------------------------- time
 
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: 5 seconds")
-def test_a_header_has_five_seconds(site, clock):
+def test_proxy_header_missing_for_five_seconds_closes_the_connection(site, clock):
     site.start(ProxyFrom="127.0.0.1", **clock.settings())
     silent, slow, late = site.client(), site.client(), site.client()
     slow.send(v1()[:9])
@@ -327,7 +327,7 @@ def test_a_header_has_five_seconds(site, clock):
     assert site.hop.accepted == 2
 
 
-def test_those_who_wait_hold_up_nobody_and_end_with_the_daemon(site):
+def test_proxy_connections_without_a_header_delay_nobody(site):
     site.start(ProxyFrom="127.0.0.1")
     waiting = [site.client() for _ in range(20)]
     proxied(site, v1()).mail()
@@ -462,7 +462,7 @@ def test_haproxy_checks_health(site, haproxy, options):
 
 
 @needs_haproxy
-def test_haproxy_over_a_unix_socket(site, haproxy):
+def test_haproxy_over_a_unix_socket_names_the_client(site, haproxy):
     site.start(Listen=site.path("in.sock"), ProxyFrom="unix")
     address = "127.0.0.1:%d" % site.port()
     proxy = haproxy(address, ONE % (address, site.path("in.sock"), "send-proxy-v2"))
@@ -569,7 +569,7 @@ class Sender(threading.Thread):
 
 @needs_haproxy
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_recipe_one_of_three_ends_under_load_and_no_mail_is_lost(site, recipe, number):
+def test_haproxy_recipe_one_of_three_ends_and_no_mail_is_lost(site, recipe, number):
     senders = [Sender(recipe.address, "sender%d" % i, 20) for i in range(6)]
     for sender in senders:
         sender.start()
@@ -601,7 +601,7 @@ def test_recipe_one_of_three_ends_under_load_and_no_mail_is_lost(site, recipe, n
 
 
 @needs_haproxy
-def test_recipe_names_the_client_to_the_next_hop(site, recipe):
+def test_haproxy_recipe_names_the_client_to_the_next_hop(site, recipe):
     client = site.session(address=recipe.address, source="127.0.0.42")
     client.mail()
     sent, = site.hop.told("XCLIENT")
@@ -609,7 +609,7 @@ def test_recipe_names_the_client_to_the_next_hop(site, recipe):
 
 
 @needs_haproxy
-def test_recipe_clamds_have_slots_and_stand_in_for_each_other(site, recipe):
+def test_haproxy_recipe_clamds_replace_each_other(site, recipe):
     """As many scans at the first as three clamsmtpd have slots there; it goes,
     and the second has all."""
     slots = 3 * int(page_settings()["MaxScans"][0])
@@ -630,7 +630,7 @@ def test_recipe_clamds_have_slots_and_stand_in_for_each_other(site, recipe):
 
 
 @needs_haproxy
-def test_recipe_without_any_clamd_nobody_is_ready(site, recipe):
+def test_haproxy_recipe_without_any_clamd_is_not_ready(site, recipe):
     for clamd in recipe.clamds:
         clamd.down()
     recipe.haproxy.wait_states("DOWN", "DOWN", "DOWN")

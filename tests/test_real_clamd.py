@@ -59,7 +59,7 @@ def forwarded(mail, header=HEADER):
 
 @pytest.mark.core
 @pytest.mark.parametrize("kind", EICAR_MAILS)
-def test_eicar(site, address, kind):
+def test_eicar_in_each_form_is_found(site, address, kind):
     site.start(ClamAddress=address, Action="bounce")
     client = site.session()
     client.mail(body=EICAR_MAILS[kind], want=REJECTED % EICAR_NAME)
@@ -70,7 +70,7 @@ def test_eicar(site, address, kind):
 
 
 @pytest.mark.core
-def test_clean(site, address):
+def test_clean_mail_of_each_kind_passes(site, address):
     site.start(ClamAddress=address)
     client = site.session()
     client.mail(body=CLEAN)
@@ -80,7 +80,7 @@ def test_clean(site, address):
     site.daemon.wait_log("status=CLEAN$")
 
 
-def test_virus_between_clean_ones(site, address):
+def test_virus_between_clean_mails_is_found(site, address):
     """One session; the verdict on one mail is not the next one's."""
     site.start(ClamAddress=address, Action="drop")
     client = site.session()
@@ -94,7 +94,7 @@ def test_virus_between_clean_ones(site, address):
         harness.same(message.body, forwarded(CLEAN), "the mail")
 
 
-def test_pass(site, address):
+def test_virus_with_action_pass_is_marked(site, address):
     site.start(ClamAddress=address, Action="pass")
     client = site.session()
     mail = EICAR_MAILS["zipped"]
@@ -105,7 +105,7 @@ def test_pass(site, address):
         mail, b"X-Virus-Infected: %s\r\n" % EICAR_NAME.encode()), "the mail")
 
 
-def test_chunks(site, address):
+def test_virus_across_chunks_is_found(site, address):
     """BDAT: the virus is cut in two by the chunks."""
     site.hop = site.new_hop(chunking=True)
     site.start(ClamAddress=address, Action="bounce")
@@ -123,7 +123,7 @@ def test_chunks(site, address):
 
 
 @pytest.mark.parametrize("name", real.test_files())
-def test_file(site, clamd, name):
+def test_file_of_each_type_is_found_in_mail(site, clamd, name):
     """What clamd finds in the file it finds in the mail with the file."""
     path = os.path.join(real.FILES, name)
     if FILES_NAME + " FOUND" not in clamd.scan_path(path):
@@ -138,7 +138,7 @@ def test_file(site, clamd, name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", real.test_files())
-def test_file_over_tcp(site, clamd, name):
+def test_file_over_tcp_is_found(site, clamd, name):
     path = os.path.join(real.FILES, name)
     with open(path, "rb") as file:
         mail = real.attached(file.read(), name)
@@ -150,7 +150,7 @@ def test_file_over_tcp(site, clamd, name):
     client.quit()
 
 
-def test_many_at_once(site, address):
+def test_mails_at_the_same_time_get_their_own_verdicts(site, address):
     """Mixed mail in 12 sessions at the same time: each gets its own verdict."""
     site.start(ClamAddress=address, Action="bounce")
 
@@ -172,7 +172,7 @@ def test_many_at_once(site, address):
 # ---------------------------------------------------------------- access
 
 @pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: INSTREAM")
-def test_clamd_cannot_read_the_spool(site, clamd):
+def test_clamd_without_access_to_the_spool_scans(site, clamd):
     """The classic trap of a scanner of paths: clamd needs no access."""
     if not clamd.user:
         pytest.skip("clamd runs as the same user here")
@@ -189,7 +189,7 @@ def test_clamd_cannot_read_the_spool(site, clamd):
     client.quit()
 
 
-def test_quarantine(site, clamd):
+def test_quarantine_copy_is_the_mail_as_sent(site, clamd):
     """The file is the mail as it was sent, and nobody else's to read."""
     site.start(ClamAddress=clamd.path, Action="drop", Quarantine="on")
     client = site.session()
@@ -207,7 +207,7 @@ def test_quarantine(site, clamd):
 
 @pytest.mark.covers("clamsmtpd.8 clamd is down")
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-def test_clamd_dies_and_comes_back(site, own_clamd, kind):
+def test_clamd_back_after_an_outage_scans(site, own_clamd, kind):
     """The next mail works as soon as clamd does."""
     clamd = own_clamd()
     site.start(ClamAddress=clamd.path if kind == "unix" else clamd.tcp,
@@ -225,7 +225,7 @@ def test_clamd_dies_and_comes_back(site, own_clamd, kind):
     assert len(site.daemon.log("status=CLAMAV-ERROR$")) == 2
 
 
-def test_clamd_comes_later(site, own_clamd):
+def test_clamd_started_later_scans(site, own_clamd):
     """Our start does not need clamd."""
     clamd = own_clamd()
     clamd.kill()
@@ -238,7 +238,7 @@ def test_clamd_comes_later(site, own_clamd):
     client.quit()
 
 
-def test_second_clamd(site, own_clamd, clamd):
+def test_second_clamd_scans_while_the_first_is_dead(site, own_clamd, clamd):
     """The first is dead: the second is asked, over another kind of socket."""
     first = own_clamd()
     site.start(ClamAddress=[first.path, clamd.tcp], Action="bounce")
@@ -353,7 +353,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("kind", HIDDEN)
-def test_hidden_from_clamd(site, clamd, address, kind):
+def test_attachment_hidden_by_header_order_is_found(site, clamd, address, kind):
     """libclamav tells mail by its first headers; in these orders it takes
     the mail for text and leaves the attachment encoded.  Our line before the
     mail prevents that, and is in no mail that leaves."""
@@ -397,7 +397,7 @@ def talk(address, kind, big):
 
 
 @pytest.mark.long
-def test_soak(site, clamd):
+def test_minute_of_everything_loses_nothing(site, clamd):
     """A minute of everything at once; nothing piles up."""
     def forget(hop_session, _):
         message = hop_session.messages[-1]

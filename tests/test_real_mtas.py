@@ -113,7 +113,7 @@ class Holding(real.Postfix):
 @pytest.mark.skipif(not real.find("postconf") or not real.user("postfix"),
                     reason="no Postfix installed")
 @pytest.mark.parametrize("bare_newline", ["normalize", "no"])
-def test_postfix(site, bare_newline):
+def test_postfix_default_is_not_smuggled(site, bare_newline):
     """We come from $mynetworks, which is excluded from the rule by default, as
     behind any content filter."""
     postfix = Holding(bare_newline)
@@ -276,13 +276,13 @@ def through(site, server, sender):
             [re.search(sender, line)[1] for line in server.queued()])
 
 
-def test_exim(site):
+def test_exim_is_not_smuggled(site):
     port = site.port()
     with Exim(port, "cp exim4.conf /etc/exim4\n", {"exim4.conf": EXIM % port}) as exim:
         through(site, exim, r"<(\w+)@example\.com>")
 
 
-def test_opensmtpd(site):
+def test_opensmtpd_is_not_smuggled(site):
     port = site.port()
     with OpenSMTPD(port, "", {"smtpd.conf": OPENSMTPD % port}) as opensmtpd:
         until(lambda: opensmtpd.run("smtpctl pause mta && echo yes"), "it pauses")
@@ -318,7 +318,7 @@ def recipe(site, clamd, name, server, start, table, mailbox):
         until(lambda: server.run("grep X-Virus-Scanned: " + mailbox), "alice has it")
 
 
-def test_exim_recipe(open_site, real_clamd):
+def test_exim_recipe_filters_mail(open_site, real_clamd):
     recipe(open_site, real_clamd, "exim", Exim, """
            cp -r conf.d /etc/exim4
            cat update-exim4.conf.conf >>/etc/exim4/update-exim4.conf.conf
@@ -327,7 +327,7 @@ def test_exim_recipe(open_site, real_clamd):
                  "smarthost.example::587": "127.0.0.2::{hop}"}, "/var/mail/alice")
 
 
-def test_opensmtpd_recipe(open_site, real_clamd):
+def test_opensmtpd_recipe_filters_mail(open_site, real_clamd):
     recipe(open_site, real_clamd, "opensmtpd", OpenSMTPD, """
            mkdir -p /etc/mail
            echo alice@localhost >/etc/mail/recipients

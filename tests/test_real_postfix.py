@@ -58,7 +58,7 @@ def check(message, body, header=HEADER):
 
 # ---------------------------------------------------------------- next hop
 
-def test_next_hop(site, postfix):
+def test_postfix_as_next_hop_delivers(site, postfix):
     """Its EHLO list, its replies, several mails in a session."""
     site.start(OutAddress=postfix.address("other"))
     client = site.client()
@@ -84,7 +84,7 @@ def test_next_hop(site, postfix):
         check(message, body)
 
 
-def test_next_hop_chunks(site, postfix):
+def test_postfix_as_next_hop_takes_chunks(site, postfix):
     """BDAT on both sides."""
     site.start(OutAddress=postfix.address("other"))
     client = site.session()
@@ -100,7 +100,7 @@ def test_next_hop_chunks(site, postfix):
 
 
 @pytest.mark.parametrize("header", ["X-Virus-Scanned: yes", "Received: filter"])
-def test_headers_below_mbox_lines_arrive_as_headers(site, postfix, header):
+def test_postfix_headers_below_mbox_lines_arrive_as_headers(site, postfix, header):
     """In DATA, Postfix takes a From_ line for a header where it comes first, and
     else for the end of the header section.  (Postfix 3.7 takes a second such line
     for a header, too, 3.10 does not.)"""
@@ -118,7 +118,7 @@ def test_headers_below_mbox_lines_arrive_as_headers(site, postfix, header):
 
 
 @pytest.mark.parametrize("mbox", [b"", b"From a@example.com\r\n"])
-def test_text_that_begins_with_a_blank_arrives_as_text(site, postfix, mbox):
+def test_postfix_text_that_begins_with_a_blank_arrives_as_text(site, postfix, mbox):
     """As it would from Postfix alone, which parts it from its own headers."""
     site.start(OutAddress=postfix.address("other"))
     client = site.session()
@@ -132,7 +132,7 @@ def test_text_that_begins_with_a_blank_arrives_as_text(site, postfix, mbox):
     assert real.unix(HEADER) in head
 
 
-def test_long_mail(site, postfix):
+def test_postfix_long_mail_arrives_whole(site, postfix):
     site.start(OutAddress=postfix.address("other"))
     client = site.session()
     count = 500 if os.environ.get("TEST_BYTES") else 8000
@@ -149,7 +149,7 @@ ENDS = [b"\n.\n", b"\r.\r", b"\r.\n", b"\n.\r", b"\n.\r\n", b"\r\n.\n",
 
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
-def test_no_second_mail(site, postfix, end):
+def test_postfix_is_not_smuggled(site, postfix, end):
     """What some servers take for the end of data smuggles no mail into
     Postfix, which on this port, for local clients, would take several."""
     site.start(OutAddress=postfix.address("back"))
@@ -172,12 +172,12 @@ def start(site, postfix, **settings):
 
 
 @pytest.mark.covers("clamsmtpd.8 Postfix, after the queue")
-def test_after_queue(open_site, postfix, real_clamd):
+def test_after_queue_mail_is_filtered_and_delivered(open_site, postfix, real_clamd):
     start(open_site, postfix, ClamAddress=real_clamd.path)
     real.behind_a_queue(open_site, real_clamd, postfix)
 
 
-def test_after_queue_bytes(open_site, postfix):
+def test_after_queue_bytes_arrive(open_site, postfix):
     site = open_site
     start(site, postfix)
     client = to_postfix(site, postfix, source="127.0.0.5")
@@ -202,7 +202,7 @@ def test_after_queue_long_lines_stay_whole(open_site, postfix):
     check(postfix.wait_delivered(b"longline Postfix")[0], body)
 
 
-def test_after_queue_utf8(open_site, postfix):
+def test_after_queue_utf8_address_arrives(open_site, postfix):
     """An address that needs SMTPUTF8 is not bounced.  And the way of the old
     guides: a port alone as OutAddress leads back to Postfix."""
     site = open_site
@@ -217,7 +217,7 @@ def test_after_queue_utf8(open_site, postfix):
     check(postfix.wait_delivered(b"utf8 Postfix")[0], body)
 
 
-def test_after_queue_virus(open_site, postfix):
+def test_after_queue_virus_is_not_delivered(open_site, postfix):
     """The VirusAction hears of the client before Postfix."""
     site = open_site
     out = os.path.join(site.spool, "environment")
@@ -241,7 +241,7 @@ def test_after_queue_virus(open_site, postfix):
     assert not [m for m in postfix.delivered() if b"Subject: sick\n" in m[0]]
 
 
-def test_after_queue_many(open_site, postfix):
+def test_after_queue_many_mails_are_delivered(open_site, postfix):
     start(open_site, postfix)
     body = BODY.replace(b"through", b"many")
 
@@ -256,7 +256,7 @@ def test_after_queue_many(open_site, postfix):
         check(message, body)
 
 
-def test_after_queue_turned_off(site):
+def test_after_queue_turned_off_delivers_queued_mail(site):
     """As the page says; what waits for the filter goes on without it."""
     postfix = real.Postfix()
     try:
@@ -276,7 +276,7 @@ def test_after_queue_turned_off(site):
 # ---------------------------------------------------------------- before queue
 
 @pytest.mark.covers("clamsmtpd.8 Postfix, before the queue")
-def test_before_queue(open_site, before, real_clamd):
+def test_before_queue_virus_is_refused_to_the_sender(open_site, before, real_clamd):
     """The sender itself hears what becomes of its mail, and nobody else."""
     site = open_site
     start(site, before, ClamAddress=real_clamd.path)
@@ -298,7 +298,7 @@ def test_before_queue(open_site, before, real_clamd):
 
 
 @pytest.mark.parametrize("port", ["smtp", "other"])
-def test_before_queue_bytes(open_site, before, port):
+def test_before_queue_bytes_arrive(open_site, before, port):
     site = open_site
     start(site, before)
     client = to_postfix(site, before, port, "127.0.0.6")
@@ -313,7 +313,7 @@ def test_before_queue_bytes(open_site, before, port):
     before.wait_log(r"client=\S*\[127.0.0.1\], .*orig_client=\S*\[127.0.0.6\]")
 
 
-def test_before_queue_times(before):
+def test_before_queue_scan_time_out_is_below_postfix(before):
     """Postfix waits longer for us than we for clamd."""
     with open(real.EXAMPLES + "/postfix-before-queue/clamsmtpd.conf") as file:
         ours = int(re.search(r"^ScanTimeOut: (\d+)$", file.read(), re.M)[1])
@@ -323,7 +323,7 @@ def test_before_queue_times(before):
 
 # ---------------------------------------------------------------- XCLIENT
 
-def test_xclient(site, postfix):
+def test_xclient_names_the_client_to_postfix(site, postfix):
     """Postfix takes the mail as from our client; HELO is needed again."""
     site.start(OutAddress=postfix.address("other"), XClient="on")
     client = site.session(source="127.0.0.7")
@@ -337,7 +337,7 @@ def test_xclient(site, postfix):
         assert b"from client.example (unknown [127.0.0.7])" in message[0]
 
 
-def test_xclient_helo(site, postfix):
+def test_xclient_after_helo_names_the_client(site, postfix):
     site.start(OutAddress=postfix.address("other"), XClient="on")
     client = site.client(source="127.0.0.8")
     client.expect("220 smtp.passthru")
@@ -347,7 +347,7 @@ def test_xclient_helo(site, postfix):
     postfix.wait_log(r"%s: client=\S*\[127.0.0.8\]" % queued)
 
 
-def test_xclient_ipv6(site, postfix):
+def test_xclient_of_an_ipv6_client_names_it(site, postfix):
     if not harness.has_ipv6():
         pytest.skip("no IPv6 here")
     site.start(Listen="[::1]:0", OutAddress=postfix.address("other"), XClient="on")
@@ -357,7 +357,7 @@ def test_xclient_ipv6(site, postfix):
     postfix.wait_log(r"%s: client=\S*\[::1\]" % queued)
 
 
-def test_xclient_not_allowed(site, postfix):
+def test_xclient_not_allowed_by_postfix_delivers(site, postfix):
     """Where Postfix does not offer it the mail goes through all the same."""
     site.start(OutAddress=postfix.address("back"), XClient="on")
     client = site.session(source="127.0.0.9")
@@ -402,7 +402,7 @@ def test_xclient_makes_no_open_relay(site, relay, hello, codes):
     client.quit()
 
 
-def test_xclient_relays_what_postfix_says_of_the_client_at_once(site):
+def test_xclient_refusal_of_the_client_by_postfix_is_relayed(site):
     """With smtpd_delay_reject = no the reply to XCLIENT is the refusal."""
     postfix = real.Postfix(
         more=RELAY + "smtpd_delay_reject = no\nsmtpd_client_restrictions = "

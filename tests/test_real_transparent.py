@@ -184,7 +184,7 @@ def passes(site, net, family, clamd, **kw):
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: original destination",
     "clamsmtpd.conf.5 TransparentProxy")
 @pytest.mark.parametrize("family", [4, 6])
-def test_redirect(open_site, net, family, real_clamd):
+def test_redirect_leads_to_the_original_destination(open_site, net, family, real_clamd):
     """SO_ORIGINAL_DST tells where the client wanted to go."""
     redirect(net)
     passes(open_site, net, family, real_clamd)
@@ -193,7 +193,7 @@ def test_redirect(open_site, net, family, real_clamd):
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: original destination",
     "clamsmtpd.8 TRANSPARENT PROXY FEATURE: TPROXY")
 @pytest.mark.parametrize("family", [4, 6])
-def test_tproxy(open_site, net, family, real_clamd):
+def test_tproxy_leads_to_the_original_destination(open_site, net, family, real_clamd):
     """The local address of the connection is where the client wanted to go;
     the listener takes such connections without being root, too."""
     tproxy(net)
@@ -221,7 +221,7 @@ def test_tproxy_with_the_capabilities_of_the_drop_in_passes(open_site, net, fami
 
 @pytest.mark.parametrize("rules", [redirect, tproxy])
 @pytest.mark.parametrize("family", [4, 6])
-def test_without_us_nothing_passes(open_site, net, family, rules):
+def test_transparent_without_the_daemon_nothing_passes(open_site, net, family, rules):
     rules(net)
     listen(open_site, net, family)
     with pytest.raises(ConnectionRefusedError):
@@ -229,7 +229,7 @@ def test_without_us_nothing_passes(open_site, net, family, rules):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_turned_off(open_site, net, family):
+def test_transparent_turned_off_leads_to_the_server(open_site, net, family):
     """As the page says; the client gets to the server itself."""
     tproxy(net)
     routes(net, "del")
@@ -252,7 +252,7 @@ def test_redirect_of_ipv4_to_a_listener_of_both_kinds(open_site, net):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_redirect_two_servers(open_site, net, family):
+def test_redirect_of_two_servers_keeps_them_apart(open_site, net, family):
     """Each session goes to its own destination."""
     site = open_site
     redirect(net)
@@ -274,7 +274,7 @@ def test_redirect_two_servers(open_site, net, family):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_nobody_there(open_site, net, family):
+def test_transparent_destination_down_gives_421(open_site, net, family):
     redirect(net)
     start(open_site, net)
     c = client(open_site, net, at(SERVER[family]))
@@ -284,7 +284,7 @@ def test_nobody_there(open_site, net, family):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: mail loop")
 @pytest.mark.parametrize("family", [4, 6])
-def test_loop(open_site, net, family):
+def test_transparent_loop_is_refused(open_site, net, family):
     """Rules that lead our own connections back to us: refused, not repeated."""
     redirect(net)
     rules(net, """
@@ -307,7 +307,7 @@ def test_loop(open_site, net, family):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: mail loop")
 @pytest.mark.parametrize("family", [4, 6])
-def test_loop_to_the_listener(open_site, net, family):
+def test_transparent_direct_connection_is_a_loop(open_site, net, family):
     """A client that was not redirected leads to ourselves as well."""
     redirect(net)
     start(open_site, net)

@@ -55,7 +55,7 @@ def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
     {"Listen": "127.0.0.1:PORT"}, {"PidFile": "/no/such/directory/pid"},
     {"Listen": "/no/such/directory/sock"}, {"Listen": "192.0.2.1:0"},
 ], ids=str)
-def test_the_parents_exit_status_tells_of_failure(site, background, settings):
+def test_start_that_fails_gives_the_parent_status_1(site, background, settings):
     site.hop
     settings = {k: v.replace("PORT", str(site.hop.port))
                 for k, v in settings.items()}
@@ -66,14 +66,14 @@ def test_the_parents_exit_status_tells_of_failure(site, background, settings):
 
 
 @pytest.mark.covers("clamsmtpd.8 OPTIONS: -f")
-def test_a_bad_configuration_is_told_before_the_fork(site, background):
+def test_bad_configuration_is_reported_before_the_fork(site, background):
     one = background(TimeOut="x")
     assert one.status == 2 and '"x"' in one.daemon.text()
     assert processes(one.daemon.mark) == []
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 MaxConnections: descriptors")
-def test_a_limit_of_descriptors_that_is_too_small_is_refused(open_site):
+def test_descriptor_limit_too_small_is_refused(open_site):
     """With both numbers; by a user who may not raise it."""
     def preexec():
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -145,7 +145,7 @@ def test_descriptor_inherited_without_close_range_is_closed(site, faulty_build):
 @pytest.mark.parametrize("pid, count, taken", [
     ("$$", "2", [3, 4]), ("1", "2", []), ("$$", "", []), ("$$", "-1", []),
     ("$$", "4294967297", [])], ids=str)
-def test_descriptors_of_listen_fds_alone_are_taken(site, pid, count, taken):
+def test_descriptors_of_listen_fds_alone_are_used(site, pid, count, taken):
     """Descriptors passed by systemd to this process, and no others, are taken for
     listeners.  A file is none: it is closed with a warning."""
     paths = {fd: site.path("passed%d" % fd) for fd in (3, 4, 5)}
@@ -163,7 +163,7 @@ def test_descriptors_of_listen_fds_alone_are_taken(site, pid, count, taken):
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: nothing left behind",
     "clamsmtpd.conf.5 PidFile", "clamsmtpd.conf.5 PidFile: removed")
 @pytest.mark.core
-def test_pid_file_has_the_pid_and_goes_away(site):
+def test_pid_file_has_the_pid_and_is_removed(site):
     path = site.path("pid")
     site.start(PidFile=path)
     with open(path) as file:
@@ -182,7 +182,7 @@ def test_p_is_used_in_place_of_pidfile(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 PidFile: locked")
 @pytest.mark.core
-def test_a_second_instance_is_refused(site):
+def test_second_instance_with_the_same_pid_file_is_refused(site):
     path = site.path("pid")
     site.start(PidFile=path)
     second = site.refused(PidFile=path)
@@ -194,7 +194,7 @@ def test_a_second_instance_is_refused(site):
     client.quit()
 
 
-def test_a_refused_second_instance_leaves_nothing_of_its_own(site):
+def test_second_instance_refused_leaves_nothing(site):
     """And nothing of the first one's is gone."""
     site.start(PidFile=site.path("pid"), Listen=site.path("first.sock"))
     site.refused(PidFile=site.path("pid"), Listen=site.path("second.sock"))
@@ -208,7 +208,7 @@ def test_a_refused_second_instance_leaves_nothing_of_its_own(site):
     {"TempDirectory": "/no/such/directory"}, {"User": "no-such-user-here"},
     {"Listen": "192.0.2.1:0"}], ids=str)
 @pytest.mark.parametrize("how", ["foreground", "background"])
-def test_a_refused_start_leaves_nothing_behind(site, settings, how):
+def test_start_refused_leaves_nothing_behind(site, settings, how):
     """PROMISE 7: neither pid file nor socket."""
     names = {"PidFile": site.path("pid"), "Listen": [site.path("in.sock")]}
     names["Listen"].append(settings.get("Listen"))
@@ -219,7 +219,7 @@ def test_a_refused_start_leaves_nothing_behind(site, settings, how):
     assert not os.path.exists(site.path("in.sock"))
 
 
-def test_a_stale_pid_file_is_overwritten(site):
+def test_pid_file_stale_is_overwritten(site):
     path = site.path("pid")
     with open(path, "w") as file:
         file.write("99999999 and more than the new text\n")
@@ -228,7 +228,7 @@ def test_a_stale_pid_file_is_overwritten(site):
         assert file.read() == "%d\n" % site.daemon.pid
 
 
-def test_a_pid_file_that_is_a_link_is_refused(site):
+def test_pid_file_that_is_a_link_is_refused(site):
     os.symlink(site.path("target"), site.path("pid"))
     site.refused(PidFile=site.path("pid"))
     assert not os.path.exists(site.path("target"))
@@ -238,7 +238,7 @@ def test_a_pid_file_that_is_a_link_is_refused(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 Listen: stale socket")
 @pytest.mark.core
-def test_a_stale_unix_listener_is_replaced(site):
+def test_unix_listener_stale_is_replaced(site):
     path = site.path("in.sock")
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(path)
@@ -268,7 +268,7 @@ def test_unix_listener_that_cannot_be_removed_is_logged(open_site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 Listen: stale socket")
 @pytest.mark.core
-def test_a_live_unix_listener_is_not_replaced(site):
+def test_unix_listener_live_is_not_replaced(site):
     path = site.path("in.sock")
     first = site.start(Listen=path)
     second = site.refused(Listen=path)
@@ -278,14 +278,14 @@ def test_a_live_unix_listener_is_not_replaced(site):
     client.quit()
 
 
-def test_a_port_that_is_taken_is_told_and_harms_nobody(site):
+def test_port_in_use_is_an_error(site):
     first = site.start()
     second = site.refused(Listen=first.address)
     assert "Listen: %s: " % first.address in second.text()
     site.session(address=first.address).mail()
 
 
-def test_a_file_in_the_way_of_a_unix_listener_is_not_removed(site):
+def test_unix_listener_path_that_is_a_file_is_not_removed(site):
     path = site.path("in.sock")
     with open(path, "w") as file:
         file.write("precious")
@@ -294,7 +294,7 @@ def test_a_file_in_the_way_of_a_unix_listener_is_not_removed(site):
         assert file.read() == "precious"
 
 
-def test_two_hundred_connections_in_one_instant(site):
+def test_connections_two_hundred_at_once_are_served(site):
     """The original hung all beyond some fifty."""
     site.start(MaxConnections="300")
     clients = [site.client() for _ in range(200)]
@@ -310,7 +310,7 @@ def test_two_hundred_connections_in_one_instant(site):
     "clamsmtpd.8 EXIT STATUS: 0")
 @pytest.mark.core
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_0(site, number):
+def test_sigterm_and_sigint_end_with_status_0(site, number):
     site.session().quit()
     site.daemon.settle()
     site.daemon.stop(number=number)
@@ -318,7 +318,7 @@ def test_a_signal_ends_it_with_0(site, number):
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT")
 @pytest.mark.core
-def test_idle_sessions_get_421_at_the_end(site):
+def test_sigterm_gives_idle_sessions_421(site):
     clients = [site.session() for _ in range(3)]
     site.daemon.send_signal(signal.SIGTERM)
     for client in clients:
@@ -329,7 +329,7 @@ def test_idle_sessions_get_421_at_the_end(site):
 
 
 @pytest.mark.parametrize("way", ["idle", "lingering", "in a message"])
-def test_client_that_keeps_its_connection_delays_a_stop_by_a_second(site, clock, way):
+def test_sigterm_waits_a_second_for_a_client_that_does_not_close(site, clock, way):
     """A client that does not close after its last reply holds up the end for one
     second, also if that reply was sent before the signal or after it."""
     hold = Hold("OK")
@@ -357,7 +357,7 @@ def test_client_that_keeps_its_connection_delays_a_stop_by_a_second(site, clock,
 
 @pytest.mark.covers("clamsmtpd.8 Restart and upgrade")
 @pytest.mark.core
-def test_a_message_under_way_may_finish(site):
+def test_sigterm_lets_a_message_under_way_finish(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
@@ -383,7 +383,7 @@ def test_a_message_under_way_may_finish(site):
 
 
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
-def test_a_signal_within_a_transaction_lets_it_finish(site, how):
+def test_sigterm_within_a_transaction_lets_it_finish(site, how):
     """RCPT is accepted, or the first chunk: the message belongs to it."""
     site.hop = site.new_hop(chunking=True)
     client = site.session()
@@ -408,7 +408,7 @@ def test_a_signal_within_a_transaction_lets_it_finish(site, how):
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: second signal")
 @pytest.mark.core
-def test_a_second_signal_ends_at_once(site, clock):
+def test_sigterm_twice_ends_at_once(site, clock):
     """The eight seconds of the first one are never over."""
     site.clamd.verdict = Hold("OK")
     site.start(**clock.settings())
@@ -428,7 +428,7 @@ def test_a_second_signal_ends_at_once(site, clock):
 
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT")
-def test_the_end_does_not_wait_for_ever(site, clock):
+def test_sigterm_waits_eight_seconds_at_most(site, clock):
     """All have 8 seconds, and then a word in place of what they wait for."""
     site.start(**clock.settings())
     verdict, final = Hold("OK"), Hold("451 4.3.0 not now")
@@ -454,7 +454,7 @@ def test_the_end_does_not_wait_for_ever(site, clock):
     assert site.daemon.log("^100000: from=a@example.com, to=b@example.com, status=")
 
 
-def test_spool_files_of_sessions_cut_short_are_gone(site):
+def test_sigterm_leaves_no_spool_files(site):
     clients = [site.session() for _ in range(3)]
     for client in clients:
         client.begin(SOME)
@@ -466,7 +466,7 @@ def test_spool_files_of_sessions_cut_short_are_gone(site):
 
 
 @pytest.mark.core
-def test_a_signal_to_end_and_new_clients_in_one_turn(site):
+def test_sigterm_with_new_clients_in_one_turn_ends(site):
     """The listener that has clients waiting is closed in that very turn."""
     site.start(Listen=[site.path("in.sock"), "127.0.0.1:0"],
                PidFile=site.path("pid"))
@@ -484,7 +484,7 @@ def test_a_signal_to_end_and_new_clients_in_one_turn(site):
 
 
 @pytest.mark.parametrize("user", ["root", "nobody"])
-def test_a_standard_error_that_nobody_reads_or_is_closed(open_site, user):
+def test_standard_error_unread_or_closed_blocks_nothing(open_site, user):
     """PROMISE 5: the log neither blocks nor kills.  It is a pipe of root's: as
     another user we cannot open it anew for ourselves, and it blocks."""
     site, sock = open_site, os.path.join(open_site.spool, "in.sock")
@@ -633,7 +633,7 @@ def test_sighup_with_overlapping_listeners_is_as_a_start(site, places, before, a
     ("[::]:PORT 0.0.0.0:PORT", "[::]:PORT", True, True),
     ("[::]:PORT", "[::]:PORT 0.0.0.0:PORT", True, True),
 ])
-def test_sighup_in_vain_opens_overlapping_listeners_again(site, places, before, after,
+def test_sighup_that_fails_opens_overlapping_listeners_again(site, places, before, after,
                                                           v4, v6):
     """Where a later line cannot be opened, the listener that had to make room is
     as it was, and a second reload finds it."""
@@ -767,7 +767,7 @@ def test_transparentproxy_without_the_right_is_a_warning(open_site):
 
 
 @pytest.mark.core
-def test_sighup_and_new_clients_in_one_turn(site):
+def test_sighup_removes_a_listener_with_waiting_clients(site):
     """The listener that has clients waiting goes in that very turn."""
     a, b = site.path("a"), site.path("b")
     site.start(Listen=a)
@@ -784,7 +784,7 @@ def test_sighup_and_new_clients_in_one_turn(site):
     assert not os.path.exists(a)
 
 
-def test_sighup_with_a_new_next_hop(site):
+def test_sighup_with_a_new_next_hop_uses_it(site):
     other = site.new_hop()
     site.start(Listen=site.path("in.sock"))
     site.session().quit()
@@ -795,7 +795,7 @@ def test_sighup_with_a_new_next_hop(site):
     assert (len(site.hop.messages), len(other.messages)) == (0, 1)
 
 
-def test_sighup_with_another_clamd_while_scans_wait(site):
+def test_sighup_with_another_clamd_while_scans_wait_keeps_both(site):
     """The old sessions keep the old one, the new ones need not wait for it."""
     other, hold = site.new_clamd(), Hold("OK")
     site.clamd.verdict = [hold]
@@ -817,7 +817,7 @@ def test_sighup_with_another_clamd_while_scans_wait(site):
         client.quit()
 
 
-def test_sighup_with_another_temp_directory(site):
+def test_sighup_with_another_temp_directory_uses_it(site):
     """A message that was under way then leaves nothing to those that follow."""
     final, scan = Hold(), Hold("OK")
     site.hop.on(".", [final])
@@ -854,7 +854,7 @@ def test_sighup_with_a_temp_directory_that_cannot_be_written_to_changes_nothing(
 
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: open connections")
-def test_sighup_is_no_reason_to_leave_a_message_unfinished(site):
+def test_sighup_lets_a_message_under_way_finish(site):
     """What is under way keeps its settings, whatever stage it is in."""
     scan, final = Hold("OK"), Hold()
     site.clamd.verdict = [None, scan]
@@ -908,7 +908,7 @@ def ids(site, name):
 
 @pytest.mark.covers("clamsmtpd.conf.5 User", "clamsmtpd.conf.5 User: groups")
 @pytest.mark.core
-def test_user_is_dropped_to_with_its_groups_and_no_way_back(open_site):
+def test_user_has_its_groups_and_no_way_back(open_site):
     site = open_site
     user = pwd.getpwnam("nobody")
     site.start(User="nobody",
@@ -927,7 +927,7 @@ def test_user_is_dropped_to_with_its_groups_and_no_way_back(open_site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 User: number without an entry")
-def test_a_numeric_user_without_an_entry_is_its_own_group(open_site):
+def test_user_number_without_an_entry_is_its_own_group(open_site):
     site = open_site
     site.start(User="54321", preexec=lambda: os.setgroups([0, 4]))
     assert ids(site, "Uid") == [54321] * 4
@@ -938,7 +938,7 @@ def test_a_numeric_user_without_an_entry_is_its_own_group(open_site):
     client.quit()
 
 
-def test_a_numeric_user_with_an_entry(open_site):
+def test_user_number_with_an_entry_has_its_groups(open_site):
     site = open_site
     user = pwd.getpwnam("nobody")
     site.start(User=str(user.pw_uid))
@@ -966,7 +966,7 @@ def test_unwritable_clamd_socket_names_the_user(open_site):
                            % site.clamd.address)
 
 
-def test_already_that_user_is_no_error(open_site):
+def test_user_that_started_it_is_no_error(open_site):
     user = pwd.getpwuid(65534).pw_name
     open_site.start(binary=exposed(open_site), preexec=as_nobody, User=user)
     open_site.session().mail()
@@ -974,12 +974,12 @@ def test_already_that_user_is_no_error(open_site):
 
 @pytest.mark.parametrize("user", ["no-such-user-here", "-1", "4294967295",
                                   "4294967296", "1x", "99999999999999999999"])
-def test_a_user_that_does_not_exist_is_refused(site, as_root, user):
+def test_user_that_does_not_exist_is_refused(site, as_root, user):
     daemon = site.refused(User=user)
     assert user in daemon.text()
 
 
-def test_a_temp_directory_that_is_none_is_told_at_the_start(site):
+def test_temp_directory_missing_is_an_error_at_start(site):
     """Not only when the first mail comes."""
     daemon = site.start(TempDirectory="/no/such/directory", wait=False)
     until(lambda: daemon.log("/no/such/directory") or not daemon.alive(),
@@ -988,19 +988,19 @@ def test_a_temp_directory_that_is_none_is_told_at_the_start(site):
     daemon.kill()
 
 
-def test_another_user_needs_root(open_site):
+def test_user_other_without_root_is_refused(open_site):
     daemon = open_site.refused(binary=exposed(open_site), preexec=as_nobody, User="root")
     assert "root" in daemon.text()
 
 
 @pytest.mark.core
-def test_a_warning_when_it_stays_root(site, as_root):
+def test_user_root_is_a_warning(site, as_root):
     site.start(level=1, wait=False, Listen=site.path("in.sock"))
     site.daemon.wait_log("^running as root is NOT recommended$")
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 PidFile: removed")
-def test_the_pid_file_is_emptied_where_it_cannot_be_removed(open_site):
+def test_pid_file_that_cannot_be_removed_is_emptied(open_site):
     site = open_site
     path = site.path("pid")
     site.start(User="nobody", PidFile=path)
@@ -1010,7 +1010,7 @@ def test_the_pid_file_is_emptied_where_it_cannot_be_removed(open_site):
     assert os.stat(path).st_size == 0
 
 
-def test_quarantine_and_action_as_the_user(open_site):
+def test_user_owns_quarantine_and_action(open_site):
     """Whose action cannot become root again."""
     site = open_site
     out = os.path.join(site.spool, "out")
@@ -1031,7 +1031,7 @@ def test_quarantine_and_action_as_the_user(open_site):
 
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: no core")
-def test_there_is_never_a_core(open_site):
+def test_core_is_never_dumped(open_site):
     """Mail would be in it.  Where cores are piped into a program the limit is
     not asked, unless it is 1; or it is not dumpable: /proc files are root's."""
     open_site.start(binary=exposed(open_site), preexec=as_nobody)
@@ -1043,7 +1043,7 @@ def test_there_is_never_a_core(open_site):
 
 
 @pytest.mark.core
-def test_all_descriptors_are_closed_on_exec(site):
+def test_descriptors_are_closed_on_exec(site):
     """Listeners, pid file, pipes, log, sessions, spools, clamd."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -1082,7 +1082,7 @@ def read_only_but(*directories):
     return preexec
 
 
-def test_nothing_else_is_written(open_site, mounts):
+def test_sandbox_writes_only_in_its_directories(open_site, mounts):
     """TempDirectory and the directory of pid file and listener are enough.
     With a VirusAction, for the sandbox would hide a try."""
     site, run = open_site, open_site.path("run")
@@ -1109,7 +1109,7 @@ def test_nothing_else_is_written(open_site, mounts):
 # ---------------------------------------------------------------- sandbox
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: sandbox")
-def test_no_new_privs_without_a_virus_action(site):
+def test_sandbox_has_no_new_privs_without_a_virus_action(site):
     site.start()
     assert site.daemon.proc("NoNewPrivs") == "1"
     line, = site.daemon.log("^sandbox: ")
@@ -1119,7 +1119,7 @@ def test_no_new_privs_without_a_virus_action(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: no sandbox")
-def test_privileges_of_setgid_programs_with_a_virus_action(site):
+def test_sandbox_off_with_a_virus_action_lets_setgid_programs_work(site):
     site.start(VirusAction="/bin/true")
     assert site.daemon.proc("NoNewPrivs") == "0"
     assert site.daemon.log("^sandbox: none because of VirusAction$")
@@ -1140,7 +1140,7 @@ def landlock():
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: sandbox")
 @pytest.mark.parametrize("debug", ["on", "off"])
-def test_files_are_written_in_temp_directory_only(site, landlock, debug):
+def test_sandbox_writes_files_in_temp_directory_only(site, landlock, debug):
     """Its name leads elsewhere after the start: nothing is written there."""
     site.start(Quarantine="on", DebugFiles=debug)
     other = site.path("elsewhere")
@@ -1157,7 +1157,7 @@ def test_files_are_written_in_temp_directory_only(site, landlock, debug):
     site.daemon.allowed.update(os.listdir(site.spool))
 
 
-def test_a_copy_is_written_in_temp_directory_only(site, landlock):
+def test_sandbox_writes_copies_in_temp_directory_only(site, landlock):
     """A child has its parent's limits."""
     hold = Hold(VIRUS + " FOUND")
     site.clamd.verdict = [hold]
@@ -1176,7 +1176,7 @@ def test_a_copy_is_written_in_temp_directory_only(site, landlock):
 
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: re-created directory")
-def test_temp_directory_made_again_needs_a_restart_and_sighup_says_so(site, landlock):
+def test_sandbox_temp_directory_re_created_needs_a_restart(site, landlock):
     """The rule of the sandbox is for the directory that was there at the start."""
     site.start()
     os.rmdir(site.spool)
@@ -1197,7 +1197,7 @@ def test_temp_directory_made_again_needs_a_restart_and_sighup_says_so(site, land
 
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: only a restart can change")
-def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):
+def test_sandbox_refuses_a_unix_listener_elsewhere_at_sighup(site, landlock):
     """It is refused with a reason, and all is as it was."""
     os.mkdir(site.path("here"))
     a, b = site.path("here/a"), site.path("b")
@@ -1215,7 +1215,7 @@ def test_sighup_cannot_open_a_unix_listener_elsewhere(site, landlock):
 
 
 @pytest.mark.covers("clamsmtpd.8 LOOPBACK FEATURE: warning of an open relay")
-def test_warning_of_an_open_door(site):
+def test_outaddress_port_alone_beyond_loopback_is_a_warning(site):
     """Beyond loopback with a port-only OutAddress: anybody's relay."""
     site.start(Listen="0.0.0.0:0", OutAddress=str(site.hop.port))
     assert site.daemon.log(r"^0\.0\.0\.0:\d+ can be reached from other hosts, "
@@ -1241,7 +1241,7 @@ def start_named(site, names, **settings):
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["running", "stopping"])
-def test_a_message_waits_for_the_name_of_clamd(site, names, late):
+def test_name_of_clamd_unresolved_makes_its_messages_wait(site, names, late):
     """PROMISE 5: others go on meanwhile.  And it may finish, as always."""
     site.clamd = site.new_clamd(tcp=True)
     start_named(site, names, ClamAddress="clamd.example.org:%d" % site.clamd.port)
@@ -1264,7 +1264,7 @@ def test_a_message_waits_for_the_name_of_clamd(site, names, late):
         site.daemon.stop()
 
 
-def test_a_session_waits_for_the_name_of_the_next_hop(site, names):
+def test_name_of_the_next_hop_unresolved_makes_its_sessions_wait(site, names):
     """PROMISE 5: others are accepted meanwhile."""
     start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port)
     clients = [site.client() for _ in range(3)]
@@ -1331,7 +1331,7 @@ def test_name_beside_its_address_is_opened_once(site, names):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: several addresses")
-def test_all_addresses_of_a_name_are_tried(site, names):
+def test_name_with_several_addresses_is_tried_at_all(site, names):
     names.addresses = ["127.0.0.99", "127.0.0.98", "127.0.0.1"]
     names.go()
     site.clamd = site.new_clamd(tcp=True)
@@ -1342,7 +1342,7 @@ def test_all_addresses_of_a_name_are_tried(site, names):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: names of other hosts")
-def test_a_name_is_looked_up_again_after_a_failed_connect(site, names, clock):
+def test_name_is_resolved_again_after_a_failed_connect(site, names, clock):
     """Not more often than each five seconds."""
     names.addresses = ["127.0.0.99"]
     names.go()
@@ -1356,7 +1356,7 @@ def test_a_name_is_looked_up_again_after_a_failed_connect(site, names, clock):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: names of other hosts")
-def test_a_name_in_use_is_looked_up_again_after_a_minute(site, names, clock):
+def test_name_in_use_is_resolved_again_after_a_minute(site, names, clock):
     """And the old address is used until the new one is there."""
     other = site.new_hop(host="127.0.0.98", port=site.hop.port)
     names.go()
@@ -1497,7 +1497,7 @@ def test_clamd_address_that_worked_is_tried_first(site, names):
         % site.clamd.port]
 
 
-def test_clamd_name_that_is_looked_up_at_start_is_no_warning(site, names):
+def test_clamd_name_being_resolved_at_start_is_no_warning(site, names):
     """The PING at the start waits for the address."""
     site.clamd = site.new_clamd(tcp=True)
     start_named(site, names, ClamAddress="clamd.example.org:%d" % site.clamd.port)
@@ -1521,7 +1521,7 @@ def test_clamd_address_that_answers_a_ping_is_tried_first(site, names):
     assert (len(site.clamd.scans), back.accepted) == (1, 0)
 
 
-def test_the_end_during_a_look_up_is_no_failed_one(site, names):
+def test_sigterm_during_a_look_up_logs_no_failure(site, names):
     start_named(site, names, ClamAddress="clamd.example.org:3310")
     until(lambda: site.daemon.children(), "the child that looks it up")
     site.daemon.stop()
@@ -1532,7 +1532,7 @@ def test_the_end_during_a_look_up_is_no_failed_one(site, names):
 
 @pytest.mark.covers("clamsmtpd.8 LOGGING: syslog", "clamsmtpd.8 FILES: /dev/log")
 @pytest.mark.core
-def test_syslog_lines(site, background, syslog):
+def test_syslog_lines_have_facility_severity_and_name(site, background, syslog):
     log, preexec = syslog
     one = background(preexec=preexec, Quarantine="on")
     client = site.session(address=one.socket)
@@ -1612,7 +1612,7 @@ def test_log_line_that_waits_at_the_end_is_in_order(site, background, syslog):
 
 
 @pytest.mark.covers("clamsmtpd.8 LOGGING: slow reader")
-def test_a_syslog_that_is_full_blocks_nobody(site, background, syslog):
+def test_syslog_that_is_full_blocks_nobody(site, background, syslog):
     """PROMISE 5: lines beyond the backlog are lost, and then one says how many."""
     log, preexec = syslog
     one = background(preexec=preexec)
@@ -1860,7 +1860,7 @@ def test_log_for_a_syslog_that_is_away_waits(site, background, stream_syslog):
     client.quit()
 
 
-def test_no_syslog_at_the_start_is_told_on_standard_error(site, background, own_dev):
+def test_syslog_missing_at_start_is_reported_on_standard_error(site, background, own_dev):
     """In one line; and a syslogd that comes later gets the log."""
     preexec, dev = own_dev
     one = background(preexec=preexec)
@@ -1898,7 +1898,7 @@ def test_standard_error_that_is_a_file_is_shared_with_the_starter(site):
 
 # ---------------------------------------------------------------- what it takes
 
-def test_idle_it_uses_no_cpu(site):
+def test_daemon_idle_uses_no_cpu(site):
     clients = [site.session() for _ in range(20)]
     clients[0].cmd("NOOP", "250")
     site.daemon.rests()
@@ -1908,7 +1908,7 @@ def test_idle_it_uses_no_cpu(site):
 
 @pytest.mark.skipif("TEST_QEMU" in os.environ,
                     reason="memory and CPU time are qemu's, too")
-def test_without_memory_it_waits_and_uses_no_cpu(site):
+def test_out_of_memory_waits_and_uses_no_cpu(site):
     """No busy loop, and all goes on when there is some again."""
     clients = [site.session() for _ in range(6)]
     for client in clients:
@@ -1936,7 +1936,7 @@ def test_without_memory_it_waits_and_uses_no_cpu(site):
     client.quit()
 
 
-def test_a_next_hop_that_does_not_answer_a_connect_holds_up_nobody(site):
+def test_next_hop_that_answers_no_connect_delays_nobody(site):
     """PROMISE 5.  Its backlog is full, so the kernel keeps us waiting."""
     with full_listener() as address:
         site.start(TimeOut="1", OutAddress=address)

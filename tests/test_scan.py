@@ -41,7 +41,7 @@ def test_clamd_on_any_socket_gets_a_stream(site, clamd):
 
 @pytest.mark.skipif(bool(os.environ.get("TEST_BYTES")), reason="each byte is a segment")
 @pytest.mark.parametrize("size, want", [(2000, 1), (16000, 1), (30000, 1), (40000, 2)])
-def test_a_small_message_leaves_for_clamd_in_one_segment(site, size, want):
+def test_clamd_gets_a_small_message_in_one_segment(site, size, want):
     """Command, length, message and end are one write, but for a large message."""
     segments = []
 
@@ -87,7 +87,7 @@ def test_debugfiles_keeps_the_message(site):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: line for clamd")
 @pytest.mark.core
-def test_the_first_line_scanned_is_constant_and_never_forwarded(site, clamd):
+def test_scan_line_is_constant_and_never_forwarded(site, clamd):
     """Without it some header orders hide an attachment from libclamav."""
     client = site.session()
     client.mail(body=BODY)
@@ -102,7 +102,7 @@ def test_the_first_line_scanned_is_constant_and_never_forwarded(site, clamd):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: what was scanned is forwarded")
 @pytest.mark.core
-def test_what_is_judged_is_what_is_forwarded(site, clamd):
+def test_scanned_message_is_the_forwarded_one(site, clamd):
     """PROMISE 2, with everything that is changed on the way."""
     site.start(Header="")
     client = site.session()
@@ -113,7 +113,7 @@ def test_what_is_judged_is_what_is_forwarded(site, clamd):
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 65535, 65536, 65537, 1 << 20])
-def test_sizes(site, clamd, size):
+def test_scanned_message_of_each_size_is_the_forwarded_one(site, clamd, size):
     client = site.session()
     body = b"A: b\r\n\r\n" + b"0123456789abcde\n" * (size // 16)
     body = (body + b"x" * 20)[:max(size, 8)] + b"\r\n"
@@ -123,7 +123,7 @@ def test_sizes(site, clamd, size):
     client.quit()
 
 
-def test_a_connection_is_made_when_the_message_is_complete(site, clamd):
+def test_clamd_is_connected_to_when_the_message_is_complete(site, clamd):
     client = site.session()
     client.begin(BODY)
     other = site.session()
@@ -197,7 +197,7 @@ def test_answer_that_names_a_virus(site, answer, name):
     "clamsmtpd.8 When something fails: clamd down, slow or in error")
 @pytest.mark.core
 @pytest.mark.parametrize("answer", ERRORS, ids=lambda a: repr(a[:40]))
-def test_any_other_answer_is_an_error(site, clamd, answer):
+def test_answer_of_any_other_form_is_an_error(site, clamd, answer):
     """PROMISE 4: exactly OK or FOUND, nothing else."""
     clamd.verdict = answer
     client = site.session()
@@ -223,7 +223,7 @@ def test_clamd_that_goes_away_is_an_error(site, clamd, what):
 
 
 @pytest.mark.parametrize("unix", [True, False], ids=["unix", "tcp"])
-def test_the_reason_is_read_though_clamd_reads_no_further(site, unix):
+def test_answer_is_read_though_clamd_reads_no_further(site, unix):
     """It closes with most of the stream unread: EPIPE, or a reset."""
     class Full(Clamd):
         def instream(self, sock, end):
@@ -242,7 +242,7 @@ def test_the_reason_is_read_though_clamd_reads_no_further(site, unix):
 @pytest.mark.parametrize("answer, want, status", [
     (b"stream: OK\0", "451 4.3.0 Local Error", "CLAMAV-ERROR"),
     (b"stream: Evil FOUND\0", "250 2.0.0 Virus Detected", "VIRUS:Evil")])
-def test_an_answer_before_the_whole_message_is_never_clean(site, clamd, answer, want, status):
+def test_answer_before_the_whole_message_is_never_clean(site, clamd, answer, want, status):
     """PROMISE 4: an OK after a part of the message is an error; a virus is one."""
     over = Hold()
 
@@ -262,7 +262,7 @@ def test_an_answer_before_the_whole_message_is_never_clean(site, clamd, answer, 
     client.quit()
 
 
-def test_an_ok_before_the_last_bytes_leave_is_an_error(site, faulty_build):
+def test_answer_ok_before_the_last_bytes_leave_is_an_error(site, faulty_build):
     """PROMISE 4: clamd answers when it has all but the end of the message."""
     over, read = Hold(), []
 
@@ -294,7 +294,7 @@ def test_an_ok_before_the_last_bytes_leave_is_an_error(site, faulty_build):
 
 @pytest.mark.parametrize("name", [b"Evil \x1b[2J\x07\xff%s%n", b"Evil\r\n221 bye",
                                   b"Evil\n250 ok"])
-def test_a_virus_name_is_text(site, name):
+def test_virus_name_with_control_characters_is_harmless(site, name):
     """PROMISE 8: control characters reach neither log nor reply."""
     site.clamd.verdict = b"stream: " + name + b" FOUND\0"
     site.start(Action="bounce")
@@ -311,7 +311,7 @@ def test_a_virus_name_is_text(site, name):
     client.quit()
 
 
-def test_an_overlong_virus_name_is_cut(site):
+def test_virus_name_too_long_is_cut(site):
     site.clamd.verdict = b"stream: " + b"V" * 900 + b" FOUND\0"
     site.start(Action="bounce")
     client = site.session()
@@ -350,7 +350,7 @@ def test_clamd_that_is_not_there_is_an_error(site, clamd):
     (b"x" * (1 << 20), "answer too long"),
     (b"stream: Can't allocate memory ERROR\0", "Can't allocate memory ERROR"),
 ], ids=["absent", "closes", "half", "time-out", "x OK", "1 MiB", "no memory"])
-def test_a_failure_is_named_in_the_log_once_and_so_is_its_end(site, verdict, reason):
+def test_clamd_failure_and_its_end_are_logged_once(site, verdict, reason):
     """Not once a message; and the first message of better times passes."""
     site.start(level=3)
     about = "^clamd " + re.escape(site.clamd.address)
@@ -387,7 +387,7 @@ def test_clamd_complaint_is_repeated_once_a_minute(site, clock):
         clock.go(site.daemon, 1)
 
 
-def test_no_free_slot_is_said_and_logged_beside_another_complaint(site, clock):
+def test_no_free_slot_is_reported_beside_another_complaint(site, clock):
     """The 451 of a message that never had a slot has that reason, and so has
     the log, once a minute, though clamd has failed for another reason."""
     hold = Hold("OK")
@@ -412,7 +412,7 @@ def test_no_free_slot_is_said_and_logged_beside_another_complaint(site, clock):
 
 
 @pytest.mark.parametrize("scans", [10, 2])
-def test_a_clamd_that_answers_nobody_is_named_in_the_log_once(site, clock, scans):
+def test_clamd_that_answers_nobody_is_logged_once(site, clock, scans):
     """Once each: that it is silent, and that others wait for their turn."""
     hold = Hold("OK")
     site.clamd.verdict = hold
@@ -540,7 +540,7 @@ def test_scan_time_out_gives_451(site, clamd, clock):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: default")
-def test_time_out_is_the_scan_time_out_where_none_is_set(site, clock):
+def test_scan_time_out_unset_is_time_out(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(TimeOut="60", **clock.settings())
@@ -552,7 +552,7 @@ def test_time_out_is_the_scan_time_out_where_none_is_set(site, clock):
     hold.go()
 
 
-def test_a_verdict_after_the_time_out_is_not_used(site, clock):
+def test_verdict_after_the_time_out_is_not_used(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(**clock.settings())
@@ -568,7 +568,7 @@ def test_a_verdict_after_the_time_out_is_not_used(site, clock):
 
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Not scanned")
-def test_an_error_resets_the_next_hop_and_the_session_goes_on(site):
+def test_scan_failure_resets_the_next_hop_and_the_session_goes_on(site):
     site.clamd.verdict = [CLOSE]
     client = site.session()
     client.mail(want="451")
@@ -598,7 +598,7 @@ def test_several_clamds_the_first_alive_is_used(site):
 
 
 @pytest.mark.parametrize("what", [CLOSE, RESET, b"stream: Out of memory ERROR\0"])
-def test_a_clamd_that_fails_in_a_scan_is_replaced_by_the_next(site, what):
+def test_clamd_that_fails_in_a_scan_is_replaced_by_the_next(site, what):
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict = what
     site.start(ClamAddress=[first.address, second.address])
@@ -610,7 +610,7 @@ def test_a_clamd_that_fails_in_a_scan_is_replaced_by_the_next(site, what):
     client.quit()
 
 
-def test_a_virus_is_found_by_the_second_clamd_too(site):
+def test_second_clamd_finds_a_virus(site):
     first, second = site.new_clamd(), site.new_clamd(tcp=True)
     first.down()
     site.start(ClamAddress=[first.address, second.address])
@@ -632,7 +632,7 @@ def test_all_clamds_dead_is_an_error(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: first that is alive")
-def test_a_full_clamd_leaves_the_scan_to_the_next(site):
+def test_clamd_that_is_full_leaves_the_scan_to_the_next(site):
     first, second = site.new_clamd(), site.new_clamd()
     hold = Hold("OK")
     first.verdict = hold
@@ -649,7 +649,7 @@ def test_a_full_clamd_leaves_the_scan_to_the_next(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: dead clamd")
-def test_a_dead_clamd_is_left_alone_while_another_is_alive(site):
+def test_clamd_dead_is_skipped_while_another_is_alive(site):
     first, second = site.new_clamd(verdict=CLOSE), site.new_clamd()
     site.start(ClamAddress=[first.address, second.address])
     client = site.session()
@@ -660,7 +660,7 @@ def test_a_dead_clamd_is_left_alone_while_another_is_alive(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: error")
-def test_an_error_is_no_death(site):
+def test_clamd_that_reports_an_error_is_used_again(site):
     """A clamd that could not scan one message is asked for the next."""
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict = [b"stream: Heuristics limits exceeded ERROR\0"]
@@ -672,7 +672,7 @@ def test_an_error_is_no_death(site):
     client.quit()
 
 
-def test_the_death_of_a_clamd_costs_no_mail(site):
+def test_clamd_dying_under_load_loses_no_mail(site):
     """With scans under way and waiting; and then no connects to it."""
     first, second = site.new_clamd(), site.new_clamd()
     hold = Hold(CLOSE)
@@ -695,7 +695,7 @@ def test_the_death_of_a_clamd_costs_no_mail(site):
     assert first.accepted == 4 and len(second.scans) == 12
 
 
-def test_a_dead_clamd_is_tried_again_now_and_then(site, clock):
+def test_clamd_dead_is_tried_again_every_half_minute(site, clock):
     """With one message every half a minute, while another is alive."""
     first, second = site.new_clamd(verdict=CLOSE), site.new_clamd()
     site.start(ClamAddress=[first.address, second.address], **clock.settings())
@@ -863,7 +863,7 @@ def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
     running.expect("250 2.0.0 queued")
 
 
-def test_who_waits_gets_a_clamd_that_is_no_longer_dead(site, clock):
+def test_waiting_scan_gets_a_clamd_that_is_no_longer_dead(site, clock):
     """Though no other scan ends, and no other message comes."""
     hold = Hold("OK")
     first, second = site.new_clamd(), site.new_clamd()
@@ -884,7 +884,7 @@ def test_who_waits_gets_a_clamd_that_is_no_longer_dead(site, clock):
     running.expect("250 2.0.0 queued")
 
 
-def test_a_waiting_scan_does_not_hold_up_who_could_go(site):
+def test_waiting_scan_lets_one_behind_it_pass(site):
     """It has tried the first clamd and waits for the second; the one behind
     it in the queue may use the first."""
     hold = Hold("OK")
@@ -924,7 +924,7 @@ def peer_of(sock):
         return None
 
 
-def test_a_tcp_connection_to_clamd_has_keep_alives(site):
+def test_clamd_tcp_connection_has_keep_alives(site):
     """A clamd whose host is gone loses its scans within a minute: the kernel
     sends a probe after 30 idle seconds, and 3 of them 10 seconds apart."""
     hold = Hold("OK")
@@ -951,7 +951,7 @@ def test_a_tcp_connection_to_clamd_has_keep_alives(site):
 
 # ---------------------------------------------------------------- MaxScans
 
-def test_a_full_backlog_is_knocked_at_again(site):
+def test_clamd_backlog_full_is_tried_again(site):
     """EAGAIN of a unix socket: busy, not dead; and the loop goes on."""
     path = site.path("clamd.sock")
     with full_listener(path):
@@ -968,7 +968,7 @@ def test_a_full_backlog_is_knocked_at_again(site):
     client.quit()
 
 
-def test_a_connect_that_hangs_slows_nobody(site, clock):
+def test_clamd_connect_that_hangs_slows_nobody(site, clock):
     """PROMISE 5.  Five seconds is what a connect to clamd may take."""
     with full_listener() as address:
         site.start(ClamAddress=address, **clock.settings())
@@ -987,7 +987,7 @@ def test_a_connect_that_hangs_slows_nobody(site, clock):
     "clamsmtpd.8 FILES: /run/clamav/clamd.sock, /var/run/clamav/clamd.ctl, /var/run/clamav/clamd",
     "clamsmtpd.conf.5 ClamAddress: default")
 @pytest.mark.parametrize("name", ["clamd.sock", "clamd.ctl", "clamd"])
-def test_without_clamaddress_it_is_the_one_that_is_there(site, mounts, name):
+def test_clamaddress_unset_is_the_socket_that_exists(site, mounts, name):
     """When it is needed: not at the start."""
     os.makedirs(site.path("run/clamav"))
     site.start(ClamAddress=None, preexec=mounting(bind(site.path("run"), "/run")))
@@ -1046,7 +1046,7 @@ def test_waiting_scans_begin_in_the_order_of_their_dots(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 MaxScans: wait in order",
     "clamsmtpd.conf.5 ScanTimeOut")
-def test_waiting_counts_for_the_scan_time_out(site, clock):
+def test_waiting_scan_counts_for_the_scan_time_out(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = hold
     site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
@@ -1063,7 +1063,7 @@ def test_waiting_counts_for_the_scan_time_out(site, clock):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 MaxScans: given up")
-def test_an_abandoned_scan_counts_until_clamd_answers(site, clock):
+def test_abandoned_scan_counts_until_clamd_answers(site, clock):
     """It goes on with it, as long as a reload of its signatures takes."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -1084,7 +1084,7 @@ def test_an_abandoned_scan_counts_until_clamd_answers(site, clock):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 MaxScans: given up")
-def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
+def test_abandoned_scan_counts_for_ten_minutes(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(MaxScans="1", ScanTimeOut="3600", **clock.settings())
@@ -1107,7 +1107,7 @@ def test_an_abandoned_scan_counts_for_ten_minutes(site, clock):
 
 
 @pytest.mark.parametrize("ending", ["reset", "half_close"])
-def test_a_waiting_scan_whose_client_goes_is_dropped(site, clock, ending):
+def test_waiting_scan_whose_client_is_gone_is_dropped(site, clock, ending):
     """A client that closes has gone when more than 5 s have passed since its dot."""
     hold = Hold("OK")
     site.clamd.verdict = hold
@@ -1130,7 +1130,7 @@ def test_a_waiting_scan_whose_client_goes_is_dropped(site, clock, ending):
     three.quit()
 
 
-def test_a_slow_scan_slows_nobody(site):
+def test_slow_scan_slows_nobody(site):
     """PROMISE 5."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -1152,7 +1152,7 @@ def test_a_slow_scan_slows_nobody(site):
     "clamsmtpd.conf.5 ScanFailure: pass")
 @pytest.mark.core
 @pytest.mark.parametrize("failure", ["down", "error", "time-out"])
-def test_scanfailure_pass_forwards_unscanned_and_says_so(site, clock, failure):
+def test_scanfailure_pass_forwards_unscanned_with_a_header(site, clock, failure):
     hold = Hold("OK")
     if failure == "down":
         site.clamd.down()
@@ -1233,7 +1233,7 @@ def test_mail_with_a_size_above_the_limit_is_552_and_not_forwarded(site):
     "clamsmtpd.conf.5 MaxScanSize: 552")
 @pytest.mark.core
 @pytest.mark.parametrize("source", ["MaxScanSize", "SIZE of the next hop"])
-def test_a_body_that_outgrows_the_limit_is_552(site, source):
+def test_body_above_the_limit_is_552(site, source):
     if source == "MaxScanSize":
         site.start(MaxScanSize="10K")
     else:
@@ -1291,7 +1291,7 @@ def test_size_zero_or_without_a_number_is_no_limit(site):
         client.quit()
 
 
-def test_no_more_than_the_limit_is_stored(site):
+def test_body_above_the_limit_is_not_stored(site):
     site.start(MaxScanSize="10K", DebugFiles="on")
     client = site.session()
     client.mail(body=b"A: b\r\n\r\n" + b"x" * 3000000 + b"\r\n", want="552")
@@ -1314,7 +1314,7 @@ def test_above_maxscansize_with_scanfailure_pass_is_forwarded_unscanned(site):
     client.quit()
 
 
-def test_the_next_hops_size_is_a_limit_with_scanfailure_pass_too(site):
+def test_next_hops_size_with_scanfailure_pass_is_a_limit(site):
     site.hop.ehlo = ["SIZE 20000"]
     site.start(MaxScanSize="10K", ScanFailure="pass")
     client = site.session()
@@ -1340,7 +1340,7 @@ def test_clamds_own_stream_limit_is_like_maxscansize(site, size):
     client.quit()
 
 
-def test_clamds_own_stream_limit_with_scanfailure_pass(site):
+def test_clamds_own_stream_limit_with_scanfailure_pass_forwards(site):
     site.clamd = site.new_clamd(tcp=True, limit=10000)
     site.start(ScanFailure="pass")
     client = site.session()

@@ -107,7 +107,7 @@ def test_refused_recipients_are_not_in_the_log_line(site):
 # ---------------------------------------------------------------- several mails
 
 @pytest.mark.core
-def test_nothing_of_the_first_message_is_left_in_the_second(site):
+def test_second_message_has_nothing_of_the_first(site):
     site.start(Action="pass")
     client = site.session()
     client.mail(sender="one@x", to=["two@x", "three@x"],
@@ -128,7 +128,7 @@ def test_nothing_of_the_first_message_is_left_in_the_second(site):
 @pytest.mark.covers("clamsmtpd.8 LOGGING: VIRUS:name",
     "clamsmtpd.8 LOGGING: CLAMAV-ERROR")
 @pytest.mark.core
-def test_verdicts_of_every_kind_in_one_session(site):
+def test_verdicts_of_each_kind_in_one_session_are_logged(site):
     site.clamd.verdict = [None, VIRUS + " FOUND", b"NOTOK\0", None, CLOSE, None]
     client = site.session()
     for want in ("250 2.0.0 queued", "250 2.0.0 Virus", "451", "250 2.0.0 queued",
@@ -150,7 +150,7 @@ def test_rset_forgets_the_envelope(site):
 
 
 @pytest.mark.core
-def test_many_sessions_at_once(site):
+def test_sessions_at_the_same_time_are_all_intact(site):
     """60 sessions with 5 messages each, all intact."""
     site.start()
 
@@ -172,7 +172,7 @@ def test_many_sessions_at_once(site):
 @pytest.mark.covers("clamsmtpd.8 When something fails: MaxConnections reached",
     "clamsmtpd.conf.5 MaxConnections: 421")
 @pytest.mark.core
-def test_maxconnections_is_421_and_a_place_is_given_back(site):
+def test_maxconnections_reached_is_421_until_a_client_leaves(site):
     site.start(MaxConnections="3")
     clients = [site.session() for _ in range(3)]
     extra = site.client()
@@ -190,7 +190,7 @@ def test_maxconnections_is_421_and_a_place_is_given_back(site):
         client.quit()
 
 
-def test_the_421_of_a_busy_server_is_not_lost_to_a_reset(site):
+def test_maxconnections_421_is_not_lost_to_a_reset(site):
     """Bytes unread at close would make the kernel send RST."""
     site.start(MaxConnections="2")
     clients = [site.session() for _ in range(2)]
@@ -218,7 +218,7 @@ def test_idle_client_gets_421_after_time_out(site, clock):
     site.hop.sessions[0].wait_end()
 
 
-def test_a_command_that_never_ends_gets_421_after_time_out(site, clock):
+def test_command_that_never_ends_gets_421_after_time_out(site, clock):
     """PROMISE 6: TimeOut is for the whole line, not for each of its bytes."""
     site.start(**clock.settings())
     client = site.session()
@@ -354,7 +354,7 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 TimeOut: 600 seconds")
-def test_the_reply_to_a_message_is_awaited_for_ten_minutes(site, clock):
+def test_final_reply_is_awaited_for_ten_minutes(site, clock):
     """Giving up earlier makes duplicates (RFC 5321 4.5.3.2.6): whatever TimeOut
     is, since the dot of the client."""
     scan, final = Hold("OK"), Hold()
@@ -392,7 +392,7 @@ class Hasty(NextHop):
         return b"250 taken\r\n"
 
 
-def test_a_next_hop_never_gets_to_see_the_mail_of_another(site):
+def test_next_hop_never_gets_the_mail_of_another(site):
     """The pages of the spool that it was sent are in its socket's buffer."""
     def body(word):
         return b"Subject: x\r\n\r\n" + word * 5000 + b"\r\n"
@@ -407,7 +407,7 @@ def test_a_next_hop_never_gets_to_see_the_mail_of_another(site):
 
 
 @pytest.mark.parametrize("body", [BODY, LONG], ids=["short", "long"])
-def test_after_a_long_scan_the_reply_is_awaited_too(site, clock, body):
+def test_final_reply_after_a_long_scan_is_awaited(site, clock, body):
     """PROMISE 1: or each try delivers it and is told to come again."""
     scan, final = Hold("OK"), Hold()
     site.clamd.verdict = [scan]
@@ -425,7 +425,7 @@ def test_after_a_long_scan_the_reply_is_awaited_too(site, clock, body):
     client.expect("250 2.0.0 queued")
 
 
-def test_the_reply_to_a_message_may_come_late(site, clock):
+def test_final_reply_that_comes_late_is_relayed(site, clock):
     hold = Hold()
     site.hop.on(".", hold)
     site.start(TimeOut="1", **clock.settings())
@@ -438,7 +438,7 @@ def test_the_reply_to_a_message_may_come_late(site, clock):
 
 
 @pytest.mark.parametrize("by", [86400 * 365, -86400 * 365], ids=["on", "back"])
-def test_the_clock_on_the_wall_changes_nothing(site, clock, by):
+def test_wall_clock_set_changes_no_deadline(site, clock, by):
     """No deadline comes sooner or later when it is set."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
@@ -458,7 +458,7 @@ def test_the_clock_on_the_wall_changes_nothing(site, clock, by):
         one.expect("421 4.4.2")
 
 
-def test_a_client_that_stays_behind_its_quit_is_left_after_five_seconds(site, clock):
+def test_client_that_stays_after_quit_is_closed_after_five_seconds(site, clock):
     site.start(**clock.settings())
     client = site.session()
     client.cmd("QUIT", "221")
@@ -468,7 +468,7 @@ def test_a_client_that_stays_behind_its_quit_is_left_after_five_seconds(site, cl
 
 
 @pytest.mark.parametrize("size", [10, 5000], ids=["short", "long"])
-def test_a_client_that_never_reads_is_left_at_time_out(site, clock, size):
+def test_client_that_never_reads_is_closed_at_time_out(site, clock, size):
     """PROMISE 6: its replies take no more than a buffer meanwhile."""
     site.hop.on("NOOP", "250 " + size * "x")
     # a unix socket's buffer does not grow
@@ -495,7 +495,7 @@ def test_a_client_that_never_reads_is_left_at_time_out(site, clock, size):
     site.daemon.settle()
 
 
-def test_clients_of_single_bytes_hold_up_nobody(site):
+def test_clients_of_single_bytes_delay_nobody(site):
     """PROMISE 5: fifty of them, in commands and in bodies."""
     over = threading.Event()
     slow = [site.session() for _ in range(50)]
@@ -526,7 +526,7 @@ def test_clients_of_single_bytes_hold_up_nobody(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 KeepAlives")
 @pytest.mark.core
-def test_keepalives_while_the_client_is_slow(site):
+def test_keepalives_while_the_client_is_slow_are_sent(site):
     site.start(KeepAlives="1")
     client = site.session()
     client.begin(SOME)
@@ -539,7 +539,7 @@ def test_keepalives_while_the_client_is_slow(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 KeepAlives")
 @pytest.mark.core
-def test_keepalives_while_clamd_is_slow(site):
+def test_keepalives_while_clamd_is_slow_are_sent(site):
     hold = Hold()
     site.clamd.verdict = [hold]
     site.start(KeepAlives="1")
@@ -551,7 +551,7 @@ def test_keepalives_while_clamd_is_slow(site):
     client.quit()
 
 
-def test_a_verdict_while_a_noop_is_out_waits_for_its_reply(site):
+def test_verdict_while_a_noop_is_out_waits_for_its_reply(site):
     verdict, noop = Hold("OK"), Hold()
     site.clamd.verdict = [verdict]
     site.hop.on("NOOP", [noop])
@@ -587,7 +587,7 @@ def test_client_gone_while_a_noop_is_out_sends_no_data(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 KeepAlives: none by default")
-def test_no_keepalives_by_default(site, clock):
+def test_keepalives_unset_sends_none(site, clock):
     site.start(**clock.settings())
     client = site.session()
     client.begin(SOME)
@@ -600,7 +600,7 @@ def test_no_keepalives_by_default(site, clock):
 
 
 @pytest.mark.parametrize("where", ["body", "chunk", "scan"])
-def test_half_a_line_when_a_keepalive_is_due_uses_no_cpu(site, clock, where):
+def test_keepalive_due_within_half_a_line_uses_no_cpu(site, clock, where):
     """PROMISE 6: NOOP has to wait for the rest of the line, and so does the
     daemon."""
     verdict = Hold("OK")
@@ -631,7 +631,7 @@ def test_half_a_line_when_a_keepalive_is_due_uses_no_cpu(site, clock, where):
 
 
 @pytest.mark.parametrize("reply", ["421 4.4.2 timed out", "500 what", CLOSE])
-def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
+def test_keepalive_that_fails_gives_the_error_at_the_dot(site, reply):
     site.hop.on("NOOP", reply)
     site.start(KeepAlives="1")
     client = site.session()
@@ -653,7 +653,7 @@ def test_a_keepalive_that_fails_is_told_at_the_dot(site, reply):
     "clamsmtpd.8 When something fails: next hop lost during a message")
 @pytest.mark.core
 @pytest.mark.parametrize("what", ["421 4.3.2 shutting down", "close", "reset"])
-def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
+def test_next_hop_lost_in_the_body_gives_the_error_at_the_dot(site, what):
     """PROMISE 1, and the body is never taken for commands."""
     client = site.session()
     client.begin(SOME)
@@ -678,7 +678,7 @@ def test_next_hop_lost_in_the_body_is_told_at_the_dot(site, what):
     site.daemon.wait_log(r"status=ERROR$")
 
 
-def test_the_error_at_the_dot_is_answered_once_and_in_order(site):
+def test_error_at_the_dot_is_sent_once_and_in_order(site):
     site.start(MaxScanSize="10K")
     client = site.session()
     client.begin(b"A: b\r\n\r\n" + b"x" * 50000 + b"\r\n.\r\nNOOP\r\n")
@@ -696,7 +696,7 @@ def test_the_error_at_the_dot_is_answered_once_and_in_order(site):
     ("250 2.0.0 thanks already", None), ("354 more", None),
     ("hello", None),
 ])
-def test_a_reply_in_the_middle_of_the_replay(site, narrow, reply, want):
+def test_reply_in_the_middle_of_the_replay_ends_it(site, narrow, reply, want):
     """4xx and 5xx are the verdict; nothing else is, and no dot is sent."""
     site.hop.on("body", [Early(reply, after=1000)])
     client = site.session()
@@ -748,7 +748,7 @@ def test_next_hop_gone_at_data_or_the_dot_is_451(site, verb, ending):
     assert len(unknown) == (verb == ".")
 
 
-def test_421_at_data_or_the_dot_is_relayed_and_ends_it(site):
+def test_reply_421_at_data_or_the_dot_ends_the_session(site):
     for verb in ("DATA", "."):
         site.hop.on(verb, ["421-4.3.2 a\n421 4.3.2 b"])
         client = site.session()
@@ -770,7 +770,7 @@ def stall(hop):
     return gate
 
 
-def test_a_slow_next_hop_gets_it_all(site, narrow):
+def test_next_hop_slow_gets_the_whole_message(site, narrow):
     gate = stall(narrow)
     client = site.session()
     client.begin(LONG + b".\r\n")
@@ -783,7 +783,7 @@ def test_a_slow_next_hop_gets_it_all(site, narrow):
     client.quit()
 
 
-def test_a_replay_that_moves_is_not_late(site, narrow, clock):
+def test_replay_that_moves_is_not_late(site, narrow, clock):
     """TimeOut is for each piece: here it would be over after two of them."""
     # more than goes out in one turn, into a buffer
     piece = 300_000 if os.environ.get("TEST_BYTES") else 2_000_000
@@ -965,7 +965,7 @@ def test_reply_that_is_unread_when_the_last_bytes_leave_stops_them(
     assert not session.partial and not session.messages
 
 
-def test_a_spool_cut_short_is_451_at_once(site):
+def test_spool_cut_short_is_451_at_once(site):
     """A disk that gives less back than it took: never half a message."""
     hold = Hold()
     site.hop.on("DATA", [hold])
@@ -1130,7 +1130,7 @@ def test_reset_after_an_early_eof_is_gone(site):
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: early close is served")
 @pytest.mark.core
-def test_eof_behind_quit_behind_the_dot_is_served(site):
+def test_eof_after_quit_after_the_dot_is_served(site):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
@@ -1147,7 +1147,7 @@ def test_eof_behind_quit_behind_the_dot_is_served(site):
 
 @pytest.mark.core
 @pytest.mark.parametrize("tail", [b"QUIT\r\n", b"NOOP\r\nQU"])
-def test_late_eof_behind_a_complete_command_is_served(site, clock, tail):
+def test_late_eof_after_a_complete_command_is_served(site, clock, tail):
     """PROMISE 1: a client that has sent its next command waits for the reply to
     its message, however late its EOF is."""
     hold = Hold("OK")
@@ -1169,7 +1169,7 @@ def test_late_eof_behind_a_complete_command_is_served(site, clock, tail):
     ("NOOP\r\nX\r\n", ["250 2.0.0 noop", "500"]),
     ("NOOP\r\nQUIT\r\n", ["250 2.0.0 noop", "221"]),
 ])
-def test_a_half_closed_client_hears_all_replies(site, tail, want):
+def test_half_closed_client_gets_all_replies(site, tail, want):
     """A lost 250 makes a duplicate."""
     client = site.session()
     client.begin(BODY + b".\r\n" + tail.encode())
@@ -1216,7 +1216,7 @@ def test_eof_soon_after_the_dot_is_served_in_the_replay(
     site.hop.sessions[0].wait_end()
 
 
-def test_reset_behind_a_full_buffer_in_the_replay_delivers_nothing(site, narrow):
+def test_reset_after_a_full_buffer_in_the_replay_delivers_nothing(site, narrow):
     """Commands that cannot be read yet hide the reset from poll()."""
     gate = stall(narrow)
     client = site.session()
@@ -1234,7 +1234,7 @@ def test_reset_behind_a_full_buffer_in_the_replay_delivers_nothing(site, narrow)
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: reply awaited")
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
+def test_client_gone_after_the_last_bytes_leaves_the_reply_awaited(site, ending):
     """The last bytes have left: the reply is awaited and logged."""
     hold = Hold()
     site.hop.on(".", [hold])
@@ -1246,7 +1246,7 @@ def test_client_gone_behind_the_dot_is_the_next_hops_message(site, ending):
 
 
 @pytest.mark.parametrize("ending, seconds", GONE)
-def test_client_gone_while_the_next_hop_is_asked_to_take_it(
+def test_client_gone_while_data_is_out_delivers_nothing(
         site, clock, ending, seconds):
     """The next hop sends 354, and gets no more of it."""
     hold = Hold()
@@ -1262,7 +1262,7 @@ def test_client_gone_while_the_next_hop_is_asked_to_take_it(
 
 
 @pytest.mark.parametrize("ending, seconds", SERVED)
-def test_eof_soon_after_the_dot_is_served_while_the_next_hop_is_asked(
+def test_eof_soon_after_the_dot_is_served_while_data_is_out(
         site, clock, ending, seconds):
     """The message goes out once the next hop has sent 354."""
     hold = Hold()
@@ -1290,7 +1290,7 @@ def test_client_gone_while_the_next_hop_does_not_accept_frees_its_place(site):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT"])
-def test_client_gone_while_a_command_is_out(site, verb, ending):
+def test_client_gone_while_a_command_is_out_ends_the_session(site, verb, ending):
     hold = Hold()
     site.hop.on(verb, [hold])
     client = site.client()
@@ -1337,7 +1337,7 @@ def test_client_reset_before_the_greeting_with_commands_sent_frees_its_place(
     frees_its_place(site, hold)
 
 
-def test_client_reset_before_the_greeting_behind_a_full_buffer_frees_its_place(
+def test_client_reset_before_the_greeting_after_a_full_buffer_frees_its_place(
         site, ungreeted):
     """The daemon reads no more of it, does not spin, and notices the reset."""
     client, hold = ungreeted
@@ -1399,7 +1399,7 @@ def test_client_reset_while_a_command_is_out_frees_its_place(site, verb):
 @pytest.mark.covers("clamsmtpd.8 LOOPBACK FEATURE: back to the client",
     "clamsmtpd.conf.5 ADDRESSES: default host",
     "clamsmtpd.conf.5 OutAddress: port without a host")
-def test_back_to_the_client(site):
+def test_outaddress_port_alone_leads_back_to_the_client(site):
     """A port alone as OutAddress: back to the address the client came from."""
     first = site.new_hop(host="127.0.0.2")
     second = site.new_hop(host="127.0.0.3", port=first.port)
@@ -1413,7 +1413,7 @@ def test_back_to_the_client(site):
         site.daemon.wait_log("accepted connection from: %s$" % address)
 
 
-def test_back_to_the_client_ipv6(site):
+def test_outaddress_port_alone_leads_back_to_an_ipv6_client(site):
     if not has_ipv6():
         pytest.skip("no IPv6 here")
     hop = site.new_hop(host="::1")
@@ -1425,7 +1425,7 @@ def test_back_to_the_client_ipv6(site):
     site.daemon.wait_log("accepted connection from: ::1$")
 
 
-def test_back_to_a_mapped_client(site):
+def test_outaddress_port_alone_leads_back_to_a_mapped_client(site):
     """An IPv4 client of an IPv6 listener is an IPv4 client."""
     if not has_ipv6():
         pytest.skip("no IPv6 here")
@@ -1439,7 +1439,7 @@ def test_back_to_a_mapped_client(site):
     site.daemon.wait_log("accepted connection from: 127.0.0.2$")
 
 
-def test_back_to_nobody(site):
+def test_outaddress_port_alone_without_a_listener_gives_421(site):
     site.start(OutAddress=str(site.port()))
     client = site.client()
     client.expect("421 4.4.1")
@@ -1447,7 +1447,7 @@ def test_back_to_nobody(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 Mail loops")
-def test_a_loop_is_refused(site):
+def test_loop_is_refused_with_421(site):
     """An OutAddress that is ourselves."""
     port = site.port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port)
@@ -1458,7 +1458,7 @@ def test_a_loop_is_refused(site):
     assert len(site.daemon.log("accepted connection")) == 2
 
 
-def test_the_same_port_number_is_no_loop(site):
+def test_loop_is_not_the_same_port_number(site):
     """The kernel gives one port to a client of ours and to a connection of
     ours to the next hop, for their other ends differ."""
     IP_LOCAL_PORT_RANGE = 51             # Linux 6.3
@@ -1480,7 +1480,7 @@ def test_the_same_port_number_is_no_loop(site):
     first.quit()
 
 
-def test_a_unix_client_is_led_back_to_this_machine(site):
+def test_outaddress_port_alone_leads_unix_clients_to_this_machine(site):
     site.start(Listen=site.path("in.sock"), OutAddress=str(site.hop.port))
     client = site.session()
     client.mail()
@@ -1490,7 +1490,7 @@ def test_a_unix_client_is_led_back_to_this_machine(site):
 
 @pytest.mark.parametrize("name", [None, "bound.sock",
                                   "b\nclamsmtpd: x", "b\r\n\r\nX-Evil: y"])
-def test_a_unix_client_is_local_whatever_it_is_bound_to(site, name):
+def test_unix_client_is_local_whatever_it_is_bound_to(site, name):
     """PROMISE 8: its path is its own to choose, and no line of the log or of
     the header."""
     site.start(Listen=site.path("in.sock"), Header="X-From: %i")

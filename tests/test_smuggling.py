@@ -150,7 +150,7 @@ def try_all(talk, cases):
     ("drops NUL", b"x\r\n\0.\r\nNOOP\r\n.\r\n"),
     ("C strings", b"x\r\n.\0y\r\nNOOP\r\n.\r\n"),
 ])
-def test_the_models_are_not_blind(name, wire):
+def test_models_of_next_hops_are_smuggled_without_the_rules(name, wire):
     """Each next hop is taken in by what it is named after; a body that is
     stuffed line by line takes in none."""
     assert name in vectors.smuggled(wire)
@@ -165,7 +165,7 @@ def test_the_models_are_not_blind(name, wire):
 @pytest.mark.core
 @pytest.mark.parametrize("before", vectors.ENDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_no_smuggling(site, way, before):
+def test_smuggling_by_line_ends_is_stopped(site, way, before):
     """Each pair of line ends, each vector, whole and in eight ways of pieces."""
     talk = Talk(site, way)
     cases = []
@@ -190,7 +190,7 @@ def test_no_smuggling(site, way, before):
 @pytest.mark.long
 @pytest.mark.parametrize("before, after", vectors.PAIRS)
 @pytest.mark.parametrize("way", WAYS)
-def test_no_smuggling_at_any_split(site, way, before, after):
+def test_smuggling_at_any_split_is_stopped(site, way, before, after):
     """Cut at each place, and at any two about the dot."""
     talk = Talk(site, way)
     cases = []
@@ -235,11 +235,11 @@ def some_bodies(site, way, count, seed):
 
 @pytest.mark.parametrize("way, count", [("DATA", 300), ("BDAT", 50),
                                         ("BDAT to DATA", 50)])
-def test_random_bodies(site, way, count):
+def test_smuggling_by_random_bodies_is_stopped(site, way, count):
     some_bodies(site, way, count, seed=3)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 110))
-def test_many_random_bodies(site, seed):
+def test_smuggling_by_many_random_bodies_is_stopped(site, seed):
     some_bodies(site, "DATA", 1000, seed)

@@ -76,7 +76,7 @@ def messages(address):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /")
 @pytest.mark.core
-def test_the_page_tells_a_person_how_it_is(site, run):
+def test_page_shows_sessions_messages_and_clamds(site, run):
     hold = Hold()
     address = start(site, MaxScans="1", MaxConnections="7")
     site.session().mail()
@@ -97,7 +97,7 @@ def test_the_page_tells_a_person_how_it_is(site, run):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /")
-def test_the_page_names_what_is_wrong_with_clamd(site):
+def test_page_shows_the_error_of_each_clamd(site):
     """PROMISE 8: and what it said is text."""
     site.clamd.verdict = b"stream: \x1b[2J\x07 \r<b> ERROR\0"
     address = start(site, ClamAddress=["/no/such/socket", site.clamd.address])
@@ -110,7 +110,7 @@ def test_the_page_names_what_is_wrong_with_clamd(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 StatusListen")
-def test_it_is_off_unless_asked_for(site):
+def test_statuslisten_unset_opens_nothing(site):
     site.start()
     assert not site.daemon.log("^status on ")
 
@@ -120,7 +120,7 @@ def test_it_is_off_unless_asked_for(site):
     ("PORT", "127.0.0.1:PORT"), ("HOST", "HOST:10080"),
     (localhost() + ":PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),
 ])
-def test_forms_of_the_address(site, form, where):
+def test_statuslisten_of_each_form_is_opened(site, form, where):
     def here(text):
         return text.replace("PORT", port).replace("HOST", own_host(80))
     port = str(site.port())
@@ -135,7 +135,7 @@ def test_forms_of_the_address(site, form, where):
 
 
 @pytest.mark.core
-def test_a_unix_socket(site):
+def test_statuslisten_unix_socket_is_removed_at_the_end(site):
     path = site.path("status")
     site.start(StatusListen=path)
     site.daemon.own.add(path)           # stop() looks whether it is gone
@@ -148,7 +148,7 @@ def test_a_unix_socket(site):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
 @pytest.mark.core
-def test_ready_is_a_clamd_that_answers_a_ping(site):
+def test_healthz_is_200_while_a_clamd_answers(site):
     address = start(site)
     answer = get(address, "/healthz")
     assert (answer.status, answer.text) == (200, "ok\n")
@@ -190,7 +190,7 @@ def sick(request, site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
-def test_not_ready_has_a_reason(site, sick):
+def test_healthz_is_503_with_the_reason(site, sick):
     """In one line, with the name of the clamd."""
     clamd, reason = sick
     answer = get(start(site, ClamAddress=clamd), "/healthz")
@@ -200,7 +200,7 @@ def test_not_ready_has_a_reason(site, sick):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_without_clamaddress_the_reason_is_of_the_one_that_is_there(site, mounts, there):
+def test_healthz_without_clamaddress_names_the_socket_that_exists(site, mounts, there):
     os.makedirs(site.path("run/clamav"))
     if there:
         with socket.socket(socket.AF_UNIX) as dead:
@@ -212,7 +212,7 @@ def test_without_clamaddress_the_reason_is_of_the_one_that_is_there(site, mounts
         False: "clamd %s: No such file or directory\n" % USUAL}[there]
 
 
-def test_one_that_answers_is_enough(site, sick):
+def test_healthz_is_200_while_one_clamd_of_several_answers(site, sick):
     well = site.new_clamd()
     address = start(site, ClamAddress=[sick[0], well.address])
     assert get(address, "/healthz").status == 200
@@ -220,7 +220,7 @@ def test_one_that_answers_is_enough(site, sick):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
 @pytest.mark.parametrize("others", [0, 1])
-def test_a_clamd_that_hangs(site, clock, others):
+def test_healthz_of_a_clamd_that_hangs_is_503_after_five_seconds(site, clock, others):
     """Five seconds are for all of them."""
     path, sock = silent(site)
     with sock:
@@ -260,7 +260,7 @@ def test_page_other_than_healthz_asks_no_clamd(site, clock, page):
     assert (site.clamd.pings, site.clamd.accepted) == (before, 0)
 
 
-def test_when_all_are_well_again_it_is_ready_again(site):
+def test_healthz_is_200_again_after_an_outage(site):
     address = start(site)
     site.clamd.down()
     until(lambda: get(address, "/healthz").status == 503, "it is not ready")
@@ -268,7 +268,7 @@ def test_when_all_are_well_again_it_is_ready_again(site):
     until(lambda: get(address, "/healthz").status == 200, "it is ready")
 
 
-def test_a_ping_needs_no_free_slot(site):
+def test_healthz_needs_no_free_slot(site):
     hold = Hold()
     site.clamd.verdict = [hold]
     address = start(site, MaxScans="1")
@@ -280,7 +280,7 @@ def test_a_ping_needs_no_free_slot(site):
     client.expect("250")
 
 
-def test_all_who_ask_meanwhile_hear_of_one_ping(site):
+def test_healthz_requests_at_once_share_one_ping(site):
     path, sock = silent(site)
     address = start(site, ClamAddress=path)
     probes = [connect(address) for _ in range(5)]
@@ -299,7 +299,7 @@ def test_all_who_ask_meanwhile_hear_of_one_ping(site):
             sock.accept()
 
 
-def test_a_real_clamd(site, real_clamd):
+def test_healthz_of_a_real_clamd_follows_it(site, real_clamd):
     for where in (real_clamd.path, real_clamd.tcp):
         address = start(site, ClamAddress=where)
         assert get(address, "/healthz").status == 200
@@ -318,14 +318,14 @@ def test_a_real_clamd(site, real_clamd):
     b"GET / HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc",
     b"GET / HTTP/1.0\r\nX: " + b"x" * 4000 + b"\r\n\r\n",
 ], ids=range(6))
-def test_requests_that_are_understood(site, request_):
+def test_request_of_each_form_is_understood(site, request_):
     answer = ask(start(site), request_)
     assert answer.status == 200 and answer.text.startswith("clamsmtpd ")
     assert answer.fields["Content-Type"].startswith("text/plain; version=0.0.4")
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/metrics"])
-def test_a_request_in_pieces_from_one_who_then_says_no_more(site, path):
+def test_request_in_pieces_then_eof_is_answered(site, path):
     """As `printf ... | nc` does."""
     address = start(site)
     request = b"GET %s HTTP/1.0\r\n\r\n" % path.encode()
@@ -338,14 +338,14 @@ def test_a_request_in_pieces_from_one_who_then_says_no_more(site, path):
 
 @pytest.mark.parametrize("path, status", [
     ("/", 200), ("/metrics", 200), ("/healthz", 200), ("/x", 404)])
-def test_head_is_get_without_a_body(site, path, status):
+def test_request_head_is_get_without_a_body(site, path, status):
     address = start(site)
     head, whole = get(address, path, "HEAD"), get(address, path)
     assert head.text == "" and head.status == whole.status == status
     assert head.fields == whole.fields
 
 
-def test_head_of_one_that_is_not_ready(site):
+def test_request_head_of_healthz_has_the_status(site):
     head = get(start(site, ClamAddress="/no/such/socket"), "/healthz", "HEAD")
     assert (head.status, head.text) == (503, "")
 
@@ -353,20 +353,20 @@ def test_head_of_one_that_is_not_ready(site):
 @pytest.mark.parametrize("path", [
     "/x", "//", "/metrics/", "/healthzz", "/health", "/HEALTHZ", "/./", "*", "",
     "/" + "x" * 3000])
-def test_404(site, path):
+def test_request_of_an_unknown_page_is_404(site, path):
     assert get(start(site), path).status == 404
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "get", "GETS",
                                     "EHLO"])
-def test_405(site, method):
+def test_request_of_another_method_is_405(site, method):
     assert get(start(site), "/", method).status == 405
 
 
 @pytest.mark.parametrize("request_", [
     b"GET /" + b"x" * 5000 + b" HTTP/1.0\r\n\r\n", b"x" * 4096,
     b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 200000 + b"\r\n"], ids=range(3))
-def test_400_for_a_head_that_has_no_end(site, request_):
+def test_request_without_end_is_400(site, request_):
     """It is read all the same, so that the answer is not lost in a reset."""
     assert ask(start(site), request_).status == 400
 
@@ -375,7 +375,7 @@ def test_400_for_a_head_that_has_no_end(site, request_):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 @pytest.mark.core
-def test_messages_are_counted_by_verdict(site):
+def test_metrics_count_messages_by_verdict(site):
     address = start(site, MaxScanSize="1000", ScanFailure="tempfail")
     assert messages(address) == {}
     client = site.session()
@@ -393,7 +393,7 @@ def test_messages_are_counted_by_verdict(site):
                if name.startswith("messages_total")) == 6
 
 
-def test_messages_that_pass_unscanned_are_counted(site):
+def test_metrics_count_unscanned_messages(site):
     address = start(site, MaxScanSize="1000", ScanFailure="pass")
     client = site.session()
     client.mail(body=GOOD + b"x" * 2000 + b"\r\n")
@@ -402,7 +402,7 @@ def test_messages_that_pass_unscanned_are_counted(site):
     assert messages(address) == {"unscanned": 2}
 
 
-def test_what_the_next_hop_refuses_is_counted_once(site):
+def test_metrics_count_a_refused_message_once(site):
     site.hop.on(".", ["550 5.7.1 no"])
     address = start(site)
     client = site.session()
@@ -412,7 +412,7 @@ def test_what_the_next_hop_refuses_is_counted_once(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
-def test_bytes_of_messages(site):
+def test_metrics_count_bytes_of_messages(site):
     address = start(site)
     client = site.session()
     client.mail(body=GOOD)
@@ -421,7 +421,7 @@ def test_bytes_of_messages(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
-def test_sessions(site):
+def test_metrics_count_sessions(site):
     address = start(site, MaxConnections="2")
     first, second = site.session(), site.session()
     site.client().expect("421")
@@ -435,7 +435,7 @@ def test_sessions(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
-def test_version_and_start(site, run):
+def test_metrics_have_version_and_start(site, run):
     before = since()
     got = metrics(start(site))
     version = run("-v").stdout.split()[1]
@@ -444,7 +444,7 @@ def test_version_and_start(site, run):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
-def test_scans_running_and_waiting(site):
+def test_metrics_have_scans_running_and_waiting(site):
     hold = Hold()
     site.clamd.verdict = hold
     address = start(site, MaxScans="2")
@@ -461,7 +461,7 @@ def test_scans_running_and_waiting(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
-def test_health_of_each_clamd(site):
+def test_metrics_have_the_health_of_each_clamd(site):
     address = start(site, ClamAddress=["/no/such/socket", site.clamd.address])
     got = metrics(address)
     assert got['clamd_up{address="%s"}' % site.clamd.address] == 1
@@ -474,7 +474,7 @@ def test_health_of_each_clamd(site):
     assert got['clamd_failures_total{address="%s"}' % site.clamd.address] == 0
 
 
-def test_a_clamd_is_up_again_when_it_has_scanned(site, clock):
+def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
     clamd = site.new_clamd()
     address = start(site, ClamAddress=[clamd.address, site.clamd.address],
                     **clock.settings())
@@ -558,7 +558,7 @@ def histogram(address):
     return buckets, got["scan_seconds_count"], got["scan_seconds_sum"]
 
 
-def test_the_histogram_has_what_clamd_judged(site):
+def test_metrics_histogram_counts_scans(site):
     address = start(site, ScanFailure="pass")
     client = site.session()
     for _ in range(3):
@@ -574,7 +574,7 @@ def test_the_histogram_has_what_clamd_judged(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
-def test_the_histogram_has_the_time_from_the_dot_to_the_verdict(site, clock):
+def test_metrics_histogram_has_the_time_from_dot_to_verdict(site, clock):
     hold = Hold()
     site.clamd.verdict = [hold]
     address = start(site, **clock.settings())
@@ -597,7 +597,7 @@ def promtool(debian_package):
             debian_package("promtool", "prometheus") + "/usr/bin/promtool")
 
 
-def test_promtool_has_nothing_to_say(site, promtool):
+def test_metrics_are_accepted_by_promtool(site, promtool):
     """An address that has to be quoted is among the labels."""
     address = start(site, ClamAddress=['/a"b\\c\\', site.clamd.address])
     site.session().mail()
@@ -634,7 +634,7 @@ HOSTILE = {
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: 8 clients",
     "clamsmtpd.8 STATUS PAGE: further client")
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
+def test_status_clients_hostile_delay_nobody(site, kind):
     """PROMISES 5 and 6."""
     address = start(site)
     get(address, "/metrics")            # whatever is got at the first visit
@@ -654,7 +654,7 @@ def test_a_hundred_hostile_clients_hold_up_nobody(site, kind):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: 8 clients")
 @pytest.mark.parametrize("kind", ["silent", "half a request", "never reads"])
-def test_nobody_stays_longer_than_ten_seconds(site, clock, kind):
+def test_status_client_stays_ten_seconds_at_most(site, clock, kind):
     """A byte now and then buys no time."""
     address = start(site, **clock.settings())
     with connect(address) as sock:
@@ -674,7 +674,7 @@ def test_nobody_stays_longer_than_ten_seconds(site, clock, kind):
         until(lambda: one_more() == site.daemon.idle, "it is turned out")
 
 
-def test_a_crowd_in_one_instant_does_not_crowd_out_a_probe(site):
+def test_status_crowd_in_one_turn_replaces_no_probe(site):
     """They come in the same turn as the probe, and after it."""
     address = start(site)
     site.daemon.pause()
@@ -688,7 +688,7 @@ def test_a_crowd_in_one_instant_does_not_crowd_out_a_probe(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: further client")
-def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
+def test_status_crowd_replaces_no_client_that_waits_for_clamd(site):
     path, sock = silent(site)
     address = start(site, ClamAddress=path)
     with connect(address) as probe:
@@ -705,7 +705,7 @@ def test_a_crowd_does_not_crowd_out_who_waits_for_clamd(site):
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("family", ["inet", "unix"])
-def test_those_who_asked_and_went_take_no_room(site, clock, family, together):
+def test_status_clients_gone_while_waiting_take_no_room(site, clock, family, together):
     """together: in one turn with the probe.  PROMISE 6: poll() tells of them,
     asked or not, as long as they are there."""
     path, sock = silent(site)
@@ -732,7 +732,7 @@ def test_those_who_asked_and_went_take_no_room(site, clock, family, together):
         assert answer_on(probe).status == 200
 
 
-def test_those_who_asked_and_went_in_one_instant_take_no_room(site):
+def test_status_clients_gone_in_one_turn_take_no_room(site):
     """Their requests are there to be read, and they are not."""
     address = start(site)
     site.daemon.pause()
@@ -754,7 +754,7 @@ def listens(address):
         return False
 
 
-def test_sighup_adds_moves_and_removes_it(site):
+def test_statuslisten_is_added_moved_and_removed_by_sighup(site):
     listen = site.path("in.sock")
     a, b = ("127.0.0.1:%d" % site.port() for _ in "ab")
     site.start(Listen=listen)
@@ -768,7 +768,7 @@ def test_sighup_adds_moves_and_removes_it(site):
     site.session().mail()
 
 
-def test_sighup_with_an_address_that_is_taken_changes_nothing(site):
+def test_statuslisten_in_use_at_sighup_changes_nothing(site):
     listen = site.path("in.sock")
     address = start(site, Listen=listen)
     site.daemon.write(site.settings(Listen=listen, StatusListen=site.hop.address))
@@ -778,7 +778,7 @@ def test_sighup_with_an_address_that_is_taken_changes_nothing(site):
     assert get(address).status == 200
 
 
-def test_sighup_changes_whom_it_asks(site):
+def test_healthz_after_sighup_asks_the_new_clamd(site):
     listen = site.path("in.sock")
     status = "127.0.0.1:%d" % site.port()
     site.start(Listen=listen, StatusListen=status)
@@ -804,13 +804,13 @@ def one_line_and(status, result):
 @pytest.mark.core
 @pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT",
                                    localhost() + ":PORT", "0.0.0.0:PORT"])
-def test_C_is_silent_when_all_is_well(site, run, where):
+def test_C_is_silent_with_status_0_when_healthy(site, run, where):
     where = where.replace("PORT", str(site.port("0.0.0.0"))).replace("PATH", site.path("s"))
     daemon = site.start(StatusListen=where)
     silent_and(0, run("-C", "-f", daemon.file))
 
 
-def test_C_by_the_environment_alone(site, run):
+def test_C_without_a_file_reads_the_environment(site, run):
     path = site.path("status")
     daemon = site.start(StatusListen=path)
     env = dict(os.environ, CLAMSMTPD_STATUSLISTEN=path, CLAMSMTPD_OUTADDRESS="25")
@@ -824,7 +824,7 @@ def test_C_by_the_environment_alone(site, run):
 
 
 @pytest.mark.covers("clamsmtpd.8 OPTIONS: -C", "clamsmtpd.8 EXIT STATUS: 1")
-def test_C_gives_the_reason(site, run):
+def test_C_prints_the_reason_with_status_1(site, run):
     daemon = site.start(StatusListen=site.path("s"), ClamAddress="/no/such/socket")
     line = one_line_and(1, run("-C", "-f", daemon.file))
     assert re.search("clamd /no/such/socket: No such file", line)
@@ -847,7 +847,7 @@ def test_C_tries_all_addresses_of_a_name(site, run, mounts):
 @pytest.mark.parametrize("where, why", [
     ("127.0.0.1:PORT", "Connection refused"), ("PORT", "Connection refused"),
     ("/no/such/status", "No such file or directory")])
-def test_C_when_there_is_no_daemon(site, run, where, why):
+def test_C_without_a_daemon_gives_the_reason(site, run, where, why):
     where = where.replace("PORT", str(site.port()))
     file = site.path("conf")
     with open(file, "w") as conf:
@@ -869,7 +869,7 @@ class Fake(Server):
 @pytest.mark.parametrize("answer", [
     b"", b"220 smtp.passthru\r\n", b"HTTP/1.1 500 Oops\r\n\r\n\x1b[2Jbad\r\nthings\n",
     b"HTTP/1.0 2", b"x" * 100000], ids=range(5))
-def test_C_when_somebody_else_answers(tmp_path, run, answer):
+def test_C_at_another_server_gives_the_reason(tmp_path, run, answer):
     file = tmp_path / "conf"
     with contextlib.closing(Fake()) as server:
         server.answer = answer
@@ -878,7 +878,7 @@ def test_C_when_somebody_else_answers(tmp_path, run, answer):
     assert re.fullmatch("[ -~]+", line)
 
 
-def test_C_does_not_wait_for_ever(site, run):
+def test_C_at_a_full_listener_gives_up(site, run):
     with full_listener(site.path("s")):
         file = site.path("conf")
         with open(file, "w") as conf:
@@ -887,7 +887,7 @@ def test_C_does_not_wait_for_ever(site, run):
 
 
 @pytest.mark.long
-def test_C_does_not_wait_for_ever_for_an_answer(site, run):
+def test_C_at_a_silent_server_gives_up(site, run):
     path, sock = silent(site)
     with sock:
         file = site.path("conf")
@@ -898,7 +898,7 @@ def test_C_does_not_wait_for_ever_for_an_answer(site, run):
 
 @pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2")
 @pytest.mark.parametrize("text", ["", "StatusListen: x:y\n", "TimeOut: x\n"])
-def test_C_without_anybody_to_ask_is_a_wrong_use(site, run, text):
+def test_C_without_statuslisten_is_status_2(site, run, text):
     file = site.path("conf")
     with open(file, "w") as conf:
         conf.write("OutAddress: 25\n" + text)

@@ -249,7 +249,7 @@ def test_restart_keeps_a_port_of_the_kernels_choice(site, systemd):
     end(site.daemon)
 
 
-def test_restart_with_other_settings_closes_what_is_not_wanted(site, systemd):
+def test_restart_with_other_settings_closes_old_listeners(site, systemd):
     """A stored listener that no line asks for goes from the store and leaves
     nothing, and it is not in the way of one that overlaps with it."""
     port, path = site.port("0.0.0.0"), site.path("in.sock")
@@ -318,7 +318,7 @@ def test_reload_changes_the_store(site, systemd, name):
     end(one)
 
 
-def test_reload_in_vain_leaves_the_store_as_it_was(site, systemd):
+def test_reload_that_fails_leaves_the_store_as_it_was(site, systemd):
     """What was opened is removed, and what made room is stored again."""
     port = site.port("0.0.0.0")
     listen, more = ("127.0.0.1:%d" % p for p in (port, site.port()))
@@ -390,7 +390,7 @@ def test_socket_of_a_unit_that_no_line_has_is_left_to_it(site, systemd):
         end(one)
 
 
-def test_what_is_no_listener_is_closed_with_a_warning(site, systemd):
+def test_descriptor_passed_that_is_no_listener_is_closed_with_a_warning(site, systemd):
     """A datagram socket, a socket that does not listen, and a file."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram, \
             socket.socket() as stream, open(os.devnull) as file:
@@ -404,7 +404,7 @@ def test_what_is_no_listener_is_closed_with_a_warning(site, systemd):
     end(one)
 
 
-def test_virus_actions_know_nothing_of_the_sockets(site, systemd):
+def test_virus_actions_have_no_variables_of_systemd(site, systemd):
     """The variables are for this process alone."""
     out = site.path("out")
     with listener(socket.AF_INET, ("127.0.0.1", 0)) as inet:
@@ -442,7 +442,7 @@ def test_notify_socket_that_is_gone_after_ready_is_no_warning(site, systemd):
     assert one.log("^stopped$") and not one.log("NOTIFY_SOCKET")
 
 
-def test_notify_socket_that_nobody_has_is_a_warning(site):
+def test_notify_socket_without_a_reader_is_a_warning(site):
     """The start goes on."""
     site.start(env={"NOTIFY_SOCKET": site.path("nobody")})
     assert site.daemon.log("^NOTIFY_SOCKET: %s: No such file" % site.path("nobody"))

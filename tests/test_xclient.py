@@ -39,7 +39,7 @@ def test_xclient_is_sent_and_ehlo_is_repeated(site, xhop):
     ("XCLIENT PORT ADDR", r"XCLIENT ADDR=127\.0\.0\.1 PORT=\d+"),
     ("xclient addr", r"XCLIENT ADDR=127\.0\.0\.1"),
 ])
-def test_only_attributes_that_the_next_hop_lists(site, offer, want):
+def test_xclient_has_only_attributes_that_the_next_hop_lists(site, offer, want):
     site.hop.ehlo = ["DSN", offer]
     site.start(XClient="on")
     client = site.session()
@@ -48,7 +48,7 @@ def test_only_attributes_that_the_next_hop_lists(site, offer, want):
     client.quit()
 
 
-def test_an_ipv6_client_is_prefixed(site, xhop):
+def test_xclient_address_of_an_ipv6_client_has_a_prefix(site, xhop):
     if not has_ipv6():
         pytest.skip("no IPv6 loopback here")
     site.start(XClient="on", Listen="[::1]:0")
@@ -59,7 +59,7 @@ def test_an_ipv6_client_is_prefixed(site, xhop):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 XClient")
-def test_no_xclient_when_it_is_off(site, xhop):
+def test_xclient_off_sends_none(site, xhop):
     client = site.session()
     assert site.hop.commands == ["EHLO client.example"]
     client.quit()
@@ -68,7 +68,7 @@ def test_no_xclient_when_it_is_off(site, xhop):
 @pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: SERVER: ...",
     "clamsmtpd.conf.5 XClient: not offered or refused")
 @pytest.mark.parametrize("offer", [[], ["XCLIENT"], ["XCLIENT LOGIN PROTO"]])
-def test_no_xclient_offered_gets_a_warning_and_goes_on(site, offer):
+def test_xclient_not_offered_is_a_warning(site, offer):
     site.hop.ehlo = ["DSN"] + offer
     site.start(XClient="on")
     client = site.session()
@@ -167,7 +167,7 @@ def test_xclient_withheld_helo_discards_bdat(site, xhop):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 XClient: 503 until then")
-def test_commands_that_pass_before_xclient(site, xhop):
+def test_xclient_withheld_lets_some_commands_pass(site, xhop):
     site.start(XClient="on")
     client = site.client()
     client.expect("220")
@@ -196,7 +196,7 @@ def test_xclient_withheld_while_hello_is_refused(site, xhop, hello):
 
 
 @pytest.mark.core
-def test_a_later_ehlo_sends_none(site, xhop):
+def test_xclient_is_not_sent_at_a_later_ehlo(site, xhop):
     site.start(XClient="on")
     client = site.session()
     client.cmd("EHLO again", "250")
@@ -206,7 +206,7 @@ def test_a_later_ehlo_sends_none(site, xhop):
     client.quit()
 
 
-def test_a_later_ehlo_sends_none_when_it_is_offered_only_then(site):
+def test_xclient_offered_at_a_later_ehlo_is_not_sent(site):
     """Later than the first EHLO it would wipe AUTH."""
     site.start(XClient="on")
     client = site.session()
@@ -288,7 +288,7 @@ def test_xclient_without_memory_is_not_skipped(site, xhop, faulty_build, which):
     greeting.go()
 
 
-def test_the_second_ehlo_refused_is_what_the_client_gets(site, xhop):
+def test_xclient_second_ehlo_refused_is_relayed(site, xhop):
     xhop.on("EHLO", [None, "550-5.7.1 not\n550 5.7.1 you"])
     site.start(XClient="on")
     client = site.client()
@@ -297,7 +297,7 @@ def test_the_second_ehlo_refused_is_what_the_client_gets(site, xhop):
     client.quit()
 
 
-def test_next_hop_gone_at_xclient(site, xhop):
+def test_xclient_with_the_next_hop_gone_gives_421(site, xhop):
     xhop.on("XCLIENT", CLOSE)
     site.start(XClient="on")
     client = site.client()
@@ -306,7 +306,7 @@ def test_next_hop_gone_at_xclient(site, xhop):
     client.eof()
 
 
-def test_pipelined_commands_wait_for_the_second_reply(site, xhop):
+def test_xclient_makes_pipelined_commands_wait(site, xhop):
     site.start(XClient="on")
     client = site.client()
     client.send("EHLO me\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")

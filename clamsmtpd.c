@@ -104,8 +104,8 @@ typedef void serve_fn(int fd, const struct addr *, struct conf *);
 
 struct listener {
 	int	 fd;			/* -1: shut to make room for another */
-	serve_fn *serve;		/* by the settings in effect, */
-	serve_fn *wanted;		/* and by new ones; NULL: to be closed */
+	serve_fn *serve;		/* by the settings in effect; NULL: new */
+	serve_fn *wanted;		/* by new settings; NULL: to be closed */
 	struct addr asked;		/* of the setting; its port may be 0 */
 	struct addr addr;
 	int	 v6only;		/* [::], and IPv4 has a line of its own */
@@ -271,13 +271,8 @@ listener_shut(struct listener *l)
  * copy of stay open then, and clients wait there for the next start.
  */
 static void
-listener_close(struct listener *l, int ending)
+listener_free(struct listener *l, int ending)
 {
-	struct listener **p;
-
-	for (p = &listeners; *p != l; p = &(*p)->next)
-		;
-	*p = l->next;
 	if (l->foreign || (ending && has_store))
 		close(l->fd);
 	else if (l->fd != -1) {
@@ -294,13 +289,14 @@ listener_close(struct listener *l, int ending)
 static void
 listeners_close(int ending)
 {
-	struct listener *l, *next;
+	struct listener *l, **p = &listeners;
 
-	for (l = listeners; l != NULL; l = next) {
-		next = l->next;
-		if (ending || l->wanted == NULL)
-			listener_close(l, ending);
-	}
+	while ((l = *p) != NULL)
+		if (ending || l->wanted == NULL) {
+			*p = l->next;
+			listener_free(l, ending);
+		} else
+			p = &l->next;
 }
 
 /* Returns 0 if it is a unix listener whose path is gone: systemd removes a
@@ -331,22 +327,16 @@ listener_inherit(struct listener *l)
 	    !is || type != SOCK_STREAM ||
 	    getsockname(l->fd, &l->addr.u.sa, &l->addr.len) == -1)
 		return -1;
-	switch (l->addr.u.sa.sa_family) {
-	case AF_INET6:
-		len = sizeof l->v6only;
-		if (IN6_IS_ADDR_UNSPECIFIED(&l->addr.u.in6.sin6_addr))
-			getsockopt(l->fd, IPPROTO_IPV6, IPV6_V6ONLY,
-			    &l->v6only, &len);
-		/* FALLTHROUGH */
-	case AF_INET:
-		l->asked = l->addr;
-		addr_set_port(&l->asked, 0);
+	l->asked = l->addr;
+	if (l->addr.u.sa.sa_family == AF_UNIX)
 		return 0;
-	case AF_UNIX:
-		l->asked = l->addr;
-		return 0;
-	}
-	return -1;
+	addr_set_port(&l->asked, 0);
+	len = sizeof l->v6only;
+	if (l->addr.u.sa.sa_family == AF_INET6 &&
+	    IN6_IS_ADDR_UNSPECIFIED(&l->addr.u.in6.sin6_addr))
+		getsockopt(l->fd, IPPROTO_IPV6, IPV6_V6ONLY, &l->v6only, &len);
+	return l->addr.u.sa.sa_family == AF_INET ||
+	    l->addr.u.sa.sa_family == AF_INET6 ? 0 : -1;
 }
 
 /*
@@ -377,13 +367,15 @@ listeners_inherit(void)
 			free(l);
 			continue;
 		}
-		l->next = listeners;
-		listeners = l;
 		if (!has_path(&l->addr)) {
 			if (!l->foreign)
 				listener_shut(l);
-			listener_close(l, 0);
+			listener_free(l, 0);
+			continue;
 		}
+		l->serve = session_accept;
+		l->next = listeners;
+		listeners = l;
 	}
 	unsetenv("LISTEN_PID");
 	unsetenv("LISTEN_FDS");
@@ -493,17 +485,17 @@ listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
 	l->wanted = serve;
 	l->asked = l->addr = *a;
 	l->v6only = is_v6only(c, a);
-	l->next = listeners;
-	listeners = l;
 	l->fd = socket_listen(a, c->transparent, l->v6only);
 	if (l->fd == -1 && errno == EADDRINUSE && listeners_make_room(a) > 0)
 		l->fd = socket_listen(a, c->transparent, l->v6only);
 	if (l->fd == -1) {
 		err = errno;
-		listener_close(l, 0);
+		free(l);
 		errno = err;
 		return -1;
 	}
+	l->next = listeners;
+	listeners = l;
 	if (a->u.sa.sa_family != AF_UNIX)	/* port 0: the kernel's choice */
 		getsockname(l->fd, &l->addr.u.sa, &l->addr.len);
 	listener_store(l, 1);
@@ -534,27 +526,28 @@ listen_on(const struct conf *c, const struct target *t, int starting)
 	return opened > 0 ? 0 : -1;
 }
 
-/* After a failed reload, close the new listeners, which precede the old ones in
- * the list, and open those again that were shut to make room. */
+/* After a failed reload, close the new listeners, and open those again that were
+ * shut to make room. */
 static void
-listeners_restore(struct listener *old)
+listeners_restore(void)
 {
-	struct listener *l, *next;
+	struct listener *l;
 
-	while (listeners != old)
-		listener_close(listeners, 0);
-	for (l = listeners; l != NULL; l = next) {
-		next = l->next;
+	for (l = listeners; l != NULL; l = l->next)
+		l->wanted = l->serve;
+	listeners_close(0);
+	for (l = listeners; l != NULL; l = l->next) {
 		if (l->fd != -1)
 			continue;
 		l->fd = socket_listen(&l->addr, conf->transparent, l->v6only);
 		if (l->fd == -1) {
 			logmsg(LOG_ERR, "%s: cannot reopen the listener:",
 			    addr_full(&l->addr));
-			listener_close(l, 0);
+			l->wanted = NULL;
 		} else
 			listener_store(l, 1);
 	}
+	listeners_close(0);
 }
 
 /* Set IP_TRANSPARENT as TransparentProxy wants it: a listener may be an old one,
@@ -580,7 +573,7 @@ static int
 listeners_open(const struct conf *c, int starting)
 {
 	struct target *const *t;
-	struct listener *l, *old = listeners;
+	struct listener *l;
 	int i;
 
 	for (l = listeners; l != NULL; l = l->next)
@@ -594,7 +587,7 @@ listeners_open(const struct conf *c, int starting)
 				l->wanted = serve_for(c, *t);
 	for (t = c->listen; *t != NULL; t++)
 		if (listen_on(c, *t, starting) == -1) {
-			listeners_restore(old);
+			listeners_restore();
 			return -1;
 		}
 	for (l = listeners; starting && l != NULL; l = l->next)
@@ -1750,26 +1743,66 @@ warn_missing(const struct conf *c)
 		    "this system", c->tempdir);
 }
 
+/* From the settings to the loop.  Returns 0, or -1 after an error, which has been
+ * logged. */
+static int
+start(int background, int level)
+{
+	int ready = -1;
+
+	notify_open();
+	listeners_inherit();
+	/* systemd accepts messages of the process that it has started only. */
+	if (background && getenv("NOTIFY_SOCKET") == NULL)
+		ready = detach();
+	atexit(remove_files);
+	signals_open();
+	if (set_limits(conf) == -1 || listeners_open(conf, 1) == -1)
+		return -1;
+	if (conf->pidfile != NULL)
+		pid_file_create(conf->pidfile);
+	if (conf->user != NULL)
+		drop_privileges(conf->user);
+	drop_capabilities();
+	user_name();
+	if (try_tempdir(conf) == -1)
+		return -1;
+	if (ready != -1)
+		attach_nothing(ready, level);
+	else if (background)
+		log_open(level, 0);
+	log_echo = 0;
+	if (geteuid() == 0)
+		logmsg(LOG_WARNING, "running as root is NOT recommended");
+	sandbox(conf);
+	listeners_log(conf);
+	resolve_all(conf);
+	clamd_ping(conf, 1, on_pong);
+	notify("READY=1", -1);
+	notify_ready = 1;
+	return 0;
+}
+
 int
 main(int argc, char **argv)
 {
 	struct options o = { -1, 0, 0, 0, CONFFILE };
-	int ready = -1, to_syslog;
+	int level, console, background;
 
 	if (argc == 0)
 		return 2;
 	inherit_nothing(listen_fds());
 	options_read(&o, argv);
-	to_syslog = o.level < 0 || o.foreground;
-	if (o.level < 0)
-		o.level = LOG_INFO - LOG_ERR;
+	level = o.level >= 0 ? o.level : LOG_INFO - LOG_ERR;
+	console = o.level >= 0 && !o.foreground;
+	background = o.level < 0 && !o.foreground;
 	loop_prepare();
 	count.started = time(NULL);
 	if (o.check || o.health)	/* -n tells the new names of old settings */
 		log_level = o.check ? LOG_INFO : LOG_ERR;
-	else if (o.foreground || !to_syslog) {
-		log_open(o.level, !to_syslog);
-		log_echo = to_syslog;
+	else if (!background) {
+		log_open(level, console);
+		log_echo = !console;
 	}
 	log_hold();
 	flags_warn(o.file);
@@ -1784,36 +1817,8 @@ main(int argc, char **argv)
 	}
 	if (o.health)
 		return check_health(conf);
-	notify_open();
-	listeners_inherit();
-	/* systemd accepts messages of the process that it has started only. */
-	if (to_syslog && !o.foreground && getenv("NOTIFY_SOCKET") == NULL)
-		ready = detach();
-	atexit(remove_files);
-	signals_open();
-	if (set_limits(conf) == -1 || listeners_open(conf, 1) == -1)
+	if (start(background, level) == -1)
 		return 1;
-	if (conf->pidfile != NULL)
-		pid_file_create(conf->pidfile);
-	if (conf->user != NULL)
-		drop_privileges(conf->user);
-	drop_capabilities();
-	user_name();
-	if (try_tempdir(conf) == -1)
-		return 1;
-	if (ready != -1)
-		attach_nothing(ready, o.level);
-	else if (to_syslog && !o.foreground)
-		log_open(o.level, 0);
-	log_echo = 0;
-	if (geteuid() == 0)
-		logmsg(LOG_WARNING, "running as root is NOT recommended");
-	sandbox(conf);
-	listeners_log(conf);
-	resolve_all(conf);
-	clamd_ping(conf, 1, on_pong);
-	notify("READY=1", -1);
-	notify_ready = 1;
 	loop();
 	sessions_shutdown(0, 1);	/* the kernel closes the rest */
 	children_kill();

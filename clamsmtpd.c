@@ -1051,6 +1051,8 @@ static const struct metric {
 	{ "message_bytes_total", "counter", "Of all messages.", &count.bytes },
 	{ "scans_running", "gauge", "At clamd now.", &count.scans_running },
 	{ "scans_waiting", "gauge", "For MaxScans.", &count.scans_waiting },
+	{ "log_lines_lost_total", "counter", "Too many waited.",
+	  &count.log_lost },
 };
 
 static void

@@ -1,6 +1,7 @@
 """StatusListen: the page, /healthz, /metrics; and -C, which asks for it."""
 
 import contextlib
+import fcntl
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import pytest
 import real
 from harness import (BAD, CLOSE, Failed, GOOD, Hold, Server, WAIT,
                      bind, connect, full_listener, localhost, mounting, own_host,
-                     reset, since, turns, until)
+                     reset, since, turns, until, wait_listener)
 
 VERDICTS = ("clean", "virus", "unscanned", "oversize", "clamd_error", "error")
 VISITORS = 8                # that are served at once
@@ -435,6 +436,30 @@ def test_metrics_count_sessions(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
+def test_metrics_lost_log_lines_are_counted(site):
+    """Lines for which the log has no room are counted, whether or not a line of the
+    log tells of them."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    listen, status = site.path("in.sock"), site.path("status.sock")
+    site.start(wait=False, Listen=listen, StatusListen=status,
+               preexec=lambda: os.dup2(write, 2))
+    os.close(write)
+    wait_listener(listen)
+    client = site.session(address=listen)
+    client.mail()
+    assert metrics(status)["log_lines_lost_total"] == 0
+    client.mail(to=["%d@example.com" % n for n in range(200)])
+    lost = metrics(status)["log_lines_lost_total"]
+    assert lost > 50
+    with open(read, "rb") as log:
+        told = 0
+        while not told:
+            told = int((re.findall(rb"(\d+) lines of the log were lost", log.readline()) or
+                        [0])[0])
+    assert told == metrics(status)["log_lines_lost_total"] >= lost
+
+
 def test_metrics_have_version_and_start(site, run):
     before = since()
     got = metrics(start(site))

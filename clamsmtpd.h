@@ -94,7 +94,7 @@
 #ifndef MEMSPOOL
 #define MEMSPOOL	(BUFSZ - 64)
 #endif
-#define MAXMEMSPOOLS	128		/* messages in memory: 4 MiB */
+#define MAXMEMORY	(4 << 20)	/* of all messages in memory */
 
 #define MAXADDRS	8		/* addresses of one name */
 #define MAXLISTEN	32
@@ -730,8 +730,8 @@ extern const size_t scan_line_len;
 int spool_file(const char *dir, int keep);
 /*
  * Open a spool.  A message of up to MEMSPOOL bytes stays in memory, unless keep
- * is set or MAXMEMSPOOLS other messages do so.  dir must last as long as the
- * spool.  Returns 0, or -1 with errno set.
+ * is set or the messages in memory would have more than MAXMEMORY bytes.  dir
+ * must last as long as the spool.  Returns 0, or -1 with errno set.
  */
 int spool_open(struct spool *, const char *dir, int keep);
 /* Append n pieces, which spool_write() may modify.  Returns 0, or -1 with errno

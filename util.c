@@ -2011,7 +2011,7 @@ spool_file(const char *dir, int keep)
 	return fd;
 }
 
-static int nmemspools;
+static size_t in_memory;		/* bytes of all spools */
 
 int
 spool_open(struct spool *sp, const char *dir, int keep)
@@ -2019,11 +2019,8 @@ spool_open(struct spool *sp, const char *dir, int keep)
 	sp->dir = dir;
 	sp->fd = -1;
 	sp->size = 0;
-	if (!keep && nmemspools < MAXMEMSPOOLS &&
-	    (sp->mem = mem_get()) != NULL) {
-		nmemspools++;
+	if (!keep && (sp->mem = mem_get()) != NULL)
 		return 0;
-	}
 	sp->fd = spool_file(dir, keep);
 	return sp->fd == -1 ? -1 : 0;
 }
@@ -2035,7 +2032,7 @@ spool_free_mem(struct spool *sp)
 		return;
 	mem_put(sp->mem);
 	sp->mem = NULL;
-	nmemspools--;
+	in_memory -= sp->size;
 }
 
 void
@@ -2071,18 +2068,21 @@ spool_write_file(struct spool *sp, struct iovec *v, int nv, size_t left)
 	return 0;
 }
 
-/* The message is too large for memory. */
+/* Move the message to a file.  Returns 0, or -1 with errno set. */
 static int
 spool_move(struct spool *sp)
 {
 	struct iovec v = { sp->mem, sp->size };
+	struct spool file = { .dir = sp->dir, .fd = spool_file(sp->dir, 0) };
 
-	if ((sp->fd = spool_file(sp->dir, 0)) == -1)
+	if (file.fd == -1)
 		return -1;
-	sp->size = 0;
-	if (spool_write_file(sp, &v, 1, v.iov_len) == -1)
+	if (spool_write_file(&file, &v, 1, v.iov_len) == -1) {
+		close(file.fd);
 		return -1;
+	}
 	spool_free_mem(sp);
+	*sp = file;
 	return 0;
 }
 
@@ -2094,14 +2094,15 @@ spool_write(struct spool *sp, struct iovec *v, int n)
 
 	for (i = 0; i < n; i++)
 		total += v[i].iov_len;
-	if (sp->mem != NULL && sp->size + total > MEMSPOOL &&
-	    spool_move(sp) == -1)
+	if (sp->mem != NULL && (sp->size + total > MEMSPOOL ||
+	    in_memory + total > MAXMEMORY) && spool_move(sp) == -1)
 		return -1;
 	if (sp->mem == NULL)
 		return spool_write_file(sp, v, n, total);
 	for (i = 0; i < n; i++) {
 		memcpy(sp->mem + sp->size, v[i].iov_base, v[i].iov_len);
 		sp->size += v[i].iov_len;
+		in_memory += v[i].iov_len;
 	}
 	return 0;
 }

@@ -115,23 +115,43 @@ def test_message_up_to_a_buffer_needs_no_file(site, size, files, how):
 
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: 32 KiB in memory")
-def test_memory_for_messages_is_limited_and_freed(site):
-    """The 129th message that is held at once goes to a file."""
+def test_memory_for_messages_full_uses_files(site):
+    """All messages have at most 4 MiB of memory.  The one that would pass the
+    limit goes to a file, and so does each later one until a message ends."""
     site.start(MaxConnections="200", MaxScans="200")
-    clients = [site.session() for _ in range(130)]
-    for client in clients:
-        client.begin(GOOD)
+    body = b"A: b\r\n\r\n" + b"x" * (MEMORY - 11) + b"\r\n"
+    fit = (4 << 20) // (32768 - 64)
+    clients = [site.session() for _ in range(fit + 3)]
+    for client in clients[:fit]:
+        client.begin(body)
     turns(site)
-    assert spool_files(site) == 2
+    assert spool_files(site) == 0
+    for client in clients[fit:]:
+        client.begin(body)
+    turns(site)
+    assert spool_files(site) == 3
     for client in clients:
         client.send(b".\r\n")
         client.expect("250 2.0.0 queued")
     again = clients[0]
-    again.begin(GOOD)
+    again.begin(body)
     turns(site)
     assert spool_files(site) == 0
     again.send(b".\r\n")
     again.expect("250 2.0.0 queued")
+
+
+def test_memory_for_messages_is_shared_by_their_sizes(site):
+    """Small messages take no more of it than their bytes."""
+    site.start(MaxConnections="400", MaxScans="400")
+    clients = [site.session() for _ in range(300)]
+    for client in clients:
+        client.begin(GOOD)
+    turns(site)
+    assert spool_files(site) == 0
+    for client in clients:
+        client.send(b".\r\n")
+        client.expect("250 2.0.0 queued")
 
 
 @pytest.mark.covers("clamsmtpd.8 When something fails: disk full")

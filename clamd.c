@@ -25,7 +25,7 @@ struct counters count;
 static struct clamd *clamds;		/* of all confs and scans */
 
 /* Sessions that wait for a slot, the oldest first. */
-static struct session *queue;
+static struct session *queue, **queue_end = &queue;
 
 /*
  * An abandoned scan: its session has ended or timed out.  clamd finishes the
@@ -149,6 +149,9 @@ queue_leave(struct session *s)
 	for (p = &queue; *p != NULL; p = &(*p)->scan.next)
 		if (*p == s) {
 			*p = s->scan.next;
+			if (queue_end == &s->scan.next)
+				queue_end = p;
+			s->conf->waiting--;
 			count.scans_waiting--;
 			break;
 		}
@@ -211,6 +214,8 @@ queue_run(void)
 
 	for (s = queue; s != NULL; s = next) {
 		next = s->scan.next;
+		if (s->conf == full && full->waiting == count.scans_waiting)
+			break;
 		if (s->conf == full)
 			continue;
 		c = clamd_choose(s, &busy);
@@ -235,13 +240,14 @@ queue_run(void)
 static void
 queue_join(struct session *s, int again)
 {
-	struct session **p = &queue;
+	struct session **p = again ? &queue : queue_end;
 
-	while (!again && *p != NULL)
-		p = &(*p)->scan.next;
 	s->scan.next = *p;
 	*p = s;
+	if (p == queue_end)
+		queue_end = &s->scan.next;
 	s->scan.phase = SC_QUEUE;
+	s->conf->waiting++;
 	count.scans_waiting++;
 	queue_run();
 }

@@ -48,7 +48,8 @@
  *  deadline	a time in monotonic milliseconds at which something gives up
  *  resolve	look up the addresses of a name
  *  target	an address of the configuration: path, IP address or name
- *  active	a session that ran a short time ago; the others are idle
+ *  active	a session that ran a short time ago and does not wait for a
+ *		slot; the others are idle
  *  drain	let the messages under way finish after SIGTERM
  *  reap	free what has ended: sessions, children
  */
@@ -243,6 +244,7 @@ struct conf {
 	char	*user;
 	char	*virusaction;
 	int	 xclient;
+	unsigned long long waiting;	/* sessions in the scan queue (clamd.c) */
 	unsigned char seen[40];		/* conf.c's: who set a keyword last, */
 	unsigned char action_seen;	/* and who the action of all viruses */
 };
@@ -346,7 +348,7 @@ struct message {
 };
 
 /* The scan of a message: from clamd_begin() to the verdict.  Private to
- * clamd.c. */
+ * clamd.c, but for SC_QUEUE. */
 struct scan {
 	/* queue_run() ends SC_QUEUE when a clamd has a free slot. */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;

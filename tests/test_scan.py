@@ -1044,6 +1044,29 @@ def test_waiting_scans_begin_in_the_order_of_their_dots(site):
     assert [int(s.mail[9:10]) for s in site.clamd.scans] == [0, 1, 2, 3, 4]
 
 
+def test_waiting_scans_of_old_settings_delay_no_new_ones(site):
+    """After a reload with another clamd a message goes there at once, although
+    older messages still wait for the old clamd."""
+    hold = Hold("OK")
+    site.clamd.verdict = hold
+    settings = dict(Listen=site.path("in.sock"), MaxScans="1")
+    site.start(**settings)
+    old = [site.session() for _ in range(3)]
+    for client in old:
+        client.submit(BODY)
+    hold.reached()
+    other = site.new_clamd()
+    site.reload(ClamAddress=other.address, **settings)
+    new = site.session()
+    new.mail(body=BODY)
+    new.quit()
+    assert len(other.scans) == 1
+    hold.go()
+    for client in old:
+        client.expect("250")
+        client.quit()
+
+
 @pytest.mark.covers("clamsmtpd.conf.5 MaxScans: wait in order",
     "clamsmtpd.conf.5 ScanTimeOut")
 def test_waiting_scan_counts_for_the_scan_time_out(site, clock):

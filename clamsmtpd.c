@@ -518,7 +518,11 @@ listen_on(const struct conf *c, const struct target *t, int starting)
 		if (listener_open(c, serve_for(c, t), &t->addr[i]) == 0)
 			opened++;
 		else
-			logmsg(t->naddr > 1 ? LOG_WARNING : LOG_ERR, "%s: %s:",
+			logmsg(t->naddr > 1 ? LOG_WARNING : LOG_ERR,
+			    starting || errno != EACCES ? "%s: %s:" : "%s: %s: "
+			    "only a restart can open it, since root privileges "
+			    "are dropped, and the sandbox allows only "
+			    "directories of the old settings:",
 			    setting, addr_full(&t->addr[i]));
 	if (opened == 0 && t->naddr > 1)
 		logmsg(LOG_ERR, "%s: %s: none of its addresses can be used",
@@ -1336,8 +1340,9 @@ set_limits(const struct conf *c)
 		return 0;
 	getrlimit(RLIMIT_NOFILE, &r);
 	logmsg(LOG_ERR, "MaxConnections: %d needs %lu descriptors, and the limit "
-	    "is %lu: raise it (ulimit -n) or lower MaxConnections",
-	    (int)c->maxconn, (unsigned long)want, (unsigned long)r.rlim_max);
+	    "is %lu: %s or lower MaxConnections", (int)c->maxconn,
+	    (unsigned long)want, (unsigned long)r.rlim_max,
+	    c == conf ? "raise it (ulimit -n)" : "restart clamsmtpd");
 	return -1;
 }
 

@@ -555,6 +555,50 @@ def test_sighup_with_a_bad_file_changes_nothing_and_says_why(site, change, why):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: only a restart can change")
+@pytest.mark.parametrize("setting", ["Listen", "StatusListen"])
+@pytest.mark.parametrize("where", ["new directory", "127.0.0.77:1023"])
+def test_sighup_with_a_listener_that_needs_a_restart_says_so(open_site, setting, where):
+    """The sandbox forbids a unix socket in a new directory, and User a port below
+    1024.  The log says that a restart can open the listener, and why."""
+    site = open_site
+    listen, other = os.path.join(site.spool, "in.sock"), site.path("other")
+    os.mkdir(other)
+    os.chmod(other, 0o777)
+    if where == "new directory":
+        where = other + "/new.sock"
+    site.start(User="nobody", Listen=listen)
+    before = len(site.daemon.log())
+    change = {"Listen": [listen, where]} if setting == "Listen" else {
+        "Listen": listen, "StatusListen": where}
+    site.daemon.write(site.settings(User="nobody", **change))
+    site.daemon.own = {listen}
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("reload failed")
+    if other in where and not site.daemon.log("^sandbox: .* files are written only"):
+        pytest.skip("no Landlock here")
+    assert site.daemon.log()[before] == (
+        "%s: %s: only a restart can open it, since root privileges are dropped, and the "
+        "sandbox allows only directories of the old settings: Permission denied"
+        % (setting, where))
+    assert not os.listdir(other)
+    site.session(address=listen).quit()
+
+
+def test_sighup_with_more_connections_than_descriptors_says_how_to_go_on(open_site):
+    """Without root's rights a reload cannot raise the limit.  A restart can."""
+    site, listen = open_site, os.path.join(open_site.spool, "in.sock")
+    site.start(User="nobody", Listen=listen, preexec=lambda: resource.setrlimit(
+        resource.RLIMIT_NOFILE, (300, 300)))
+    limit = resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE)[1]
+    site.daemon.write(site.settings(User="nobody", Listen=listen, MaxConnections="9999"))
+    site.daemon.send_signal(signal.SIGHUP)
+    line, = site.daemon.wait_log("^MaxConnections: 9999 needs ")
+    assert line.endswith(" and the limit is %d: restart clamsmtpd or lower MaxConnections"
+                         % limit)
+    site.daemon.wait_log("reload failed")
+
+
 def test_sighup_with_an_unreadable_file_says_only_that(open_site):
     """The daemon has lost the right to read its file: what the file says is
     unknown, so no setting is said to be missing."""

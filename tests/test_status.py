@@ -460,6 +460,7 @@ def test_metrics_lost_log_lines_are_counted(site):
     assert told == metrics(status)["log_lines_lost_total"] >= lost
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_metrics_have_version_and_start(site, run):
     before = since()
     got = metrics(start(site))

@@ -590,12 +590,10 @@ def test_sighup_with_more_connections_than_descriptors_says_how_to_go_on(open_si
     site, listen = open_site, os.path.join(open_site.spool, "in.sock")
     site.start(User="nobody", Listen=listen, preexec=lambda: resource.setrlimit(
         resource.RLIMIT_NOFILE, (300, 300)))
-    limit = resource.prlimit(site.daemon.pid, resource.RLIMIT_NOFILE)[1]
     site.daemon.write(site.settings(User="nobody", Listen=listen, MaxConnections="9999"))
     site.daemon.send_signal(signal.SIGHUP)
     line, = site.daemon.wait_log("^MaxConnections: 9999 needs ")
-    assert line.endswith(" and the limit is %d: restart clamsmtpd or lower MaxConnections"
-                         % limit)
+    assert line.endswith(" and the limit is 300: restart clamsmtpd or lower MaxConnections")
     site.daemon.wait_log("reload failed")
 
 

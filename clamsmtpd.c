@@ -41,6 +41,12 @@
 #define HTTP_TIME	(10 * SECOND)	/* for each of them */
 #define REQUESTSZ	4096		/* bytes of an HTTP request */
 
+/* For the start only. */
+#define die(status, ...)	do {			\
+	logmsg(LOG_ERR, __VA_ARGS__);			\
+	exit(status);					\
+} while (0)
+
 static struct conf *conf;		/* the settings in effect */
 static const char *pid_option;		/* -p */
 static const char *flags[64][2];	/* from old flags: setting, value */

@@ -520,7 +520,7 @@ size_t vformat(char *, size_t, const char *fmt, va_list);
 
 /*
  * The log.  After a format that ends in a colon errno's text is appended.
- * logmsg() and slog() preserve errno.  die() exits, and is for the start only.
+ * Both functions preserve errno.
  */
 extern int log_level;		/* lines up to this LOG_ level are written */
 extern int log_json;		/* LogFormat: json */
@@ -529,8 +529,6 @@ void log_open(int level, int console);		/* syslog, or stderr */
 void logmsg(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
-void die(int status, const char *fmt, ...)
-    __attribute__((format(printf, 2, 3), noreturn));
 /* log_hold() keeps messages until log_format() writes them, and all later ones,
  * as text or JSON.  When there is no more room, it keeps none any more. */
 void log_hold(void);
@@ -597,7 +595,12 @@ const char *printable_word(const char *, size_t n);	/* and a blank \x20 */
 const char *rfc5322_date(void);			/* now; in a static buffer */
 const char *rfc3339_date(time_t);		/* the same */
 
-size_t buf_len(const struct buf *);
+static inline size_t
+buf_len(const struct buf *p)
+{
+	return p->w - p->r;
+}
+
 char *buf_head(const struct buf *);		/* the first byte that waits */
 /* Returns 1 when n more bytes fit, or 0 when the buffer is full or memory
  * short. */
@@ -644,8 +647,20 @@ int addr_equal(const struct addr *, const struct addr *);
  * unix sockets are one network. */
 int addr_in(const struct addr *, const struct addr *net, int bits);
 void addr_unmap(struct addr *);			/* make ::ffff:a.b.c.d an IPv4 address */
-unsigned addr_port(const struct addr *);
-void addr_set_port(struct addr *, unsigned port);
+
+/* The port of an IPv6 address is where that of an IPv4 address is. */
+static inline unsigned
+addr_port(const struct addr *a)
+{
+	return a->u.sa.sa_family == AF_UNIX ? 0 : ntohs(a->u.in.sin_port);
+}
+
+static inline void
+addr_set_port(struct addr *a, unsigned port)
+{
+	a->u.in.sin_port = htons(port);
+}
+
 int addr_ip(struct addr *, const char *text, unsigned port);	/* -1: not numeric */
 int addr_path(struct addr *, const char *path);	/* -1: too long */
 /* Look name up, which blocks.  Returns the number of addresses in

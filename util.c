@@ -614,17 +614,6 @@ slog(const struct session *s, int level, const char *fmt, ...)
 	va_end(ap);
 }
 
-void
-die(int status, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	vlog(NULL, LOG_ERR, fmt, ap);
-	va_end(ap);
-	exit(status);
-}
-
 /*
  * Text and time.
  */
@@ -768,12 +757,6 @@ spares_free(void)
 /* The buffer that peer_fill() reads into.  Bodies of messages stay in it. */
 static char shared[BUFSZ];
 static int shared_taken;
-
-size_t
-buf_len(const struct buf *p)
-{
-	return p->w - p->r;
-}
 
 char *
 buf_head(const struct buf *p)
@@ -1047,7 +1030,7 @@ peer_waiting(const struct peer *p)
 }
 
 /*
- * Addresses.  The port of an IPv6 address is where that of an IPv4 address is.
+ * Addresses.
  */
 
 /* Write an IPv6 address (RFC 5952): the longest run of two or more zero groups
@@ -1165,18 +1148,6 @@ addr_unmap(struct addr *a)
 	memcpy(&a->u.in.sin_addr, six.sin6_addr.s6_addr + 12, 4);
 }
 
-unsigned
-addr_port(const struct addr *a)
-{
-	return a->u.sa.sa_family == AF_UNIX ? 0 : ntohs(a->u.in.sin_port);
-}
-
-void
-addr_set_port(struct addr *a, unsigned port)
-{
-	a->u.in.sin_port = htons(port);
-}
-
 int
 addr_ip(struct addr *a, const char *text, unsigned port)
 {
@@ -1271,6 +1242,13 @@ peer_connect(struct peer *p, const struct addr *a, int64_t *deadline,
  * own; MAXACTIONS run at once, and the others wait.
  */
 
+struct quarantine {
+	const struct spool *from;	/* for the child only, as is dir */
+	const char *dir;
+	int	 to;
+	char	 scratch[PATH_MAX], copy[PATH_MAX];
+};
+
 struct child {
 	pid_t	 pid;			/* 0: not started yet, or reaped */
 	int64_t	 deadline;		/* of its next signal */
@@ -1281,7 +1259,7 @@ struct child {
 	int	 fd;			/* of the pipe */
 	void	(*done)(void *, const char *, size_t);
 	void	*ctx;			/* NULL: the answer is not wanted */
-	char	*scratch, *copy;	/* files of a quarantine; NULL: none */
+	struct quarantine *files;	/* NULL: it is a look-up */
 	size_t	 n;
 	char	 answer[PATH_MAX];
 
@@ -1411,8 +1389,7 @@ child_free(struct child *c)
 		;
 	if (*p == c)
 		*p = c->next;
-	free(c->scratch);
-	free(c->copy);
+	free(c->files);
 	free(c->command);
 	env_free(c->env);
 	free(c);
@@ -1434,59 +1411,57 @@ child_room(void)
 	int n = 0;
 
 	for (c = children; c != NULL; c = c->next)
-		n += c->copy != NULL;
+		n += c->files != NULL;
 	return n < MAXCOPIES;
 }
 
 /*
- * Run work(out, arg) in a child that keeps the descriptors out, keep1 and keep2
- * only (-1: none).  When it has ended, done(ctx, answer, n) is called in the
- * loop with the n bytes that it wrote to out, and a NUL; n is 0 if it failed or
- * took longer than ms.  Then the files scratch and copy (NULL: none) are
- * removed, unless the answer is the name of copy and done was called.  Returns
- * NULL and sets errno if there can be no child.
+ * Run work(out, arg) in a child that keeps only the descriptors out and those of
+ * the files.  When it has ended, done(ctx, answer, n) is called in the loop with
+ * the n bytes that it wrote to out, and a NUL; n is 0 if it failed or took longer
+ * than ms.  Then the files are removed, unless the answer is the name of the copy
+ * and done was called.  Takes the files (NULL: none).  Returns NULL and sets errno
+ * if there can be no child.
  */
 static struct child *
-child_start(void (*work)(int, void *), void *arg, int keep1, int keep2,
-    const char *scratch, const char *copy,
+child_start(void (*work)(int, void *), void *arg, struct quarantine *files,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
 {
 	struct child *c = calloc(1, sizeof *c);
-	int p[2] = { -1, -1 }, keep[3], err;
+	int p[2] = { -1, -1 }, err;
 
 	if (c == NULL)
 		return NULL;
-	if (scratch != NULL && ((c->scratch = strdup(scratch)) == NULL ||
-	    (c->copy = strdup(copy)) == NULL))
-		goto fail;
-	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1)
-		goto fail;
-	if ((c->pid = fork_blocked()) == -1)
-		goto fail;
+	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1 ||
+	    (c->pid = fork_blocked()) == -1) {
+		err = errno;
+		if (p[0] != -1) {
+			close(p[0]);
+			close(p[1]);
+		}
+		free(c);
+		errno = err;
+		return NULL;
+	}
 	if (c->pid == 0) {
-		keep[0] = p[1];
-		keep[1] = keep1;
-		keep[2] = keep2;
+		int keep[3] = { p[1], -1, -1 };
+
+		if (files != NULL) {
+			keep[1] = files->from->fd;
+			keep[2] = files->to;
+		}
 		close_all_but(keep, 3);
 		work(p[1], arg);
 		_exit(0);
 	}
 	close(p[1]);
 	c->fd = p[0];
+	c->files = files;
 	c->done = done;
 	c->ctx = ctx;
 	c->deadline = now + ms;
 	child_add(c);
 	return c;
-fail:
-	err = errno;
-	if (p[0] != -1) {
-		close(p[0]);
-		close(p[1]);
-	}
-	child_free(c);
-	errno = err;
-	return NULL;
 }
 
 void
@@ -1502,14 +1477,14 @@ child_forget(struct child *c)
  * the scratch file is gone, if both are one file, or if the copy is empty.
  */
 static void
-files_remove(const struct child *c)
+files_remove(const struct quarantine *q)
 {
 	struct stat a, b;
 
-	if (stat(c->scratch, &a) == -1 || (stat(c->copy, &b) == 0 &&
+	if (stat(q->scratch, &a) == -1 || (stat(q->copy, &b) == 0 &&
 	    (b.st_size == 0 || (a.st_dev == b.st_dev && a.st_ino == b.st_ino))))
-		unlink(c->copy);
-	unlink(c->scratch);
+		unlink(q->copy);
+	unlink(q->scratch);
 }
 
 /* The worker has closed its pipe: it runs no more, and has answered whatever it
@@ -1517,15 +1492,15 @@ files_remove(const struct child *c)
 static void
 worker_end(struct child *c)
 {
-	int taken = c->ctx != NULL && c->copy != NULL && !c->signalled &&
-	    strcmp(c->answer, c->copy) == 0;
+	int taken = c->ctx != NULL && c->files != NULL && !c->signalled &&
+	    strcmp(c->answer, c->files->copy) == 0;
 
 	close(c->fd);
 	if (c->ctx != NULL)
 		c->done(c->ctx, c->answer, c->signalled ? 0 : c->n);
-	if (c->copy != NULL) {
+	if (c->files != NULL) {
 		if (!taken)
-			files_remove(c);
+			files_remove(c->files);
 		run_all = 1;		/* another session may make a copy */
 	}
 	child_free(c);
@@ -1718,8 +1693,8 @@ children_kill(void)
 			child_signal(c, SIGKILL);
 			waitpid(c->pid, NULL, 0);
 		}
-		if (c->copy != NULL)
-			files_remove(c);
+		if (c->files != NULL)
+			files_remove(c->files);
 	}
 }
 
@@ -1841,8 +1816,7 @@ target_resolve(struct target *t, int force)
 	t->resolved_at = now;
 	t->resolving = 1;
 	t->refs++;
-	if (child_start(lookup_work, t, -1, -1, NULL, NULL, on_lookup, t,
-	    LOOKUP_LIMIT) != NULL)
+	if (child_start(lookup_work, t, NULL, on_lookup, t, LOOKUP_LIMIT) != NULL)
 		return;
 	logmsg(LOG_ERR, "%s: cannot start a child to resolve this name:",
 	    t->text);
@@ -1982,13 +1956,15 @@ const char scan_line[] = "Received: by smtp.passthru\r\n";
 const size_t scan_line_len = sizeof scan_line - 1;
 
 static int
-spool_named(const char *dir, const char *kind, char *path, size_t n)
+spool_named(const char *dir, char path[PATH_MAX])
 {
-	if (strlen(dir) + strlen(kind) + sizeof "/.XXXXXX" > n) {
+	static const char name[] = "/clamsmtpd.XXXXXX";
+
+	if (strlen(dir) + sizeof name > PATH_MAX) {
 		errno = ENAMETOOLONG;
 		return -1;
 	}
-	format(path, n, "%s/%s.XXXXXX", dir, kind);
+	format(path, PATH_MAX, "%s%s", dir, name);
 	return mkostemp(path, O_CLOEXEC);
 }
 
@@ -2004,7 +1980,7 @@ spool_file(const char *dir, int keep)
 		fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 #endif
 	if (fd == -1) {
-		fd = spool_named(dir, "clamsmtpd", path, sizeof path);
+		fd = spool_named(dir, path);
 		if (fd != -1 && !keep)
 			unlink(path);
 	}
@@ -2120,13 +2096,6 @@ spool_read(const struct spool *sp, void *to, size_t n, off_t at)
 	return n;
 }
 
-struct quarantine {
-	const struct spool *from;
-	int	 to;
-	char	 scratch[PATH_MAX], copy[PATH_MAX];
-	const char *dir;
-};
-
 static int
 copy_file(const struct spool *from, int to)
 {
@@ -2203,9 +2172,7 @@ quarantine_names(struct quarantine *q)
 	int try;
 
 	for (try = 0; try < 100; try++) {
-		q->to = spool_named(q->dir, "clamsmtpd", q->scratch,
-		    sizeof q->scratch);
-		if (q->to == -1)
+		if ((q->to = spool_named(q->dir, q->scratch)) == -1)
 			return -1;
 		format(q->copy, sizeof q->copy, "%s/virus.%s", q->dir,
 		    strrchr(q->scratch, '.') + 1);
@@ -2222,20 +2189,25 @@ struct child *
 spool_quarantine(const struct spool *sp, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
 {
-	static struct quarantine q;
-	struct child *c;
+	struct quarantine *q = calloc(1, sizeof *q);
+	struct child *c = NULL;
 	int err;
 
-	q.from = sp;
-	q.dir = dir;
-	if (quarantine_names(&q) == -1)
+	if (q == NULL)
 		return NULL;
-	c = child_start(quarantine_work, &q, sp->fd, q.to, q.scratch, q.copy, done,
-	    ctx, ms);
-	err = errno;
+	q->from = sp;
+	q->dir = dir;
+	if (quarantine_names(q) == -1) {
+		err = errno;
+	} else {
+		c = child_start(quarantine_work, q, q, done, ctx, ms);
+		err = errno;
+		close(q->to);
+		if (c == NULL)
+			unlink(q->scratch);
+	}
 	if (c == NULL)
-		unlink(q.scratch);
-	close(q.to);
+		free(q);
 	errno = err;
 	return c;
 }

@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from harness import (CLAMSMTPD, Hold, READ_AGAIN, WAIT, connect, has_ipv6, never,
+from harness import (CLAMSMTPD, Hold, WAIT, connect, has_ipv6, never,
                      own_host, until)
 from test_run import (IP_TRANSPARENT, as_nobody, exposed, option_of, places,  # noqa: F401
                       served)
@@ -415,6 +415,30 @@ def test_virus_actions_have_no_variables_of_systemd(site, systemd):
     with open(out) as file:
         assert "LISTEN_" not in file.read()
     end(site.daemon)
+
+
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: NOTIFY_SOCKET")
+def test_notify_socket_gets_ready_after_listening_and_the_log_is_syslog(
+        site, systemd, syslog):
+    """READY=1 comes when clients can connect, and STOPPING=1 at the end.  The
+    daemon stays in the foreground, and logs to syslog."""
+    log, preexec = syslog
+    path = site.path("in.sock")
+    one = site.start(level=None, wait=False, env=systemd.env, preexec=preexec, Listen=path)
+    until(lambda: "READY=1" in systemd.read(), "it is ready")
+    client = site.session(address=path)
+    client.mail()
+    client.quit()
+    want = b"<22>clamsmtpd: 100000: from=a@example.com, to=b@example.com, status=CLEAN"
+    until(lambda: log.recv(4096).rstrip(b"\n\0") == want, "the line of the mail")
+    assert one.alive() and one.text() == ""
+    end(one)
+    assert "STOPPING=1" in systemd.read()
+
+
+def test_notify_socket_gets_no_ready_when_the_address_is_in_use(site, systemd):
+    one = site.refused(env=systemd.env, Listen=site.hop.address)
+    assert one.log("in use") and systemd.read() == []
 
 
 # ---------------------------------------------------------------- NOTIFY_SOCKET

@@ -590,8 +590,9 @@ size_t text_char(const char *p, size_t n);
  * used in turn.  Each byte of control characters and invalid UTF-8 becomes
  * \xHH.  A long text is cut and ends in "...".
  */
-const char *printable(const char *, size_t n);
-const char *printable_word(const char *, size_t n);	/* and a blank \x20 */
+const char *escape(const char *, size_t n, int lowest);
+#define printable(p, n)		escape(p, n, ' ')
+#define printable_word(p, n)	escape(p, n, ' ' + 1)	/* and a blank \x20 */
 const char *rfc5322_date(void);			/* now; in a static buffer */
 const char *rfc3339_date(time_t);		/* the same */
 
@@ -640,8 +641,11 @@ int peer_unread(struct peer *);
 /* Returns 1 when there is input, in the buffer or in the kernel, else 0. */
 int peer_waiting(const struct peer *);
 
-const char *addr_text(const struct addr *);	/* a.b.c.d, v6, path, "local" */
-const char *addr_full(const struct addr *);	/* with its port */
+/* Returns a text such as a.b.c.d, v6, path or "local" in one of a few static
+ * buffers that are used in turn. */
+const char *addr_format(const struct addr *, int with_port);
+#define addr_text(a)	addr_format(a, 0)
+#define addr_full(a)	addr_format(a, 1)
 int addr_equal(const struct addr *, const struct addr *);
 /* Returns 1 when the address is in the network of so many bits, else 0.  All
  * unix sockets are one network. */

@@ -51,16 +51,6 @@ field(const struct conf *c, const struct keyword *k)
 	return (char *)(uintptr_t)c + k->off;
 }
 
-static char *
-copy(const char *s)
-{
-	char *p = strdup(s);
-
-	if (p == NULL)
-		logmsg(LOG_ERR, "settings:");
-	return p;
-}
-
 static const char no_memory[] = "kept: out of memory";
 static const char blanks[] = " \t";
 
@@ -124,17 +114,6 @@ show_word(const struct conf *c, const struct keyword *k)
 	show_value(k, k->words[1 + *(int *)field(c, k)]);
 }
 
-static const char *
-not_a_number(const struct keyword *k)
-{
-	static char text[96];
-
-	if (k->max == BYTES)
-		return "a number of bytes, such as 25M, or 0 for no limit";
-	format(text, sizeof text, "a number from %d to %d", k->min, k->max);
-	return text;
-}
-
 /* Read a number, with a suffix when a size is wanted.  Returns -1 when v is
  * none. */
 static int64_t
@@ -159,10 +138,14 @@ number(const char *v, int is_size)
 static const char *
 set_number(struct conf *c, const struct keyword *k, const char *v)
 {
+	static char range[96];
 	int64_t n = number(v, k->max == BYTES);
 
-	if (n < k->min || (n > k->max && k->max != BYTES))
-		return not_a_number(k);
+	if (k->max == BYTES && n == -1)
+		return "a number of bytes, such as 25M, or 0 for no limit";
+	format(range, sizeof range, "a number from %d to %d", k->min, k->max);
+	if (k->max != BYTES && (n < k->min || n > k->max))
+		return range;
 	*(int64_t *)field(c, k) = n * k->unit;
 	return NULL;
 }
@@ -180,7 +163,7 @@ set_text(struct conf *c, const struct keyword *k, const char *v)
 	char **p = field(c, k);
 
 	free(*p);
-	*p = copy(v);
+	*p = strdup(v);
 	return *p == NULL ? no_memory : NULL;
 }
 
@@ -503,7 +486,7 @@ target_host(struct target *t, const char *host, int port)
 	}
 	if (!is_host_name(host))
 		return not_address;
-	t->name = copy(host);
+	t->name = strdup(host);
 	return t->name == NULL ? no_memory : NULL;
 }
 
@@ -550,7 +533,7 @@ target_new(struct target **tp, const struct keyword *k, const char *v)
 	if (t == NULL)
 		return no_memory;
 	t->refs = 1;
-	t->text = copy(v);
+	t->text = strdup(v);
 	why = t->text == NULL ? no_memory : target_parse(t, v, k->max);
 	if (why == NULL && *v != '/' && (int)t->port < k->min)
 		why = "an address with a port from 1 to 65535";
@@ -1043,7 +1026,7 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile)
 {
 	struct conf *c = calloc(1, sizeof *c);
-	struct place at = { "command line", 0, BY_FLAG, 0 };
+	struct place at = { "defaults", 0, BY_NOBODY, 0 };
 	char full[2 * PATH_MAX];
 	size_t i;
 	int n, there;
@@ -1057,12 +1040,10 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 	}
 	c->refs = 1;
 	for (i = 0; i < NKEYWORDS; i++)
-		if (keywords[i].def != NULL &&
-		    keywords[i].set(c, &keywords[i], keywords[i].def) != NULL) {
-			logmsg(LOG_ERR, "%s: no memory for its default",
-			    keywords[i].name);
-			at.errors++;
-		}
+		if (keywords[i].def != NULL)
+			assign(c, &at, keywords[i].name, keywords[i].def);
+	at.where = "command line";
+	at.source = BY_FLAG;
 	for (n = 0; n < nflags; n++)
 		assign(c, &at, flags[n][0], flags[n][1]);
 	there = read_file(c, &at, path);

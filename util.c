@@ -645,7 +645,7 @@ monotonic(void)
 }
 
 /* Promise 8.  Characters below lowest are escaped, too. */
-static const char *
+const char *
 escape(const char *p, size_t n, int lowest)
 {
 	static const char hex[] = "0123456789ABCDEF";
@@ -674,18 +674,6 @@ escape(const char *p, size_t n, int lowest)
 	}
 	*w = '\0';
 	return b;
-}
-
-const char *
-printable(const char *p, size_t n)
-{
-	return escape(p, n, ' ');
-}
-
-const char *
-printable_word(const char *p, size_t n)
-{
-	return escape(p, n, ' ' + 1);
 }
 
 const char *
@@ -1070,7 +1058,7 @@ ip_bytes(const struct addr *a)
 	    (const void *)&a->u.in.sin_addr : a->u.in6.sin6_addr.s6_addr;
 }
 
-static const char *
+const char *
 addr_format(const struct addr *a, int with_port)
 {
 	static char ring[4][ADDRTEXT];
@@ -1098,18 +1086,6 @@ addr_format(const struct addr *a, int with_port)
 	if (with_port)
 		format(b + n, ADDRTEXT - n, ":%u", addr_port(a));
 	return b;
-}
-
-const char *
-addr_text(const struct addr *a)
-{
-	return addr_format(a, 0);
-}
-
-const char *
-addr_full(const struct addr *a)
-{
-	return addr_format(a, 1);
 }
 
 int

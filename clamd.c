@@ -464,7 +464,7 @@ scan_send(struct session *s)
 
 	/* Promise 4: an OK before the last bytes is an error, so read first. */
 	if (c->queued && !p->eof)
-		peer_fill(p);
+		peer_fill(p, 0);
 	/* An early answer, or the end of the connection, is the result. */
 	if (p->err || p->eof || buf_len(&p->in) > 0) {
 		c->phase = SC_ANSWER;
@@ -581,7 +581,7 @@ scan_read(struct session *s)
 
 	/* Read everything available, so that data after the answer is seen. */
 	if (memchr(buf_head(in), '\0', buf_len(in)) != NULL)
-		while (!s->scan.peer.eof && peer_fill(&s->scan.peer))
+		while (!s->scan.peer.eof && peer_fill(&s->scan.peer, 0))
 			;
 	p = buf_head(in);
 	n = buf_len(in);
@@ -780,7 +780,7 @@ ping_answer(void)
 	size_t n;
 
 	if (!p->eof)
-		peer_fill(p);
+		peer_fill(p, 0);
 	answer = buf_head(&p->in);
 	n = buf_len(&p->in);
 	if (n == 5 && memcmp(answer, "PONG", 5) == 0) {

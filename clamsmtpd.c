@@ -1235,7 +1235,7 @@ on_http(void *arg, int revents)
 	struct http_client *v = arg;
 
 	if (revents & POLLIN)
-		peer_fill(&v->peer);
+		peer_fill(&v->peer, 0);
 	http_serve(v);
 }
 

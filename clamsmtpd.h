@@ -74,6 +74,7 @@
 
 /* Sizes, in bytes. */
 #define BUFSZ		32768		/* one buffer; one read or write */
+#define BODYSZ		(4 * BUFSZ)	/* one read of a message's body */
 #define LINESZ		12288		/* a command line (RFC 4954 4) */
 #define REPLYSZ		16384		/* a reply of the next hop, all lines, */
 #define RELAYSZ		(REPLYSZ / 4 * 5)	/* and with CRLF for each LF */
@@ -125,13 +126,13 @@
 #define SLOWEST_BODY	100		/* bytes a second, over TimeOut */
 
 /*
- * Bytes b[r] .. b[w-1] wait, 0 <= r <= w <= BUFSZ.  An empty buffer may have no
+ * Bytes b[r] .. b[w-1] wait, 0 <= r <= w <= size.  An empty buffer may have no
  * memory: b is NULL then.  While a session runs, b of one peer's `in' may be
  * the buffer that all peers share (peer_fill(), peer_settle()).
  */
 struct buf {
 	char	*b;
-	size_t	 r, w;
+	size_t	 r, w, size;
 };
 
 /* A text that grows.  A NUL follows it; s is NULL until something is added. */
@@ -618,9 +619,10 @@ void str_free(struct str *);
  * that no message needs more than another. */
 void loop_prepare(void);
 /*
- * Read once.  Returns 1 after bytes, EOF or an error, 0 when there was nothing.
+ * Read once, up to BUFSZ bytes, or BODYSZ if body is set.  Returns 1 after
+ * bytes, EOF or an error, 0 when there was nothing.
  */
-int peer_fill(struct peer *);
+int peer_fill(struct peer *, int body);
 /* Copy unread input out of the shared buffer, after the session has run.
  * Returns 0, or -1 without memory: the input is lost. */
 int peer_settle(struct peer *);

@@ -648,9 +648,15 @@ server_lost(struct session *s, const char *why)
  */
 
 static int
+is_body(const struct session *s)
+{
+	return s->state == S_BODY || s->state == S_CHUNK;
+}
+
+static int
 client_fill(struct session *s)
 {
-	int got = peer_fill(&s->client);
+	int got = peer_fill(&s->client, is_body(s));
 
 	if (s->client.eof)
 		s->eof_at = now;
@@ -897,12 +903,6 @@ server_idle(struct session *s)
 	if (s->server.peer.fd == -1)
 		return GONE;
 	return s->server.verb == NULL ? READY : WAITING;
-}
-
-static int
-is_body(const struct session *s)
-{
-	return s->state == S_BODY || s->state == S_CHUNK;
 }
 
 /* Returns the time at which a NOOP is to be sent, or 0 when none is.  NOOPs are
@@ -2994,7 +2994,7 @@ st_replay(struct session *s)
 		return abort_transaction(s);
 	if (s->server.peer.err == PEER_LOCAL || (s->server.peer.err &&
 	    buf_len(&s->server.peer.in) == 0 && !s->server.peer.eof &&
-	    !peer_fill(&s->server.peer)))
+	    !peer_fill(&s->server.peer, 0)))
 		return server_lost(s, s->server.peer.err == PEER_LOCAL ?
 		    "no memory, or TempDirectory cannot be read" : "write failed");
 	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof) {
@@ -3221,7 +3221,7 @@ on_server(void *arg, int revents)
 	if (s->server.peer.connecting)
 		s->server.peer.connecting = 0;
 	else if (revents & POLLIN)
-		peer_fill(&s->server.peer);
+		peer_fill(&s->server.peer, 0);
 	session_run(s);
 }
 
@@ -3235,7 +3235,7 @@ on_clamd(void *arg, int revents)
 	if (s->scan.peer.connecting)
 		s->scan.peer.connecting = 0;
 	else if (revents & POLLIN)
-		peer_fill(&s->scan.peer);
+		peer_fill(&s->scan.peer, 0);
 	session_run(s);
 }
 

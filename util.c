@@ -3,6 +3,7 @@
  * processes and the spool.  All socket reads and writes of a session are here.
  */
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
@@ -245,7 +246,7 @@ static int log_stream;			/* which is a stream socket */
  * it until all others are written.  Then a line says how many were lost.
  */
 static char log_lines[BUFSZ];
-static struct buf log_buf = { log_lines, 0, 0 };
+static struct buf log_buf = { log_lines, 0, 0, sizeof log_lines };
 static int log_begun;			/* a part of the first line is written */
 static unsigned long long log_told;	/* of count.log_lost */
 
@@ -710,6 +711,11 @@ rfc5322_date(void)
  * again.  Only the pages that were touched take memory.
  */
 
+/* The buffer that peer_fill() reads into.  Bodies of messages stay in it, and
+ * only they need more than BUFSZ bytes. */
+static char shared[BODYSZ] __attribute__((aligned(4096)));
+static int shared_taken, shared_grown;
+
 static char *spare[SPARE_BUFS];
 static int nspare;
 static int nomem;		/* there was no memory for a buffer */
@@ -735,16 +741,17 @@ mem_put(char *b)
 		free(b);
 }
 
+/* Return the memory that an idle daemon does not need. */
 static void
 spares_free(void)
 {
 	while (nspare > 0)
 		free(spare[--nspare]);
+	if (shared_grown)
+		madvise(shared + BUFSZ, BODYSZ - BUFSZ, MADV_DONTNEED);
+	shared_grown = 0;
 }
 
-/* The buffer that peer_fill() reads into.  Bodies of messages stay in it. */
-static char shared[BUFSZ];
-static int shared_taken;
 
 char *
 buf_head(const struct buf *p)
@@ -757,20 +764,23 @@ buf_head(const struct buf *p)
 int
 buf_ready(struct buf *p, size_t n)
 {
-	if (p->b == NULL && (p->b = mem_get()) == NULL)
-		return 0;
-	if (BUFSZ - p->w < n && p->r > 0) {
+	if (p->b == NULL) {
+		if ((p->b = mem_get()) == NULL)
+			return 0;
+		p->size = BUFSZ;
+	}
+	if (p->size - p->w < n && p->r > 0) {
 		memmove(p->b, p->b + p->r, p->w - p->r);
 		p->w -= p->r;
 		p->r = 0;
 	}
-	return BUFSZ - p->w >= n;
+	return p->size - p->w >= n;
 }
 
 void
 buf_put(struct buf *p, const void *data, size_t n)
 {
-	if (n > BUFSZ - p->w)
+	if (n > p->size - p->w)
 		abort();	/* buf_ready() was not called */
 	if (n > 0)
 		memcpy(p->b + p->w, data, n);
@@ -790,10 +800,11 @@ buf_free(struct buf *p)
 {
 	if (p->b == shared)
 		shared_taken = 0;
-	else if (p->b != NULL)
+	else if (p->size == BUFSZ)
 		mem_put(p->b);
-	p->b = NULL;
-	p->r = p->w = 0;
+	else
+		free(p->b);
+	*p = (struct buf){ NULL, 0, 0, 0 };
 }
 
 int
@@ -837,7 +848,7 @@ void
 loop_prepare(void)
 {
 	now = monotonic();
-	memset(shared, 0, sizeof shared);
+	memset(shared, 0, BUFSZ);
 }
 
 /*
@@ -846,7 +857,7 @@ loop_prepare(void)
  * copies the rest.
  */
 int
-peer_fill(struct peer *p)
+peer_fill(struct peer *p, int body)
 {
 	struct buf *in = &p->in;
 	size_t room;
@@ -854,13 +865,15 @@ peer_fill(struct peer *p)
 
 	if (in->b == NULL && !shared_taken) {
 		in->b = shared;
+		in->size = body ? BODYSZ : BUFSZ;
 		shared_taken = 1;
 	} else if (!buf_ready(in, 1))
 		return 0;
-	room = BUFSZ - in->w;
+	room = in->size - in->w;
 	n = recv(p->fd, in->b + in->w, room < IO_MAX ? room : IO_MAX, 0);
 	if (n > 0) {
 		in->w += n;
+		shared_grown |= n > BUFSZ;
 		return 1;
 	}
 	if (buf_len(in) == 0)
@@ -876,7 +889,7 @@ peer_fill(struct peer *p)
 int
 peer_settle(struct peer *p)
 {
-	struct buf *in = &p->in, keep = { NULL, 0, 0 };
+	struct buf *in = &p->in, keep = { NULL, 0, 0, 0 };
 
 	if (buf_len(&p->out) == 0)
 		buf_free(&p->out);
@@ -884,6 +897,8 @@ peer_settle(struct peer *p)
 		buf_free(in);
 	if (in->b == NULL || in->b != shared)
 		return 0;
+	if (buf_len(in) > BUFSZ && (keep.b = malloc(BODYSZ)) != NULL)
+		keep.size = BODYSZ;
 	if (!buf_ready(&keep, buf_len(in))) {
 		buf_free(in);
 		return -1;
@@ -1867,7 +1882,7 @@ poll_wait(void)
 	int i, r, n;
 
 	children_poll();
-	if (nspare > 0)
+	if (nspare > 0 || shared_grown)
 		poll_deadline(now + IDLE_TIME);
 	if (nomem)
 		nomem_pause();

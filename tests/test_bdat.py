@@ -303,6 +303,24 @@ def test_bdat_and_data_in_one_session_both_arrive(site, chunky):
     chunky.quit()
 
 
+def test_bdat_commands_read_with_the_last_octets_are_all_answered(site):
+    """A read takes 128 KiB of a body.  What follows the body in it is more than
+    another buffer holds."""
+    site.hop = site.new_hop(chunking=True)
+    site.start(Listen=site.path("in.sock"))
+    client = site.session()
+    client.envelope()
+    client.send(b"BDAT 50000 LAST\r\n" + b"x" * 10)
+    turns(site)
+    site.daemon.pause()
+    client.send(b"x" * 49990 + b"NOOP\r\n" * 8000)
+    site.daemon.resume()
+    for _ in range(8001):
+        client.expect("250")
+    assert len(site.hop.messages[0].body) == 50000 + len(HEADER)
+    client.quit()
+
+
 @pytest.mark.core
 def test_bdat_chunk_above_the_limit_is_skipped_with_552(site):
     site.hop = site.new_hop(chunking=True)

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import vectors
-from harness import HEADER, INFECTED, VIRUS, same, since, stuff
+from harness import HEADER, INFECTED, VIRUS, same, since, stuff, turns, until
 
 NEAR = range(-3, 4)
 
@@ -159,6 +159,23 @@ def test_body_large_takes_no_memory(site, plain):
     same(relay(site, plain, body).body, body)
     assert site.daemon.grown(before) < 1024
     plain.quit()
+
+
+def test_body_read_in_large_pieces_takes_memory_only_then(site):
+    """An idle daemon returns what a read of 128 KiB needs and others do not."""
+    site.start(Listen=site.path("in.sock"))
+    client = site.session()
+    client.mail(body=text(2000))
+    before = site.daemon.rss()
+    for _ in range(3):
+        client.begin()
+        turns(site)
+        site.daemon.pause()
+        client.send(text(120000) + b".\r\n")
+        site.daemon.resume()
+        client.expect("250")
+    until(lambda: site.daemon.grown(before) < 64, "the memory is returned")
+    client.quit()
 
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: 16 MiB")

@@ -752,7 +752,6 @@ spares_free(void)
 	shared_grown = 0;
 }
 
-
 char *
 buf_head(const struct buf *p)
 {

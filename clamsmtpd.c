@@ -48,7 +48,7 @@
 } while (0)
 
 static struct conf *conf;		/* the settings in effect */
-static const char *pid_option;		/* -p */
+static const char *given[128];		/* options; "": without an argument */
 static const char *flags[64][2];	/* from old flags: setting, value */
 static int nflags;
 static int pid_fd = -1;			/* of the pid file, locked; -1: none */
@@ -735,7 +735,7 @@ resolve_all(struct conf *c)
 static void
 reload(void)
 {
-	struct conf *c = conf_load(conf->path, flags, nflags, pid_option);
+	struct conf *c = conf_load(conf->path, flags, nflags, given['p']);
 	const char *what = c != NULL ? needs_restart(c) : NULL;
 
 	if (what != NULL)
@@ -1573,14 +1573,6 @@ old_flag(const char *setting, const char *value)
 	flags[nflags++][1] = value;
 }
 
-struct options {
-	int	 level;			/* -d; -1: not given */
-	int	 check;			/* -n */
-	int	 health;		/* -C */
-	int	 foreground;		/* -F */
-	const char *file;		/* -f */
-};
-
 /* The flags of the original that are settings now; NULL: the value is the
  * argument. */
 static const struct { char flag; const char *setting, *value; } old_flags[] = {
@@ -1592,56 +1584,33 @@ static const struct { char flag; const char *setting, *value; } old_flags[] = {
 };
 #define NOLD	(sizeof old_flags / sizeof old_flags[0])
 
-/* arg: NULL for a flag that takes no argument. */
+/* arg: NULL if the flag takes none. */
 static void
-option(struct options *o, char flag, const char *arg)
+option(char flag, const char *arg)
 {
 	static const char version[] = "clamsmtpd " VERSION "\n"
 	    "configuration file: " CONFFILE "\n";
 	size_t i;
 
-	switch (flag) {
-	case 'C':
-		o->health = 1;
-		break;
-	case 'F':
-		o->foreground = 1;
-		break;
-	case 'n':
-		o->check = 1;
-		break;
-	case 'v':
-		exit(write(1, version, sizeof version - 1) == -1);
-	case 'd':
-		if (arg[0] < '0' || arg[0] > '4' || arg[1] != '\0') {
-			logmsg(LOG_ERR, "-d: \"%s\" is not a level from 0 to 4",
-			    arg);
-			usage();
-		}
-		o->level = arg[0] - '0';
-		break;
-	case 'f':
-		o->file = arg;
-		break;
-	case 'p':
-		pid_option = arg;
-		break;
-	default:
-		for (i = 0; i < NOLD && old_flags[i].flag != flag; i++)
-			;
-		if (i == NOLD) {
-			logmsg(LOG_ERR, "-%c: no such option", flag);
-			usage();
-		}
+	for (i = 0; i < NOLD && old_flags[i].flag != flag; i++)
+		;
+	if (i < NOLD)
 		old_flag(old_flags[i].setting,
 		    arg != NULL ? arg : old_flags[i].value);
+	else if (flag == 'v')
+		exit(write(1, version, sizeof version - 1) == -1);
+	else if (strchr("CFndfp", flag) != NULL)
+		given[(int)flag] = arg != NULL ? arg : "";
+	else {
+		logmsg(LOG_ERR, "-%c: no such option", flag);
+		usage();
 	}
 }
 
 static void
-options_read(struct options *o, char **argv)
+options_read(char **argv)
 {
-	const char *p, *arg;
+	const char *p, *arg, *level;
 
 	while (*++argv != NULL && (*argv)[0] == '-' && (*argv)[1] != '\0') {
 		if (strcmp(*argv, "--") == 0) {
@@ -1656,13 +1625,18 @@ options_read(struct options *o, char **argv)
 				    *p);
 				usage();
 			}
-			option(o, *p, arg);
+			option(*p, arg);
 		}
 	}
 	if (*argv != NULL && argv[1] != NULL)
 		usage();
 	if (*argv != NULL)
 		old_flag("OutAddress", *argv);
+	level = given['d'];
+	if (level != NULL && (strspn(level, "01234") != 1 || level[1] != '\0')) {
+		logmsg(LOG_ERR, "-d: \"%s\" is not a level from 0 to 4", level);
+		usage();
+	}
 }
 
 static void
@@ -1799,36 +1773,37 @@ start(int background, int level)
 int
 main(int argc, char **argv)
 {
-	struct options o = { -1, 0, 0, 0, CONFFILE };
+	const char *file;
 	int level, console, background;
 
 	if (argc == 0)
 		return 2;
 	inherit_nothing(listen_fds());
-	options_read(&o, argv);
-	level = o.level >= 0 ? o.level : LOG_INFO - LOG_ERR;
-	console = o.level >= 0 && !o.foreground;
-	background = o.level < 0 && !o.foreground;
+	options_read(argv);
+	file = given['f'] ? given['f'] : CONFFILE;
+	level = given['d'] ? *given['d'] - '0' : LOG_INFO - LOG_ERR;
+	console = given['d'] && !given['F'];
+	background = !given['d'] && !given['F'];
 	loop_prepare();
 	count.started = time(NULL);
-	if (o.check || o.health)	/* -n tells the new names of old settings */
-		log_level = o.check ? LOG_INFO : LOG_ERR;
+	if (given['n'] || given['C'])	/* -n tells the new names of old settings */
+		log_level = given['n'] ? LOG_INFO : LOG_ERR;
 	else if (!background) {
 		log_open(level, console);
 		log_echo = !console;
 	}
 	log_hold();
-	flags_warn(o.file);
-	conf = conf_load(o.file, flags, nflags, pid_option);
-	log_format(conf != NULL && conf->json && !o.check && !o.health);
+	flags_warn(file);
+	conf = conf_load(file, flags, nflags, given['p']);
+	log_format(conf != NULL && conf->json && !given['n'] && !given['C']);
 	if (conf == NULL)
 		return 2;
-	if (o.check) {
+	if (given['n']) {
 		warn_missing(conf);
 		conf_show(conf);
 		return 0;
 	}
-	if (o.health)
+	if (given['C'])
 		return check_health(conf);
 	if (start(background, level) == -1)
 		return 1;

@@ -37,7 +37,8 @@ if [ ! -e "$root.made" ]; then
 		tail "$root.log"
 		exit 1
 	}
-	for unit in clamav-freshclam.service apt-daily.timer \
+	for unit in clamav-freshclam.service clamav-freshclam-once.service \
+	    clamav-freshclam-once.timer apt-daily.timer \
 	    apt-daily-upgrade.timer man-db.timer e2scrub_reap.service; do
 		ln -sf /dev/null "$root/etc/systemd/system/$unit"
 	done

@@ -153,14 +153,14 @@ static const struct {
 };
 
 /*
- * The verbs.  on_command gets a line of n bytes, NUL-terminated and without its
- * end, and returns 1 when the line is to go to the next hop, 0 when the client
- * has its reply.  on_reply gets the next hop's reply and returns 1 when it is
- * dealt with, 0 when it is to be relayed.
+ * The verbs.  on_command gets a line, NUL-terminated and without its end, and
+ * returns 1 when the line is to go to the next hop, 0 when the client has its
+ * reply.  on_reply gets the next hop's reply and returns 1 when it is dealt
+ * with, 0 when it is to be relayed.
  */
 struct verb {
 	const char *name;
-	int	(*on_command)(struct session *, char *line, size_t n);
+	int	(*on_command)(struct session *, char *line);
 	int	(*on_reply)(struct session *, const struct reply *);
 	int	 in_chunks;		/* may come between two BDATs */
 	int	 unnamed;		/* may come before XCLIENT */
@@ -1322,12 +1322,11 @@ size_limit(const struct session *s)
 }
 
 static int
-mail_command(struct session *s, char *line, size_t n)
+mail_command(struct session *s, char *line)
 {
 	int64_t limit = size_limit(s), size;
 	const char *p;
 
-	(void)n;
 	if (!keep_address(s, line, &p))
 		return 0;
 	for (p += strspn(p, " \t"); *p != '\0';
@@ -1360,11 +1359,10 @@ mail_reply(struct session *s, const struct reply *r)
 }
 
 static int
-rcpt_command(struct session *s, char *line, size_t n)
+rcpt_command(struct session *s, char *line)
 {
 	const char *params;
 
-	(void)n;
 	return keep_address(s, line, &params);
 }
 
@@ -1399,26 +1397,24 @@ rset_reply(struct session *s, const struct reply *r)
 }
 
 static int
-helo_command(struct session *s, char *line, size_t n)
+helo_command(struct session *s, char *line)
 {
-	return (str_set(&s->helo, line, n) == 0 &&
+	return (str_set(&s->helo, line, strlen(line)) == 0 &&
 	    str_add(&s->helo, "\r\n", 2) == 0) || no_memory(s);
 }
 
 static int
-starttls_command(struct session *s, char *line, size_t n)
+starttls_command(struct session *s, char *line)
 {
 	(void)line;
-	(void)n;
 	refuse(s, r_no_tls);
 	return 0;
 }
 
 static int
-xclient_command(struct session *s, char *line, size_t n)
+xclient_command(struct session *s, char *line)
 {
 	(void)line;
-	(void)n;
 	slog(s, LOG_WARNING,
 	    "client attempted use of privileged XCLIENT feature");
 	refuse(s, r_xclient);
@@ -1426,13 +1422,14 @@ xclient_command(struct session *s, char *line, size_t n)
 }
 
 static int
-xforward_command(struct session *s, char *line, size_t n)
+xforward_command(struct session *s, char *line)
 {
 	if (s->env.have_mail) {
 		refuse(s, r_sequence);
 		return 0;
 	}
-	return str_set(&s->server.argument, line, n) == 0 || no_memory(s);
+	return str_set(&s->server.argument, line, strlen(line)) == 0 ||
+	    no_memory(s);
 }
 
 /* Decode xtext (RFC 3461 4). */
@@ -1653,8 +1650,8 @@ helo_reply(struct session *s, const struct reply *r)
 	return hello_reply(s, r, 0);
 }
 
-static int data_command(struct session *, char *, size_t);
-static int bdat_command(struct session *, char *, size_t);
+static int data_command(struct session *, char *);
+static int bdat_command(struct session *, char *);
 
 static const struct verb verbs[] = {
 	{ "EHLO", helo_command, ehlo_reply, 1, 1 },
@@ -1862,7 +1859,7 @@ command(struct session *s, char *line, size_t n)
 		refuse(s, r_sequence);
 		return 1;
 	}
-	if (v->on_command != NULL && !v->on_command(s, line, n))
+	if (v->on_command != NULL && !v->on_command(s, line))
 		return 1;
 	buf_put(&s->server.peer.out, line, n);
 	buf_put(&s->server.peer.out, "\r\n", 2);
@@ -2026,52 +2023,52 @@ spool_flush(struct session *s)
  * the section, since Postfix treats them as headers there.
  */
 static void
-header_scan(struct session *s, const char *p, size_t n)
+header_scan(struct message *m, const char *p, size_t n)
 {
-	off_t at = s->msg.size;
+	off_t at = m->size;
 
-	for (; n > 0 && s->msg.header_state != H_DONE; p++, n--, at++)
-		switch (s->msg.header_state) {
+	for (; n > 0 && m->header_state != H_DONE; p++, n--, at++)
+		switch (m->header_state) {
 		case H_FIRST:
-			s->msg.top = s->msg.header_end = at;
-			s->msg.matched = *p == 'F';
-			s->msg.indented = *p == ' ' || *p == '\t';
-			s->msg.header_state = *p == 'F' || *p == '>' ? H_FROM :
+			m->top = m->header_end = at;
+			m->matched = *p == 'F';
+			m->indented = *p == ' ' || *p == '\t';
+			m->header_state = *p == 'F' || *p == '>' ? H_FROM :
 			    is_name_char(*p) ? H_NAME : H_DONE;
 			break;
 		case H_MBOX:
 			if (*p == '\n')
-				s->msg.header_state = H_FIRST;
+				m->header_state = H_FIRST;
 			break;
 		case H_LINE:
 			if (*p == ' ' || *p == '\t') {
-				s->msg.header_state = H_REST;
+				m->header_state = H_REST;
 				break;
 			}
-			s->msg.header_end = at;
-			s->msg.header_state = is_name_char(*p) ? H_NAME : H_DONE;
+			m->header_end = at;
+			m->header_state = is_name_char(*p) ? H_NAME : H_DONE;
 			break;
 		case H_FROM:
-			if (*p == '>' && s->msg.matched == 0)
+			if (*p == '>' && m->matched == 0)
 				break;
-			if (*p == "From "[s->msg.matched]) {
-				if (++s->msg.matched == 5)
-					s->msg.header_state = H_MBOX;
+			if (*p == "From "[m->matched]) {
+				if (++m->matched == 5)
+					m->header_state = H_MBOX;
 				break;
 			}
-			s->msg.header_state = H_NAME;
+			m->header_state = H_NAME;
 			/* FALLTHROUGH */
 		case H_NAME:
 			if (is_name_char(*p))
 				break;
 			/* FALLTHROUGH */
 		case H_BLANK:
-			s->msg.header_state = *p == ':' ? H_REST :
+			m->header_state = *p == ':' ? H_REST :
 			    *p == ' ' || *p == '\t' ? H_BLANK : H_DONE;
 			break;
 		case H_REST:
 			if (*p == '\n')
-				s->msg.header_state = H_LINE;
+				m->header_state = H_LINE;
 			break;
 		case H_DONE:
 			break;
@@ -2091,7 +2088,7 @@ spool_append(struct session *s, const char *p, size_t n)
 		return;
 	}
 	if (s->msg.header_state != H_DONE)
-		header_scan(s, p, n);
+		header_scan(&s->msg, p, n);
 	s->msg.size += n;
 	if (ngather > 1 && (char *)last->iov_base + last->iov_len == p) {
 		last->iov_len += n;
@@ -2182,53 +2179,54 @@ plain_text(const char *p, const char *stop)
 static size_t
 body_filter(struct session *s, const char *p, size_t n, int *end)
 {
+	struct message *m = &s->msg;
 	const char *q = p, *stop = p + n, *run;
 
 	*end = 0;
 	while (q < stop)
-		switch (s->msg.body_state) {
+		switch (m->body_state) {
 		case BOL:		/* at the start, or after CRLF */
-			s->msg.body_state = LINE;
-			if (*q == '.' && !s->msg.in_bdat) {
-				s->msg.body_state = BOL_DOT;
+			m->body_state = LINE;
+			if (*q == '.' && !m->in_bdat) {
+				m->body_state = BOL_DOT;
 				q++;
 			}
 			break;
 		case BOL_DOT:
-			s->msg.body_state = LINE;
+			m->body_state = LINE;
 			if (*q == '\r') {
-				s->msg.body_state = BOL_DOT_CR;
+				m->body_state = BOL_DOT_CR;
 				q++;
 			}
 			break;
 		case BOL_DOT_CR:
 			if (*q == '\n') {
-				s->msg.body_state = BOL;
+				m->body_state = BOL;
 				*end = 1;
 				return q + 1 - p;
 			}
-			s->msg.held_bytes = 1;
-			s->msg.body_state = CRS;
+			m->held_bytes = 1;
+			m->body_state = CRS;
 			break;
 		case LINE:		/* at the first byte; NULs are held */
 			if (*q == '\0') {
-				s->msg.held_bytes++;
+				m->held_bytes++;
 				q++;
 				break;
 			}
 			if (*q == '.') {
-				s->msg.held_bytes = 0;
-				s->msg.has_dot_lines = 1;
+				m->held_bytes = 0;
+				m->has_dot_lines = 1;
 			}
 			spool_append_held(s, nuls);
-			s->msg.body_state = TEXT;
+			m->body_state = TEXT;
 			break;
 		case TEXT:
 			run = plain_text(q, stop);
 			if (stop - run >= 2 && run[0] == '\r' &&
 			    run[1] == '\n') {
 				spool_append(s, q, run + 2 - q);
-				s->msg.body_state = BOL;
+				m->body_state = BOL;
 				q = run + 2;
 				break;
 			}
@@ -2238,28 +2236,28 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 				break;
 			if (*q++ == '\n') {
 				spool_append(s, crlf, 2);
-				s->msg.body_state = LINE;
+				m->body_state = LINE;
 			} else {
-				s->msg.held_bytes = 1;
-				s->msg.body_state = CRS;
+				m->held_bytes = 1;
+				m->body_state = CRS;
 			}
 			break;
 		case CRS:		/* after CRs, which are held */
 			if (*q == '\n') {
-				s->msg.held_bytes = 0;
+				m->held_bytes = 0;
 				spool_append(s, crlf, 2);
-				s->msg.body_state = BOL;
+				m->body_state = BOL;
 				q++;
 			} else if (*q == '\r') {
-				s->msg.held_bytes++;
+				m->held_bytes++;
 				q++;
 			} else {
 				spool_append_held(s, spaces);
-				s->msg.body_state = TEXT;
+				m->body_state = TEXT;
 			}
 			break;
 		}
-	if (s->msg.held_bytes > MAXPENDING)
+	if (m->held_bytes > MAXPENDING)
 		fail_message(s, OUT_ERROR, r_flood);
 	return q - p;
 }
@@ -2268,18 +2266,20 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 static void
 body_end(struct session *s)
 {
-	if (s->msg.held_bytes > 0) {
-		spool_append_held(s, s->msg.body_state == CRS ? spaces : nuls);
-		s->msg.body_state = TEXT;
+	struct message *m = &s->msg;
+
+	if (m->held_bytes > 0) {
+		spool_append_held(s, m->body_state == CRS ? spaces : nuls);
+		m->body_state = TEXT;
 	}
 	/* DATA can express complete lines only. */
-	if (s->msg.body_state == TEXT && !s->msg.relay_bdat)
+	if (m->body_state == TEXT)
 		spool_append(s, crlf, 2);
 	spool_flush(s);
-	if (s->msg.header_state == H_FIRST)
-		s->msg.top = s->msg.size;
-	if (s->msg.header_state == H_FIRST || s->msg.header_state == H_LINE)
-		s->msg.header_end = s->msg.size;
+	if (m->header_state == H_FIRST)
+		m->top = m->size;
+	if (m->header_state == H_FIRST || m->header_state == H_LINE)
+		m->header_end = m->size;
 }
 
 /*
@@ -2311,9 +2311,8 @@ has_recipients(const struct session *s)
 }
 
 static int
-data_command(struct session *s, char *line, size_t n)
+data_command(struct session *s, char *line)
 {
-	(void)n;
 	if (line[4 + strspn(line + 4, " \t")] != '\0') {
 		refuse(s, r_no_args);
 		return 0;
@@ -2378,13 +2377,12 @@ st_body(struct session *s)
  */
 
 static int
-bdat_command(struct session *s, char *line, size_t n)
+bdat_command(struct session *s, char *line)
 {
 	char *p = line + 4 + strspn(line + 4, " \t");
 	int64_t size, limit = size_limit(s);
 	int last, valid = parse_number(p, " \t", &size) == 1;
 
-	(void)n;
 	p += strcspn(p, " \t");
 	p += strspn(p, " \t");
 	last = strcasecmp(p, "LAST") == 0;

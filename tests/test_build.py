@@ -159,3 +159,11 @@ def test_calls_between_source_files_run_downwards(sources):
                for name in LAYERS for symbol, kind in symbols[name]
                if kind == "U" and layer.get(symbol, len(LAYERS)) < LAYERS.index(name)]
     assert not upwards
+
+
+def test_mutations_change_a_text_of_the_sources():
+    """Each entry of tests/mutants has a text that its file contains once, and
+    names tests that exist.  With a word that no entry has, it only checks."""
+    done = subprocess.run([os.path.join(TOP, "tests", "mutants"), "-q", "no such word"],
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout

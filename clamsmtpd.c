@@ -22,7 +22,6 @@
 #include <pwd.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -1778,13 +1777,12 @@ main(int argc, char **argv)
 
 	if (argc == 0)
 		return 2;
-	inherit_nothing(listen_fds());
+	process_begin(listen_fds());
 	options_read(argv);
 	file = given['f'] ? given['f'] : CONFFILE;
 	level = given['d'] ? *given['d'] - '0' : LOG_INFO - LOG_ERR;
 	console = given['d'] && !given['F'];
 	background = !given['d'] && !given['F'];
-	loop_prepare();
 	count.started = time(NULL);
 	if (given['n'] || given['C'])	/* -n tells the new names of old settings */
 		log_level = given['n'] ? LOG_INFO : LOG_ERR;

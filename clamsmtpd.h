@@ -63,6 +63,8 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <syslog.h>		/* the LOG_ levels */
+#include <string.h>
+#include <strings.h>
 #include <time.h>
 
 #ifndef VERSION
@@ -570,8 +572,17 @@ void ascii_clean(char *p, size_t n, const char *blanks, char mark);
 /*
  * Returns 1 when the n bytes at p are text, else 0.  word_equal() ignores case.
  */
-int mem_equal(const char *p, size_t n, const char *text);
-int word_equal(const char *p, size_t n, const char *word);
+static inline int
+mem_equal(const char *p, size_t n, const char *text)
+{
+	return n == strlen(text) && memcmp(p, text, n) == 0;
+}
+
+static inline int
+word_equal(const char *p, size_t n, const char *word)
+{
+	return n == strlen(word) && strncasecmp(p, word, n) == 0;
+}
 
 /*
  * Returns 1 when c may be in the name of a header field (RFC 5322 2.2), else 0.
@@ -615,9 +626,6 @@ int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
 int str_set(struct str *, const char *, size_t n);
 void str_free(struct str *);
 
-/* Before the loop: set now, and take the memory that peer_fill() reads into, so
- * that no message needs more than another. */
-void loop_prepare(void);
 /*
  * Read once, up to BUFSZ bytes, or BODYSZ if body is set.  Returns 1 after
  * bytes, EOF or an error, 0 when there was nothing.
@@ -742,9 +750,10 @@ void children_kill(void);	/* the daemon ends: kill and reap them all */
  * At the start: keep nothing of the program that started us, neither its signal
  * mask and ignored signals, nor its descriptors above 2, which may hold a lock,
  * except the first nkept.  Descriptors 0 to 2 are opened if need be, so that no
- * socket becomes one of them.
+ * socket becomes one of them.  Also set now, and take the memory that peer_fill()
+ * reads into, so that no message needs more than another.
  */
-void inherit_nothing(int nkept);
+void process_begin(int nkept);
 
 extern const char scan_line[];			/* precedes the message */
 extern const size_t scan_line_len;

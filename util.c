@@ -26,8 +26,6 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <strings.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -215,18 +213,6 @@ ascii_clean(char *p, size_t n, const char *blanks, char mark)
 		if ((*p <= ' ' || *p > 126) &&
 		    (*p == '\0' || strchr(blanks, *p) == NULL))
 			*p = mark;
-}
-
-int
-mem_equal(const char *p, size_t n, const char *text)
-{
-	return n == strlen(text) && memcmp(p, text, n) == 0;
-}
-
-int
-word_equal(const char *p, size_t n, const char *word)
-{
-	return n == strlen(word) && strncasecmp(p, word, n) == 0;
 }
 
 /*
@@ -843,13 +829,6 @@ str_free(struct str *p)
  * Peers.
  */
 
-void
-loop_prepare(void)
-{
-	now = monotonic();
-	memset(shared, 0, BUFSZ);
-}
-
 /*
  * Reads go to the one shared buffer, unless the peer has unread input.  Input
  * that the session consumes in the same pass is never copied; peer_settle()
@@ -1321,10 +1300,12 @@ signals_default(void)
 }
 
 void
-inherit_nothing(int nkept)
+process_begin(int nkept)
 {
 	int fd;
 
+	now = monotonic();
+	memset(shared, 0, BUFSZ);
 	signals_default();
 	do
 		fd = open("/dev/null", O_RDWR);

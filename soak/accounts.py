@@ -6,6 +6,7 @@ import re
 import threading
 
 from real import EICAR_NAME
+from vectors import header_place
 
 DISCARDED = b"Virus Detected; Discarded Email"
 INFECTED = re.compile(rb"X-Virus-Infected: ([!-~]+)\r\n\Z")
@@ -28,11 +29,12 @@ def header_found(m, content):
     message than what was sent."""
     base = m.base()
     size = len(content) - len(base)
-    for at in (m.header_at(base), m.top(base)):
+    for received in False, True:
+        at, parting = header_place(base, received)
         if size >= 0 and content[:at] == base[:at] and \
                 content[at + size:] == base[at:]:
             header = content[at:at + size]
-            if size > 0 and m.indented(base):
+            if size > 0 and parting:
                 header = header[:-2] if header.endswith(b"\r\n\r\n") else b"?"
             return at, header
     return None
@@ -89,8 +91,8 @@ class Accounts:
         kind = self.header_kind(m, header)
         if kind is None:
             self.fail("altered", "with the header %r: %s" % (header, m))
-        elif header and at != (m.top if header.startswith(b"Received:") else
-                               m.header_at)(m.base()):
+        elif header and at != header_place(
+                m.base(), header.startswith(b"Received:"))[0]:
             self.fail("altered", "the header is at %d: %s" % (at, m))
         elif kind == "clean" and m.virus:
             self.fail("invented", "a virus under the header of clean mail: %s" % m)

@@ -1,13 +1,9 @@
 """clamd, with all that has been seen of it and some more."""
 
-import re
-import struct
-
 from accounts import virus_names
 from conn import Server
+from harness import piece_sizes
 from plan import VERDICTS, dice, pick
-
-MARK = re.compile(rb"soak-(\d+)-")
 
 
 class Clamd(Server):
@@ -15,7 +11,7 @@ class Clamd(Server):
 
     STRANGE = {None: 97, "close": 1, "stall": 1, "reset": 1}
 
-    def serve(self, c, number):
+    def talk(self, c, number):
         strange = pick(dice(self.world.seed, "scan", number), self.STRANGE)
         if strange:
             self.accounts.inject("clamd: %s before anything" % strange)
@@ -46,19 +42,15 @@ class Clamd(Server):
         """What is sent, and whose it is.  Where the plan says that it is too
         much only a part is read, and no data returned."""
         data, m = bytearray(), None
-        while (size := struct.unpack("!I", c.exactly(4))[0]) != 0:
+        for size in piece_sizes(c.exactly):
             first = not data
             data += c.exactly(min(size, 2000))
             if first:
-                m = self.message(data)
+                m = self.world.message_in(data)
                 if m and m.clamd[m.scans:m.scans + 1] == ["limit"]:
                     return None, m
             data += c.exactly(size - min(size, 2000))
-        return bytes(data), m or self.message(data)
-
-    def message(self, data):
-        mark = MARK.search(data)
-        return self.world.messages[int(mark[1])] if mark else None
+        return bytes(data), m or self.world.message_in(data)
 
     def answer(self, c, m, kind):
         if m:

@@ -1,10 +1,9 @@
 """The clients, which go away, and send what nobody should."""
 
-import socket
 import time
 
 from conn import Conn
-from harness import Gone
+from harness import Gone, connect
 
 
 class Client:
@@ -45,14 +44,8 @@ class Client:
         return None
 
     def try_connect(self, s):
-        if s.unix:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.connect(self.world.unix)
-        else:
-            sock = socket.socket()
-            sock.bind((s.address, 0))
-            sock.connect(self.world.tcp)
-        c = Conn(self.world, sock)
+        c = Conn(self.world, connect(self.world.unix) if s.unix else
+                 connect(self.world.tcp, s.address))
         if s.proxy:
             c.send(s.proxy_header())
         return c

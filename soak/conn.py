@@ -1,17 +1,17 @@
-"""Connections and servers, blocking, in threads.
+"""Connections and servers of tests/harness.py, for many messages.
 
 All peers share a world (world.py): the messages by number, the accounts, and
 a gate that makes all of them halt at once.
 """
 
-import os
 import select
 import socket
 import struct
 import threading
 import time
 
-from harness import WAIT, Gone, Stream, hold_port, reset
+import harness
+from harness import WAIT, Gone, Stream, reset
 
 LIMIT = 3 * int(WAIT)   # seconds until a silence is taken for the end; no measure
 
@@ -23,11 +23,10 @@ class Conn(Stream):
         super().__init__(sock)
         self.world = world
         # In the kernel: Python's own time-outs cost a system call each.
+        sock.settimeout(None)
         limit = struct.pack("ll", LIMIT, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     # -- sending
 
@@ -63,15 +62,6 @@ class Conn(Stream):
             threading.current_thread().name, LIMIT))
         raise Gone
 
-    def reply(self):
-        """All lines of one, in one."""
-        lines = b""
-        while True:
-            line = self.line()
-            lines += line
-            if line[3:4] != b"-":
-                return lines
-
     def readable(self, seconds):
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
@@ -99,60 +89,24 @@ class Conn(Stream):
         reset(self.sock)
 
 
-class Server:
-    """Threads that accept and serve, on listeners that come and go."""
+class Server(harness.Server):
+    """One whose connections the world counts."""
 
-    def __init__(self, world, threads):
+    def __init__(self, world, **kw):
         self.world, self.accounts = world, world.accounts
-        self.threads = threads          # for each listener
-        self.listeners = {}             # name: socket; None when it is down
-        self.accepted = 0
+        super().__init__(**kw)
 
-    def listen(self, name, sock):
-        known = name in self.listeners
-        self.listeners[name] = sock
-        for i in range(0 if known else self.threads):
-            threading.Thread(target=self.run, args=(name,), daemon=True,
-                             name="%s %s %d" % (type(self).__name__, name, i)).start()
+    def serve(self, sock):
+        number = self.world.serving(1)
+        try:
+            self.talk(Conn(self.world, sock), number)
+        except Gone:
+            pass
+        except Exception as error:      # of ours, not of the daemon's
+            self.accounts.fail("soak", "%s: %r" % (
+                threading.current_thread().name, error))
+        sock.close()
+        self.world.serving(-1)
 
-    def down(self):
-        for name, sock in self.listeners.items():
-            self.listeners[name] = None
-            sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-
-    def run(self, name):
-        while True:
-            try:
-                sock, _ = self.listeners[name].accept()
-            except (OSError, AttributeError):
-                time.sleep(.02)
-                continue
-            number = self.world.serving(1)
-            try:
-                self.serve(Conn(self.world, sock), number)
-            except Gone:
-                pass
-            except Exception as error:      # of ours, not of the daemon's
-                self.accounts.fail("soak", "%s: %r" % (
-                    threading.current_thread().name, error))
-            sock.close()
-            self.world.serving(-1)
-
-    def serve(self, c, number):
+    def talk(self, c, number):
         raise NotImplementedError
-
-
-def tcp_listener(host, port):
-    sock = hold_port(host, port)
-    sock.listen(512)
-    return sock
-
-
-def unix_listener(path):
-    if os.path.exists(path):
-        os.unlink(path)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(path)
-    sock.listen(512)
-    return sock

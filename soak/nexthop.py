@@ -5,13 +5,13 @@ import socket
 import time
 
 from conn import Server
-from harness import Gone
+from harness import Gone, ehlo_reply, end_of_data, unstuff
 
 EARLY = ("450", "550", "250", "354")    # replies that do not wait for the end
 
 
 class NextHop(Server):
-    def serve(self, c, _):
+    def talk(self, c, _):
         # Nobody yet: the client came by a unix socket, EHLO will tell.
         s = self.world.session_at(c.sock.getsockname()[0])
         m, mail, rcpts = None, False, 0
@@ -114,7 +114,7 @@ class NextHop(Server):
             return
         content, later = self.body(c, s, m, size, kind)
         if size is None:
-            content = re.sub(rb"(\A|\r\n)\.", rb"\1", content)
+            content = unstuff(content)
         header = self.accounts.content(m, content, size is not None)
         kind = early or later or m.hop.get("dot")
         if kind not in ("450", "550", "421"):
@@ -155,16 +155,5 @@ class NextHop(Server):
 def hello(s, verb):
     if verb == b"HELO":
         return b"250 next.hop\r\n"
-    words = [b"next.hop", b"8BITMIME", b"DSN", b"STARTTLS"]
-    words += [b"CHUNKING"] if s.chunking else []
-    words += [b"SIZE %d" % (s.limit or 100 << 20)]
-    return b"".join(b"250-%s\r\n" % w for w in words[:-1]) + \
-        b"250 %s\r\n" % words[-1]
-
-
-def end_of_data(data, seen):
-    """Where its dot stands; -1: there is none yet.  None stood before seen."""
-    if data.startswith(b".\r\n"):
-        return 0
-    at = data.find(b"\r\n.\r\n", max(0, seen - 4))
-    return at + 2 if at >= 0 else -1
+    return ehlo_reply(["next.hop", "8BITMIME", "DSN", "STARTTLS"] +
+                      ["CHUNKING"] * s.chunking + ["SIZE %d" % (s.limit or 100 << 20)])

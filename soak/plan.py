@@ -5,12 +5,12 @@ daemons are numbered as they come.
 """
 
 import random
-import re
 import threading
 import time
 
 from harness import stuff
 from real import EICAR
+from vectors import normal
 
 MIB = 1 << 20
 
@@ -56,23 +56,6 @@ def chance(r, percent):
 
 
 # ---------------------------------------------------------------- content
-
-MBOX_LINES = re.compile(rb"(?:>*From [^\n]*\n)*")
-HEADER_SECTION = re.compile(
-    rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)*")
-
-
-def received(raw, as_data):
-    """What a message is to be, by TRANSPARENCY in clamsmtpd(8): raw is what
-    its sender meant, without dots for DATA."""
-    if not as_data:
-        return raw
-    body = re.sub(rb"\r*\n", b"\r\n", raw)
-    body = re.sub(rb"\r(?!\n)", b" ", body)
-    if body and not body.endswith(b"\r\n"):
-        body += b"\r\n"
-    return re.sub(rb"(\A|\r\n)\0+(?=\.)", rb"\1", body)
-
 
 def head(r, number):
     """The header section, with or without the blank line; or none."""
@@ -201,23 +184,13 @@ class Message:
 
     def base(self):
         """What clamd and the next hop are to get."""
-        as_data = not self.as_chunks()
-        return received(self.first, as_data) + \
-            received(self.block, as_data) * self.times
+        if self.as_chunks():
+            return self.raw()
+        return normal(self.first) + normal(self.block) * self.times
 
     def as_chunks(self):
         """It leaves by BDAT."""
         return self.bdat and self.session.chunking
-
-    def top(self, base):
-        return MBOX_LINES.match(base).end()
-
-    def header_at(self, base):
-        return HEADER_SECTION.match(base, self.top(base)).end()
-
-    def indented(self, base):
-        """An empty line is to follow our header."""
-        return base[self.top(base):][:1] in (b" ", b"\t")
 
     def chunks(self):
         raw = self.raw()

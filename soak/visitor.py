@@ -1,11 +1,10 @@
 """Somebody who looks at the status page all the time, more or less politely."""
 
 import re
-import socket
 import time
 
 from conn import Conn
-from harness import Gone
+from harness import Gone, connect
 from plan import dice, pick
 
 KINDS = {"whole": 6, "dripped": 1, "half": 1, "unread": 1, "endless": 1}
@@ -37,9 +36,7 @@ class Visitor:
                     page, kind, answer[:200]))
 
     def visit(self, kind, page):
-        sock = socket.socket(socket.AF_UNIX)
-        with sock:
-            sock.connect(self.world.status)
+        with connect(self.world.status) as sock:
             c = Conn(self.world, sock)
             return self.talk(c, kind, b"GET %s HTTP/1.0\r\n\r\n" % page.encode())
 

@@ -1,10 +1,13 @@
 """What all the threads share."""
 
+import re
 import threading
 
 from conn import LIMIT
 from harness import Failed
 from plan import Session
+
+MARK = re.compile(rb"soak-(\d+)-")
 
 
 class World:
@@ -75,6 +78,11 @@ class World:
         """Whom the next hop is called for under this address of its own."""
         _, b, c, d = map(int, address.split("."))
         return self.sessions.get(((b & 127) - 1) << 16 | c << 8 | d) if b else None
+
+    def message_in(self, data):
+        """The message whose bytes these are."""
+        mark = MARK.search(data)
+        return self.messages[int(mark[1])] if mark else None
 
     def serving(self, change):
         """A connection begins or ends; its number."""

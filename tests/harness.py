@@ -337,6 +337,15 @@ class Stream:
             self.fill()
         return self.take(count)
 
+    def reply(self):
+        """All lines of an SMTP reply."""
+        lines = b""
+        while True:
+            line = self.line()
+            lines += line
+            if line[3:4] != b"-":
+                return lines
+
     def more(self):
         """Whether something stands unread already."""
         if self.ahead:
@@ -346,6 +355,25 @@ class Stream:
             return bool(ready and self.sock.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
+
+
+def ehlo_reply(lines):
+    return "".join("250%s%s\r\n" % ("-" if line is not lines[-1] else " ", line)
+                   for line in lines).encode()
+
+
+def end_of_data(data, seen=0):
+    """Where the dot after the body is, or -1.  There is none before seen."""
+    if data.startswith(b".\r\n"):
+        return 0
+    at = data.find(b"\r\n.\r\n", max(0, seen - 4))
+    return at + 2 if at >= 0 else -1
+
+
+def piece_sizes(exactly):
+    """The sizes of the pieces of INSTREAM.  exactly(n) reads n bytes; the caller reads
+    each piece."""
+    return iter(lambda: struct.unpack("!I", exactly(4))[0], 0)
 
 
 # ---------------------------------------------------------------- actions
@@ -492,7 +520,8 @@ class Server:
             with self.lock:
                 self.socks.add(sock)
             self.count()
-            thread = threading.Thread(target=self._run, args=(sock,), daemon=True)
+            thread = threading.Thread(target=self._run, args=(sock,), daemon=True,
+                                      name="%s %s" % (self.family, self.address))
             self.threads.append(thread)
             thread.start()
 
@@ -507,6 +536,7 @@ class Server:
             with self.lock:
                 self.socks.discard(sock)
             sock.close()
+            self.threads.remove(threading.current_thread())
 
     def count(self):
         """A connection that counts as accepted."""
@@ -681,9 +711,7 @@ class NextHop(Server):
 
     def usual(self, verb):
         if verb == "EHLO":
-            lines = ["next.hop greets you"] + self.ehlo
-            return "\n".join("250%s%s" % (" " if i == len(lines) - 1 else "-", l)
-                             for i, l in enumerate(lines))
+            return ehlo_reply(["next.hop greets you"] + self.ehlo)
         return self.USUAL.get(verb, "502 5.5.2 the next hop knows no such command")
 
     def reply(self, s, verb, line="", message=None):
@@ -764,13 +792,7 @@ class NextHop(Server):
             early = early.pop(0) if early else None
         seen = 0
         ahead = s.stream.ahead
-        while True:
-            if ahead.startswith(b".\r\n"):
-                end, skip = 0, 3
-                break
-            end, skip = ahead.find(b"\r\n.\r\n", max(0, seen - 4)) + 2, 3
-            if end >= 2:
-                break
+        while (end := end_of_data(ahead, seen)) < 0:
             seen = len(ahead)
             s.partial = bytes(ahead)
             if early and len(ahead) >= early.after:
@@ -782,7 +804,7 @@ class NextHop(Server):
                 early = None
             s.stream.fill()
         wire = s.stream.take(end)
-        s.stream.take(skip)
+        s.stream.take(3)
         s.partial = None
         message = Message(s.mail, s.rcpts, "DATA", wire)
         s.messages.append(message)
@@ -925,10 +947,7 @@ class Clamd(Server):
 
     def instream(self, sock, end):
         data = bytearray()
-        while True:
-            size = struct.unpack("!I", self.get(sock, 4))[0]
-            if size == 0:
-                break
+        for size in piece_sizes(functools.partial(self.get, sock)):
             if self.limit is not None and len(data) + size > self.limit:
                 self.send(sock, b"INSTREAM size limit exceeded. ERROR" + end)
                 return
@@ -1058,20 +1077,17 @@ class Client:
 
     def reply(self):
         """The next reply, all its lines, checked for its form."""
-        raw = b""
-        while True:
-            try:
-                line = self.stream.line()
-            except Gone as gone:
-                raise Failed("expected a reply, got %s after %s" % (
-                    gone, shown(raw + bytes(self.stream.ahead)))) from None
-            raw += line
+        try:
+            raw = self.stream.reply()
+        except Gone as gone:
+            raise Failed("expected a reply, got %s after %s" % (
+                gone, shown(self.stream.all[-200:]))) from None
+        for line in raw.splitlines(True):
             if not re.match(rb"[2-5][0-9][0-9]([ -][^\r\n]*)?\r\n\Z", line):
                 raise Failed("not a line of a reply: %r" % line)
             if raw[:3] != line[:3]:
                 raise Failed("the code changes within a reply: %r" % raw)
-            if line[3:4] != b"-":
-                return Reply(raw)
+        return Reply(raw)
 
     def expect(self, *want):
         """The next reply; one line of it must begin with each of the texts."""

@@ -13,7 +13,8 @@ import time
 import pytest
 
 import vectors
-from harness import HEADER, INFECTED, VIRUS, same, since, stuff, turns, until
+from harness import (HEADER, INFECTED, VIRUS, same, since, stuff, turns, unstuff,
+                     until)
 
 NEAR = range(-3, 4)
 
@@ -24,10 +25,7 @@ def model(wire):
     First what a strict server would store: lines end in CRLF, a dot at the
     start of one is taken away.  Then the newline rules of the manual page.
     """
-    body = re.sub(rb"(\A|\r\n)\.", rb"\1", wire)
-    body = re.sub(rb"\r*\n", b"\r\n", body)
-    body = re.sub(rb"\r(?!\n)", b" ", body)
-    return re.sub(rb"(\A|\r\n)\0+(?=\.)", rb"\1", body)
+    return vectors.normal(unstuff(wire))
 
 
 def relay(site, client, wire, drip=False):

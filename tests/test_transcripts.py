@@ -5,13 +5,12 @@ import contextlib
 import glob
 import os
 import re
-import struct
 import threading
 from queue import Queue
 
 import pytest
 
-from harness import Gone, Server, Stream, WAIT, shown
+from harness import Gone, Server, Stream, WAIT, piece_sizes, shown
 
 DIRECTORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "transcripts")
 ENDS = {r"\n": b"\n", r"\0": b"\0"}     # a line without one of these ends in CRLF
@@ -56,15 +55,14 @@ class Scanned(Stream):
     def __init__(self, wire):
         super().__init__(wire.sock)
         assert wire.exactly(5) == b"REAM\0"
-        self.wire, self.ended = wire, False
+        self.wire, self.sizes = wire, piece_sizes(wire.exactly)
         self.ahead += b"zINSTREAM\0"
 
     def fill(self):
-        if self.ended:
+        size = next(self.sizes, None)
+        if size is None:
             raise Gone("the end of the message")
-        size, = struct.unpack("!I", self.wire.exactly(4))
         self.ahead += self.wire.exactly(size)
-        self.ended = size == 0
 
 
 def line_of(stream):

@@ -84,13 +84,13 @@ def normal(body):
     return b"".join(out)
 
 
-def header_place(body):
-    """Where the daemon's header (no Received:) goes in a normalised body, and what
-    parts it from a text below: (offset, b"" or CRLF)."""
+def header_place(body, received=False):
+    """Where the daemon's header (if received, a Received: header) goes in a
+    normalised body, and what parts it from a text below: (offset, b"" or CRLF)."""
     top = re.match(rb"(>*From [^\n]*\n)*", body).end()
     field = rb"[!-9;-~]+[ \t]*:[^\n]*\n([ \t][^\n]*\n)*(?![ \t])"
     head = re.compile(rb"(%s)*" % field).match(body, top)
-    return head.end(), b"\r\n" if body[top:top + 1] in (b" ", b"\t") else b""
+    return top if received else head.end(), b"\r\n" if body[top:top + 1] in (b" ", b"\t") else b""
 
 
 def normal_line(line):

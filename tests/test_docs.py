@@ -82,7 +82,7 @@ def test_manual_postfix_before_the_queue_is_example():
 PAGES = ("clamsmtpd.8", "clamsmtpd.conf.5")
 # Sections that say what the program is, give advice, or have subsections.
 NO_CLAUSES = ("NAME", "SYNOPSIS", "OPERATION", "EXAMPLES", "SEE ALSO", "STANDARDS",
-              "HISTORY", "CAVEATS", "A false positive", "Large messages", "Load",
+              "HISTORY", "CAVEATS", "Large messages", "Load",
               "SETTINGS")
 COMMENT = '.\\" clause: '
 MACROS = ("Ar", "Cm", "Dv", "Ev", "Ic", "Li", "No", "Oc", "Oo", "Op", "Pa")

@@ -203,6 +203,31 @@ def test_quarantine_copy_is_the_mail_as_sent(site, clamd):
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
+@pytest.mark.covers("clamsmtpd.8 A false positive")
+def test_false_positive_with_its_signature_ignored_is_delivered_from_its_copy(
+        site, own_clamd):
+    """The log names the virus and the copy.  With the name in local.ign2 clamd lets
+    the copy pass."""
+    clamd = own_clamd()
+    site.start(ClamAddress=clamd.path, Quarantine="on")
+    client = site.session()
+    client.mail(body=EICAR_MAILS["plain"], want="250 2.0.0 Virus Detected")
+    line, = site.daemon.wait_log("quarantined virus file as: ")
+    copy = line.split(" as: ")[1]
+    site.daemon.allowed.add(os.path.basename(copy))
+    line, = site.daemon.wait_log("status=VIRUS:")
+    name = line.split("status=VIRUS:")[1].replace(".UNOFFICIAL", "")
+    clamd.kill()
+    with open(os.path.join(clamd.settings["DatabaseDirectory"], "local.ign2"), "w") as file:
+        file.write(name + "\n")
+    clamd.start()
+    with open(copy, "rb") as file:
+        client.mail(body=file.read())
+    client.quit()
+    message, = site.hop.messages
+    assert message.body == forwarded(EICAR_MAILS["plain"])
+
+
 # ---------------------------------------------------------------- failures
 
 @pytest.mark.covers("clamsmtpd.8 clamd is down")

@@ -205,7 +205,7 @@ def test_bdat_is_replayed_as_data_where_the_next_hop_has_no_chunking(
 @pytest.mark.core
 @pytest.mark.parametrize("before", [[], ["MAIL FROM:<a@b>"],
                                     ["MAIL FROM:<a@b>", "RCPT TO:<no@d>"]])
-def test_bdat_out_of_order_is_503_behind_its_octets(site, chunky, before):
+def test_bdat_out_of_order_is_503_after_its_octets(site, chunky, before):
     site.hop.on("RCPT", lambda s, line: "550 no" if "no@" in line else None)
     for command in before:
         chunky.line(command)

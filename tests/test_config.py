@@ -253,7 +253,7 @@ def test_errors_of_a_file_are_reported_at_once(check):
     assert "%s:2: " % check.file not in result.stderr
 
 
-def test_errors_of_many_lines_are_told_in_their_order(check):
+def test_errors_of_many_lines_are_logged_in_their_order(check):
     """All errors are logged in the order of the lines, also if they are more than
     the log keeps until the format of the log is known."""
     result = check("".join("MaxScans: x%d\n" % n for n in range(400)))
@@ -474,7 +474,7 @@ def test_v_prints_version_and_default_file(run):
     ["-Z"], ["-d"], ["-f"], ["-p"], ["-d", "x"], ["-d", "5"], ["-d", "-1"],
     ["-d", ""], ["127.0.0.1:1", "127.0.0.1:2"], ["--help"],
 ])
-def test_usage_error(run, args):
+def test_usage_error_is_status_2(run, args):
     result = run(*args)
     assert result.returncode == 2
     assert result.stdout == ""

@@ -307,7 +307,7 @@ def test_messages_page_is_in_source():
     assert wrong == []
 
 
-def test_messages_replies():
+def test_messages_replies_are_on_page():
     """docs/messages.md has each reply of our own, and no other."""
     replies = re.findall(r"\br_\w+\[\] =\s*((?:%s\s*)+)" % STRING, SOURCES["smtp.c"])
     forms = [form for code in replies for form in strings(code)]

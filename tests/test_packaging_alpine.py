@@ -46,7 +46,7 @@ def sh(script, *args, path=None, **env):
     ("clamsmtpd.confd", "SC2034"),
     ("clamsmtpd.pre-install", None),
 ])
-def test_the_scripts_are_of_plain_shell(name, exclude):
+def test_scripts_are_plain_shell(name, exclude):
     file = os.path.join(ALPINE, name)
     subprocess.run(["busybox", "sh", "-n", file], check=True)
     if not shutil.which("shellcheck"):
@@ -115,13 +115,13 @@ def built(tmp_path_factory):
     return abuild
 
 
-def test_the_version_is_that_of_the_program():
+def test_apkbuild_version_is_that_of_the_program():
     with open(os.path.join(TOP, "clamsmtpd.h")) as file:
         version = re.search(r'define VERSION\s+"(.*)"', file.read()).group(1)
     assert Abuild.value("pkgver") == version + "\n"
 
 
-def test_build_takes_the_flags_of_the_distribution(built):
+def test_apkbuild_build_uses_the_flags_of_the_distribution(built):
     program = str(built.tree / "clamsmtpd")
     said = subprocess.run([program, "-v"], capture_output=True, text=True).stdout
     assert "clamsmtpd abuild\n" in said
@@ -131,7 +131,7 @@ def test_build_takes_the_flags_of_the_distribution(built):
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["well", "broken"])
-def test_check_runs_the_suite(built, broken):
+def test_apkbuild_check_runs_the_suite(built, broken):
     program = built.tree / "clamsmtpd"
     good = program.read_bytes()
     try:
@@ -175,14 +175,14 @@ def test_package_has_these_files(packaged):
     }
 
 
-def test_the_spool_is_the_users(packaged):
+def test_package_spool_belongs_to_the_user(packaged):
     with open(packaged.home / "installed") as file:
         line = [l for l in file if "var/spool/clamsmtp" in l]
     assert len(line) == 1 and "-o clamsmtp -g clamsmtp" in line[0]
     assert Abuild.value("pkgusers") == Abuild.value("pkggroups") == "clamsmtp\n"
 
 
-def test_the_configuration_is_good_as_it_comes(packaged, run):
+def test_package_configuration_has_no_error(packaged, run):
     """Also in place of an unedited one of 1.10, which had this next hop."""
     conf = packaged.pkg / "etc" / "clamsmtpd.conf"
     done = run("-n", "-f", str(conf))
@@ -254,7 +254,7 @@ def openrc(tmp_path):
     return openrc
 
 
-def test_command_filters_mail_and_logs_to_syslog(openrc, site, syslog):
+def test_init_command_filters_mail_and_logs_to_syslog(openrc, site, syslog):
     """The very command that supervise-daemon is given; its log has severities."""
     log, preexec = syslog
     settings = site.settings(Listen=site.path("in.sock"))
@@ -275,14 +275,14 @@ def test_command_filters_mail_and_logs_to_syslog(openrc, site, syslog):
 
 
 @pytest.mark.parametrize("line, owner", [("User: clamav\n", "clamav"), ("", "root")])
-def test_directories_are_made_for_the_user_of_the_file(openrc, line, owner):
+def test_init_directories_belong_to_the_user_of_the_file(openrc, line, owner):
     openrc.conf.write_text("OutAddress: 10026\n" + line)
     openrc.start()
     assert {call[5] for call in openrc.calls("checkpath")} == {owner}
 
 
 @pytest.mark.parametrize("action", ["start", "checkconfig", "reload", "restart"])
-def test_a_bad_configuration_is_told_and_nothing_is_done(openrc, action):
+def test_init_with_a_bad_configuration_changes_nothing(openrc, action):
     openrc.conf.write_text("OutAddress: 10026\nMaxScans: many\n")
     done = openrc.run(action)
     assert done.returncode != 0
@@ -361,7 +361,7 @@ def test_bad_configuration_leaves_the_unsupervised_daemon_alone(openrc, unsuperv
     ("OPTS='-p /run/x.pid'", ["-p", "/run/x.pid", "-F", "-d", "3"]),
     ("command_args='-p /run/x.pid'", ["-p", "/run/x.pid", "-F", "-d", "3"]),
 ])
-def test_options_come_from_conf_d(openrc, setting, args):
+def test_init_options_come_from_conf_d(openrc, setting, args):
     with openrc.confd.open("a") as file:
         file.write(setting + "\n")
     assert openrc.start()[3:] == args

@@ -140,7 +140,7 @@ def container(open_site, mounts):
 
 # ---------------------------------------------------------------- the image
 
-def test_the_image_is_the_program_alone():
+def test_image_is_the_program_alone():
     last = instructions()[-1]
     assert last[0] == ("FROM", "scratch")
     assert [rest for word, rest in last if word in ("COPY", "ADD", "RUN")] == \
@@ -150,7 +150,7 @@ def test_the_image_is_the_program_alone():
 
 @pytest.mark.skipif(not (shutil.which("musl-gcc") or shutil.which("apk")),
                     reason="only musl's programs are static")
-def test_what_is_copied_is_enough_to_build_it(tmp_path):
+def test_image_files_copied_are_enough_to_build(tmp_path):
     build = instructions()[0]
     files = [rest for word, rest in build if word == "COPY"][0].split()[:-1]
     for name in files:
@@ -205,7 +205,7 @@ def images():
 
 
 @pytest.mark.long
-def test_the_image_as_built_is_the_program_and_an_open_tmp(images):
+def test_image_as_built_is_the_program_and_an_open_tmp(images):
     """Nothing else is in it, and it has its health check."""
     work, said = images
     assert sorted(os.listdir(work + "/ours")) == ["clamsmtpd", "tmp"]
@@ -267,7 +267,7 @@ class Pod:
 
 
 @pytest.mark.long
-def test_postfix_of_its_image_needs_no_root_and_keeps_its_queue(images, open_site):
+def test_image_of_postfix_needs_no_root_and_keeps_its_queue(images, open_site):
     """Mail goes through Postfix, clamsmtpd and Postfix, a virus does not, and
     what waits in the queue does so after the container was killed."""
     work, _ = images
@@ -293,7 +293,7 @@ def test_postfix_of_its_image_needs_no_root_and_keeps_its_queue(images, open_sit
 
 # ---------------------------------------------------------------- it runs
 
-def test_it_starts_from_the_environment_alone_and_takes_a_mail(container):
+def test_container_with_the_environment_alone_filters_mail(container):
     one = container()
     client = container.site.session(address=one.address())
     client.mail()
@@ -303,7 +303,7 @@ def test_it_starts_from_the_environment_alone_and_takes_a_mail(container):
     assert not one.log("No such file|not the name of a setting")
 
 
-def test_it_has_no_rights(container):
+def test_container_has_no_rights(container):
     one = container()
     one.address()
     with open("/proc/%d/status" % one.pid()) as file:
@@ -314,7 +314,7 @@ def test_it_has_no_rights(container):
     assert status["NoNewPrivs"] == "1"
 
 
-def test_a_virus_is_quarantined_in_the_tmpfs(container):
+def test_container_quarantines_in_the_tmpfs(container):
     one = container({"CLAMSMTPD_QUARANTINE": "on", "CLAMSMTPD_ACTION": "reject"})
     client = container.site.session(address=one.address())
     client.mail(body=b"\r\n" + EICAR + b"\r\n", want="550 5.7.1")
@@ -324,7 +324,7 @@ def test_a_virus_is_quarantined_in_the_tmpfs(container):
         assert EICAR in file.read()
 
 
-def test_a_stopped_container_starts_again(container, debian_package):
+def test_container_stopped_starts_again(container, debian_package):
     """runc gives a tmpfs the mode that /tmp of the image has, from the second
     start on if not from the first."""
     runc = real.find("runc") or debian_package("runc") + "/usr/sbin/runc"
@@ -341,7 +341,7 @@ def test_a_stopped_container_starts_again(container, debian_package):
     one.address()
 
 
-def test_without_a_tmpfs_it_says_so(container):
+def test_container_without_a_tmpfs_gives_the_error(container):
     status = "127.0.0.1:%d" % container.site.port()
     one = container({"CLAMSMTPD_STATUSLISTEN": status}, mounts=())
     assert one.process.wait(WAIT) == 1
@@ -394,7 +394,7 @@ def busy(container):
     return one, client, scan
 
 
-def test_sigterm_lets_the_message_under_way_finish(container, busy):
+def test_container_sigterm_lets_the_message_under_way_finish(container, busy):
     one, client, scan = busy
     one.terminate()
     until(lambda: one.log("stopping when"), "SIGTERM is heard")
@@ -406,7 +406,7 @@ def test_sigterm_lets_the_message_under_way_finish(container, busy):
 
 
 @pytest.mark.long
-def test_sigterm_ends_it_even_if_clamd_hangs(busy):
+def test_container_sigterm_with_a_clamd_that_hangs_ends_it(busy):
     one, client, _ = busy
     one.terminate()
     assert one.process.wait(max(WAIT, 20)) == 0
@@ -429,7 +429,7 @@ def settings(run, tmp_path, env):
                 if not line.startswith("#"))
 
 
-def test_compose_sets_what_clamsmtpd_knows(run, tmp_path):
+def test_compose_variables_are_settings(run, tmp_path):
     services = load("compose.yaml")[0]["services"]
     ours = settings(run, tmp_path, services["clamsmtpd"]["environment"])
     for setting in ("OutAddress", "ClamAddress"):
@@ -437,7 +437,7 @@ def test_compose_sets_what_clamsmtpd_knows(run, tmp_path):
     assert ours["MaxScanSize"] == str(25 << 20)
 
 
-def test_compose_gives_it_a_tmpfs_and_nothing_else():
+def test_compose_filter_has_a_tmpfs_and_nothing_else():
     ours = load("compose.yaml")[0]["services"]["clamsmtpd"]
     assert ours["read_only"] is True
     assert ours["cap_drop"] == ["ALL"]
@@ -447,7 +447,7 @@ def test_compose_gives_it_a_tmpfs_and_nothing_else():
         assert os.path.exists(os.path.join(DIRECTORY, name))
 
 
-def test_compose_trusts_the_network_that_postfix_is_told_of():
+def test_compose_postfix_trusts_the_network_of_the_file():
     compose = load("compose.yaml")[0]
     subnet = compose["networks"]["filter"]["ipam"]["config"][0]["subnet"]
     told = dict(instructions("Containerfile.postfix")[-1])["ARG"]
@@ -627,7 +627,7 @@ def selects(selector, name):
 
 
 @pytest.mark.parametrize("name", ["mail", "clamav"])
-def test_kubernetes_a_drained_node_takes_one_pod(name):
+def test_kubernetes_node_drained_takes_one_pod(name):
     """A PodDisruptionBudget leaves one of the two pods."""
     budget = kubernetes("PodDisruptionBudget", name)["spec"]
     assert selects(budget["selector"], name)
@@ -635,7 +635,7 @@ def test_kubernetes_a_drained_node_takes_one_pod(name):
     assert kubernetes("StatefulSet", name)["spec"]["replicas"] > 1
 
 
-def test_kubernetes_network_lets_in_what_is_needed():
+def test_kubernetes_network_admits_only_the_ports_needed():
     """clamd's port is for the filter, the status page for Prometheus, 2525 for
     everybody, and 10026 for nobody."""
     def lets(name):
@@ -668,7 +668,7 @@ def test_clamd_configuration_is_the_same_everywhere(run, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("clamconf"), reason="no clamconf here")
-def test_clamd_knows_every_setting_of_its_configuration():
+def test_clamd_configuration_has_no_unknown_setting():
     """ClamAV's own reader of the two files has no complaint."""
     got = subprocess.run(["clamconf", "-c", DIRECTORY], capture_output=True, text=True)
     assert "ERROR" not in got.stdout + got.stderr, got
@@ -679,7 +679,7 @@ def test_clamd_knows_every_setting_of_its_configuration():
 
 @pytest.mark.postfix
 @pytest.mark.skipif(not real.find("postconf"), reason="no Postfix installed")
-def test_postfix_understands_its_containerfile(tmp_path):
+def test_postfix_settings_of_the_containerfile_are_accepted(tmp_path):
     shutil.copy("/usr/share/postfix/master.cf.dist", tmp_path / "master.cf")
     (tmp_path / "main.cf").write_text("compatibility_level = 3.6\n")
     stage = instructions("Containerfile.postfix")[-1]

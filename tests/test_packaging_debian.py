@@ -44,7 +44,7 @@ def systemd_says(*command):
 
 @systemd
 @pytest.mark.parametrize("drop_in", [None, DROP_IN])
-def test_systemd_has_nothing_against_the_unit(tmp_path, drop_in):
+def test_unit_passes_systemd_analyze(tmp_path, drop_in):
     with open(UNIT) as file:
         unit = file.read().replace("/usr/sbin/clamsmtpd", CLAMSMTPD)
     path = tmp_path / "clamsmtpd.service"
@@ -58,7 +58,7 @@ def test_systemd_has_nothing_against_the_unit(tmp_path, drop_in):
 
 
 @systemd
-def test_its_exposure_is_what_the_readme_says():
+def test_unit_exposure_is_that_of_the_readme():
     got = systemd_says("systemd-analyze", "--no-pager", "security", "--offline=true",
                        "--threshold=20", UNIT)
     assert got.returncode == 0, got.stdout + got.stderr
@@ -70,7 +70,7 @@ def test_its_exposure_is_what_the_readme_says():
     assert figure == said or mine != version
 
 
-def test_the_drop_in_relaxes_what_implies_no_new_privileges():
+def test_unit_drop_in_relaxes_all_that_implies_no_new_privileges():
     """systemd.exec(5) has the list, at NoNewPrivileges=."""
     with open(DROP_IN) as file:
         relaxed = file.read()
@@ -85,7 +85,7 @@ def test_the_drop_in_relaxes_what_implies_no_new_privileges():
 
 @systemd
 @as_root
-def test_user_and_spool_are_made(tmp_path):
+def test_unit_user_and_spool_are_created(tmp_path):
     """By systemd's tools, in a root of the test's."""
     for kind in ("sysusers", "tmpfiles"):
         directory = tmp_path / "usr/lib" / (kind + ".d")
@@ -122,14 +122,14 @@ def command(line, config):
     return [CLAMSMTPD] + words[1:-1] + [config]
 
 
-def test_start_of_the_unit_has_no_option_but_the_file(run, tmp_path):
+def test_unit_start_has_no_option_but_the_file(run, tmp_path):
     """After an error in the file, status 2, systemd does not start it again."""
     start = command(values("ExecStart")[0], str(tmp_path))
     assert start == [CLAMSMTPD, "-f", str(tmp_path)]
     assert [str(run(*start[1:]).returncode)] == values("RestartPreventExitStatus")
 
 
-def test_a_reload_of_a_bad_file_fails(site):
+def test_unit_reload_of_a_bad_file_fails(site):
     one = site.start()
     check, hup = values("ExecReload")
     assert subprocess.run(command(check, one.file), check=True,
@@ -159,7 +159,7 @@ def allowed_calls():
 @systemd
 @pytest.mark.skipif(not shutil.which("strace"), reason="no strace here")
 @pytest.mark.parametrize("action", [None, "echo $VIRUS > $TMPDIR/seen"])
-def test_what_it_asks_the_kernel_for_the_unit_allows(site, action):
+def test_unit_allows_each_system_call_of_the_daemon(site, action):
     calls, program = site.path("calls"), site.path("traced")
     with open(program, "w") as file:
         file.write("#!/bin/sh\nexec strace -D -f -qq -e signal=none -o %s %s \"$@\"\n"
@@ -237,7 +237,7 @@ class Machine:
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
-def test_the_scripts_are_of_plain_shell():
+def test_scripts_are_plain_shell():
     scripts = glob.glob(os.path.join(TOP, "packaging/debian/clamsmtp.post*"))
     assert len(scripts) == 2
     subprocess.run(["shellcheck", "-s", "sh"] + scripts, check=True)
@@ -287,7 +287,7 @@ def settings(machine):
 
 
 @pytest.mark.long
-def test_lintian_has_nothing_to_say(machine):
+def test_package_passes_lintian(machine):
     """Neither errors nor warnings, with the overrides explained."""
     try:
         machine.does("apt-get -q -y --no-install-recommends install lintian </dev/null")
@@ -299,7 +299,7 @@ def test_lintian_has_nothing_to_say(machine):
 
 
 @pytest.mark.long
-def test_the_program_has_the_hardening_of_the_distribution(machine):
+def test_package_program_is_hardened(machine):
     """CPPFLAGS, which bring _FORTIFY_SOURCE, reach the compiler, too."""
     tree = os.path.join(os.path.dirname(machine.deb), "clamsmtp")
     assert "__memcpy_chk" in machine.does(
@@ -348,7 +348,7 @@ def test_package_replaces_the_distributions(distributed):
 
 
 @pytest.mark.long
-def test_a_file_nobody_touched_is_replaced_by_one_with_its_settings(distributed):
+def test_package_replaces_an_unmodified_file_and_keeps_its_settings(distributed):
     def ports():
         text = distributed.does("cat /etc/clamsmtpd.conf")
         return {name: values(name, text.replace(": ", "="))[0].split(":")[-1]

@@ -152,7 +152,7 @@ def effective(router, run):
     return effective
 
 
-def test_the_script_is_of_plain_shell():
+def test_script_is_plain_shell():
     subprocess.run(["busybox", "sh", "-n", INIT], check=True)
     if not shutil.which("shellcheck"):
         pytest.skip("no shellcheck here")
@@ -165,14 +165,14 @@ def test_the_script_is_of_plain_shell():
 
 # ---------------------------------------------------------------- UCI
 
-def test_as_shipped_it_does_not_run(router):
+def test_configuration_as_shipped_starts_nothing(router):
     (router.uci / "clamsmtpd").write_text(router.shipped())
     router.start()
     assert router.calls("open_service") and not router.calls("open_instance")
     assert not router.conf.exists()
 
 
-def test_as_shipped_it_is_made_for_a_router(router, effective):
+def test_configuration_as_shipped_suits_a_router(router, effective):
     router.start()
     for line in ("Listen: 192.168.1.1:10025", "OutAddress: 192.168.1.2:25",
                  "ClamAddress: 192.168.1.2:3310", "Action: bounce",
@@ -181,7 +181,7 @@ def test_as_shipped_it_is_made_for_a_router(router, effective):
         assert line in effective()
 
 
-def test_every_setting_can_be_an_option(router, effective):
+def test_option_of_each_setting_is_written(router, effective):
     router.start()
     unset = {"VirusAction": "true", "PidFile": "/run/x.pid",
              "ProxyFrom": "10.0.0.0/8", "StatusListen": "127.0.0.1:10080"}
@@ -199,7 +199,7 @@ def test_every_setting_can_be_an_option(router, effective):
     assert effective()[:-1] == ["%s: %s" % option for option in options.items()]
 
 
-def test_lists_keep_their_order_and_their_blanks(router, effective):
+def test_list_keeps_its_order_and_its_blanks(router, effective):
     router.configure(ClamAddress=["10.0.0.1:3310", "[fd00::2]:3310", "10.0.0.3"],
                      Action=["pass PUA.* Heuristics.Phishing.*", "drop"])
     router.start()
@@ -213,7 +213,7 @@ def test_lists_keep_their_order_and_their_blanks(router, effective):
 
 @pytest.mark.parametrize("value", [
     r"X-Scan: %i\r\nX-Two: it'\''s \"so\" # $HOME `id` \\x", ""])
-def test_a_header_stays_as_it_was_written(router, effective, value):
+def test_option_header_keeps_its_quotes_and_escapes(router, effective, value):
     router.configure(Header=value)
     router.start()
     shown, = [l for l in effective() if l.startswith("Header:")]
@@ -224,7 +224,7 @@ def test_a_header_stays_as_it_was_written(router, effective, value):
     ("config clamsmtpd 'other'", "section clamsmtpd other: not read"),
     ("config clamsmtpd", "section clamsmtpd without a name: not read"),
     ("config clamd 'main2'", "section clamd main2: not read")])
-def test_section_that_is_not_its_own_is_told_and_not_read(
+def test_section_of_another_name_is_reported_and_not_read(
         router, effective, line, told):
     """A setting that has no effect is not silent."""
     router.configure(line, "\toption MaxScans '9'")
@@ -234,7 +234,7 @@ def test_section_that_is_not_its_own_is_told_and_not_read(
     assert "MaxScans: 4" in effective()
 
 
-def test_unnamed_section_alone_is_told(router):
+def test_section_without_a_name_is_reported(router):
     """Nothing runs then, and the log says why."""
     (router.uci / "clamsmtpd").write_text(
         router.shipped().replace("config clamsmtpd 'main'", "config clamsmtpd"))
@@ -245,7 +245,7 @@ def test_unnamed_section_alone_is_told(router):
 
 @pytest.mark.parametrize("name", ["User", "OutAddress", "Action", "TempDirectory"])
 @pytest.mark.parametrize("kind", [str, lambda value: [value]], ids=["option", "list"])
-def test_value_with_a_line_break_is_no_setting_of_its_own(router, name, kind):
+def test_option_with_a_line_break_is_refused(router, name, kind):
     """PROMISE 8: whoever may set one value sets no other."""
     router.configure(**{name: kind("x\nVirusAction: touch /tmp/x")})
     done = router.run("start")
@@ -260,7 +260,7 @@ def test_value_with_a_line_break_is_no_setting_of_its_own(router, name, kind):
     ("ClamAddress", "10.0.0.1:0", 'ClamAddress: "10.0.0.1:0" is not an address'),
     ("OutAddress", "", "OutAddress"),
 ])
-def test_bad_settings_are_refused_with_a_message(router, name, value, message):
+def test_option_with_a_bad_value_changes_nothing(router, name, value, message):
     router.configure(**{name: value})
     for action in "start", "restart", "reload":
         done = router.run(action)
@@ -280,13 +280,13 @@ def test_options_that_validate_data_refuses_change_nothing(router, action):
 
 # ---------------------------------------------------------------- procd
 
-def test_the_spool_is_made_for_the_user(router):
+def test_spool_missing_is_created_for_the_user(router):
     router.start()
     assert stat.S_IMODE(router.spool.stat().st_mode) == 0o700
     assert router.calls("chown") == [["clamsmtp", str(router.spool)]]
 
 
-def test_a_spool_that_is_there_is_left_alone(router):
+def test_spool_existing_is_not_changed(router):
     router.spool.mkdir()
     router.spool.chmod(0o1777)
     router.start()
@@ -331,7 +331,7 @@ def running(router, site, syslog):
     return Running(router, site, syslog)
 
 
-def test_the_command_filters_mail(running):
+def test_command_for_procd_filters_mail(running):
     """Its log goes to syslog, with severities."""
     client = running.session()
     client.mail()
@@ -344,7 +344,7 @@ def test_the_command_filters_mail(running):
     assert [scan.command for scan in clamd.scans] == ["INSTREAM", "INSTREAM"]
 
 
-def test_a_reload_gives_the_daemon_the_new_settings(running):
+def test_reload_gives_the_daemon_the_new_settings(running):
     inode = running.router.conf.stat().st_ino
     running.configure(Action="drop")
     assert running.router.run("reload").returncode == 0
@@ -358,7 +358,7 @@ def test_a_reload_gives_the_daemon_the_new_settings(running):
     client.quit()
 
 
-def test_a_bad_reload_leaves_all_as_it_is(router):
+def test_reload_of_a_bad_value_changes_nothing(router):
     router.start()
     before = router.conf.read_text()
     router.configure(MaxScans="many")
@@ -368,7 +368,7 @@ def test_a_bad_reload_leaves_all_as_it_is(router):
     assert 'MaxScans: "many"' in router.log.read_text()
 
 
-def test_a_reload_ends_what_was_disabled(router):
+def test_reload_of_a_disabled_service_ends_it(router):
     router.start()
     router.configure(enabled=0, MaxScans="many")
     assert router.run("reload").returncode == 0

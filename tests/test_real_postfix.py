@@ -420,7 +420,7 @@ def test_xclient_refusal_of_the_client_by_postfix_is_relayed(site):
         postfix.close()
 
 
-def test_http_request_with_a_mail_in_it_delivers_nothing(site, postfix):
+def test_postfix_gets_no_mail_from_an_http_request(site, postfix):
     """PROMISE 10: as when it is sent to Postfix itself."""
     site.start(OutAddress=postfix.address("other"))
     for verb in "POST", "PUT":

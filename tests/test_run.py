@@ -536,7 +536,7 @@ def test_sighup_gives_new_sessions_the_new_settings(site):
     ({"Listen": None}, r"Listen: 127\.0\.0\.1:\d+: "),
 ], ids=["TimeOut", "Nonsense", "User", "PidFile", "VirusAction", "TempDirectory",
           "Listen"])
-def test_sighup_with_a_bad_file_changes_nothing_and_says_why(site, change, why):
+def test_sighup_with_a_bad_file_changes_nothing_and_logs_why(site, change, why):
     """With file and line, if it is one that is wrong."""
     site.start(Listen=site.path("in.sock"))
     if "Listen" in change:              # a port that is taken
@@ -597,7 +597,7 @@ def test_sighup_with_more_connections_than_descriptors_says_how_to_go_on(open_si
     site.daemon.wait_log("reload failed")
 
 
-def test_sighup_with_an_unreadable_file_says_only_that(open_site):
+def test_sighup_with_an_unreadable_file_logs_only_that(open_site):
     """The daemon has lost the right to read its file: what the file says is
     unknown, so no setting is said to be missing."""
     site = open_site
@@ -1469,7 +1469,7 @@ def test_hop_address_that_fails_later_gives_way_to_the_other(site, names):
     assert len(address_lines(site)) == 2
 
 
-def test_hop_address_that_does_not_greet_stays_behind(site, names):
+def test_hop_address_that_does_not_greet_stays_last(site, names):
     """An address that accepts a connection and sends no greeting has not
     worked: the order of the name server stays."""
     names.addresses = [DEAD, GOOD]
@@ -1738,7 +1738,7 @@ def test_foreground_with_syslog_and_a_level_logs_as_much(site, syslog, args, mos
     ({"MaxScans": "many"}, 2, '"many" is not'),
     ({"PidFile": "/no/such/directory/pid"}, 1, "PidFile: /no/such/directory/pid: ")],
     ids=["configuration", "pid file"])
-def test_foreground_with_syslog_that_cannot_start_says_so_in_both(
+def test_foreground_with_syslog_that_cannot_start_logs_to_both(
         site, syslog, settings, status, why):
     """A supervisor may have thrown standard error away."""
     log, preexec = syslog
@@ -1749,7 +1749,7 @@ def test_foreground_with_syslog_that_cannot_start_says_so_in_both(
     assert len(daemon.log(re.escape(why))) == 1
 
 
-def test_foreground_check_of_the_configuration_is_told_once(site, run):
+def test_foreground_check_of_the_configuration_is_reported_once(site, run):
     """-n with -F, as an init script has them."""
     with open(site.path("conf"), "w") as file:
         file.write("OutAddress: 25\nMaxScans: many\n")

@@ -172,7 +172,7 @@ ERRORS = [
 @pytest.mark.core
 @pytest.mark.parametrize("answer", CLEAN, ids=lambda a: repr(
     a.reply if isinstance(a, Drip) else a))
-def test_answer_that_says_clean(site, answer):
+def test_answer_ok_is_clean(site, answer):
     site.clamd.verdict = answer
     client = site.session()
     client.mail(body=BODY)
@@ -183,7 +183,7 @@ def test_answer_that_says_clean(site, answer):
 @pytest.mark.core
 @pytest.mark.parametrize("answer, name", FOUND, ids=lambda a: str(a)[:40]
                          if isinstance(a, str) else "")
-def test_answer_that_names_a_virus(site, answer, name):
+def test_answer_found_is_a_virus(site, answer, name):
     site.clamd.verdict = answer
     client = site.session()
     client.mail(want="250 2.0.0 Virus Detected; Discarded Email")
@@ -214,7 +214,7 @@ def test_answer_of_any_other_form_is_an_error(site, clamd, answer):
 @pytest.mark.core
 @pytest.mark.parametrize("what", [CLOSE, RESET, Then(b"stream: OK", RESET)],
                          ids=["closes", "resets", "half an answer"])
-def test_clamd_that_goes_away_is_an_error(site, clamd, what):
+def test_clamd_that_closes_is_an_error(site, clamd, what):
     clamd.verdict = what
     client = site.session()
     client.mail(want="451 4.3.0 Local Error")
@@ -329,7 +329,7 @@ def test_virus_name_too_long_is_cut(site):
     "clamsmtpd.8 When something fails: clamd down, slow or in error",
     "clamsmtpd.conf.5 ScanFailure: tempfail")
 @pytest.mark.core
-def test_clamd_that_is_not_there_is_an_error(site, clamd):
+def test_clamd_unreachable_is_an_error(site, clamd):
     site.start()
     clamd.down()
     client = site.session()
@@ -810,7 +810,7 @@ def test_dead_clamd_with_a_free_slot_is_used_before_a_full_one(site, clock):
     at_first.go()
 
 
-def test_scan_tried_again_goes_before_those_that_came_later(site):
+def test_scan_tried_again_goes_before_later_ones(site):
     """The first clamd fails a message while the second one is full.  When that
     one has a slot again the message gets it, not those that wait for the first
     time."""
@@ -884,7 +884,7 @@ def test_waiting_scan_gets_a_clamd_that_is_no_longer_dead(site, clock):
     running.expect("250 2.0.0 queued")
 
 
-def test_waiting_scan_lets_one_behind_it_pass(site):
+def test_waiting_scan_lets_a_later_one_pass(site):
     """It has tried the first clamd and waits for the second; the one behind
     it in the queue may use the first."""
     hold = Hold("OK")

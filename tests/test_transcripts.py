@@ -114,7 +114,7 @@ class Play:
 @pytest.mark.covers("clamsmtpd.8 DESCRIPTION: 2xx after the next hop")
 @pytest.mark.parametrize("path", sorted(glob.glob(DIRECTORY + "/*.txt")),
                          ids=os.path.basename)
-def test_transcript_is_what_happens(site, path):
+def test_transcript_is_what_the_daemon_does(site, path):
     """The daemon sends each line of the transcript to the peer that has it, and
     nothing else."""
     with open(path) as file:

@@ -318,7 +318,7 @@ def test_xclient_makes_pipelined_commands_wait(site, xhop):
 
 # ---------------------------------------------------------------- XFORWARD
 
-def test_xforward_is_offered_and_relayed_as_it_is(site):
+def test_xforward_is_offered_and_relayed_unchanged(site):
     line = "XFORWARD NAME ADDR PROTO HELO SOURCE PORT"
     site.hop.ehlo = [line]
     client = site.client()
@@ -348,7 +348,7 @@ def test_xforward_is_offered_and_relayed_as_it_is(site):
     (["XFORWARD ADDR=192.0.2.5 HELO=refused"], None, None),
     (["XFORWARD NAME=x"], None, None),
 ])
-def test_xforward_feeds_remote(site, commands, remote, helo):
+def test_xforward_accepted_sets_remote(site, commands, remote, helo):
     site.hop.on("XFORWARD",
                 lambda s, line: "550 5.7.0 no" if "refused" in line else None)
     result = environment(site)

@@ -783,6 +783,8 @@ buf_eat(struct buf *p, size_t n)
 void
 buf_free(struct buf *p)
 {
+	if (p->b == NULL)
+		return;
 	if (p->b == shared)
 		shared_taken = 0;
 	else if (p->size == BUFSZ)

@@ -663,6 +663,22 @@ client_fill(struct session *s)
 	return got;
 }
 
+static int
+line_waits(const struct session *s)
+{
+	const struct buf *in = &s->client.in;
+
+	return memchr(buf_head(in), '\n', buf_len(in)) != NULL;
+}
+
+/* Returns 1 when the client's connection ended and no complete line of it
+ * waits, else 0. */
+static int
+has_ended(const struct session *s)
+{
+	return s->client.err || (s->client.eof && !line_waits(s));
+}
+
 /*
  * Returns 1 when the client gave up and will send its message again, else 0.
  * It gave up if it reset the connection, or if it sent EOF more than
@@ -672,13 +688,10 @@ client_fill(struct session *s)
 static int
 client_gone(struct session *s)
 {
-	const struct buf *in = &s->client.in;
-
 	if (!s->client.eof)
 		return s->client.err;
 	return peer_reset(&s->client) ||
-	    (s->eof_at - s->msg.dot_at > HALF_CLOSE_TIME &&
-	    memchr(buf_head(in), '\n', buf_len(in)) == NULL);
+	    (s->eof_at - s->msg.dot_at > HALF_CLOSE_TIME && !line_waits(s));
 }
 
 /* For the log: the reason why a body does not end, if it is bare LFs. */
@@ -1160,10 +1173,7 @@ server_naddrs(const struct session *s)
 static int
 gone_early(struct session *s)
 {
-	const struct buf *in = &s->client.in;
-
-	if (!s->client.err && (!s->client.eof ||
-	    memchr(buf_head(in), '\n', buf_len(in)) != NULL))
+	if (!has_ended(s))
 		return 0;
 	slog(s, LOG_DEBUG, "CLIENT: gone before the greeting");
 	session_kill(s);
@@ -1869,6 +1879,26 @@ command(struct session *s, char *line, size_t n)
 	return 1;
 }
 
+static void
+log_closed(const struct session *s)
+{
+	if (s->env.have_mail)
+		slog(s, LOG_NOTICE, "CLIENT: closed the connection "
+		    "in the middle of a transaction");
+}
+
+/* End the session if the client's connection ended and no complete line of it
+ * waits.  Returns 1 when the session ended. */
+static int
+client_ended(struct session *s)
+{
+	if (!has_ended(s))
+		return 0;
+	log_closed(s);
+	start_linger(s);		/* it may be a half-close */
+	return 1;
+}
+
 /* The next hop sent a reply without a command: it ends the session. */
 static int
 server_spoke(struct session *s)
@@ -1877,7 +1907,7 @@ server_spoke(struct session *s)
 
 	switch (server_reply(s, &r)) {
 	case WAIT:
-		return 0;
+		return client_ended(s);
 	case LOST:
 		return server_lost(s, s->server.why);
 	case REPLY:
@@ -1888,14 +1918,6 @@ server_spoke(struct session *s)
 		return server_lost(s, "reply without a command");
 	relay_and_close(s, &r);
 	return 1;
-}
-
-static void
-log_closed(const struct session *s)
-{
-	if (s->env.have_mail)
-		slog(s, LOG_NOTICE, "CLIENT: closed the connection "
-		    "in the middle of a transaction");
 }
 
 static int
@@ -1917,12 +1939,7 @@ st_command(struct session *s)
 		buf_eat(&s->client.in, 0);
 		return r;
 	}
-	if (r == 0 && (s->client.eof || s->client.err)) {
-		log_closed(s);
-		start_linger(s);	/* it may be a half-close */
-		return 1;
-	}
-	return r != 0;
+	return r != 0 || client_ended(s);
 }
 
 /*
@@ -1969,13 +1986,12 @@ st_auth(struct session *s)
 {
 	char *line;
 	size_t n;
-	int r;
 
 	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
 		return 0;
 	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof)
 		return server_spoke(s);
-	switch (r = client_line(s, &line, &n)) {
+	switch (client_line(s, &line, &n)) {
 	case 1:
 		slog(s, LOG_DEBUG, "CLIENT < ***");
 		slog(s, LOG_DEBUG, "SERVER > ***");
@@ -1988,10 +2004,7 @@ st_auth(struct session *s)
 		start_linger(s);
 		return 1;
 	}
-	if (!s->client.eof && !s->client.err)
-		return 0;
-	start_linger(s);
-	return 1;
+	return client_ended(s);
 }
 
 /*

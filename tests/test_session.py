@@ -1394,6 +1394,25 @@ def test_client_reset_while_a_command_is_out_frees_its_place(site, verb):
     frees_its_place(site, hold)
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("state", ["command", "auth"])
+def test_client_gone_after_half_a_line_of_the_next_hop_frees_its_place(
+        site, state, ending):
+    """The rest of the line may never come."""
+    site.hop.ehlo.append("AUTH PLAIN")
+    site.hop.on("NOOP", [b"250 ok\r\n42"])
+    site.hop.on("AUTH", [b"334 \r\n42"])
+    client = site.session()
+    if state == "command":
+        client.cmd("NOOP", "250")
+    else:
+        client.cmd("AUTH PLAIN", "334")
+    site.daemon.rests()
+    getattr(client, ending)()
+    site.hop.session.wait_end()
+    site.daemon.settle()
+
+
 # ---------------------------------------------------------------- loopback
 
 @pytest.mark.covers("clamsmtpd.8 LOOPBACK FEATURE: back to the client",

@@ -24,8 +24,10 @@ def check(tmp_path, run):
 
 DEFAULTS = [
     ("Action", "drop"),
+    ("DebugFiles", "off"),
     ("Header", "X-Virus-Scanned: ClamAV using ClamSMTP"),
     ("KeepAlives", "0"),
+    ("LogFormat", "classic"),
     ("MaxConnections", "64"),
     ("MaxScans", "10"),
     ("MaxScanSize", "0"),
@@ -39,7 +41,13 @@ DEFAULTS = [
 ]
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 Action", "clamsmtpd.conf.5 MaxConnections",
+@pytest.mark.covers("clamsmtpd.conf.5 DebugFiles: default",
+    "clamsmtpd.conf.5 Quarantine: default",
+    "clamsmtpd.conf.5 TransparentProxy: default",
+    "clamsmtpd.conf.5 XClient: default",
+    "clamsmtpd.conf.5 MaxScanSize: default",
+    "clamsmtpd.conf.5 TempDirectory: default",
+    "clamsmtpd.conf.5 Action", "clamsmtpd.conf.5 MaxConnections",
     "clamsmtpd.conf.5 ScanFailure")
 @pytest.mark.parametrize("name, value", DEFAULTS)
 def test_setting_unset_has_its_default(check, name, value):
@@ -52,12 +60,13 @@ def test_listen_unset_is_port_10025(check):
     assert effective(check(MINIMAL))["listen"] == ["10025"]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: -n")
 @pytest.mark.parametrize("name", ["PidFile", "User", "VirusAction"])
 def test_setting_without_a_default_is_unset(check, name):
     assert name.lower() not in effective(check(MINIMAL))
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: default")
+@pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: range and default")
 def test_scantimeout_unset_is_timeout(check):
     assert effective(check(MINIMAL + "TimeOut: 77\n"))["scantimeout"] == ["77"]
 
@@ -109,7 +118,13 @@ VALUES = [
 ]
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 MaxConnections", "clamsmtpd.conf.5 MaxScanSize",
+@pytest.mark.covers("clamsmtpd.conf.5 KeepAlives: range",
+    "clamsmtpd.conf.5 MaxConnections: range",
+    "clamsmtpd.conf.5 MaxScans: range",
+    "clamsmtpd.conf.5 TimeOut: range",
+    "clamsmtpd.conf.5 ScanTimeOut: range and default",
+    "clamsmtpd.conf.5 DESCRIPTION: comment",
+    "clamsmtpd.conf.5 MaxConnections", "clamsmtpd.conf.5 MaxScanSize",
     "clamsmtpd.conf.5 SETTINGS: on and off")
 @pytest.mark.parametrize("name, value, want", VALUES)
 def test_setting_value_is_taken(check, name, value, want):
@@ -189,7 +204,15 @@ BAD = [
 ]
 
 
-@pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2",
+@pytest.mark.covers("clamsmtpd.conf.5 KeepAlives: range",
+    "clamsmtpd.conf.5 MaxConnections: range",
+    "clamsmtpd.conf.5 MaxScans: range",
+    "clamsmtpd.conf.5 TimeOut: range",
+    "clamsmtpd.conf.5 ScanTimeOut: range and default",
+    "clamsmtpd.conf.5 Header: newline",
+    "clamsmtpd.conf.5 ADDRESSES: /path",
+    "clamsmtpd.conf.5 ADDRESSES: port",
+    "clamsmtpd.8 EXIT STATUS: 2",
     "clamsmtpd.8 DIAGNOSTICS: FILE:LINE: NAME: ...",
     "clamsmtpd.conf.5 DESCRIPTION: errors")
 @pytest.mark.parametrize("name, value", BAD)
@@ -334,6 +357,18 @@ def test_action_of_the_file_replaces_all_of_a_flag(check):
     result = check(MINIMAL + "Bounce: off\nAction: pass PUA.*\n", "-b")
     assert effective(result)["action"] == ["pass PUA.*", "drop"]
     assert "twice" not in result.stderr
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: 32 times",
+    "clamsmtpd.conf.5 Listen: 32 times", "clamsmtpd.conf.5 ProxyFrom: 32 networks")
+@pytest.mark.parametrize("name, value", [
+    ("Listen", "127.0.0.1:%d"), ("ClamAddress", "/%d"), ("ProxyFrom", "10.0.%d.0/24")])
+def test_setting_repeated_is_taken_32_times(check, name, value):
+    lines = ["%s: %s\n" % (name, value % n) for n in range(1, 34)]
+    assert len(effective(check(MINIMAL + "".join(lines[:32])))[name.lower()]) == 32
+    result = check(MINIMAL + "".join(lines))
+    assert result.returncode == 2
+    assert "%s:34: %s: " % (check.file, name) in result.stderr
 
 
 @pytest.mark.parametrize("name, values", [

@@ -347,6 +347,7 @@ def test_maxscansize_leaves_no_message_that_clamd_does_not_scan(site, own_clamd,
     assert site.hop.messages == []
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Action: AlertExceedsMax")
 def test_above_max_file_size_is_found_with_alert_exceeds_max(site, own_clamd):
     """clamd's AlertExceedsMax names a message that it did not look at."""
     clamd = own_clamd(MaxFileSize="100K", StreamMaxLength="100M", AlertExceedsMax="yes")

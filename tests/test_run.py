@@ -173,6 +173,24 @@ def test_pid_file_has_the_pid_and_is_removed(site):
     assert not os.path.exists(path)
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 PidFile: relative path")
+def test_relative_paths_are_in_the_directory_of_the_start(site):
+    """The daemon leaves that directory, but not its pid file and TempDirectory."""
+    one = site.start(level=None, wait=False, preexec=lambda: os.chdir(site.dir),
+                     Listen=site.path("in.sock"), PidFile="pid", TempDirectory="spool",
+                     Quarantine="on")
+    one.stopped = True
+    assert one.wait_exit() == 0
+    pid = int(wait_file(site.path("pid")))
+    client = site.session(address=site.path("in.sock"))
+    client.mail(body=BAD, want="250 2.0.0 Virus")
+    client.quit()
+    assert len(os.listdir(site.spool)) == 1
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not processes(one.mark), "the daemon ends")
+    assert not os.path.exists(site.path("pid"))
+
+
 @pytest.mark.covers("clamsmtpd.8 OPTIONS: -p")
 def test_p_is_used_in_place_of_pidfile(site):
     site.start(PidFile=site.path("a"), args=["-p", site.path("b")])

@@ -539,7 +539,7 @@ def test_scan_time_out_gives_451(site, clamd, clock):
     hold.go()
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: default")
+@pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: range and default")
 def test_scan_time_out_unset_is_time_out(site, clock):
     hold = Hold("OK")
     site.clamd.verdict = [hold]

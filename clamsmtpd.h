@@ -204,9 +204,9 @@ struct clamd {
 enum action { DROP, BOUNCE, PASS };
 
 struct rule {				/* a pattern of an Action line */
-	enum action action;
-	char	*pattern;		/* as of fnmatch(3), for virus names */
 	struct rule *next;
+	enum action action;
+	char	 pattern[];		/* as of fnmatch(3), for virus names */
 };
 
 struct network {			/* of ProxyFrom */

@@ -217,7 +217,6 @@ clear_action(struct conf *c)
 
 	while ((r = c->rules) != NULL) {
 		c->rules = r->next;
-		free(r->pattern);
 		free(r);
 	}
 	c->action = DROP;
@@ -228,11 +227,9 @@ add_rule(struct conf *c, enum action action, const char *word, size_t n)
 {
 	struct rule *r, **last;
 
-	if ((r = calloc(1, sizeof *r)) == NULL ||
-	    (r->pattern = strndup(word, n)) == NULL) {
-		free(r);
+	if ((r = calloc(1, sizeof *r + n + 1)) == NULL)
 		return no_memory;
-	}
+	memcpy(r->pattern, word, n);
 	r->action = action;
 	for (last = &c->rules; *last != NULL; last = &(*last)->next)
 		;

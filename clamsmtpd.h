@@ -523,15 +523,15 @@ size_t vformat(char *, size_t, const char *fmt, va_list);
 
 /*
  * The log.  After a format that ends in a colon errno's text is appended.
- * Both functions preserve errno.
+ * slog() preserves errno; the session may be NULL.
  */
 extern int log_level;		/* lines up to this LOG_ level are written */
 extern int log_json;		/* LogFormat: json */
 extern int log_echo;		/* errors and warnings go to stderr as well */
 void log_open(int level, int console);		/* syslog, or stderr */
-void logmsg(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
+#define logmsg(...)	slog(NULL, __VA_ARGS__)
 /* log_hold() keeps messages until log_format() writes them, and all later ones,
  * as text or JSON.  When there is no more room, it keeps none any more. */
 void log_hold(void);

@@ -533,18 +533,21 @@ json_end(int level)
 	log_line(level, json, json_n);
 }
 
-static void
-vlog(const struct session *s, int level, const char *fmt, va_list ap)
+void
+slog(const struct session *s, int level, const char *fmt, ...)
 {
 	char line[LOGSZ];
 	int err = errno;
 	size_t n = 0;
+	va_list ap;
 
 	if (level > log_level)
 		return;
 	if (s != NULL && !log_json)
 		n = format(line, sizeof line, "%06X: ", s->id);
+	va_start(ap, fmt);
 	n += vformat(line + n, sizeof line - n, fmt, ap);
+	va_end(ap);
 	if (fmt[strlen(fmt) - 1] == ':')
 		n += format(line + n, sizeof line - n, " %s", strerror(err));
 	if (log_held && log_add(level, line, n) == -1)
@@ -579,26 +582,6 @@ log_format(int as_json)
 	log_buf.w -= n;
 	for (; p < held + n; p += strlen(p) + 1)
 		logmsg(*p - '0', "%s", p + 1);
-}
-
-void
-logmsg(int level, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	vlog(NULL, level, fmt, ap);
-	va_end(ap);
-}
-
-void
-slog(const struct session *s, int level, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	vlog(s, level, fmt, ap);
-	va_end(ap);
 }
 
 /*

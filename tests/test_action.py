@@ -563,13 +563,14 @@ def test_action_variables_have_no_control_characters(site):
     client = site.session()
     client.cmd(b"XFORWARD ADDR=192.0.2.5+0AREMOTE_HELO=x HELO=a+1B+0Ab", "250")
     client.cmd(b"MAIL FROM:<a\x1b\x07b@c>", "250")
-    client.cmd(b"RCPT TO:<x\x0by@c>", "250")
+    client.cmd(b"RCPT TO:<x\x0by\xffz@c>", "250")
     client.data(BAD, "250 2.0.0 Virus")
     client.quit()
     env = result()
     for key in NINE:
         if key in env:
             assert not re.search(r"[\x00-\x1f\x7f]", env[key].rstrip("\n")), key
+    assert (env["SENDER"], env["RECIPIENTS"].strip()) == ("a??b@c", "x?y?z@c")
 
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: each virus",

@@ -116,7 +116,9 @@ def test_statuslisten_unset_opens_nothing(site):
     assert not site.daemon.log("^status on ")
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 StatusListen")
+@pytest.mark.covers("clamsmtpd.conf.5 StatusListen",
+    "clamsmtpd.conf.5 ADDRESSES: default port",
+    "clamsmtpd.conf.5 ADDRESSES: default host")
 @pytest.mark.parametrize("form, where", [
     ("PORT", "127.0.0.1:PORT"), ("HOST", "HOST:10080"),
     (localhost() + ":PORT", "127.0.0.1:PORT"), ("[::1]:PORT", "[::1]:PORT"),

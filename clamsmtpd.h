@@ -134,13 +134,13 @@
  */
 struct buf {
 	char	*b;
-	size_t	 r, w, size;
+	unsigned r, w, size;
 };
 
 /* A text that grows.  A NUL follows it; s is NULL until something is added. */
 struct str {
 	char	*s;
-	size_t	 len, size;
+	unsigned len, size;
 };
 
 /*
@@ -750,8 +750,7 @@ void children_kill(void);	/* the daemon ends: kill and reap them all */
  * At the start: keep nothing of the program that started us, neither its signal
  * mask and ignored signals, nor its descriptors above 2, which may hold a lock,
  * except the first nkept.  Descriptors 0 to 2 are opened if need be, so that no
- * socket becomes one of them.  Also set now, and take the memory that peer_fill()
- * reads into, so that no message needs more than another.
+ * socket becomes one of them.  Also set now.
  */
 void process_begin(int nkept);
 

@@ -683,7 +683,7 @@ rfc5322_date(void)
 /* The buffer that peer_fill() reads into.  Bodies of messages stay in it, and
  * only they need more than BUFSZ bytes. */
 static char shared[BODYSZ] __attribute__((aligned(4096)));
-static int shared_taken, shared_grown;
+static int shared_taken, shared_used;
 
 static char *spare[SPARE_BUFS];
 static int nspare;
@@ -716,9 +716,9 @@ spares_free(void)
 {
 	while (nspare > 0)
 		free(spare[--nspare]);
-	if (shared_grown)
-		madvise(shared + BUFSZ, BODYSZ - BUFSZ, MADV_DONTNEED);
-	shared_grown = 0;
+	if (shared_used)
+		madvise(shared, sizeof shared, MADV_DONTNEED);
+	shared_used = 0;
 }
 
 char *
@@ -829,14 +829,13 @@ peer_fill(struct peer *p, int body)
 	if (in->b == NULL && !shared_taken) {
 		in->b = shared;
 		in->size = body ? BODYSZ : BUFSZ;
-		shared_taken = 1;
+		shared_taken = shared_used = 1;
 	} else if (!buf_ready(in, 1))
 		return 0;
 	room = in->size - in->w;
 	n = recv(p->fd, in->b + in->w, room < IO_MAX ? room : IO_MAX, 0);
 	if (n > 0) {
 		in->w += n;
-		shared_grown |= n > BUFSZ;
 		return 1;
 	}
 	if (buf_len(in) == 0)
@@ -1290,7 +1289,6 @@ process_begin(int nkept)
 	int fd;
 
 	now = monotonic();
-	memset(shared, 0, BUFSZ);
 	signals_default();
 	do
 		fd = open("/dev/null", O_RDWR);
@@ -1847,7 +1845,7 @@ poll_wait(void)
 	int i, r, n;
 
 	children_poll();
-	if (nspare > 0 || shared_grown)
+	if (nspare > 0 || shared_used)
 		poll_deadline(now + IDLE_TIME);
 	if (nomem)
 		nomem_pause();

@@ -154,7 +154,7 @@ def test_calls_between_source_files_run_downwards(sources):
                for name in LAYERS}
     layer = {symbol: LAYERS.index(name) for name in LAYERS
              for symbol, kind in symbols[name] if kind in "BDRTV"}
-    assert layer["main"] == 0 and layer["logmsg"] == len(LAYERS) - 1
+    assert layer["main"] == 0 and layer["slog"] == len(LAYERS) - 1
     upwards = ["%s.c uses %s of %s.c" % (name, symbol, LAYERS[layer[symbol]])
                for name in LAYERS for symbol, kind in symbols[name]
                if kind == "U" and layer.get(symbol, len(LAYERS)) < LAYERS.index(name)]

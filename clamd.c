@@ -19,8 +19,6 @@
 #define CHUNKSZ		(1 << 30)	/* INSTREAM; clamd has its own limit */
 #define TAILSZ		(BUFSZ / 2)	/* bytes of a message that are copied */
 
-struct counters count;
-
 static struct clamd *clamds;		/* of all confs and scans */
 
 /* Sessions that wait for a slot, the oldest first. */

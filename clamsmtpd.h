@@ -448,7 +448,7 @@ struct counters {			/* since the start */
 	unsigned long long scan_ms;		/* all together */
 	unsigned long long log_lost;		/* lines of the log */
 };
-extern struct counters count;			/* (clamd.c) */
+extern struct counters count;			/* (util.c) */
 extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
 
 /* smtp.c */

@@ -39,6 +39,8 @@
 #define LOOKUP_RETRY	(5 * SECOND)	/* after one that was of no use */
 #define KILL_TIME	(5 * SECOND)	/* from one signal to the next */
 
+struct counters count;
+
 /*
  * Text.
  */

@@ -216,8 +216,8 @@ cat <<EOF
 
   Measured before; in brackets the CPU compared with a plain TCP proxy's:
 
-  CPU for a mail of 2 KB     $(row "CPU a message, 2 KB, a session each")
-  CPU for 1 MB of mail       $(row "CPU a MB, 1 MB messages")
+  CPU for a mail of 2 KB     $(row "CPU per message, 2 KB, one session each")
+  CPU for 1 MB of mail       $(row "CPU per MB, 1 MB messages")
   memory when idle           $(row "resident, idle")
 
 == how to go on

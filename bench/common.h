@@ -1,5 +1,5 @@
 /*
- * What the programs here have in common; static, for each is one file.
+ * Functions that the programs here share; static, because each is one file.
  */
 
 #include <sys/epoll.h>
@@ -28,16 +28,6 @@ die(const char *what)
 	exit(1);
 }
 
-/* In nanoseconds. */
-static inline uint64_t
-now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 /* op: EPOLL_CTL_ADD or EPOLL_CTL_MOD */
 static inline void
 watch(int fd, void *ptr, int op, unsigned events)
@@ -49,7 +39,7 @@ watch(int fd, void *ptr, int op, unsigned events)
 		die("epoll_ctl");
 }
 
-/* A connection to this machine that has begun. */
+/* Begin a connection to this machine. */
 static inline int
 begin_connect(int port)
 {
@@ -67,7 +57,7 @@ begin_connect(int port)
 	return fd;
 }
 
-/* A file, with so many bytes to spare, zeroed, behind it. */
+/* Read a file.  Zeroed bytes, as many as `spare', follow it. */
 static inline char *
 read_file(const char *path, size_t spare, size_t *size)
 {

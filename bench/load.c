@@ -1,21 +1,25 @@
 /*
- * Sends a message many times and says how long the answers took.
+ * Sends a message many times and reports how long the answers took.
  * usage: load PORT FILE SESSIONS MESSAGES each|many|hold
  *
  * FILE is a message, its lines ended by CRLF, without lines that begin with a
  * dot.  SESSIONS at once send MESSAGES in all:
  *
- *	each	a session each
- *	many	one after the other in the same sessions
- *	hold	a session each, which is then left open; SESSIONS counts those
- *		that are at work.  They last until standard input ends.
+ *	each	one session each
+ *	many	one after the other in sessions that stay open; all are open
+ *		before the first message
+ *	hold	one session each, which stays open; SESSIONS counts those that
+ *		are at work
  *
- * A command or a message is one write(2) if there is room; Nagle is off, or the
- * client's own waiting for an ACK would be counted as the program's.  No more
- * than four at a time await the greeting: some have a short listen backlog.
+ * The program prints a line and waits for one before the messages (not with
+ * hold) and after them, so that only the messages are measured.  The last line
+ * has the median and the 99th percentile of the times from the final dot to the
+ * answer, in microseconds.
  *
- * Prints the median and the 99th percentile of the times
- * from the final dot to the answer, in microseconds.
+ * A command or a message is one write(2) if there is room.  Nagle is off, or the
+ * client's own waiting for an ACK would be counted as the program's.  At most
+ * four sessions at a time await the greeting, because some programs have a short
+ * listen backlog.
  */
 
 #include "common.h"
@@ -25,7 +29,7 @@
 
 enum { GREETING, EHLO, MAIL, RCPT, DATA, BODY, QUIT, END };
 
-/* What is sent, and how the reply begins. */
+/* The text to send, and the beginning of the reply. */
 static struct step {
 	const char	*text;
 	size_t		 len;
@@ -50,9 +54,20 @@ struct conn {
 };
 
 static uint64_t *took;
+static struct conn **ready;		/* with many: open, and no message yet */
 static size_t todo, done;
-static int port, sessions, working, ungreeted;
+static int port, sessions, working, ungreeted, nready;
 static char mode;			/* the first letter of its name */
+
+/* In nanoseconds. */
+static uint64_t
+now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
 
 static void
 start(void)
@@ -88,10 +103,23 @@ send_step(struct conn *c)
 	}
 }
 
-/* The reply to the current step is there: on to the next. */
+/* Print a line, wait for one or for the end of standard input. */
+static void
+report(const char *line)
+{
+	char c;
+
+	puts(line);
+	fflush(stdout);
+	(void)!read(0, &c, 1);
+}
+
+/* The reply to the current step is complete, so go on to the next. */
 static void
 next_step(struct conn *c)
 {
+	int i;
+
 	if (c->step == BODY) {
 		took[done++] = now() - c->dot;
 		if (mode == 'm' && todo > 0) {
@@ -103,12 +131,21 @@ next_step(struct conn *c)
 		ungreeted--;
 	c->step++;
 	c->at = c->len = 0;
-	if (c->step < (mode == 'h' ? QUIT : END)) {
+	if (mode == 'm' && c->step == MAIL && nready < sessions) {
+		ready[nready++] = c;
+		if (nready < sessions)
+			return;
+		report("open");
+		for (i = 0; i < nready; i++)
+			send_step(ready[i]);
+		return;
+	}
+	if (c->step < (mode == 'e' ? END : QUIT)) {
 		send_step(c);
 		return;
 	}
 	working--;
-	if (mode != 'h') {
+	if (mode == 'e') {
 		close(c->fd);
 		free(c);
 	}
@@ -167,6 +204,7 @@ int
 main(int argc, char *argv[])
 {
 	struct epoll_event ev[EVENTS];
+	char line[64];
 	size_t messages;
 	int i, n;
 
@@ -178,10 +216,13 @@ main(int argc, char *argv[])
 	sessions = atoi(argv[3]);
 	todo = messages = atol(argv[4]);
 	mode = argv[5][0];
-	if ((took = calloc(messages, sizeof(*took))) == NULL)
+	if ((took = calloc(messages, sizeof(*took))) == NULL ||
+	    (ready = calloc(sessions, sizeof(*ready))) == NULL)
 		die("calloc");
 	if ((epfd = epoll_create1(0)) == -1)
 		die("epoll_create1");
+	if (mode == 'e')
+		report("start");
 	while (todo > 0 || working > 0) {
 		while (todo > 0 && working < sessions && ungreeted < GREETINGS)
 			start();
@@ -196,10 +237,8 @@ main(int argc, char *argv[])
 				receive(ev[i].data.ptr);
 	}
 	qsort(took, done, sizeof(*took), compare);
-	printf("%.1f %.1f\n", took[done / 2] / 1e3,
+	snprintf(line, sizeof(line), "%.1f %.1f", took[done / 2] / 1e3,
 	    took[(done * 99 + 99) / 100 - 1] / 1e3);
-	fflush(stdout);
-	if (mode == 'h')
-		(void)!read(0, &n, 1);
+	report(line);
 	return done != messages;
 }

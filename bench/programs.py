@@ -1,4 +1,4 @@
-"""The programs that are measured, and what they are measured with."""
+"""The programs that are measured, and the tools that measure them."""
 
 import base64
 import collections
@@ -22,15 +22,21 @@ PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 KB, MB = 1 << 10, 1 << 20
 SIZES = 2 * KB, 50 * KB, MB, 10 * MB
 HEADER = "X-Virus-Scanned: ClamAV using ClamSMTP\r\n"
-PATIENCE = 20       # seconds before a run counts as hung
+PATIENCE = 20       # seconds before a program counts as hung
 
-NONE, PROXY, OURS, ORIGINAL = "no filter", "TCP proxy", "clamsmtpd", "original 1.10"
+ORIGINAL, PROXY, OURS = "original 1.10", "TCP proxy", "clamsmtpd"
+CLAMD = " with clamd"       # after the name of a filter: with a real one
 
-# What bench/load.c is told, and, the last two, smtp-source.
-EACH, MANY, HOLD, SOURCE_EACH, SOURCE_MANY = "each", "many", "hold", "", "-d"
+EACH, MANY, HOLD = "each", "many", "hold"       # the modes of bench/load.c
 
 Cell = collections.namedtuple("Cell", "size sessions mode")
-Turn = collections.namedtuple("Turn", "cpu rate p50 p99")      # seconds, 1/seconds
+TEN = Cell(2 * KB, 10, MANY)
+BUSY = Cell(2 * KB, 1000, MANY)
+MAIN = (Cell(2 * KB, 10, EACH), TEN, BUSY, Cell(MB, 10, EACH), Cell(10 * MB, 10, EACH))
+ALONE = (Cell(2 * KB, 1, EACH), Cell(MB, 1, EACH))
+MEDIUM = Cell(50 * KB, 10, EACH)
+# Seconds; cpu, scanner and time are per message.
+Turn = collections.namedtuple("Turn", "cpu scanner p50 p99 time")
 
 
 class Failed(Exception):
@@ -46,7 +52,7 @@ def until(condition, what, limit=10):
 
 
 def output(*command, **more):
-    """What a command prints; "" if it cannot be run."""
+    """The output of a command; "" if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False,
                               **more).stdout
@@ -55,7 +61,7 @@ def output(*command, **more):
 
 
 def listening(path=None):
-    """A listening socket; our helpers get it as their standard input."""
+    """A listening socket, the standard input of one of our helpers."""
     sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
     sock.bind(path or ("127.0.0.1", 0))
     sock.listen(4096)
@@ -67,9 +73,20 @@ def free_port():
         return sock.getsockname()[1]
 
 
+def cpu(process):
+    """Seconds so far, those of children that have ended included."""
+    if not process:
+        return 0
+    with open("/proc/%d/stat" % process.pid) as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    # clock_getcpuclockid(3) makes the number of another process's clock so
+    own = time.clock_gettime(~process.pid << 3 | 2)
+    return own + (int(fields[13]) + int(fields[14])) / TICK
+
+
 class Tools:
-    """A directory with what the measurements need: our helpers, built, the
-    messages, and Debian's programs, unpacked where they are not installed."""
+    """A directory with our helpers, built, the messages, and Debian's programs,
+    unpacked where they are not installed."""
 
     def __init__(self, directory):
         self.dir = directory
@@ -79,23 +96,21 @@ class Tools:
             subprocess.run(["cc", "-O2", "-D_GNU_SOURCE", "-o", self.file(name),
                             "%s/%s.c" % (BENCH, name)], check=True)
         self.mails = [self.write_mail(size) for size in SIZES]
-        self.source = self.find("postfix", "smtp-source")
+        self.clamd = self.find("clamav-daemon", "clamd")
 
     def file(self, name):
         return os.path.join(self.dir, str(name))
 
     def write_mail(self, size):
-        """Base64, no line like another; the first byte tells the size.  For
-        smtp-source LF only, and without the empty line that it adds."""
-        head = b"%c: bench\r\nFrom: a@example.com\r\nSubject: %d\r\n\r\n" % (
-            65 + SIZES.index(size), size)
+        """A random attachment in base64; the first byte identifies the size."""
+        head = (b"%c: bench\r\nFrom: a@example.com\r\nSubject: %d\r\nMIME-Version: 1.0\r\n"
+                b"Content-Type: application/octet-stream\r\n"
+                b"Content-Transfer-Encoding: base64\r\n\r\n" % (
+                    65 + SIZES.index(size), size))
         data = random.Random(size).randbytes(size * 3 // 4)
         text = head + base64.encodebytes(data).replace(b"\n", b"\r\n")
-        text = text[:size - 6] + b"xx\r\n\r\n"
-        with open(self.file("%d.source" % size), "wb") as file:
-            file.write(text[:-4].replace(b"\r\n", b"\n"))
         with open(self.file(size), "wb") as file:
-            file.write(text)
+            file.write(text[:size - 2] + b"\r\n")
         return file.name
 
     def find(self, package, program):
@@ -110,12 +125,12 @@ class Tools:
             return output("apt-get", "-q", *self.apt_options, *command, cwd=where)
 
         def wanted():
-            """What would be installed, the libraries that are missing included."""
+            """The packages to install, missing libraries included."""
             return re.findall(r"^Inst (\S+)", apt(
                 "-s", "--no-install-recommends", "--reinstall", "install", package), re.M)
 
         if not wanted():
-            # no package lists, as in a new container: have some of our own
+            # no package lists, as in a new container: fetch our own
             self.apt_options = ["-o", "Dir::State::Lists=%s/lists" % where]
             apt("update")
         apt("download", *wanted())
@@ -136,16 +151,17 @@ class Tools:
 
 
 class Chain:
-    """A sink and, unless path is None, a program before it: a filter with its
-    scanner, or the proxy.  prefix is a command to run that program under."""
+    """A sink and a program before it: a filter with its scanner, or the proxy.
+    prefix is a command to run that program under."""
 
-    def __init__(self, tools, name, path, conns=1000, prefix=()):
+    # 1,023 connections are the most that the original takes.
+    def __init__(self, tools, name, path, conns=1023, prefix=()):
         self.tools, self.name, self.path = tools, name, path
         self.conns, self.prefix = conns, list(prefix)
-        self.sent = self.failed = 0
+        self.sent = 0
 
     def __enter__(self):
-        self.process, self.helpers, self.counts = None, [], None
+        self.process, self.scanner, self.helpers, self.counts = None, None, [], None
         try:
             self.start()
         except BaseException:
@@ -181,29 +197,49 @@ class Chain:
         sock = listening()
         self.port = sink = sock.getsockname()[1]
         self.counts = tempfile.TemporaryFile(dir=self.dir)
-        self.counts.truncate(40)
+        self.counts.truncate(24)
         self.helpers.append(self.helper(
-            sock, "sink", "" if self.path in (None, PROXY) else HEADER,
+            sock, "sink", "" if self.path == PROXY else HEADER,
             *self.tools.mails, stdout=self.counts))
         if self.path == PROXY:
             sock = listening()
             self.port = sock.getsockname()[1]
             self.process = self.helper(sock, "proxy", str(sink), prefix=self.prefix)
-        elif self.path:
-            self.helpers.append(self.helper(listening(self.dir + "/clamd"), "scanner"))
+        else:
             self.start_filter(sink)
+        until(self.listens, self.path + " listens", PATIENCE)
+        self.settle()
 
     def start_filter(self, sink):
+        socket_path = self.dir + "/clamd"
+        if self.name.endswith(CLAMD):
+            self.scanner = self.start_clamd(socket_path)
+        else:
+            self.scanner = self.helper(listening(socket_path), "scanner")
+        self.helpers.append(self.scanner)
+        until(lambda: self.check() or os.path.exists(socket_path), "clamd listens",
+              3 * PATIENCE)
         self.port = free_port()
         with open(self.dir + "/conf", "w") as file:
             file.write("Listen: 127.0.0.1:%d\nOutAddress: 127.0.0.1:%d\n"
-                       "ClamAddress: %s/clamd\nTempDirectory: %s\nMaxConnections: %d\n"
-                       % (self.port, sink, self.dir, self.dir, self.conns))
+                       "ClamAddress: %s\nTempDirectory: %s\nMaxConnections: %d\n"
+                       % (self.port, sink, socket_path, self.dir, self.conns))
         self.process = subprocess.Popen(
             self.prefix + [self.path, "-d", "1", "-f", self.dir + "/conf"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(self.listens, self.path + " listens", PATIENCE)
-        self.settle()
+
+    def start_clamd(self, socket_path):
+        """clamd with one signature, which no message has."""
+        os.mkdir(self.dir + "/db")
+        with open(self.dir + "/db/bench.ndb", "w") as file:
+            file.write("Bench:0:*:%s\n" % b"not in any message".hex())
+        with open(self.dir + "/clamd.conf", "w") as file:
+            file.write("DatabaseDirectory %s/db\nTemporaryDirectory %s\nLocalSocket %s\n"
+                       "Foreground yes\n" % (self.dir, self.dir, socket_path))
+        # a copy, because AppArmor confines the installed one to its usual places
+        program = shutil.copy(self.tools.clamd, self.dir + "/program")
+        return subprocess.Popen([program, "-c", self.dir + "/clamd.conf"],
+                                env=self.tools.env, stdout=subprocess.DEVNULL)
 
     def listens(self):
         self.check()
@@ -224,21 +260,11 @@ class Chain:
                              else "ends, exit status %d" % code)
 
     def seen(self):
-        """The sink's counts: good, bad, sessions, first, last."""
-        return struct.unpack("5Q", os.pread(self.counts.fileno(), 40, 0))
+        """The sink's counts: good, bad, sessions."""
+        return struct.unpack("3Q", os.pread(self.counts.fileno(), 24, 0))
 
     def settle(self, sessions=0):
         until(lambda: self.seen()[2] == sessions, "the sessions end")
-
-    def cpu(self):
-        """Seconds so far, those of children that have ended included."""
-        if not self.process:
-            return 0
-        with open("/proc/%d/stat" % self.process.pid) as file:
-            fields = file.read().rsplit(")", 1)[1].split()
-        # clock_getcpuclockid(3) makes the number of another process's clock so
-        own = time.clock_gettime(~self.process.pid << 3 | 2)
-        return own + (int(fields[13]) + int(fields[14])) / TICK
 
     def memory(self, file, name):
         """KiB, from a file in /proc/PID."""
@@ -246,51 +272,48 @@ class Chain:
             return sum(int(line.split()[1]) for line in lines if line.startswith(name))
 
     def load(self, cell, count):
-        if cell.mode in (SOURCE_EACH, SOURCE_MANY):
-            if not self.tools.source:
-                raise Failed("no smtp-source")
-            return [self.tools.source, "-s", str(cell.sessions), "-m", str(count), "-F",
-                    self.tools.file("%d.source" % cell.size), *cell.mode.split(),
-                    "127.0.0.1:%d" % self.port]
-        return [self.tools.file("load"), str(self.port), self.tools.file(cell.size),
-                str(cell.sessions), str(count), cell.mode]
+        """bench/load.c, which ends when its standard input does."""
+        return subprocess.Popen(
+            [self.tools.file("load"), str(self.port), self.tools.file(cell.size),
+             str(cell.sessions), str(count), cell.mode], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def line(self, load):
+        """The next line of bench/load.c, or Failed."""
+        if select.select([load.stdout], [], [], 3 * PATIENCE)[0]:
+            line = load.stdout.readline()
+            if line:
+                return line
+        load.kill()
+        self.check(1)
+        raise Failed(load.stderr.read().strip() or "hangs")
 
     def run(self, cell, count):
         """One Turn."""
         self.check()
-        good, bad, idle, _, _ = self.seen()
-        os.pwrite(self.counts.fileno(), bytes(8), 24)
-        before = self.cpu()
-        try:
-            done = subprocess.run(self.load(cell, count), env=self.tools.env,
-                                  timeout=PATIENCE, capture_output=True, text=True,
-                                  check=False)
-        except subprocess.TimeoutExpired:
-            raise Failed("hangs") from None
-        self.check(1 if done.returncode else 0)
+        good, bad, idle = self.seen()
+        with self.load(cell, count) as load:
+            self.line(load)
+            start = cpu(self.process), cpu(self.scanner), time.monotonic()
+            load.stdin.write("\n")
+            load.stdin.flush()
+            p50, p99 = (float(text) / 1e6 for text in self.line(load).split())
+            end = time.monotonic()
+            self.settle(idle + (cell.sessions if cell.mode == MANY else 0))
+            turn = Turn((cpu(self.process) - start[0]) / count,
+                        (cpu(self.scanner) - start[1]) / count,
+                        p50, p99, (end - start[2]) / count)
+        self.settle(idle)
         now = self.seen()
         self.sent += count
-        if done.returncode or now[:2] != (good + count, bad):
-            self.failed += count - (now[0] - good)
-            raise Failed("%d of %d messages came intact, %d did not: %s" % (
-                now[0] - good, count, now[1] - bad, done.stderr.strip()))
-        self.settle(idle)
-        latency = [float(text) / 1e6 for text in done.stdout.split()]
-        return Turn((self.cpu() - before) / count, count / (now[4] - now[3]) * 1e9,
-                    *(latency or (None, None)))
+        if now[:2] != (good + count, bad):
+            raise Failed("%d of %d messages came intact, %d did not" % (
+                now[0] - good, count, now[1] - bad))
+        return turn
 
     @contextlib.contextmanager
     def idle(self, count):
-        """So many more sessions that have sent a message and say nothing more."""
-        with subprocess.Popen(self.load(Cell(SIZES[0], 5, HOLD), count),
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL) as held:
-            try:
-                ready, _, _ = select.select([held.stdout], [], [], 3 * PATIENCE)
-                if not ready or not held.stdout.readline():
-                    held.kill()
-                    self.check(1)
-                    raise Failed("hangs" if not ready else "closes sessions")
-                yield
-            finally:
-                held.stdin.close()
+        """As many more sessions that have sent a message and then send nothing."""
+        with self.load(Cell(SIZES[0], 5, HOLD), count) as load:
+            self.line(load)
+            yield

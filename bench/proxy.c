@@ -2,7 +2,7 @@
  * A plain TCP proxy, the yardstick: it copies bytes and does nothing else.
  * usage: proxy PORT <&SOCKET
  *
- * Standard input is a listening socket; each connection is taken on to PORT.
+ * Standard input is a listening socket; each connection goes on to PORT.
  */
 
 #include "common.h"
@@ -12,7 +12,7 @@
 /* One end of a connection; its other end lies beside it. */
 struct end {
 	struct end	*other;
-	char		*wait;		/* what could not be written yet */
+	char		*wait;		/* bytes not yet written */
 	size_t		 at, len;
 	int		 fd;
 	int		 eof;		/* nothing more will be read */
@@ -21,7 +21,7 @@ struct end {
 static struct end *dead[EVENTS];	/* at the end of a turn */
 static size_t ndead;
 
-/* What can be awaited: room while something waits, else bytes. */
+/* Wait for room while bytes are kept, else for bytes. */
 static void
 interest(struct end *e)
 {
@@ -42,7 +42,7 @@ finish(struct end *e)
 	dead[ndead++] = e < e->other ? e : e->other;
 }
 
-/* Write as much as goes; -1 when the connection is broken. */
+/* Write as much as fits; -1 when the connection is broken. */
 static ssize_t
 put(struct end *e, const char *p, size_t len)
 {

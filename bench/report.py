@@ -1,4 +1,4 @@
-"""What the measurements say: tables, and the page of results.
+"""The tables of the measurements, and the page of results.
 
 A result is {name of a program: [Turn, ...] or Failed}.
 """
@@ -11,37 +11,34 @@ import re
 import statistics
 
 import plot
-from programs import (EACH, KB, MB, NONE, ORIGINAL, OURS, PROXY, SIZES, SOURCE_EACH,
-                      SOURCE_MANY, Failed, output)
+from programs import (ALONE, BUSY, CLAMD, EACH, KB, MAIN, MB, ORIGINAL, OURS, PROXY,
+                      TEN, Failed, output)
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-HEAD = ("CPU us a message", "lowest-highest", "of proxy", "messages/s",
-        "lowest-highest", "of no filter", "p50 ms", "p99 ms")
-GOALS = ("", ORIGINAL, PROXY, OURS, "to reach", "")
+HEAD = ("CPU us per message", "lowest-highest", "of proxy", "scanner's CPU us",
+        "p50 ms", "p99 ms")
 ABOUT = """\
 Made by `make bench`: ClamSMTP 1.10 of Debian, a plain TCP proxy (`proxy.c`: epoll,
-copies bytes, nothing else) and clamsmtpd on one machine, with a scanner that answers
-at once (`scanner.c`) and a next hop that compares every byte of every message
-(`sink.c`). The programs take turns; figures are medians over the turns, ratios medians
-of the ratios within a turn. CPU is that of the program's process alone; p50 and p99
-are of the time from the final dot to the answer. The original is left out where large
-messages come 1, 50 or 200 at once, 10 MB messages come at most 10 at once.
+copies bytes, nothing else) and clamsmtpd on one machine, with a next hop that compares
+every byte of every message (`sink.c`). The scanner answers at once (`scanner.c`), or is
+a real clamd with one signature. The programs take turns. Figures are medians over the
+turns, ratios medians of the ratios within a turn. CPU is that of the program's process
+alone. p50 and p99 are of the time from the final dot to the answer.
 """
 
 
 # ---------------------------------------------------------------- figures
 
 def turns_of(result, *names):
-    """The turns of all these, or None if one has failed or is missing."""
+    """The turns of all these programs, or None if one has failed or is missing."""
     turns = [result.get(name) for name in names]
     return turns if all(isinstance(turn, list) for turn in turns) else None
 
 
 def middle(result, name, field):
     turns = turns_of(result, name)
-    values = [getattr(turn, field) for turn in turns[0]] if turns else [None]
-    return None if None in values else statistics.median(values)
+    return turns and statistics.median(getattr(turn, field) for turn in turns[0])
 
 
 def ratio(result, name, other, field):
@@ -50,14 +47,8 @@ def ratio(result, name, other, field):
                                        for one, two in zip(*turns))
 
 
-def idle_ratio(curve, name, point):
-    """What CPU a message is of that without idle sessions, or Failed."""
-    one, two = (middle(curve[at], name, "cpu") for at in (point, 0))
-    return one / two if one and two else curve[point].get(name)
-
-
 def number(value, factor=1):
-    """Three digits or so that matter."""
+    """About three significant digits."""
     if value is None:
         return "-"
     if isinstance(value, Failed):
@@ -89,10 +80,9 @@ def size_name(size):
 
 
 def cell_name(cell):
-    return "%s, %d at once, %s%s" % (
-        size_name(cell.size), cell.sessions,
-        "a session each" if cell.mode in (EACH, SOURCE_EACH) else "many a session",
-        ", smtp-source" if cell.mode in (SOURCE_EACH, SOURCE_MANY) else "")
+    return "%s, {:,} at once, %s".format(cell.sessions) % (
+        size_name(cell.size),
+        "one session each" if cell.mode == EACH else "sessions stay open")
 
 
 def lowest_highest(turns, field, factor):
@@ -107,30 +97,13 @@ def cell_table(cell, result):
             rows.append([name, "FAILED"] + [""] * (len(HEAD) - 1))
             notes += "\n%s FAILED: %s\n" % (name, turns)
             continue
-        cpu = ["", "", ""] if name == NONE else [
-            number(middle(result, name, "cpu"), 1e6), lowest_highest(turns, "cpu", 1e6),
-            number(ratio(result, name, PROXY, "cpu"))]
-        rows.append([name] + cpu + [
-            number(middle(result, name, "rate")), lowest_highest(turns, "rate", 1),
-            number(ratio(result, name, NONE, "rate")),
+        rows.append([
+            name, number(middle(result, name, "cpu"), 1e6),
+            lowest_highest(turns, "cpu", 1e6), number(ratio(result, name, PROXY, "cpu")),
+            number(middle(result, name, "scanner") or None, 1e6),
             number(middle(result, name, "p50"), 1e3),
             number(middle(result, name, "p99"), 1e3)])
     return table((cell_name(cell),) + HEAD, rows) + notes
-
-
-def idle_table(curve):
-    names, rows = list(curve[0]), []
-    for point, result in curve.items():
-        row = [number(point)]
-        for name in names:
-            cpu = middle(result, name, "cpu")
-            row += [number(result[name]), ""] if cpu is None else [
-                number(cpu, 1e6), number(idle_ratio(curve, name, point))]
-        rows.append(row)
-    head = ["idle sessions beside 10 active"]
-    for name in names:
-        head += ["%s: CPU us a message" % name, "of that without"]
-    return table(head, rows)
 
 
 def memory_table(memory):
@@ -143,17 +116,17 @@ def memory_table(memory):
 
 
 def calls_table(size, calls):
-    """{name: Counter of system calls a message or Failed}"""
+    """{name: Counter of system calls per message or Failed}"""
     calls = {name: one for name, one in calls.items() if not isinstance(one, Failed)}
     every = sorted({call for one in calls.values() for call in one},
                    key=lambda call: -max(one[call] for one in calls.values()))
     rows = [[call] + [number(one[call] or None) for one in calls.values()] for call in every]
     rows.append(["all"] + [number(sum(one.values())) for one in calls.values()])
-    return table(["system calls a message, %s" % size_name(size)] + list(calls), rows)
+    return table(["system calls per message, %s" % size_name(size)] + list(calls), rows)
 
 
 def instructions_table(size, instructions):
-    return table(["user-space instructions a message"] + list(instructions), [
+    return table(["user-space instructions per message"] + list(instructions), [
         [size_name(size)] + [number(one) for one in instructions.values()]])
 
 
@@ -172,43 +145,70 @@ def map_table(parts, members, size):
 
 def goal(what, values, shown, limit=None, reach="", holds=operator.le):
     """A line of the first table.  values: what is compared with the limit, by
-    name; shown: how a value reads."""
+    name; shown(name): the text for it."""
     value = values.get(OURS)
-    if limit is None:
+    if limit is None or OURS not in values:
         verdict = ""
     elif value is None or isinstance(value, Failed):
         verdict = "NOT MEASURED"
     else:
         verdict = "reached" if holds(value, limit) else "NOT REACHED"
-    texts = [number(values.get(name)) if isinstance(values.get(name), (Failed, type(None)))
-             else shown(name) for name in (ORIGINAL, PROXY, OURS)]
-    return [what, *texts, reach, verdict]
+    texts = {name: number(value) if value is None or isinstance(value, Failed)
+             else shown(name) for name, value in values.items()}
+    return what, texts, reach, verdict
 
 
-def cost(what, result, limit, messages=1):
+def goal_table(goals, names=(ORIGINAL, PROXY, OURS)):
+    return table(["", *names, "to reach", ""], [
+        [what, *(texts.get(name, "-") for name in names), reach, verdict]
+        for what, texts, reach, verdict in goals])
+
+
+def cost(what, cell, cells, limit):
+    result = cells[cell]
     values = {name: ratio(result, name, PROXY, "cpu") or turns
               for name, turns in result.items()}
-    factor, unit = (1e6, "us") if what.startswith("CPU a message") else (1e3, "ms")
 
     def shown(name):
-        text = "%s %s" % (number(middle(result, name, "cpu") / messages, factor), unit)
+        cpu = middle(result, name, "cpu")
+        text = ("%s us" % number(cpu, 1e6) if cell.size < MB
+                else "%s ms" % number(cpu / (cell.size // MB), 1e3))
         return text if name == PROXY else text + " (%s x)" % number(values[name])
     return goal(what, values, shown, limit, "at most %g x the TCP proxy" % limit)
 
 
-def rate(what, result, limit):
-    values = {name: ratio(result, name, NONE, "rate") or turns
-              for name, turns in result.items()}
-    return goal(what, values, lambda name: "%s (%s/s)" % (
-        number(values[name]), number(middle(result, name, "rate"))),
-        limit, "at least %g of no filter" % limit, operator.ge)
+def busy(cells, limit):
+    """CPU with many active sessions, to that with few in the same turn."""
+    values = {name: ratio({0: turns, 1: cells[TEN][name]}, 0, 1, "cpu") or turns
+              for name, turns in cells[BUSY].items()}
+    return goal("CPU per message with 1,000 active sessions, compared with 10", values,
+                lambda name: "%s x" % number(values[name]), limit, "at most %g x" % limit)
 
 
-def rates(client, results):
-    return [rate("messages/s, %s (%s)" % (what, client), result, 0.35)
-            for what, result in zip(("2 KB, 10 at once, a session each",
-                                     "2 KB, 10 at once, sessions stay open",
-                                     "1 MB, 10 at once, a session each"), results)]
+def main_goals(cells):
+    each, many, _, large, huge = MAIN
+    return [cost("CPU per message, 2 KB, one session each", each, cells, 1.3),
+            cost("CPU per message, 2 KB, sessions stay open", many, cells, 1.5),
+            cost("CPU per MB, 1 MB messages", large, cells, 2),
+            cost("CPU per MB, 10 MB messages", huge, cells, 2.2),
+            busy(cells, 1.8)]
+
+
+def latency(result):
+    return goal("from the final dot to the answer, 2 KB, p50 / p99", result, lambda name:
+                "%s / %s ms" % (number(middle(result, name, "p50"), 1e3),
+                                number(middle(result, name, "p99"), 1e3)))
+
+
+def real_clamd(what, result, parts):
+    """parts(with a real clamd, without): seconds in all, and of clamd."""
+    values = {}
+    for name in ORIGINAL, OURS:
+        turns = turns_of(result, name + CLAMD, name)
+        values[name] = result.get(name + CLAMD) if turns is None else [
+            statistics.median(part) for part in zip(*map(parts, *turns))]
+    return goal(what, values, lambda name: "%s ms, clamd %.0f %%" % (
+        number(values[name][0], 1e3), 100 * values[name][1] / values[name][0]))
 
 
 def plain(what, values, unit="", limit=None, reach="", holds=operator.le):
@@ -221,51 +221,41 @@ def part_of(values, key):
             for name, one in values.items()}
 
 
-def pair(what, results, reach):
-    """For information: two sizes in one line."""
-    def shown(name):
-        return " / ".join(number(round(sum(one[name].values()) if isinstance(one[name], dict)
-                                       else one[name])) for one in results)
-    values = {name: next((one[name] for one in results if isinstance(one[name], Failed)), 0)
-              for name in results[0]}
-    return goal("for information: %s a message, 2 KB / 1 MB" % what, values, shown,
-                reach=reach)
+def pair(what, results):
+    """Two sizes in one line.  results: [{name: number or Counter or Failed}, ...]"""
+    def total(one):
+        return one if isinstance(one, Failed) else round(
+            sum(one.values()) if isinstance(one, dict) else one)
+    return goal(what + " per message, 2 KB / 1 MB", dict.fromkeys(results[0], 0),
+                lambda name: " / ".join(number(total(one[name])) for one in results))
 
 
 def goals(r):
-    alone = {name: middle(r.cells[r.alone], name, "rate") or turns
-             for name, turns in r.cells[r.alone].items()}
-    each, many, large, huge = (r.cells[cell] for cell in r.main)
-    lines = [
-        cost("CPU a message, 2 KB, a session each", each, 1.5),
-        cost("CPU a message, 2 KB, sessions stay open", many, 1.8),
-        cost("CPU a MB, 1 MB messages", large, 2),
-        cost("CPU a MB, 10 MB messages", huge, 2, 10),
-        *rates("smtp-source", [r.cells[cell] for cell in r.by_source]),
-        *rates("load.c", (each, many, large)),
-        plain("one session, one after the other, ordinary TCP (smtp-source)", alone,
-              "/s", 1000, "over 1,000 a second", operator.gt)]
+    lines = main_goals(r.cells) + [latency(r.cells[ALONE[0]])]
+    for cell in ALONE:
+        what, result = "real clamd, %s: " % size_name(cell.size), r.cells[cell]
+        lines += [
+            real_clamd(what + "from the final dot to the answer", result,
+                       lambda real, quick: (real.p50, real.p50 - quick.p50)),
+            real_clamd(what + "CPU per message, both programs", result,
+                       lambda real, _: (real.cpu + real.scanner, real.scanner))]
     if r.instructions:
-        lines.append(pair("user-space instructions", list(r.instructions.values()),
-                          "some 30,000 / 1 million"))
+        lines.append(pair("user-space instructions", list(r.instructions.values())))
     if r.calls:
-        lines.append(pair("system calls", list(r.calls.values()), "some 80 / 200"))
-    lines += [
-        plain("resident, idle", part_of(r.memory, "idle"), " KiB", 256, "at most 256 KiB"),
-        plain("for information: of it private", part_of(r.memory, "of it private"), " KiB"),
-        plain("resident, a further idle session", part_of(r.memory, "a further session"),
-              " KiB", 4, "at most 4 KiB")]
-    if 1000 in r.curve:
-        lines.append(plain(
-            "1,000 idle sessions beside 10 active: CPU a message",
-            {name: idle_ratio(r.curve, name, 1000) for name in r.curve[1000]},
-            " x", 4, "at most 4 x that without them"))
+        lines.append(pair("system calls", list(r.calls.values())))
     return lines + [
-        plain("400 connections in the same instant, greeted within 5 s", r.burst, "",
+        plain("resident, idle", part_of(r.memory, "idle"), " KiB", 288, "at most 288 KiB"),
+        plain("resident, idle, private part", part_of(r.memory, "private part of it"), " KiB"),
+        plain("resident, each further idle session",
+              part_of(r.memory, "each further session"), " KiB", 2, "at most 2 KiB"),
+        plain("CPU per message with 1,000 idle sessions, compared with none",
+              part_of(r.idle, 1000), " x"),
+        plain("share of a CPU that 5,000 idle sessions take", part_of(r.idle, 0), " %", 0.5,
+              "at most 0.5 %"),
+        plain("400 simultaneous connections, greeted within 5 s", r.burst, "",
               400, "400", operator.ge),
-        plain("size, stripped", {OURS: r.size}, " bytes", 163840, "at most 163,840"),
-        plain("messages compared at the next hop", r.sent),
-        plain("of them not intact, lost or doubled", r.failed, "", 0, "none")]
+        plain("size, stripped", {OURS: r.size}, " bytes", 163840, "at most 163,840 bytes"),
+        plain("messages compared at the next hop", r.sent)]
 
 
 # ---------------------------------------------------------------- the page
@@ -281,38 +271,34 @@ def surroundings():
         model.group(1) if model else platform.machine())
 
 
+def main_table(cells, names):
+    return goal_table(main_goals(cells), names)
+
+
 def summary(r, where):
-    return table(GOALS, goals(r)) + "\n%s\n" % where
+    return goal_table(goals(r)) + "\n%s\n" % where
 
 
 def page(r, where):
-    parts = ["# Measurements\n", where + "\n", ABOUT, table(GOALS, goals(r)),
-             "![plot](bench.svg)\n"]
-    for size in SIZES:
-        parts.append("## %s\n" % size_name(size))
-        parts += [cell_table(cell, result) for cell, result in r.cells.items()
-                  if cell.size == size]
-    parts += ["## Idle sessions\n", idle_table(r.curve),
-              "## Memory\n", memory_table(r.memory)]
-    if r.calls or r.instructions:
-        parts.append("## System calls and instructions\n")
-        parts += [calls_table(*one) for one in r.calls.items()]
-        parts += [instructions_table(*one) for one in r.instructions.items()]
-    parts += ["## Size\n", map_table(*r.map, r.size)]
-    return "\n".join(parts)
+    return "\n".join([
+        "# Measurements\n", where + "\n", ABOUT, goal_table(goals(r)),
+        "![plot](bench.svg)\n", "## CPU and time\n",
+        *(cell_table(*one) for one in sorted(r.cells.items())),
+        "## Memory\n", memory_table(r.memory), "## Size\n", map_table(*r.map, r.size)])
 
 
 def drawing(r):
-    def bars(field, factor, unit):
-        return [(title, [(name, value, number(value, factor) + unit) for name, value in (
-            (name, middle(r.cells[cell], name, field))
-            for name in (ORIGINAL, OURS, PROXY, NONE)) if value])
-            for title, cell in zip(("2 KB, a session each", "2 KB, many a session",
-                                    "1 MB", "10 MB"), r.main)]
+    def bars(cell, title, field, suffix=""):
+        result = r.cells[cell]
+        return title, [(name, value, number(value, 1e3) + " ms") for name, value in (
+            (name, middle(result, name + suffix, field))
+            for name in (ORIGINAL, OURS, PROXY)) if value]
 
-    lines, stops = [], {}
-    for name in r.curve[0]:
-        values = [(point, middle(result, name, "cpu")) for point, result in r.curve.items()]
-        lines.append((name, [(point, cpu * 1e6) for point, cpu in values if cpu]))
-        stops[name] = next((point for point, cpu in values if not cpu), None)
-    return plot.svg(bars("cpu", 1e3, " ms"), bars("rate", 1, "/s"), lines, stops)
+    each, many, _, large, huge = MAIN
+    small, mega = ALONE
+    return plot.svg(
+        [bars(each, "2 KB, one session each", "cpu"),
+         bars(many, "2 KB, sessions stay open", "cpu"),
+         bars(large, "1 MB", "cpu"), bars(huge, "10 MB", "cpu")],
+        [bars(small, "2 KB", "p50"), bars(small, "2 KB, real clamd", "p50", CLAMD),
+         bars(mega, "1 MB", "p50"), bars(mega, "1 MB, real clamd", "p50", CLAMD)])

@@ -1,8 +1,8 @@
 /*
- * A clamd that finds everything clean, and at once.  usage: scanner <&SOCKET
+ * A clamd that finds every message clean, at once.  usage: scanner <&SOCKET
  *
- * Standard input is a listening unix socket.  Known are the commands of the
- * programs compared: zINSTREAM of ours, `SCAN path' of the original's, PING.
+ * Standard input is a listening unix socket.  It knows the commands of
+ * the programs compared: zINSTREAM of ours, `SCAN path' of the original's, PING.
  */
 
 #include <sys/socket.h>

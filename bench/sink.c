@@ -24,11 +24,9 @@ struct counts {
 	uint64_t	good;		/* messages as they were sent */
 	uint64_t	bad;
 	uint64_t	sessions;	/* now open */
-	uint64_t	first;		/* when a session came, set to 0 by others, */
-	uint64_t	last;		/* and the last message, in ns */
 };
 
-/* What must come after DATA, the final dot included. */
+/* The bytes that must come after DATA, the final dot included. */
 static struct mail {
 	char	*text;
 	size_t	 size;
@@ -61,7 +59,7 @@ load(struct mail *m, const char *header, const char *path)
 	memcpy(m->text + n + len, ".\r\n", 3);
 }
 
-/* Take bytes of a message; how many, or -1 if they are not what was sent. */
+/* Take bytes of a message.  Returns how many, or -1 if they differ. */
 static ssize_t
 take(struct conn *c, const char *p, size_t len)
 {
@@ -101,7 +99,7 @@ answer(struct conn *c)
 	return table[i].reply;
 }
 
-/* What has been read is dealt with; -1 ends the connection. */
+/* Handle the bytes that were read; -1 ends the connection. */
 static int
 run(struct conn *c, const char *p, size_t len)
 {
@@ -120,7 +118,6 @@ run(struct conn *c, const char *p, size_t len)
 			}
 			p += n;
 			if (c->at == c->mail->size) {
-				counts->last = now();
 				counts->good++;
 				c->data = 0;
 				c->mail = NULL;
@@ -204,8 +201,6 @@ main(int argc, char *argv[])
 			/* when it fails, so will read(2) */
 			(void)!write(fd, "220 sink\r\n", 10);
 			counts->sessions++;
-			if (counts->first == 0)
-				counts->first = now();
 		}
 	die("epoll_wait");
 }

@@ -92,6 +92,7 @@ loop(void)
 {
 	int ready = 1;
 
+	log_wait = 0;
 	while (!is_over()) {
 		collect(ready == 0);
 		ready = poll_wait();
@@ -1808,6 +1809,7 @@ main(int argc, char **argv)
 	loop();
 	sessions_shutdown(0, 1);	/* the kernel closes the rest */
 	children_kill();
+	log_wait = 1000;
 	logmsg(LOG_NOTICE, "stopped");
 	return 0;
 }

@@ -528,6 +528,7 @@ size_t vformat(char *, size_t, const char *fmt, va_list);
 extern int log_level;		/* lines up to this LOG_ level are written */
 extern int log_json;		/* LogFormat: json */
 extern int log_echo;		/* errors and warnings go to stderr as well */
+extern int log_wait;		/* ms to wait for a slow reader, 0 in the loop */
 void log_open(int level, int console);		/* syslog, or stderr */
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));

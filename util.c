@@ -225,6 +225,8 @@ static int log_fd = 2;
 int log_level = LOG_WARNING;
 int log_json;
 int log_echo;
+int log_wait = 5000;
+struct counters count;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
 
@@ -315,6 +317,7 @@ log_put(const char *p, size_t n)
 static int
 log_flush(void)
 {
+	struct pollfd room = { -1, POLLOUT, 0 };
 	int connects = 1, failed = 0;
 	size_t len;
 	ssize_t n;
@@ -326,6 +329,13 @@ log_flush(void)
 		/* In a stream a NUL ends a line, as with syslog(3). */
 		len = strlen(buf_head(&log_buf)) + 1;
 		n = log_put(buf_head(&log_buf), len - !log_stream);
+		if (n == -1 && errno == EAGAIN && log_wait > 0) {
+			room.fd = log_fd;
+			if (poll(&room, 1, log_wait) == 1)
+				continue;
+			log_wait = 0;
+			break;
+		}
 		if (n == -1) {
 			if (errno == EAGAIN || errno == EINTR)
 				break;

@@ -1,12 +1,14 @@
 """The configuration file, the command line, addresses."""
 
+import fcntl
 import functools
 import os
 import re
+import subprocess
 
 import pytest
 
-from harness import effective, has_ipv6, localhost, own_host, until
+from harness import CLAMSMTPD, effective, has_ipv6, localhost, own_host, until
 
 MINIMAL = "OutAddress: 10026\n"
 
@@ -281,6 +283,26 @@ def test_errors_of_many_lines_are_logged_in_their_order(check):
     the log keeps until the format of the log is known."""
     result = check("".join("MaxScans: x%d\n" % n for n in range(400)))
     assert re.findall('"x(\\d+)" is not', result.stderr) == [str(n) for n in range(400)]
+
+
+def test_errors_for_a_slow_reader_arrive_whole(tmp_path):
+    """At the start the program waits for the reader of standard error instead of
+    losing lines."""
+    file = tmp_path / "test.conf"
+    file.write_text("".join("MaxScans: x%d\n" % n for n in range(400)))
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    process = subprocess.Popen([CLAMSMTPD, "-n", "-f", file], stderr=write)
+    os.close(write)
+
+    def waits():
+        with open("/proc/%d/stat" % process.pid) as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] in "SZ"
+    with open(read) as errors:
+        until(waits, "it waits for the reader, or has ended")
+        found = re.findall('"x(\\d+)" is not', errors.read())
+    assert process.wait() == 2
+    assert found == [str(n) for n in range(400)]
 
 
 def test_errors_quote_control_characters_harmlessly(check):

@@ -395,6 +395,25 @@ def test_log_burst_for_a_slow_pipe_arrives_whole(site):
     assert [sender.decode() for sender in got] == senders
 
 
+def test_log_at_the_end_is_written_for_a_slow_pipe(site):
+    """The daemon waits for the reader before it ends, so that no line is lost."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
+    listen = site.path("in.sock")
+    site.start(wait=False, level=3, Listen=listen, preexec=lambda: os.dup2(write, 2))
+    os.close(write)
+    wait_listener(listen)
+    client = site.session(address=listen)
+    for _ in range(200):
+        client.mail()
+    client.quit()
+    with open(read) as log:
+        site.daemon.send_signal(signal.SIGTERM)
+        text = log.read()
+    assert len(re.findall("status=CLEAN$", text, re.M)) == 200
+    assert text.endswith(": stopped\n")
+
+
 def test_log_without_a_reader_neither_spins_nor_waits(site):
     """A reader of standard error that has gone for good costs the lines, and
     nothing else."""

@@ -662,7 +662,7 @@ def places(site):
     """places(text): PORT is a port that IPv4 and IPv6 have free."""
     if not has_ipv6():
         pytest.skip("no IPv6 loopback here")
-    port = str(site.port())
+    port = str(site.port("::"))
     return lambda text: [one.replace("PORT", port) for one in text.split()]
 
 
@@ -792,7 +792,8 @@ IPV6_TRANSPARENT = socket.IPPROTO_IPV6, 75
 def test_sighup_with_transparentproxy_changes_the_listeners(site, as_root):
     """The listeners that stay open get IP_TRANSPARENT with the setting, and lose
     it with the setting."""
-    port, other = site.port(), site.port()
+    port = site.port()
+    other = site.port("::1" if has_ipv6() else "127.0.0.1")
     listen = ["127.0.0.1:%d" % port] + ["[::1]:%d" % other] * has_ipv6()
 
     def transparent():

@@ -153,7 +153,8 @@ def end(daemon, number=signal.SIGTERM):
 def test_restart_refuses_no_connection(site, systemd, number):
     """Clients that connect while the daemon drains, or while none runs, wait, and
     the next daemon serves them on each of its listeners."""
-    path, port, other = site.path("in.sock"), site.port(), site.port()
+    path, port = site.path("in.sock"), site.port()
+    other = site.port("::" if has_ipv6() else "127.0.0.1")
     listen = [path, "127.0.0.1:%d" % port] + ["[::]:%d" % other] * has_ipv6()
     hold = Hold("OK")
     site.clamd.verdict = [hold]

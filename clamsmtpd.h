@@ -600,8 +600,8 @@ size_t text_char(const char *p, size_t n);
 
 /*
  * Return n bytes as text for the log, in one of a few static buffers that are
- * used in turn.  Each byte of control characters and invalid UTF-8 becomes
- * \xHH.  A long text is cut and ends in "...".
+ * used in turn.  Each byte of control characters, of invalid UTF-8 and below
+ * lowest becomes \xHH.  A long text is cut and ends in "...".
  */
 const char *escape(const char *, size_t n, int lowest);
 #define printable(p, n)		escape(p, n, ' ')

@@ -32,7 +32,7 @@ struct keyword {
 	const char *name;
 	const char *(*set)(struct conf *, const struct keyword *, const char *);
 	void	 (*show)(const struct conf *, const struct keyword *);
-	const char *def;		/* NULL: the field stays 0 */
+	const char *def;		/* if it is not set; NULL: 0 */
 	void	 (*clear)(struct conf *);	/* lists; may be repeated */
 	const char *now_called;		/* of an old name: the new one */
 	const char *const *words;	/* what set_word() takes */
@@ -724,9 +724,9 @@ show_proxy(const struct conf *c, const struct keyword *k)
 /* Promise 9: all settings of the original, with its defaults. */
 static const struct keyword keywords[] = {
 	{ "OutAddress", TARGET, OFF(out), .min = 1, .max = 25 },
-	{ "Listen", LIST(listen), .max = 10025 },
+	{ "Listen", LIST(listen), .max = 10025, .def = "10025" },
 	{ "ClamAddress", LIST(clamd), .min = 1, .max = 3310 },
-	{ "Action", LIST(action), .def = "drop" },
+	{ "Action", LIST(action) },
 	{ "Header", .set = set_header, .show = show_header,
 	  .def = "X-Virus-Scanned: ClamAV using ClamSMTP", .may_be_empty = 1 },
 	{ "Quarantine", WORD(on_off), OFF(quarantine) },
@@ -992,23 +992,26 @@ usual_clamd(struct conf *c, struct place *at)
 }
 
 /*
- * Set the defaults that depend on other settings, and check OutAddress.  there
- * is the result of read_file(): an unreadable file (-1) may have an OutAddress.
+ * Set the defaults, and check OutAddress.  there is the result of read_file():
+ * an unreadable file (-1) may have an OutAddress.
  */
 static void
 complete(struct conf *c, struct place *at, const char *path, int there)
 {
+	const struct keyword *k;
+
 	*at = (struct place){ "defaults", 0, BY_NOBODY, at->errors };
-	if (c->status != NULL)
-		target_default_host(c->status, "127.0.0.1");
-	if (c->nlisten == 0)
-		assign(c, at, "Listen", "10025");
-	c->listen[c->nlisten] = c->status;
-	c->listen[c->nlisten + 1] = NULL;
+	for (k = keywords; k < keywords + NKEYWORDS; k++)
+		if (k->def != NULL && c->seen[k - keywords] == BY_NOBODY)
+			assign(c, at, k->name, k->def);
 	if (c->nclamd == 0)
 		usual_clamd(c, at);
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
+	if (c->status != NULL)
+		target_default_host(c->status, "127.0.0.1");
+	c->listen[c->nlisten] = c->status;
+	c->listen[c->nlisten + 1] = NULL;
 	if (out_source(c) == BY_NOBODY && !c->transparent && there != -1) {
 		logmsg(LOG_ERR, "%s: OutAddress is missing; set it to the mail "
 		    "server that gets the mail, such as 127.0.0.1:10026", path);
@@ -1021,9 +1024,8 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile)
 {
 	struct conf *c = calloc(1, sizeof *c);
-	struct place at = { "defaults", 0, BY_NOBODY, 0 };
+	struct place at = { "command line", 0, BY_FLAG, 0 };
 	char full[2 * PATH_MAX];
-	size_t i;
 	int n, there;
 
 	if (absolute(path, full) == 0)
@@ -1034,11 +1036,6 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		return NULL;
 	}
 	c->refs = 1;
-	for (i = 0; i < NKEYWORDS; i++)
-		if (keywords[i].def != NULL)
-			assign(c, &at, keywords[i].name, keywords[i].def);
-	at.where = "command line";
-	at.source = BY_FLAG;
 	for (n = 0; n < nflags; n++)
 		assign(c, &at, flags[n][0], flags[n][1]);
 	there = read_file(c, &at, path);

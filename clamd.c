@@ -6,12 +6,10 @@
  * step that must wait returns 0, and is called again after an event.
  */
 
-#include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "clamsmtpd.h"
 

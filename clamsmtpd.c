@@ -22,7 +22,6 @@
 #include <pwd.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "clamsmtpd.h"

@@ -695,8 +695,9 @@ on_abandoned(void *arg, int revents)
 }
 
 /*
- * PING, at the start and for the status page.  The clamds are asked one after
- * the other until one answers.  Concurrent requests share one PING.
+ * The health check, at the start and for the status page: VERSION, which clamd
+ * answers even when all its threads scan.  The clamds are asked one after the
+ * other.  Concurrent requests share one check.
  */
 static struct {
 	const struct conf *conf;	/* NULL: none is under way */
@@ -708,22 +709,20 @@ static struct {
 	unsigned addrs_tried;		/* and bits of those that were tried */
 	struct peer peer;
 	int64_t	 until;			/* deadline of address or look-up */
-	int64_t	 ended;			/* when the last PING ended; 0: never */
-	int	 well;			/* and its result */
+	int64_t	 ended;			/* when the last check ended; 0: never */
+	int	 well;			/* a clamd has answered */
 	char	 why[NOTESZ / 4];
 } ping;
 
 static void
-ping_end(int well)
+ping_end(void)
 {
-	if (!well && ping.report)
+	if (!ping.well && ping.report)
 		logmsg(LOG_WARNING, "no clamd answers, and no message can be "
 		    "scanned until one does: %s", ping.why);
-	peer_close(&ping.peer);
 	ping.conf = NULL;
 	ping.ended = now;
-	ping.well = well;
-	ping.done(well, ping.why);
+	ping.done(ping.well, ping.why);
 }
 
 static void
@@ -747,7 +746,7 @@ ping_clamd(int n)
 static int
 ping_address(struct target *t)
 {
-	static const char command[] = "zPING";
+	static const char command[] = "zVERSION";
 
 	target_resolve(t, 0);
 	ping.until = ping.clamd_until;
@@ -766,11 +765,38 @@ ping_address(struct target *t)
 	return 1;
 }
 
+/*
+ * Handle an answer such as "ClamAV 1.4.3/27800/Tue Nov 25 08:31:09 2026".
+ * Without a database of signatures it has the version only.  Returns 1, or 0
+ * when clamd does not answer like this.  clamd 1.5 may have VERSION switched off.
+ */
+static int
+ping_version(struct clamd *c, const char *p)
+{
+	int known = strncmp(p, "ClamAV ", 7) == 0;
+
+	if (!known && strcmp(p, "COMMAND UNAVAILABLE") != 0)
+		return 0;
+	c->signatures_at = 0;
+	if ((p = strchr(p, '/')) == NULL ||
+	    parse_number(p + 1, "/", &c->signatures) != 1)
+		c->signatures = 0;
+	else if ((p = strchr(p + 1, '/')) != NULL)
+		c->signatures_at = asctime_parse(p + 1);
+	/* A clamd that timed out may still be stuck: a scan must show it. */
+	if (c->dead_until != 0 && !c->on_trial) {
+		clamd_well(c);
+		queue_run();
+	}
+	return 1;
+}
+
 static int
 ping_answer(void)
 {
+	struct clamd *c = ping.conf->clamd[ping.which];
 	struct peer *p = &ping.peer;
-	const char *answer;
+	const char *answer, *end;
 	char why[NOTESZ / 4];
 	size_t n;
 
@@ -778,24 +804,28 @@ ping_answer(void)
 		peer_fill(p, 0);
 	answer = buf_head(&p->in);
 	n = buf_len(&p->in);
-	if (n == 5 && memcmp(answer, "PONG", 5) == 0) {
-		clamd_worked(ping.conf->clamd[ping.which], ping.addr, p->fd);
-		return 1;
-	}
-	if (!p->eof && n < 5 && now < ping.until) {
+	end = memchr(answer, '\0', n);
+	if (!p->eof && end == NULL && n <= ANSWERSZ && now < ping.until) {
 		peer_settle(p);
 		return 0;
 	}
-	format(why, sizeof why, "unexpected answer \"%s\" to PING",
-	    printable(answer, n));
-	ping_why(p->err ? "cannot be reached" : p->eof || n >= 5 ? why :
-	    "no answer to PING in time");
+	if (end != NULL && end == answer + n - 1 && ping_version(c, answer)) {
+		clamd_worked(c, ping.addr, p->fd);
+		ping.well = 1;
+		ping.done(1, ping.why);
+		ping_clamd(ping.which + 1);
+	} else {
+		format(why, sizeof why, "unexpected answer \"%s\" to VERSION",
+		    printable(answer, n));
+		ping_why(p->err ? "cannot be reached" : p->eof || n > 0 ? why :
+		    "no answer to VERSION in time");
+	}
 	peer_close(p);
 	return -1;
 }
 
-/* Go on with the PING.  Returns 1 after a PONG, 0 to wait, or -1 when another
- * address or clamd is next. */
+/* Go on with the check.  Returns 0 to wait, or -1 when another address or clamd
+ * is next. */
 static int
 ping_step(struct target *t)
 {
@@ -808,7 +838,7 @@ ping_step(struct target *t)
 	r = peer_connect(&ping.peer, &t->addr[ping.addr], &ping.until,
 	    (ping.clamd_until - now) / t->naddr);
 	if (r == -1)
-		ping_why(errno == ETIMEDOUT ? "no answer to PING in time" :
+		ping_why(errno == ETIMEDOUT ? "no answer to VERSION in time" :
 		    strerror(errno));
 	if (r != 1)
 		return r;
@@ -819,17 +849,10 @@ ping_step(struct target *t)
 static void
 ping_run(void)
 {
-	int r;
-
-	do {
-		if (ping.which == ping.conf->nclamd) {
-			ping_end(0);
+	while (ping.which < ping.conf->nclamd)
+		if (ping_step(ping.conf->clamd[ping.which]->target) == 0)
 			return;
-		}
-		r = ping_step(ping.conf->clamd[ping.which]->target);
-	} while (r == -1);
-	if (r == 1)
-		ping_end(1);
+	ping_end();
 }
 
 static void
@@ -857,16 +880,18 @@ ping_poll(void)
 void
 clamd_ping(const struct conf *c, int report, void (*done)(int, const char *))
 {
-	if (!report && ping.conf != NULL)
-		return;
-	if (!report && ping.ended != 0 && now - ping.ended < SECOND) {
+	if (!report && (ping.conf != NULL ? ping.well :
+	    ping.ended != 0 && now - ping.ended < SECOND)) {
 		done(ping.well, ping.why);
 		return;
 	}
+	if (!report && ping.conf != NULL)
+		return;
 	if (ping.conf != NULL)
 		peer_close(&ping.peer);
 	ping.peer.fd = -1;
 	ping.conf = c;
+	ping.well = 0;
 	ping.report = report;
 	ping.done = done;
 	ping_clamd(0);

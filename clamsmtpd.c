@@ -1042,6 +1042,10 @@ http_page(struct http_client *v)
 		http_print(v, "\nclamd %s: %s", target_text(c->target),
 		    c->complaint[0] != '\0' ? c->complaint :
 		    "well, as far as is known");
+		if (c->signatures > 0)
+			http_print(v, ", signatures %lld of %s",
+			    (long long)c->signatures,
+			    rfc3339_date(c->signatures_at));
 	}
 	http_print(v, "\nscans: %llu running, %llu waiting\n",
 	    count.scans_running, count.scans_waiting);
@@ -1110,11 +1114,33 @@ http_scans(struct http_client *v)
 	    (int)(count.scan_ms % 1000), n);
 }
 
+enum { UP, FAILURES, SIGNATURES, SIGNATURES_AT };
+
+/* A metric of each clamd for which its value is known. */
+static void
+clamd_metric(struct http_client *v, int which, const char *name,
+    const char *type, const char *help)
+{
+	const struct clamd *c;
+	long long n;
+	int i;
+
+	metric_head(v, name, type, help);
+	for (i = 0; i < conf->nclamd; i++) {
+		c = conf->clamd[i];
+		n = which == UP ? c->complaint[0] == '\0' : which == FAILURES ?
+		    (long long)c->failures : which == SIGNATURES ?
+		    c->signatures : c->signatures_at;
+		if (n > 0 || which < SIGNATURES)
+			http_print(v, "clamsmtpd_%s{address=\"%s\"} %lld\n",
+			    name, label(target_text(c->target)), n);
+	}
+}
+
 static void
 http_metrics(struct http_client *v)
 {
 	const struct metric *m, *end = metrics + sizeof metrics / sizeof *m;
-	const struct clamd *c;
 	int i;
 
 	http_head(v, "200 OK");
@@ -1128,20 +1154,16 @@ http_metrics(struct http_client *v)
 	for (i = 0; i < NOUTCOMES; i++)
 		http_print(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
 		    outcome_names[i], count.messages[i]);
-	metric_head(v, "clamd_up", "gauge", "0: its last scan failed.");
-	for (i = 0; i < conf->nclamd; i++) {
-		c = conf->clamd[i];
-		http_print(v, "clamsmtpd_clamd_up{address=\"%s\"} %d\n",
-		    label(target_text(c->target)), c->complaint[0] == '\0');
-	}
-	metric_head(v, "clamd_failures_total", "counter",
+	clamd_metric(v, UP, "clamd_up", "gauge",
+	    "0: no answer since a scan failed.");
+	clamd_metric(v, FAILURES, "clamd_failures_total", "counter",
 	    "Scans without a verdict.");
-	for (i = 0; i < conf->nclamd; i++) {
-		c = conf->clamd[i];
-		http_print(v, "clamsmtpd_clamd_failures_total{address=\"%s\"} "
-		    "%llu\n", label(target_text(c->target)), c->failures);
-	}
+	clamd_metric(v, SIGNATURES, "clamd_signatures", "gauge",
+	    "Their version.");
+	clamd_metric(v, SIGNATURES_AT, "clamd_signatures_timestamp_seconds",
+	    "gauge", "When they were made.");
 	http_scans(v);
+	clamd_ping(conf, 0, on_pong);	/* for the next request */
 }
 
 /* Reply to all clients that wait for clamd. */

@@ -117,7 +117,7 @@
 #define HALF_CLOSE_TIME	(5 * SECOND)	/* EOF so soon after the end of data */
 #define CONNECT_TIME	(5 * SECOND)	/* to clamd */
 #define PROXY_TIME	(5 * SECOND)	/* for a PROXY header */
-#define PING_TIME	(5 * SECOND)	/* for clamd's PONG */
+#define PING_TIME	(5 * SECOND)	/* for clamd's version */
 #define DRAIN_TIME	(8 * SECOND)	/* after SIGTERM */
 #define BEGIN_TIME	SECOND		/* after SIGTERM, to begin a mail */
 #define LOOKUP_TIME	(60 * SECOND)	/* before a name is resolved again */
@@ -196,6 +196,8 @@ struct clamd {
 	int64_t	 dead_until;		/* 0: alive, as far as is known */
 	int	 on_trial;		/* it timed out: one scan at a time */
 	unsigned long long failures;
+	int64_t	 signatures;		/* version of them; 0: not known, */
+	int64_t	 signatures_at;		/* and their time(2), if known */
 	char	 complaint[NOTESZ / 4];	/* logged last; empty: it works */
 	int64_t	 quiet_until;		/* complaint is not repeated before */
 	struct clamd *next;
@@ -498,14 +500,15 @@ int clamd_events(const struct session *);	/* poll events of s->scan.peer */
 int64_t clamd_deadline(const struct session *);	/* of the connection; 0: none */
 void clamd_timeout(struct session *);		/* at ScanTimeOut: no verdict */
 void clamd_cancel(struct session *);		/* abandon the scan, if any */
-void clamd_poll(void);				/* abandoned scans and PING */
+void clamd_poll(void);				/* abandoned scans, checks */
 /*
- * Find out whether one of the clamds answers a PING, and call done with 1, or
- * with 0 and the reason, now or later.  A result is used for a second.  All
- * callers must pass the same function, since it is called once for all requests
- * that come while a PING is under way.  If report is set, the settings are new:
- * a PING under way is forgotten, and a warning is logged when no clamd
- * answers.  c must stay valid until the next call with report set.
+ * Check the health of each clamd by its answer to VERSION (clamd(8)), which has
+ * its signatures as well.  Calls done with 1 when one has answered, at once, or
+ * with 0 and the reason when none has.  A result is used for a second.  All
+ * callers must pass the same function, since it is called for all requests that
+ * come while a check is under way.  If report is set, the settings are new: a
+ * check under way is forgotten, and a warning is logged when no clamd answers.  c
+ * must stay valid until the next call with report set.
  */
 void clamd_ping(const struct conf *c, int report, void (*done)(int well, const char *why));
 
@@ -608,6 +611,8 @@ const char *escape(const char *, size_t n, int lowest);
 #define printable_word(p, n)	escape(p, n, ' ' + 1)	/* and a blank \x20 */
 const char *rfc5322_date(void);			/* now; in a static buffer */
 const char *rfc3339_date(time_t);		/* the same */
+/* Returns the time that asctime(3) writes like this, in UTC, or 0. */
+int64_t asctime_parse(const char *);
 
 static inline size_t
 buf_len(const struct buf *p)

@@ -852,7 +852,8 @@ class Clamd(Server):
     be set to such a value itself, or to a list for successive scans (then
     the usual verdict).
 
-    PINGs, which come at any time, are counted by themselves and nowhere else.
+    Health checks (VERSION), which come at any time, are counted by themselves and
+    nowhere else.
     """
 
     family = "clamd"
@@ -863,7 +864,8 @@ class Clamd(Server):
         self.deny_all = None         # raw answer to any command
         self.scans = []
         self.commands = []           # as they came, framing included
-        self.pings = 0               # whose connection is over
+        self.version = "ClamAV 1.4.3/27800/Tue Nov 25 08:31:09 2026"
+        self.pings = 0               # health checks whose connection is over
         self.busy = set()            # connections without an answer so far
         self.most = 0                # of these at once
         super().__init__(**kw)
@@ -912,8 +914,8 @@ class Clamd(Server):
             if len(command) > 4096:
                 self.error("an endless command: %s" % shown(command))
                 return
-        if command == b"zPING\0":
-            self.ping(sock)
+        if command == b"zVERSION\0":
+            self.check(sock)
             return
         with self.lock:
             self.accepted += 1
@@ -935,12 +937,12 @@ class Clamd(Server):
             self.error("unknown command %r" % command)
             self.send(sock, b"UNKNOWN COMMAND" + end)
 
-    def ping(self, sock):
+    def check(self, sock):
         if self.deny_all is not None:
             self.send(sock, self.deny_all)
             return
         try:
-            self.send(sock, b"PONG\0")
+            self.send(sock, as_bytes(self.version) + b"\0")
             self.get(sock)
         finally:
             self.pings += 1
@@ -1548,10 +1550,10 @@ class Site:
         return daemon
 
     def wait_check(self, pings, warnings=0):
-        """The daemon's PING at its start, or after a reload, is over."""
+        """The daemon's health check at its start, or after a reload, is over."""
         until(lambda: self.clamd.pings > pings or not self.daemon.alive() or
               len(self.daemon.log("no clamd answers")) > warnings,
-              "the daemon has sent a PING")
+              "the daemon has sent VERSION")
 
     def reload(self, **settings):
         """Write new settings, SIGHUP, wait for the log to say so."""

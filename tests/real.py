@@ -13,6 +13,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import tarfile
 import tempfile
 import zipfile
 
@@ -51,6 +52,28 @@ def public_directory(prefix):
     return path
 
 
+SIGNATURES = 27800                      # version of RealClamd's, and their time
+SIGNATURES_AT = 1763800000
+
+
+def write_database(path):
+    """Write a daily database, without a digital signature (.cud).  Version and time
+    of the signatures are those of this file."""
+    head = b"ClamAV-VDB:22 Nov 2025 08-26 +0000:%d:1:90:X:X:clamsmtpd:%d" % (
+        SIGNATURES, SIGNATURES_AT)
+    signature = b"Test.Daily:0:*:%s\n" % b"clamsmtpd-daily-test".hex().encode()
+    info = b"%s\ndaily.ndb:%d:%s\n" % (head, len(signature), hashlib.sha256(
+        signature).hexdigest().encode())
+    with open(path, "wb") as file:
+        file.write(head.ljust(512))
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, data in (("COPYING", b"-\n"), ("daily.info", info),
+                               ("daily.ndb", signature)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
 class RealClamd:
     """clamd on a unix socket and a TCP port of its own, as user clamav where
     there is one; it knows EICAR and the files of clamav-testfiles."""
@@ -63,6 +86,7 @@ class RealClamd:
         self.process = None
         database = os.path.join(self.dir, "db")
         os.mkdir(database)
+        write_database(os.path.join(database, "daily.cud"))
         with open(os.path.join(database, "test.ndb"), "w") as file:
             file.write("Test.Eicar:0:*:%s\n" % EICAR.hex())
         try:

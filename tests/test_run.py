@@ -1538,7 +1538,7 @@ def is_ready(status):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: several addresses")
 def test_clamd_address_that_worked_is_tried_first(site, names):
-    """By the next scan and by a PING, after a scan that it has done."""
+    """By the next scan and by a health check, after a scan that it has done."""
     names.addresses = [DEAD, GOOD]
     names.go()
     site.clamd = site.new_clamd(tcp=True, host=GOOD, port=site.port(DEAD))
@@ -1559,12 +1559,12 @@ def test_clamd_address_that_worked_is_tried_first(site, names):
 
 
 def test_clamd_name_being_resolved_at_start_is_no_warning(site, names):
-    """The PING at the start waits for the address."""
+    """The health check at the start waits for the address."""
     site.clamd = site.new_clamd(tcp=True)
     start_named(site, names, ClamAddress="clamd.example.org:%d" % site.clamd.port)
     turns(site)
     names.go()
-    until(lambda: site.clamd.pings, "a PING")
+    until(lambda: site.clamd.pings, "a health check")
     assert not site.daemon.log("no clamd answers")
 
 

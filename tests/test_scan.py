@@ -488,9 +488,9 @@ def test_clamd_that_answers_at_start_is_no_warning(site):
     settings = dict(Listen=site.path("in.sock"),
                     ClamAddress=["/no/such/socket", site.clamd.address])
     site.start(**settings)
-    until(lambda: site.clamd.pings, "a PING")
+    until(lambda: site.clamd.pings, "a health check")
     site.reload(**settings)
-    until(lambda: site.clamd.pings == 2, "a PING")
+    until(lambda: site.clamd.pings == 2, "a health check")
     assert not site.daemon.log("no clamd answers")
     site.reload(Listen=settings["Listen"], ClamAddress="/no/such/socket")
     site.daemon.wait_log("no clamd answers.*clamd /no/such/socket: No such file")
@@ -505,7 +505,7 @@ def test_clamd_silent_at_start_is_a_warning_after_five_seconds(site, clock):
         turns(site)
         assert not site.daemon.log("no clamd answers")
         clock.go(site.daemon, 1)
-        site.daemon.wait_log("no clamd answers.*no answer to PING in time")
+        site.daemon.wait_log("no clamd answers.*no answer to VERSION in time")
 
 
 def test_clamd_check_at_start_ends_with_the_daemon(site):

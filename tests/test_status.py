@@ -1,5 +1,6 @@
 """StatusListen: the page, /healthz, /metrics; and -C, which asks for it."""
 
+import calendar
 import contextlib
 import fcntl
 import os
@@ -177,9 +178,10 @@ SICK = {
     "nobody listens": ("127.0.0.1:PORT", None, "cannot be reached|refused"),
     "another word": (None, b"PANG\0", '"PANG'),
     "an error": (None, b"UNKNOWN COMMAND\0", '"UNKNOWN COMMAND'),
-    "more": (None, b"PONG\0PONG\0", '"PONG'),
-    "a longer word": (None, b"PONGO", '"PONGO'),
-    "no end": (None, b"PONG", '"PONG"'),
+    "more": (None, b"ClamAV 1\0ClamAV 1\0", '"ClamAV 1\\\\x00Cl'),
+    "another program": (None, b"ClamAVs 1\0", '"ClamAVs 1'),
+    "no end": (None, b"ClamAV 1", '"ClamAV 1"'),
+    "endless": (None, b"ClamAV 1" * 500, '"ClamAV 1'),
     "nothing": (None, b"", '""'),
     "escapes": (None, b"\x1b[2J\r\n\xff\0", r'"\\x1B\[2J\\x0D\\x0A'),
 }
@@ -235,32 +237,54 @@ def test_healthz_of_a_clamd_that_hangs_is_503_after_five_seconds(site, clock, ot
                 clock.go(site.daemon, 3 if others else 5)
                 answer = answer_on(probe)
     assert answer.status == (200 if others else 503)
-    assert others or "no answer to PING" in answer.text
+    assert others or "no answer to VERSION" in answer.text
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: valid for one second")
 def test_healthz_answer_is_valid_for_one_second(site, clock):
-    """Within a second of a PING /healthz sends no other PING."""
+    """Within a second of a health check /healthz makes no other one."""
     address = start(site, **clock.settings())
     pings = []
     for seconds in (1, 0, 1):
         clock.go(site.daemon, seconds)
+        turns(site)
         assert get(address, "/healthz").status == 200
         turns(site)
         pings.append(site.clamd.pings)
     assert pings == [pings[0], pings[0], pings[0] + 1]
 
 
-@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: only /healthz asks clamd")
-@pytest.mark.parametrize("page", ["/", "/metrics"])
-def test_page_other_than_healthz_asks_no_clamd(site, clock, page):
-    """Only /healthz makes a connection to clamd."""
-    address = start(site, **clock.settings())
-    before = site.clamd.pings
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: / asks no clamd")
+@pytest.mark.parametrize("page, more", [("/", 0), ("/metrics", 1)])
+def test_page_asks_each_clamd_or_none(site, clock, page, more):
+    """A request for /metrics sends one VERSION to each clamd, and one for / none."""
+    clamds = [site.clamd, site.new_clamd()]
+    address = start(site, ClamAddress=[one.address for one in clamds], **clock.settings())
+    until(lambda: all(one.pings for one in clamds), "the check at the start is over")
     clock.go(site.daemon, 60)
-    assert get(address, page).status == 200
     turns(site)
-    assert (site.clamd.pings, site.clamd.accepted) == (before, 0)
+    assert get(address, page).status == 200
+    until(lambda: all(one.pings == 1 + more for one in clamds), "the check is over")
+    turns(site)
+    assert [(one.pings, one.accepted) for one in clamds] == [(1 + more, 0)] * 2
+
+
+def test_healthz_needs_only_the_first_answer(site, clock):
+    """A clamd that answers is enough: the reply does not wait for the others."""
+    path, sock = silent(site)
+    with sock:
+        address = start(site, ClamAddress=[site.clamd.address, path], **clock.settings())
+        with sock.accept()[0]:          # the check at the start waits for its answer
+            assert get(address, "/healthz").status == 200
+        sock.settimeout(0)
+
+        def asked():
+            clock.go(site.daemon, 1)
+            assert get(address, "/healthz").status == 200
+            with contextlib.suppress(BlockingIOError):
+                return sock.accept()[0]
+        with until(asked, "a new check waits for the second clamd"):
+            assert get(address, "/healthz").status == 200
 
 
 def test_healthz_is_200_again_after_an_outage(site):
@@ -292,8 +316,8 @@ def test_healthz_requests_at_once_share_one_ping(site):
     turns(site)
     clamd, _ = sock.accept()
     with sock, clamd:
-        assert clamd.recv(100) == b"zPING\0"
-        clamd.sendall(b"PONG\0")
+        assert clamd.recv(100) == b"zVERSION\0"
+        clamd.sendall(b"ClamAV 1.4.3\0")
         for probe in probes:
             with probe:
                 assert answer_on(probe).status == 200
@@ -310,6 +334,18 @@ def test_healthz_of_a_real_clamd_follows_it(site, real_clamd):
     until(lambda: get(address, "/healthz").status == 503, "it is not ready")
     real_clamd.start()
     until(lambda: get(address, "/healthz").status == 200, "it is ready")
+
+
+def test_metrics_have_the_signatures_of_a_real_clamd(site, real_clamd):
+    """clamd gives the time of its signatures as local time."""
+    offset = time.localtime(real.SIGNATURES_AT).tm_gmtoff
+    for where in (real_clamd.path, real_clamd.tcp):
+        address = start(site, ClamAddress=where)
+        assert get(address, "/healthz").status == 200
+        got = metrics(address)
+        assert got['clamd_signatures{address="%s"}' % where] == real.SIGNATURES
+        assert (got['clamd_signatures_timestamp_seconds{address="%s"}' % where] ==
+                real.SIGNATURES_AT + offset)
 
 
 # ---------------------------------------------------------------- HTTP
@@ -437,6 +473,73 @@ def test_metrics_count_sessions(site):
     assert metrics(address)["sessions_total"] == 2
 
 
+def signatures(site, address):
+    """{clamd: (version of its signatures, their time)} in the metrics, None: none,
+    after a health check."""
+    assert get(address, "/healthz").status == 200
+    got = metrics(address)
+    return {clamd: (got.get('clamd_signatures{address="%s"}' % clamd.address),
+                    got.get('clamd_signatures_timestamp_seconds{address="%s"}' % clamd.address))
+            for clamd in site.servers if clamd.family == "clamd"}
+
+
+TIMES = ["2026-11-25 08:31:09", "2027-01-01 00:00:00", "2027-02-28 23:59:59",
+         "2028-02-29 12:00:00", "2028-03-01 00:00:00", "2028-12-31 23:59:59",
+         "2030-10-05 09:08:07", "2100-03-01 00:00:00"]
+
+
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: signatures")
+@pytest.mark.parametrize("text", TIMES)
+def test_metrics_have_version_and_time_of_the_signatures(site, text):
+    """The time that clamd gives with its version is read as UTC."""
+    when = time.strptime(text, "%Y-%m-%d %H:%M:%S")
+    site.clamd.version = "ClamAV 1.4.3/27800/" + time.asctime(when)
+    address = start(site)
+    assert signatures(site, address) == {site.clamd: (27800, calendar.timegm(when))}
+    assert re.search(r"^clamd %s: well, as far as is known, signatures 27800 of %sZ$" % (
+        re.escape(site.clamd.address), text.replace(" ", "T")), get(address).text, re.M)
+
+
+def test_metrics_have_the_signatures_of_each_clamd(site, clock):
+    """Each clamd has its own, and those of a clamd that has none any more go."""
+    site.clamd.version = "ClamAV 1.4.3/27800/Tue Nov 25 08:31:09 2026"
+    other = site.new_clamd()
+    other.version = "ClamAV 1.0.9/27790/Sat Nov 15 08:31:09 2026"
+    address = start(site, ClamAddress=[site.clamd.address, other.address], **clock.settings())
+    until(lambda: other.pings, "the check at the start is over")
+    assert signatures(site, address) == {site.clamd: (27800, 1795595469),
+                                         other: (27790, 1794731469)}
+    other.version = "ClamAV 1.0.9"
+    clock.go(site.daemon, 2)
+    turns(site)
+    get(address, "/healthz")
+    until(lambda: other.pings == 2, "both are asked")
+    assert signatures(site, address) == {site.clamd: (27800, 1795595469),
+                                         other: (None, None)}
+
+
+@pytest.mark.parametrize("version, number", [
+    ("ClamAV 1.4.3", None), ("COMMAND UNAVAILABLE", None), ("ClamAV ", None),
+    ("ClamAV 1/", None), ("ClamAV 1/27800", 27800), ("ClamAV 1/27800/", 27800),
+    ("ClamAV 1/-1/Tue Nov 25 08:31:09 2026", None), ("ClamAV 1/2x/", None),
+    ("ClamAV 1//Tue Nov 25 08:31:09 2026", None),
+    ("ClamAV 1/99999999999999999999/Tue Nov 25 08:31:09 2026", None),
+    ("ClamAV 1/27800/Tue Foo 25 08:31:09 2026", 27800),
+    ("ClamAV 1/27800/Tue Nov 25 08:31:09 2026 ", 27800),
+    ("ClamAV 1/27800/Tue Nov 25 08:31:09 1926", 27800),
+    ("ClamAV 1/27800/" + "\xff" * 24, 27800),
+    ("ClamAV 1/" + "/" * 100, None), ("ClamAV \x1b[2J\r\n", None),
+])
+def test_signatures_that_clamd_does_not_give_have_no_metric(site, version, number):
+    """An answer without signatures, or a bad one, leaves the metric out.  VERSION may
+    be switched off in clamd.  PROMISE 8: no other text of the answer is shown."""
+    site.clamd.version = version.encode("latin-1")
+    address = start(site)
+    assert signatures(site, address) == {site.clamd: (number, None)}
+    for page in "/", "/metrics":
+        assert re.fullmatch(r"[ -~\n]+", get(address, page).text)
+
+
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_metrics_lost_log_lines_are_counted(site):
     """Lines for which the log has no room are counted, whether or not a line of the
@@ -516,6 +619,47 @@ def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
     assert metrics(address)[up] == 1
 
 
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: clamd_up")
+def test_clamd_up_is_1_when_it_answers_again(site, clock):
+    """A clamd that was down counts as up when it answers a health check, and the next
+    message goes there."""
+    clamd = site.new_clamd()
+    address = start(site, ClamAddress=[clamd.address, site.clamd.address],
+                    **clock.settings())
+    up = 'clamd_up{address="%s"}' % clamd.address
+    clamd.down()
+    site.session().mail()
+    assert metrics(address)[up] == 0
+    clamd.up()
+    clock.go(site.daemon, 2)
+    turns(site)
+    get(address, "/healthz")
+    assert metrics(address)[up] == 1
+    assert site.daemon.log("^clamd %s: works again$" % re.escape(clamd.address))
+    site.session().mail()
+    assert (len(clamd.scans), len(site.clamd.scans)) == (1, 1)
+
+
+def test_clamd_up_stays_0_for_a_clamd_that_timed_out(site, clock):
+    """clamd answers a health check while all its threads hang: only a verdict shows
+    that they do not."""
+    hold = Hold()
+    clamd = site.new_clamd(verdict=hold)
+    address = start(site, ClamAddress=[clamd.address, site.clamd.address], ScanTimeOut="5",
+                    **clock.settings())
+    up = 'clamd_up{address="%s"}' % clamd.address
+    client = site.session()
+    client.begin(GOOD + b".\r\n")
+    hold.reached()
+    clock.go(site.daemon, 6)
+    client.expect("451")
+    for _ in range(2):
+        assert get(address, "/healthz").status == 200
+        assert metrics(address)[up] == 0
+        clock.go(site.daemon, 60)
+    hold.go()
+
+
 def test_clamaddress_given_twice_has_one_series(site):
     """A second line with the same address is a warning, not another clamd."""
     address = start(site, ClamAddress=[site.clamd.address] * 2)
@@ -538,8 +682,8 @@ def test_without_clamaddress_one_clamd_is_shown_through_outages(site, mounts):
 
     def shown(name, well, failures):
         got = metrics(address)
-        assert {key: n for key, n in got.items() if "clamd_" in key and
-                "verdict" not in key} == {
+        assert {key: n for key, n in got.items() if "clamd_up" in key or
+                "clamd_failures" in key} == {
             'clamd_up{address="%s"}' % name: well,
             'clamd_failures_total{address="%s"}' % name: failures}
         page, = re.findall("^clamd .*$", get(address).text, re.M)
@@ -672,7 +816,7 @@ def test_status_clients_hostile_delay_nobody(site, kind):
         socks.append(connect(address))
         HOSTILE[kind](socks[-1])
     assert get(address, "/healthz").status == 200
-    turns(site)             # two sessions may be on their way out, and a PING
+    turns(site)             # two sessions may be on their way out, and a health check
     assert site.daemon.fds() <= site.daemon.idle + VISITORS + 5
     assert site.daemon.grown(before) < 512
     site.session().mail()
@@ -725,7 +869,7 @@ def test_status_crowd_replaces_no_client_that_waits_for_clamd(site):
         crowd = [connect(address) for _ in range(50)]
         turns(site)
         with sock, clamd:
-            clamd.sendall(b"PONG\0")
+            clamd.sendall(b"ClamAV 1.4.3\0")
             assert answer_on(probe).status == 200
     for one in crowd:
         one.close()
@@ -756,7 +900,7 @@ def test_status_clients_gone_while_waiting_take_no_room(site, clock, family, tog
         if together:
             site.daemon.resume()
         turns(site)
-        clamd.sendall(b"PONG\0")
+        clamd.sendall(b"ClamAV 1.4.3\0")
         assert answer_on(probe).status == 200
 
 

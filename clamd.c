@@ -174,27 +174,21 @@ has_slot(const struct clamd *c, const struct conf *conf)
 static struct clamd *
 clamd_choose(struct session *s, int *busy)
 {
-	struct clamd *c, *dead = NULL;
-	int i, dead_busy = 0;
+	struct clamd *c;
+	int dead, i;
 
 	*busy = 0;
-	for (i = 0; i < s->conf->nclamd; i++) {
-		c = s->conf->clamd[i];
-		if (s->scan.tried & (uint32_t)1 << i)
-			continue;
-		if (c->dead_until <= now) {
+	for (dead = 0; dead <= 1 && !*busy; dead++)
+		for (i = 0; i < s->conf->nclamd; i++) {
+			c = s->conf->clamd[i];
+			if (s->scan.tried & (uint32_t)1 << i ||
+			    (c->dead_until > now) != dead)
+				continue;
 			if (has_slot(c, s->conf))
 				return c;
 			*busy = 1;
-		} else if (!has_slot(c, s->conf))
-			dead_busy = 1;
-		else if (dead == NULL)
-			dead = c;
-	}
-	if (*busy)
-		return NULL;
-	*busy = dead == NULL && dead_busy;
-	return dead;
+		}
+	return NULL;
 }
 
 /* Hand free slots to the waiting scans, the oldest first.  A scan that has

@@ -1724,34 +1724,28 @@ target_text(const struct target *t)
 	return socket_exists(a) ? a->u.un.sun_path : t->text;
 }
 
-void
-target_worked(struct target *t, const struct addr *a)
+/* Returns the index of the address, or naddr if the target does not have it. */
+static int
+target_index(const struct target *t, const struct addr *a)
 {
-	int i, was = t->first;
+	int i;
 
 	for (i = 0; i < t->naddr && !addr_equal(&t->addr[i], a); i++)
 		;
+	return i;
+}
+
+void
+target_worked(struct target *t, const struct addr *a)
+{
+	int i = target_index(t, a), was = t->first;
+
 	if (i == t->naddr || i == was)
 		return;
 	t->first = i;
 	if (socket_exists(&t->addr[was]))
 		logmsg(LOG_NOTICE, "%s: %s works and is tried first from now on",
 		    t->text, addr_text(a));
-}
-
-/* Give the target the n addresses that a look-up has found, at any alignment.
- * The one that worked last stays first. */
-static void
-target_set(struct target *t, const void *addr, int n)
-{
-	struct addr worked = t->addr[t->first];
-	int i;
-
-	memcpy(t->addr, addr, n * sizeof t->addr[0]);
-	t->naddr = n;
-	for (i = 0; i < n && !addr_equal(&t->addr[i], &worked); i++)
-		;
-	t->first = i < n ? i : 0;
 }
 
 void
@@ -1780,13 +1774,17 @@ static void
 on_lookup(void *ctx, const char *answer, size_t n)
 {
 	struct target *t = ctx;
+	struct addr worked = t->addr[t->first];
 
 	t->resolving = 0;
 	if (n == 0 || n % sizeof t->addr[0] != 0)
 		logmsg(LOG_WARNING, "%s: no address found for this name%s",
 		    t->text, t->naddr > 0 ? "; keeping the old one" : "");
-	else
-		target_set(t, answer, n / sizeof t->addr[0]);
+	else {			/* the one that worked last stays first */
+		memcpy(t->addr, answer, n);
+		t->naddr = n / sizeof t->addr[0];
+		t->first = target_index(t, &worked) % t->naddr;
+	}
 	run_all = 1;			/* a session may wait for the address */
 	target_put(t);
 }

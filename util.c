@@ -222,7 +222,6 @@ int log_level = LOG_WARNING;
 int log_json;
 int log_echo;
 int log_wait = 5000;
-struct counters count;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
 

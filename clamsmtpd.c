@@ -922,29 +922,21 @@ static struct http_client *http_clients;	/* the newest first */
 
 static void on_http(void *, int);
 
-/* Returns 1 if the client has reset or closed its connection, though no read has
- * found that yet, else 0. */
-static int
-http_gone(struct http_client *v)
-{
-	struct pollfd p = { v->peer.fd, 0, 0 };
-
-	if (poll(&p, 1, 0) == 1)
-		v->peer.err = 1;
-	return v->peer.err;
-}
-
 /* Promise 6: at the limit, the oldest client goes that does not wait for clamd. */
 static void
 http_accept(int fd, const struct addr *a, struct conf *c)
 {
 	struct http_client *v, *oldest = NULL;
+	struct pollfd p = { 0 };
 	int n = 0;
 
 	(void)a;
 	(void)c;
 	for (v = http_clients; v != NULL; v = v->next) {
-		if (now >= v->deadline || http_gone(v))
+		p.fd = v->peer.fd;
+		if (poll(&p, 1, 0) == 1)	/* reset or closed by it */
+			v->deadline = now;
+		if (now >= v->deadline)
 			continue;
 		n++;
 		if (!v->awaits_ping)
@@ -994,17 +986,6 @@ http_head(struct http_client *v, const char *status)
 	v->answered = 1;
 }
 
-static unsigned long long
-count_messages(void)
-{
-	unsigned long long n = 0;
-	int i;
-
-	for (i = 0; i < NOUTCOMES; i++)
-		n += count.messages[i];
-	return n;
-}
-
 /* For SIGUSR1. */
 static void
 log_counters(void)
@@ -1015,7 +996,7 @@ log_counters(void)
 
 	n = format(line, sizeof line, "sessions=%llu of %llu refused=%llu "
 	    "messages=%llu bytes=%llu", count.open, count.sessions,
-	    count.refused, count_messages(), count.bytes);
+	    count.refused, count.all_messages, count.bytes);
 	for (i = 0; i < NOUTCOMES; i++)
 		n += format(line + n, sizeof line - n, " %s=%llu",
 		    outcome_names[i], count.messages[i]);
@@ -1034,7 +1015,7 @@ http_page(struct http_client *v)
 	http_print(v, "sessions: %llu now, %llu at most so far, %d allowed; "
 	    "%llu in all, %llu refused\n", count.open, count.most_open,
 	    (int)conf->maxconn, count.sessions, count.refused);
-	http_print(v, "messages: %llu", count_messages());
+	http_print(v, "messages: %llu", count.all_messages);
 	for (i = 0; i < NOUTCOMES; i++)
 		http_print(v, ", %llu %s", count.messages[i], outcome_names[i]);
 	for (i = 0; i < conf->nclamd; i++) {
@@ -1114,26 +1095,30 @@ http_scans(struct http_client *v)
 	    (int)(count.scan_ms % 1000), n);
 }
 
-enum { UP, FAILURES, SIGNATURES, SIGNATURES_AT };
-
-/* A metric of each clamd for which its value is known. */
 static void
-clamd_metric(struct http_client *v, int which, const char *name,
-    const char *type, const char *help)
+http_clamds(struct http_client *v)
 {
-	const struct clamd *c;
-	long long n;
-	int i;
+	static const struct { const char *name, *type, *help; } m[] = {
+		{ "clamd_up", "gauge", "0: no answer since a scan failed." },
+		{ "clamd_failures_total", "counter", "Without a verdict." },
+		{ "clamd_signatures", "gauge", "Their version." },
+		{ "clamd_signatures_timestamp_seconds", "gauge",
+		  "When they were made." },
+	};
+	int i, j;
 
-	metric_head(v, name, type, help);
-	for (i = 0; i < conf->nclamd; i++) {
-		c = conf->clamd[i];
-		n = which == UP ? c->complaint[0] == '\0' : which == FAILURES ?
-		    (long long)c->failures : which == SIGNATURES ?
-		    c->signatures : c->signatures_at;
-		if (n > 0 || which < SIGNATURES)
-			http_print(v, "clamsmtpd_%s{address=\"%s\"} %lld\n",
-			    name, label(target_text(c->target)), n);
+	for (j = 0; j < 4; j++) {
+		metric_head(v, m[j].name, m[j].type, m[j].help);
+		for (i = 0; i < conf->nclamd; i++) {
+			const struct clamd *c = conf->clamd[i];
+			const long long n[] = { c->complaint[0] == '\0',
+			    c->failures, c->signatures, c->signatures_at };
+
+			if (n[j] > 0 || j < 2)	/* else it is not known */
+				http_print(v, "clamsmtpd_%s{address=\"%s\"} "
+				    "%lld\n", m[j].name,
+				    label(target_text(c->target)), n[j]);
+		}
 	}
 }
 
@@ -1154,14 +1139,7 @@ http_metrics(struct http_client *v)
 	for (i = 0; i < NOUTCOMES; i++)
 		http_print(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
 		    outcome_names[i], count.messages[i]);
-	clamd_metric(v, UP, "clamd_up", "gauge",
-	    "0: no answer since a scan failed.");
-	clamd_metric(v, FAILURES, "clamd_failures_total", "counter",
-	    "Scans without a verdict.");
-	clamd_metric(v, SIGNATURES, "clamd_signatures", "gauge",
-	    "Their version.");
-	clamd_metric(v, SIGNATURES_AT, "clamd_signatures_timestamp_seconds",
-	    "gauge", "When they were made.");
+	http_clamds(v);
 	http_scans(v);
 	clamd_ping(conf, 0, on_pong);	/* for the next request */
 }
@@ -1812,7 +1790,7 @@ main(int argc, char **argv)
 		log_open(level, console);
 		log_echo = !console;
 	}
-	log_hold();
+	log_held = 1;
 	flags_warn(file);
 	conf = conf_load(file, flags, nflags, given['p']);
 	log_format(conf != NULL && conf->json && !given['n'] && !given['C']);

@@ -445,7 +445,8 @@ struct counters {			/* since the start */
 	unsigned long long started;		/* time(2) */
 	unsigned long long open, most_open;	/* sessions: now, and at most */
 	unsigned long long scans_running, scans_waiting;	/* now */
-	unsigned long long sessions, refused, messages[NOUTCOMES], bytes;
+	unsigned long long sessions, refused, bytes;
+	unsigned long long all_messages, messages[NOUTCOMES];
 	unsigned long long scans[NBUCKETS];	/* took so long (scan_limits) */
 	unsigned long long scan_ms;		/* all together */
 	unsigned long long log_lost;		/* lines of the log */
@@ -531,14 +532,14 @@ size_t vformat(char *, size_t, const char *fmt, va_list);
 extern int log_level;		/* lines up to this LOG_ level are written */
 extern int log_json;		/* LogFormat: json */
 extern int log_echo;		/* errors and warnings go to stderr as well */
+extern int log_held;		/* keep messages while there is room */
 extern int log_wait;		/* ms to wait for a slow reader, 0 in the loop */
 void log_open(int level, int console);		/* syslog, or stderr */
 void slog(const struct session *, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 #define logmsg(...)	slog(NULL, __VA_ARGS__)
-/* log_hold() keeps messages until log_format() writes them, and all later ones,
- * as text or JSON.  When there is no more room, it keeps none any more. */
-void log_hold(void);
+/* Write the messages that were kept since log_held was set, and all later ones,
+ * as text or JSON. */
 void log_format(int json);
 /* In each pass of the loop: write lines for which there was no room, and wait
  * for room. */
@@ -717,7 +718,7 @@ int peer_connect(struct peer *, const struct addr *, int64_t *deadline, int64_t 
 
 /*
  * The poll set.  poll_add(): until poll_wait() has returned, call ready(arg)
- * when one of events is there, or an error.  poll_deadline(): sleep no longer
+ * (unless it is NULL) when one of events is there, or an error.  poll_deadline(): sleep no longer
  * than until time t; 0 is no time.  poll_wait(): sleep, call the ready
  * functions in the order in which they were added, and empty the set; it sets
  * now, and returns what poll() did.

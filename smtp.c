@@ -541,6 +541,7 @@ message_log_json(struct session *s)
 static void
 message_log(struct session *s)
 {
+	count.all_messages++;
 	count.messages[s->result.outcome]++;
 	count.bytes += s->msg.size;
 	if (!log_json)

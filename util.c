@@ -221,23 +221,20 @@ static int log_fd = 2;
 int log_level = LOG_WARNING;
 int log_json;
 int log_echo;
+int log_held;
 int log_wait = 5000;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
 
 /*
- * The lines that wait, the oldest first.  Each is in its final form, and a NUL
- * follows.  When there is no room for a line, it is lost, and so are those after
+ * The lines that wait, the oldest first.  Each is in its final form, or while
+ * log_held is set a digit for the level and the text.  A NUL follows.  When there is no room for a line, it is lost, and so are those after
  * it until all others are written.  Then a line says how many were lost.
  */
 static char log_lines[BUFSZ];
 static struct buf log_buf = { log_lines, 0, 0, sizeof log_lines };
 static int log_begun;			/* a part of the first line is written */
 static unsigned long long log_told;	/* of count.log_lost */
-
-/* The lines wait for log_format().  Each is a digit for the level, the text and
- * a NUL. */
-static int log_held;
 
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
 #define LEVEL_BASE	LOG_ERR
@@ -324,16 +321,14 @@ log_flush(void)
 		/* In a stream a NUL ends a line, as with syslog(3). */
 		len = strlen(buf_head(&log_buf)) + 1;
 		n = log_put(buf_head(&log_buf), len - !log_stream);
-		if (n == -1 && errno == EAGAIN && log_wait > 0) {
+		if (n == -1 && (errno == EAGAIN || errno == EINTR)) {
 			room.fd = log_fd;
-			if (poll(&room, 1, log_wait) == 1)
+			if (log_wait > 0 && poll(&room, 1, log_wait) == 1)
 				continue;
 			log_wait = 0;
 			break;
 		}
 		if (n == -1) {
-			if (errno == EAGAIN || errno == EINTR)
-				break;
 			if (log_syslog) {
 				close(log_fd);
 				log_fd = -1;
@@ -354,21 +349,15 @@ log_flush(void)
 static int
 is_journal(void)
 {
-	static int known = -1;
 	const char *v = getenv("JOURNAL_STREAM");
 	char text[64];
 	struct stat st;
 
-	if (known == -1) {
-		known = 0;
-		if (v != NULL && fstat(2, &st) == 0) {
-			format(text, sizeof text, "%llu:%llu",
-			    (unsigned long long)st.st_dev,
-			    (unsigned long long)st.st_ino);
-			known = strcmp(v, text) == 0;
-		}
-	}
-	return known;
+	if (v == NULL || fstat(2, &st) == -1)
+		return 0;
+	format(text, sizeof text, "%llu:%llu", (unsigned long long)st.st_dev,
+	    (unsigned long long)st.st_ino);
+	return strcmp(v, text) == 0;
 }
 
 /* Append a line.  Returns 0, or -1 when there is no room. */
@@ -399,14 +388,9 @@ log_add(int level, const char *text, size_t n)
 static void
 log_line(int level, const char *text, size_t n)
 {
-	char line[JSONSZ + 64];
-	int len;
-
-	if (log_echo && level <= LOG_WARNING) {
-		len = format(line, sizeof line, "%s%.*s\n",
-		    log_json ? "" : "clamsmtpd: ", (int)n, text);
-		(void)!write(2, line, len);
-	}
+	if (log_echo && level <= LOG_WARNING)
+		(void)!(write(2, "clamsmtpd: ", log_json ? 0 : 11) +
+		    write(2, text, n) + write(2, "\n", 1));
 	if ((buf_len(&log_buf) > 0 && count.log_lost > log_told) ||
 	    log_add(level, text, n) == -1)
 		count.log_lost++;
@@ -414,30 +398,20 @@ log_line(int level, const char *text, size_t n)
 		count.log_lost += log_flush();
 }
 
-static void
-on_log(void *arg, int revents)
-{
-	(void)arg;
-	(void)revents;		/* log_poll() writes in the next pass */
-}
-
 void
 log_poll(void)
 {
-	unsigned long long told = log_told;
+	unsigned long long lost = count.log_lost += log_flush();
 
-	count.log_lost += log_flush();
-	if (buf_len(&log_buf) == 0 && count.log_lost > told) {
-		log_told = count.log_lost;
+	if (buf_len(&log_buf) == 0 && lost > log_told) {
 		logmsg(LOG_WARNING, "%llu lines of the log were lost",
-		    log_told - told);
-		if (count.log_lost > log_told) {	/* this one as well */
-			count.log_lost = log_told;
-			log_told = told;
-		}
+		    lost - log_told);
+		if (count.log_lost == lost)
+			log_told = lost;
+		count.log_lost = lost;		/* this line does not count */
 	}
 	if (buf_len(&log_buf) > 0 && log_fd != -1)
-		poll_add(log_fd, POLLOUT, on_log, NULL);
+		poll_add(log_fd, POLLOUT, NULL, NULL);
 	else if (buf_len(&log_buf) > 0 || count.log_lost > log_told)
 		poll_deadline(now + IDLE_TIME);
 }
@@ -569,12 +543,6 @@ slog(const struct session *s, int level, const char *fmt, ...)
 	} else
 		log_line(level, line, n);
 	errno = err;
-}
-
-void
-log_hold(void)
-{
-	log_held = 1;
 }
 
 void
@@ -1890,7 +1858,7 @@ poll_wait(void)
 		spares_free();
 	for (i = 0; n > 0 && i < nfds; i++) {
 		r = fds[i].revents;
-		if (r == 0)
+		if (r == 0 || handlers[i].ready == NULL)
 			continue;
 		/* The read or write that follows finds out what failed. */
 		if (r & (POLLERR | POLLHUP | POLLNVAL))

@@ -70,7 +70,7 @@ static size_t
 convert(const char *fmt, struct args *args, char number[32], const char **p,
     const char **next)
 {
-	char *end = number + 32, *q;
+	char *end = number + 32, *q = end - 1;
 	int width = 0, precision = INT_MAX, longs = 0;
 	long long v;
 
@@ -104,11 +104,9 @@ convert(const char *fmt, struct args *args, char number[32], const char **p,
 		    *fmt == 'u' ? 10 : 16, width, *fmt == 'x' ? 'a' : 'A');
 		break;
 	case 'c':
-		q = end - 1;
 		*q = va_arg(args->ap, int);
 		break;
 	default:		/* %%; the compiler checks the others */
-		q = end - 1;
 		*q = '%';
 	}
 	*p = q;
@@ -593,7 +591,6 @@ monotonic(void)
 const char *
 escape(const char *p, size_t n, int lowest)
 {
-	static const char hex[] = "0123456789ABCDEF";
 	static char ring[4][LOGSZ];
 	static int turn;
 	char *b = ring[turn++ & 3], *w = b;
@@ -607,10 +604,7 @@ escape(const char *p, size_t n, int lowest)
 		}
 		len = text_char(p, n);
 		if (len == 0 || (len == 1 && *p < lowest)) {
-			*w++ = '\\';
-			*w++ = 'x';
-			*w++ = hex[(unsigned char)*p >> 4];
-			*w++ = hex[*p & 15];
+			w += format(w, 5, "\\x%02X", (unsigned char)*p);
 			len = 1;
 		} else {
 			memcpy(w, p, len);

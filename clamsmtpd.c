@@ -69,7 +69,6 @@ static void
 collect(int in_vain)
 {
 	poll_add(sigpipe[0], POLLIN, on_signals, NULL);
-	log_poll();
 	watchdog_poll();
 	clamd_poll();
 	http_poll();

@@ -541,9 +541,6 @@ void slog(const struct session *, int level, const char *fmt, ...)
 /* Write the messages that were kept since log_held was set, and all later ones,
  * as text or JSON. */
 void log_format(int json);
-/* In each pass of the loop: write lines for which there was no room, and wait
- * for room. */
-void log_poll(void);
 
 /*
  * Log a line of JSON about a message: json_begin(), fields, json_end().  A long

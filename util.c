@@ -396,7 +396,8 @@ log_line(int level, const char *text, size_t n)
 		count.log_lost += log_flush();
 }
 
-void
+/* Write lines for which there was no room, or wait for room. */
+static void
 log_poll(void)
 {
 	unsigned long long lost = count.log_lost += log_flush();
@@ -1837,6 +1838,7 @@ poll_wait(void)
 	static int64_t ready_at;
 	int i, r, n;
 
+	log_poll();
 	children_poll();
 	if (nspare > 0 || shared_used)
 		poll_deadline(now + IDLE_TIME);

@@ -951,7 +951,6 @@ read_environment(struct conf *c, struct place *at)
 	size_t i, n, len = sizeof prefix - 1;
 
 	*at = (struct place){ "environment", 0, BY_ENVIRONMENT, at->errors };
-	*at = (struct place){ "environment", 0, BY_ENVIRONMENT, at->errors };
 	for (i = 0; environ[i] != NULL; i++) {
 		if (strncmp(environ[i], prefix, len) != 0 ||
 		    (v = strchr(environ[i], '=')) == NULL)

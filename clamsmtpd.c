@@ -168,22 +168,28 @@ listeners_poll(void)
 		poll_add(l->fd, POLLIN, on_accept, l);
 }
 
+static int
+is_socket(const char *path)
+{
+	struct stat st;
+
+	return lstat(path, &st) == 0 && S_ISSOCK(st.st_mode);
+}
+
 /* 0666: the directory of the path restricts access. */
 static int
 path_bind(int fd, const struct addr *a)
 {
-	const char *path = a->u.un.sun_path;
-	struct stat st;
 	mode_t mask;
 	int r;
 
-	if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
+	if (is_socket(a->u.un.sun_path)) {
 		if (connect(fd, &a->u.sa, a->len) == 0 ||
 		    errno != ECONNREFUSED) {
 			errno = EADDRINUSE;	/* a program listens there */
 			return -1;
 		}
-		unlink(path);
+		unlink(a->u.un.sun_path);
 	}
 	mask = umask(0111);
 	r = bind(fd, &a->u.sa, a->len);
@@ -303,18 +309,6 @@ listeners_close(int ending)
 			p = &l->next;
 }
 
-/* Returns 0 if it is a unix listener whose path is gone: systemd removes a
- * RuntimeDirectory= when the service stops.  Else returns 1. */
-static int
-has_path(const struct addr *a)
-{
-	struct stat st;
-
-	return a->u.sa.sa_family != AF_UNIX ||
-	    (a->len > offsetof(struct sockaddr_un, sun_path) &&
-	    lstat(a->u.un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode));
-}
-
 /* Fill in a listener that systemd has passed.  Returns 0, or -1 if its descriptor
  * is not a listening stream socket of a known family. */
 static int
@@ -371,7 +365,10 @@ listeners_inherit(void)
 			free(l);
 			continue;
 		}
-		if (!has_path(&l->addr)) {
+		/* systemd removes a RuntimeDirectory= when the service stops. */
+		if (l->addr.u.sa.sa_family == AF_UNIX &&
+		    (l->addr.len <= offsetof(struct sockaddr_un, sun_path) ||
+		    !is_socket(l->addr.u.un.sun_path))) {
 			if (!l->foreign)
 				listener_shut(l);
 			listener_free(l, 0);
@@ -558,23 +555,6 @@ listeners_restore(void)
 	listeners_close(0);
 }
 
-/* Set IP_TRANSPARENT as TransparentProxy wants it: a listener may be an old one,
- * or socket_listen() could not set it. */
-static void
-listeners_transparent(const struct conf *c)
-{
-	struct listener *l;
-
-	for (l = listeners; l != NULL; l = l->next)
-		if (set_transparent(l->fd, &l->addr, c->transparent) == -1) {
-			logmsg(LOG_WARNING, "TransparentProxy: %s: TPROXY "
-			    "connections are not accepted (REDIRECT ones are): "
-			    "IP_TRANSPARENT:",
-			    addr_full(&l->addr));
-			return;
-		}
-}
-
 /* Open the listeners that are new in c, and close those that are not in it.
  * Returns 0, or -1 if that failed, and then all listeners are as before. */
 static int
@@ -582,7 +562,7 @@ listeners_open(const struct conf *c, int starting)
 {
 	struct target *const *t;
 	struct listener *l;
-	int i;
+	int i, warned = 0;
 
 	for (l = listeners; l != NULL; l = l->next)
 		l->wanted = NULL;
@@ -604,9 +584,15 @@ listeners_open(const struct conf *c, int starting)
 			    "but no Listen line asks for it; it is closed",
 			    addr_full(&l->addr));
 	listeners_close(0);
-	for (l = listeners; l != NULL; l = l->next)
+	for (l = listeners; l != NULL; l = l->next) {
 		l->serve = l->wanted;
-	listeners_transparent(c);
+		/* An old listener, or socket_listen() could not set it. */
+		if (set_transparent(l->fd, &l->addr, c->transparent) == -1 &&
+		    !warned++)
+			logmsg(LOG_WARNING, "TransparentProxy: %s: TPROXY "
+			    "connections are not accepted (REDIRECT ones are): "
+			    "IP_TRANSPARENT:", addr_full(&l->addr));
+	}
 	return 0;
 }
 

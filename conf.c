@@ -808,12 +808,12 @@ note_source(struct conf *c, const struct place *at, const struct keyword *k,
 {
 	unsigned char *seen = &c->seen[k - keywords];
 
-	if (k->clear != NULL && *seen != at->source)
+	if (k->clear != NULL && *seen != at->source) {
 		k->clear(c);
-	if (k->clear != NULL)
 		*seen = at->source;
+	}
 	if (k->set == set_action) {	/* a line with patterns adds rules */
-		if (value[strcspn(value, " \t")] != '\0')
+		if (value[strcspn(value, blanks)] != '\0')
 			return;
 		seen = &c->action_seen;
 	} else if (k->clear != NULL)
@@ -861,7 +861,7 @@ trim(char *p)
 {
 	size_t n;
 
-	p += strspn(p, " \t");
+	p += strspn(p, blanks);
 	for (n = strlen(p); n > 0 && strchr(" \t\r", p[n - 1]) != NULL; n--)
 		p[n - 1] = '\0';
 	return p;

@@ -121,7 +121,8 @@ def python_with(tmp_path_factory):
                          "--disable-pip-version-check", name]):
             got = subprocess.run(command, capture_output=True, text=True)
             if got.returncode != 0:
-                pytest.skip("%s is not to be had: %s" % (name, (got.stdout + got.stderr)[-200:]))
+                why = (got.stdout + got.stderr).strip().splitlines()[-1]
+                pytest.skip("%s is not to be had: %s" % (name, why))
         return directory + "/bin/python"
     return python_with
 

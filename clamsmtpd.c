@@ -1345,13 +1345,10 @@ pid_file_create(const char *path)
 	int fd, n = format(text, sizeof text, "%ld\n", (long)getpid());
 
 	for (;;) {
-		pid_fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC,
-		    0644);
-		if (pid_fd == -1)
+		fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0644);
+		if (fd == -1)
 			die(1, "PidFile: %s:", path);
-		fd = pid_fd;
 		if (fcntl(fd, F_SETLK, &lock) == -1) {
-			pid_fd = -1;	/* do not remove it */
 			if (errno != EACCES && errno != EAGAIN)
 				die(1, "PidFile: %s: lock:", path);
 			fcntl(fd, F_GETLK, &lock);
@@ -1359,11 +1356,12 @@ pid_file_create(const char *path)
 			    "with process id %ld", path, (long)lock.l_pid);
 		}
 		/* A daemon that ended may have removed the file meanwhile. */
-		if (fstat(pid_fd, &mine) == 0 && lstat(path, &there) == 0 &&
+		if (fstat(fd, &mine) == 0 && lstat(path, &there) == 0 &&
 		    mine.st_dev == there.st_dev && mine.st_ino == there.st_ino)
 			break;
-		close(pid_fd);
+		close(fd);
 	}
+	pid_fd = fd;			/* exit() removes the file from now on */
 	if (ftruncate(pid_fd, 0) == -1 || pwrite(pid_fd, text, n, 0) != n)
 		die(1, "PidFile: %s: write:", path);
 }

@@ -1017,29 +1017,28 @@ http_page(struct http_client *v)
 	    count.scans_running, count.scans_waiting);
 }
 
-/* The metrics of one value each. */
+/* The metrics of one value each, in count.  Pointers would need relocations. */
 static const struct metric {
-	const char *name, *type, *help;
-	const unsigned long long *value;
+	char	 name[24], help[24];
+	size_t	 at;
 } metrics[] = {
-	{ "start_time_seconds", "gauge", "Since 1970.", &count.started },
-	{ "sessions", "gauge", "Open now.", &count.open },
-	{ "sessions_total", "counter", "Accepted.", &count.sessions },
-	{ "sessions_refused_total", "counter", "Above MaxConnections.",
-	  &count.refused },
-	{ "message_bytes_total", "counter", "Of all messages.", &count.bytes },
-	{ "scans_running", "gauge", "At clamd now.", &count.scans_running },
-	{ "scans_waiting", "gauge", "For MaxScans.", &count.scans_waiting },
-	{ "log_lines_lost_total", "counter", "Too many waited.",
-	  &count.log_lost },
+#define AT(member)	offsetof(struct counters, member)
+	{ "start_time_seconds", "Since 1970.", AT(started) },
+	{ "sessions", "Open now.", AT(open) },
+	{ "sessions_total", "Accepted.", AT(sessions) },
+	{ "sessions_refused_total", "Above MaxConnections.", AT(refused) },
+	{ "message_bytes_total", "Of all messages.", AT(bytes) },
+	{ "scans_running", "At clamd now.", AT(scans_running) },
+	{ "scans_waiting", "For MaxScans.", AT(scans_waiting) },
+	{ "log_lines_lost_total", "Too many waited.", AT(log_lost) },
 };
 
 static void
-metric_head(struct http_client *v, const char *name, const char *type,
-    const char *help)
+metric_head(struct http_client *v, const char *name, const char *help)
 {
 	http_print(v, "# HELP clamsmtpd_%s %s\n# TYPE clamsmtpd_%s %s\n", name,
-	    help, name, type);
+	    help, name, strcmp(name, "scan_seconds") == 0 ? "histogram" :
+	    strstr(name, "_total") != NULL ? "counter" : "gauge");
 }
 
 /* Returns text as a label's value; text of the configuration file has no control
@@ -1065,8 +1064,7 @@ http_scans(struct http_client *v)
 	unsigned long long n = 0;
 	int i, ms;
 
-	metric_head(v, "scan_seconds", "histogram",
-	    "From the final dot to the verdict.");
+	metric_head(v, "scan_seconds", "From the final dot to the verdict.");
 	for (i = 0; i < NBUCKETS - 1; i++) {
 		ms = scan_limits[i];
 		n += count.scans[i];
@@ -1083,17 +1081,16 @@ http_scans(struct http_client *v)
 static void
 http_clamds(struct http_client *v)
 {
-	static const struct { const char *name, *type, *help; } m[] = {
-		{ "clamd_up", "gauge", "0: no answer since a scan failed." },
-		{ "clamd_failures_total", "counter", "Without a verdict." },
-		{ "clamd_signatures", "gauge", "Their version." },
-		{ "clamd_signatures_timestamp_seconds", "gauge",
-		  "When they were made." },
+	static const struct { char name[36], help[36]; } m[] = {
+		{ "clamd_up", "0: no answer since a scan failed." },
+		{ "clamd_failures_total", "Scans without a verdict." },
+		{ "clamd_signatures", "Their version." },
+		{ "clamd_signatures_timestamp_seconds", "As if in UTC." },
 	};
 	int i, j;
 
 	for (j = 0; j < 4; j++) {
-		metric_head(v, m[j].name, m[j].type, m[j].help);
+		metric_head(v, m[j].name, m[j].help);
 		for (i = 0; i < conf->nclamd; i++) {
 			const struct clamd *c = conf->clamd[i];
 			const long long n[] = { c->complaint[0] == '\0',
@@ -1114,13 +1111,14 @@ http_metrics(struct http_client *v)
 	int i;
 
 	http_head(v, "200 OK");
-	metric_head(v, "build_info", "gauge", "Its version.");
+	metric_head(v, "build_info", "Its version.");
 	http_print(v, "clamsmtpd_build_info{version=\"" VERSION "\"} 1\n");
 	for (m = metrics; m < end; m++) {
-		metric_head(v, m->name, m->type, m->help);
-		http_print(v, "clamsmtpd_%s %llu\n", m->name, *m->value);
+		metric_head(v, m->name, m->help);
+		http_print(v, "clamsmtpd_%s %llu\n", m->name,
+		    *(const unsigned long long *)((const char *)&count + m->at));
 	}
-	metric_head(v, "messages_total", "counter", "By what became of them.");
+	metric_head(v, "messages_total", "By what became of them.");
 	for (i = 0; i < NOUTCOMES; i++)
 		http_print(v, "clamsmtpd_messages_total{verdict=\"%s\"} %llu\n",
 		    outcome_names[i], count.messages[i]);

@@ -2096,7 +2096,6 @@ quarantine_work(int out, void *arg)
 {
 	struct quarantine *q = arg;
 	const char *failed = NULL;
-	char why[NOTESZ / 4];
 
 	if (copy_file(q->from, q->to) == -1)
 		failed = "copy";
@@ -2106,10 +2105,9 @@ quarantine_work(int out, void *arg)
 		failed = "link or rename";
 	else if (directory_sync(q->dir) == -1)
 		failed = "fsync of the directory";
-	if (failed != NULL)
-		format(why, sizeof why, "%s: %s", failed, strerror(errno));
-	(void)!write(out, failed == NULL ? q->copy : why,
-	    strlen(failed == NULL ? q->copy : why));
+	if (failed != NULL)		/* the answer is the reason, then */
+		format(q->copy, NOTESZ / 4, "%s: %s", failed, strerror(errno));
+	(void)!write(out, q->copy, strlen(q->copy));
 }
 
 /* Create the scratch file and choose a free name for the copy: virus. and the

@@ -689,9 +689,9 @@ on_abandoned(void *arg, int revents)
 }
 
 /*
- * The health check, at the start and for the status page: VERSION, which clamd
- * answers even when all its threads scan.  The clamds are asked one after the
- * other.  Concurrent requests share one check.
+ * The health check, at the start and for the status page.  The clamds get a PING
+ * one after the other, until one answers.  With a status page all of them do, and
+ * each that answers gets a VERSION as well.  Concurrent requests share one check.
  */
 static struct {
 	const struct conf *conf;	/* NULL: none is under way */
@@ -701,6 +701,7 @@ static struct {
 	int64_t	 clamd_until;		/* its deadline, */
 	int	 addr;			/* index of its address, */
 	unsigned addrs_tried;		/* and bits of those that were tried */
+	int	 version;		/* there was a PONG: VERSION is next */
 	struct peer peer;
 	int64_t	 until;			/* deadline of address or look-up */
 	int64_t	 ended;			/* when the last check ended; 0: never */
@@ -733,6 +734,7 @@ ping_clamd(int n)
 	ping.which = n;
 	ping.clamd_until = now + PING_TIME / ping.conf->nclamd;
 	ping.addrs_tried = 0;
+	ping.version = 0;
 }
 
 /* Choose the next address of the clamd.  Returns 1 when there is one, 0 when
@@ -740,10 +742,10 @@ ping_clamd(int n)
 static int
 ping_address(struct target *t)
 {
-	static const char command[] = "zVERSION";
-
 	target_resolve(t, 0);
 	ping.until = ping.clamd_until;
+	if (ping.version)
+		return 1;
 	if (t->naddr == 0 && t->resolving && now < ping.until)
 		return 0;
 	if (t->naddr == 0)
@@ -754,35 +756,42 @@ ping_address(struct target *t)
 		return -1;
 	}
 	ping.addrs_tried |= 1U << ping.addr;
-	if (buf_ready(&ping.peer.out, sizeof command))
-		buf_put(&ping.peer.out, command, sizeof command);
 	return 1;
 }
 
 /*
- * Handle an answer such as "ClamAV 1.4.3/27800/Tue Nov 25 08:31:09 2026".
- * Without a database of signatures it has the version only.  Returns 1, or 0
- * when clamd does not answer like this.  clamd 1.5 may have VERSION switched off.
+ * Read the signatures from an answer such as "ClamAV 1.4.3/27800/Tue Nov 25
+ * 08:31:09 2026".  Without a database clamd names its version only, and clamd 1.5
+ * may have VERSION switched off.
  */
-static int
-ping_version(struct clamd *c, const char *p)
+static void
+ping_signatures(struct clamd *c, const char *p)
 {
-	int known = strncmp(p, "ClamAV ", 7) == 0;
-
-	if (!known && strcmp(p, "COMMAND UNAVAILABLE") != 0)
-		return 0;
-	c->signatures_at = 0;
-	if ((p = strchr(p, '/')) == NULL ||
-	    parse_number(p + 1, "/", &c->signatures) != 1)
+	c->signatures = c->signatures_at = 0;
+	if (strncmp(p, "ClamAV ", 7) != 0 || (p = strchr(p, '/')) == NULL)
+		return;
+	if (parse_number(p + 1, "/", &c->signatures) != 1)
 		c->signatures = 0;
 	else if ((p = strchr(p + 1, '/')) != NULL)
 		c->signatures_at = asctime_parse(p + 1);
-	/* A clamd that timed out may still be stuck: a scan must show it. */
+}
+
+/* A clamd has answered PING.  One that timed out may still be stuck, since clamd
+ * answers PING while all its threads hang: a scan must show it. */
+static void
+ping_pong(struct clamd *c)
+{
+	clamd_worked(c, ping.addr, ping.peer.fd);
 	if (c->dead_until != 0 && !c->on_trial) {
 		clamd_well(c);
 		queue_run();
 	}
-	return 1;
+	ping.well = 1;
+	ping.done(1, ping.why);
+	if (ping.conf->status != NULL)
+		ping.version = 1;
+	else
+		ping_clamd(ping.conf->nclamd);
 }
 
 static int
@@ -803,36 +812,43 @@ ping_answer(void)
 		peer_settle(p);
 		return 0;
 	}
-	if (end != NULL && end == answer + n - 1 && ping_version(c, answer)) {
-		clamd_worked(c, ping.addr, p->fd);
-		ping.well = 1;
-		ping.done(1, ping.why);
+	if (ping.version) {
+		ping_signatures(c, end != NULL ? answer : "");
 		ping_clamd(ping.which + 1);
-	} else {
-		format(why, sizeof why, "unexpected answer \"%s\" to VERSION",
+	} else if (n == 5 && memcmp(answer, "PONG", 5) == 0)
+		ping_pong(c);
+	else {
+		format(why, sizeof why, "unexpected answer \"%s\" to PING",
 		    printable(answer, n));
 		ping_why(p->err ? "cannot be reached" : p->eof || n > 0 ? why :
-		    "no answer to VERSION in time");
+		    "no answer to PING in time");
 	}
 	peer_close(p);
 	return -1;
 }
 
-/* Go on with the check.  Returns 0 to wait, or -1 when another address or clamd
- * is next. */
+/* Go on with the check.  Returns 0 to wait, or -1 when another command, address
+ * or clamd is next. */
 static int
 ping_step(struct target *t)
 {
+	const char *command = ping.version ? "zVERSION" : "zPING";
 	int r;
 
-	if (ping.peer.fd == -1 && (r = ping_address(t)) != 1)
-		return r;
+	if (ping.peer.fd == -1) {
+		if ((r = ping_address(t)) != 1)
+			return r;
+		if (buf_ready(&ping.peer.out, strlen(command) + 1))
+			buf_put(&ping.peer.out, command, strlen(command) + 1);
+	}
 	if (buf_len(&ping.peer.out) == 0)	/* the command has left */
 		return ping_answer();
 	r = peer_connect(&ping.peer, &t->addr[ping.addr], &ping.until,
 	    (ping.clamd_until - now) / t->naddr);
-	if (r == -1)
-		ping_why(errno == ETIMEDOUT ? "no answer to VERSION in time" :
+	if (r == -1 && ping.version)
+		ping_clamd(ping.which + 1);
+	else if (r == -1)
+		ping_why(errno == ETIMEDOUT ? "no answer to PING in time" :
 		    strerror(errno));
 	if (r != 1)
 		return r;

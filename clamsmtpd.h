@@ -117,7 +117,7 @@
 #define HALF_CLOSE_TIME	(5 * SECOND)	/* EOF so soon after the end of data */
 #define CONNECT_TIME	(5 * SECOND)	/* to clamd */
 #define PROXY_TIME	(5 * SECOND)	/* for a PROXY header */
-#define PING_TIME	(5 * SECOND)	/* for clamd's version */
+#define PING_TIME	(5 * SECOND)	/* for clamd's PONG */
 #define DRAIN_TIME	(8 * SECOND)	/* after SIGTERM */
 #define BEGIN_TIME	SECOND		/* after SIGTERM, to begin a mail */
 #define LOOKUP_TIME	(60 * SECOND)	/* before a name is resolved again */
@@ -503,9 +503,9 @@ void clamd_timeout(struct session *);		/* at ScanTimeOut: no verdict */
 void clamd_cancel(struct session *);		/* abandon the scan, if any */
 void clamd_poll(void);				/* abandoned scans, checks */
 /*
- * Check the health of each clamd by its answer to VERSION (clamd(8)), which has
- * its signatures as well.  Calls done with 1 when one has answered, at once, or
- * with 0 and the reason when none has.  A result is used for a second.  All
+ * Find out by PING whether a clamd answers, and with a status page by VERSION
+ * which signatures each has (clamd(8)).  Calls done with 1 when one has answered,
+ * at once, or with 0 and the reason when none has.  A result is used for a second.  All
  * callers must pass the same function, since it is called for all requests that
  * come while a check is under way.  If report is set, the settings are new: a
  * check under way is forgotten, and a warning is logged when no clamd answers.  c

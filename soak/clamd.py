@@ -20,7 +20,11 @@ class Clamd(Server):
             if strange == "reset":
                 c.reset()
             return
-        command = c.exactly(9)
+        command = c.exactly(6)
+        if command == b"zPING\0":
+            c.send(b"PONG\0")
+            return
+        command += c.exactly(3)
         if command == b"zVERSION\0":
             c.send(b"ClamAV 1.4.3\0")
             return

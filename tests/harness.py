@@ -852,8 +852,8 @@ class Clamd(Server):
     be set to such a value itself, or to a list for successive scans (then
     the usual verdict).
 
-    Health checks (VERSION), which come at any time, are counted by themselves and
-    nowhere else.
+    Health checks (PING, VERSION), which come at any time, are counted by themselves
+    and nowhere else.
     """
 
     family = "clamd"
@@ -865,7 +865,7 @@ class Clamd(Server):
         self.scans = []
         self.commands = []           # as they came, framing included
         self.version = "ClamAV 1.4.3/27800/Tue Nov 25 08:31:09 2026"
-        self.pings = 0               # health checks whose connection is over
+        self.pings = self.versions = 0      # whose connection is over
         self.busy = set()            # connections without an answer so far
         self.most = 0                # of these at once
         super().__init__(**kw)
@@ -914,8 +914,17 @@ class Clamd(Server):
             if len(command) > 4096:
                 self.error("an endless command: %s" % shown(command))
                 return
+        if command == b"zPING\0":
+            try:
+                self.check(sock, b"PONG")
+            finally:
+                self.pings += 1
+            return
         if command == b"zVERSION\0":
-            self.check(sock)
+            try:
+                self.check(sock, as_bytes(self.version))
+            finally:
+                self.versions += 1
             return
         with self.lock:
             self.accepted += 1
@@ -937,15 +946,12 @@ class Clamd(Server):
             self.error("unknown command %r" % command)
             self.send(sock, b"UNKNOWN COMMAND" + end)
 
-    def check(self, sock):
-        if self.deny_all is not None:
-            self.send(sock, self.deny_all)
-            return
-        try:
-            self.send(sock, as_bytes(self.version) + b"\0")
+    def check(self, sock, answer):
+        if self.deny_all is None:
+            self.send(sock, answer + b"\0")
             self.get(sock)
-        finally:
-            self.pings += 1
+        else:
+            self.send(sock, self.deny_all)
 
     def instream(self, sock, end):
         data = bytearray()
@@ -1553,7 +1559,7 @@ class Site:
         """The daemon's health check at its start, or after a reload, is over."""
         until(lambda: self.clamd.pings > pings or not self.daemon.alive() or
               len(self.daemon.log("no clamd answers")) > warnings,
-              "the daemon has sent VERSION")
+              "the daemon has sent its PING")
 
     def reload(self, **settings):
         """Write new settings, SIGHUP, wait for the log to say so."""

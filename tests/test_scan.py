@@ -485,13 +485,16 @@ def test_clamd_away_at_start_is_a_warning(site):
 
 def test_clamd_that_answers_at_start_is_no_warning(site):
     """One of several is enough, and so it is after SIGHUP."""
-    settings = dict(Listen=site.path("in.sock"),
-                    ClamAddress=["/no/such/socket", site.clamd.address])
+    further = site.new_clamd()
+    settings = dict(Listen=site.path("in.sock"), ClamAddress=[
+        "/no/such/socket", site.clamd.address, further.address])
     site.start(**settings)
     until(lambda: site.clamd.pings, "a health check")
     site.reload(**settings)
     until(lambda: site.clamd.pings == 2, "a health check")
+    turns(site)
     assert not site.daemon.log("no clamd answers")
+    assert (site.clamd.versions, further.pings, further.versions) == (0, 0, 0)
     site.reload(Listen=settings["Listen"], ClamAddress="/no/such/socket")
     site.daemon.wait_log("no clamd answers.*clamd /no/such/socket: No such file")
 
@@ -505,7 +508,7 @@ def test_clamd_silent_at_start_is_a_warning_after_five_seconds(site, clock):
         turns(site)
         assert not site.daemon.log("no clamd answers")
         clock.go(site.daemon, 1)
-        site.daemon.wait_log("no clamd answers.*no answer to VERSION in time")
+        site.daemon.wait_log("no clamd answers.*no answer to PING in time")
 
 
 def test_clamd_check_at_start_ends_with_the_daemon(site):

@@ -1543,7 +1543,7 @@ class Site:
               binary=None, **settings):
         directory = self.path("daemon%d" % len(self.daemons))
         os.mkdir(directory)
-        pings = self.clamd.pings if "ClamAddress" not in settings else 0
+        checks = self.checks(settings)
         daemon = Daemon(directory, args=args, level=level, env=env, wait=False,
                         preexec=preexec, binary=binary, **self.settings(**settings))
         self.daemons.append(daemon)
@@ -1551,13 +1551,20 @@ class Site:
         if wait:
             daemon.wait_listening()
             if "ClamAddress" not in settings:
-                self.wait_check(pings)
+                self.wait_check(settings, checks)
                 daemon.idle = daemon.fds()
         return daemon
 
-    def wait_check(self, pings, warnings=0):
+    def checks(self, settings):
+        """How many health checks of the usual clamd are over: a PING, and with a
+        status page a VERSION after it."""
+        if "ClamAddress" in settings:
+            return 0
+        return self.clamd.versions if "StatusListen" in settings else self.clamd.pings
+
+    def wait_check(self, settings, checks, warnings=0):
         """The daemon's health check at its start, or after a reload, is over."""
-        until(lambda: self.clamd.pings > pings or not self.daemon.alive() or
+        until(lambda: self.checks(settings) > checks or not self.daemon.alive() or
               len(self.daemon.log("no clamd answers")) > warnings,
               "the daemon has sent its PING")
 
@@ -1565,12 +1572,12 @@ class Site:
         """Write new settings, SIGHUP, wait for the log to say so."""
         before = len(self.daemon.log(READ_AGAIN))
         warnings = len(self.daemon.log("no clamd answers"))
-        pings = self.clamd.pings if "ClamAddress" not in settings else 0
+        checks = self.checks(settings)
         self.daemon.write(self.settings(**settings))
         self.daemon.send_signal(signal.SIGHUP)
         self.daemon.wait_log(READ_AGAIN, before + 1)
         if "ClamAddress" not in settings:
-            self.wait_check(pings, warnings)
+            self.wait_check(settings, checks, warnings)
 
     def refused(self, status=1, **settings):
         """A daemon that does not start."""

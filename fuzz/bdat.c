@@ -1,5 +1,6 @@
 /*
- * BDAT: the dialogue of dialogue.h, where nearly everything is in a chunk.
+ * Target bdat: the dialogue of dialogue.h.  In its corpus most bytes are in
+ * chunks.
  */
 
 #include "../smtp.c"

@@ -1,7 +1,8 @@
 /*
- * The body automaton and the replay.  Byte 0 of the input: 1 single bytes,
- * 2 BDAT (no dots, no end), 4 a size limit of 64 bytes, 8 a header on top,
- * 16 no header.  The rest is the stream.
+ * Target body: the body automaton and the replay.  Byte 0 of the input: 1
+ * single bytes, 2 BDAT (without dot-stuffing and end of data), 4 a size limit
+ * of 64 bytes, 8 the header is added on top, 16 no header is added.  The rest
+ * is the stream.
  */
 
 #include "../smtp.c"
@@ -50,8 +51,9 @@ spool_text(struct session *s, struct text *t)
 	free(p);
 }
 
-/* A line of the output, without CRLF, that some server could take for the end
- * of data: a dot alone; with NULs dropped; up to the first NUL. */
+/* Returns 1 if some server could take this line of the output, which is
+ * without its CRLF, for the end of data.  The line is then a dot as it is,
+ * with its NULs dropped, or up to its first NUL. */
 static int
 is_dot(const char *p, size_t n)
 {
@@ -66,8 +68,8 @@ is_dot(const char *p, size_t n)
 	return all == 1 && dots == 1;
 }
 
-/* What a strict server stores of what we send; and nobody may find a second
- * end in it. */
+/* Compare what a strict server stores of the output with want, and see that no
+ * server can find a second end of data in it. */
 static void
 check_output(const struct text *out, const struct text *want)
 {
@@ -85,11 +87,12 @@ check_output(const struct text *out, const struct text *want)
 	}
 	CHECK(out->n >= 3 && memcmp(out->p + out->n - 3, ".\r\n", 3) == 0,
 	    "no final dot");
-	CHECK(out->n == 3 || out->p[out->n - 4] == '\n', "no line of its own");
+	CHECK(out->n == 3 || out->p[out->n - 4] == '\n',
+	    "the final dot is not on a line of its own");
 	for (i = 0; i < out->n - 3; i = k + 1) {
 		for (k = i; out->p[k] != '\n'; k++)
 			;
-		CHECK(!is_dot(out->p + i, k - 1 - i), "a second end at %zu", i);
+		CHECK(!is_dot(out->p + i, k - 1 - i), "a second end of data at %zu", i);
 		if (out->p[i] == '.')
 			text_add(&got, out->p + i + 1, k - i);
 		else
@@ -109,7 +112,7 @@ replay(struct session *s, const struct text *spooled, int flags)
 
 	ref_add_header(&want, spooled->p, spooled->n, header);
 
-	/* As forward() and st_data() leave it. */
+	/* The state after forward() and st_data(). */
 	CHECK(str_set(&s->replay.header, header, strlen(header)) == 0 &&
 	    place_header(s) == 0, "memory");
 	s->replay.header_queued = s->replay.dot_queued = 0;
@@ -161,7 +164,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	message_begin(s);
 	CHECK(s->result.outcome == OUT_NONE, "no spool: %s", strerror(errno));
 
-	/* Each piece ends where its memory does. */
+	/* Each piece ends at the end of its memory. */
 	for (i = 0; i < in.ncut && !end; i++) {
 		piece = malloc(in.cut[i] - at + 1);
 		CHECK(piece != NULL, "memory");
@@ -184,8 +187,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		body_end(s);
 		ref_body(&want, in.p, body, !s->msg.in_bdat);
 		if (s->server.size > 0 && want.n > 64) {
-			CHECK(s->result.outcome != OUT_NONE, "the size limit is not seen");
-			CHECK(s->msg.size <= 64, "more is stored than the limit");
+			CHECK(s->result.outcome != OUT_NONE, "the size limit is not enforced");
+			CHECK(s->msg.size <= 64, "more bytes are stored than the limit allows");
 		} else {
 			CHECK(s->result.outcome == OUT_NONE, "an error: %s", s->result.reply.s);
 			spool_text(s, &got);

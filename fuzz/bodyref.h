@@ -1,10 +1,12 @@
 /*
- * What a strict server would store of a body, after the normalisation that
- * the manual page names under TRANSPARENCY: slowly, one rule after another.
+ * The reference for message bodies: what a strict server would store after the
+ * normalisation that the manual page describes under TRANSPARENCY.  It applies
+ * one rule after the other, slowly.
  */
 
-/* Where the message ends in DATA's stream (the number of its bytes, the CRLF
- * before the dot included) and how much of the stream that took; 0: not yet. */
+/* Find the end of data in the n bytes of DATA at p.  Returns 1 with the size of
+ * the body (the CRLF before the dot included) and the number of bytes taken, or
+ * 0 when there is no end yet. */
 static __attribute__((unused)) int
 ref_end(const char *p, size_t n, size_t *body, size_t *taken)
 {
@@ -24,7 +26,8 @@ ref_end(const char *p, size_t n, size_t *body, size_t *taken)
 	return 0;
 }
 
-/* to: the n bytes of p (without the end of data), normalised. */
+/* Append the n bytes at p, which are without the end of data, to `to',
+ * normalised. */
 static __attribute__((unused)) void
 ref_body(struct text *to, const char *p, size_t n, int dots)
 {
@@ -36,7 +39,7 @@ ref_body(struct text *to, const char *p, size_t n, int dots)
 	text_add(&b, "", 0);
 	text_add(to, "", 0);
 
-	/* 1. A dot behind CRLF, or at the start, was stuffed. */
+	/* 1. A dot after CRLF, or at the start, was stuffed. */
 	for (i = 0; i < n; i++)
 		if (dots && p[i] == '.' && (i == 0 ||
 		    (i >= 2 && p[i - 2] == '\r' && p[i - 1] == '\n')))
@@ -44,7 +47,7 @@ ref_body(struct text *to, const char *p, size_t n, int dots)
 		else
 			text_add(&a, p + i, 1);
 
-	/* 2. CRs before a LF go; any other CR is a space. */
+	/* 2. Remove CRs before an LF, and replace any other CR by a space. */
 	for (i = 0; i < a.n; i = k) {
 		for (k = i; k < a.n && a.p[k] == '\r'; k++)
 			;
@@ -56,7 +59,7 @@ ref_body(struct text *to, const char *p, size_t n, int dots)
 			text_add(&b, a.p + k++, 1);
 	}
 
-	/* 3. NULs at the start of a line, if a dot follows, go. */
+	/* 3. Remove NULs at the start of a line if a dot follows. */
 	for (i = 0; i < b.n; i = eol + 1) {
 		for (eol = i; eol < b.n && b.p[eol] != '\n'; eol++)
 			;
@@ -65,13 +68,13 @@ ref_body(struct text *to, const char *p, size_t n, int dots)
 		if (k < eol && b.p[k] == '.')
 			i = k;
 
-		/* 4. Every line ends in CRLF, the last one too. */
+		/* 4. End every line with CRLF, also the last one. */
 		text_add(to, b.p + i, eol - i);
 		text_add(to, "\r\n", 2);
 	}
 }
 
-/* Where the lines from an mbox file end, with which the message may begin. */
+/* Returns the length of the mbox `From ' lines at the start of the message. */
 static __attribute__((unused)) size_t
 ref_top(const char *p, size_t n)
 {
@@ -86,8 +89,8 @@ ref_top(const char *p, size_t n)
 	}
 }
 
-/* Where the header section ends that begins at top: the first line that is
- * neither a header nor goes on with one. */
+/* Returns where the header section that begins at top ends.  That is the first
+ * line that neither is a header nor continues one. */
 static __attribute__((unused)) size_t
 ref_header(const char *p, size_t n, size_t top)
 {
@@ -114,7 +117,8 @@ ref_header(const char *p, size_t n, size_t top)
 	return n;
 }
 
-/* to: the message p of n bytes with a header added in its place. */
+/* Append the message of n bytes at p to `to', with the header added in its
+ * place. */
 static __attribute__((unused)) void
 ref_add_header(struct text *to, const char *p, size_t n, const char *header)
 {

@@ -1,7 +1,8 @@
 /*
- * What clamd answers.  Byte 0 of the input: 1 single bytes, 2 it answers before
- * it has the whole message, 4 the bytes go to clamd_parse() at once.  The rest is
- * what clamd says until it closes.
+ * Target clamd: the answers of clamd.  Byte 0 of the input: 1 single bytes, 2
+ * clamd answers before it has the whole message, 4 the bytes go to
+ * clamd_parse() at once.  The rest is what clamd sends until it closes the
+ * connection.
  */
 
 #include "../clamd.c"
@@ -19,8 +20,9 @@ ref_has(const char *p, size_t n, const char *word)
 }
 
 /*
- * One line that is exactly `stream: OK' or `stream: NAME FOUND'; everything else
- * is an error, and one of those matters.
+ * The definition: an answer is one line, exactly `stream: OK' or `stream: NAME
+ * FOUND'.  Everything else is a failure, except that the error for clamd's size
+ * limit has a verdict of its own.
  */
 static enum verdict
 ref_parse(const char *p, size_t n, char name[NAMESZ])
@@ -57,7 +59,7 @@ check_parse(const char *p, size_t n)
 	enum verdict v, want;
 
 	CHECK(copy != NULL, "memory");
-	memcpy(copy + 1, p, n);		/* ends where its memory does */
+	memcpy(copy + 1, p, n);		/* ends at the end of its memory */
 	v = clamd_parse(copy + 1, n, name);
 	want = ref_parse(p, n, want_name);
 	CHECK(v == want, "verdict %d, reference %d", v, want);
@@ -66,7 +68,7 @@ check_parse(const char *p, size_t n)
 	free(copy);
 }
 
-/* What a session makes of it. */
+/* Compare the verdict that a session derives from the answer. */
 static void
 check_session(struct session *s, const struct stream *in, int early)
 {
@@ -93,18 +95,18 @@ check_session(struct session *s, const struct stream *in, int early)
 				break;
 		}
 	}
-	CHECK(done, "it waits for ever");
+	CHECK(done, "the session waits without end");
 	for (n = 0; n < sent && in->p[n] != '\0'; n++)
 		;
 	k = n < sent ? n : n > 0 && in->p[n - 1] == '\n' ? n - 1 : n;
 	want = n == 0 && sent == 0 ? FAILED : ref_parse(in->p, k, name);
-	/* Its NUL must be there, and nothing behind it. */
+	/* The answer must end with its NUL. */
 	if (too_long || (n + 1 != sent && want != TOOBIG) || want == FAILED)
 		want = FAILED;
 	if (early && want == CLEAN)
 		want = FAILED;
 	if (n > ANSWERSZ && s->result.verdict == FAILED)
-		want = FAILED;		/* so long, it may be refused */
+		want = FAILED;		/* may be refused for its length */
 	CHECK(s->result.verdict == want, "verdict %d, reference %d", s->result.verdict, want);
 	if (want == VIRUS)
 		same("name", s->result.text, strlen(s->result.text), name, strlen(name));

@@ -1,6 +1,7 @@
 /*
- * Command lines: the dialogue of dialogue.h, in any order and shape.  With 32
- * in byte 0 the rest is xtext (RFC 3461), with 64 what xtext is made of.
+ * Target command: the dialogue of dialogue.h, with any command lines.  With 32
+ * in byte 0 the rest of the input is xtext (RFC 3461), with 64 it is a text
+ * that is encoded as xtext and decoded again.
  */
 
 #include "../smtp.c"
@@ -17,8 +18,8 @@ hex(char c)
 	return p == NULL ? -1 : p - digits < 16 ? p - digits : p - digits - 6;
 }
 
-/* What xtext stands for; the daemon keeps up to 255 bytes, and nothing of what
- * is in brackets. */
+/* Compare the decoded xtext.  The daemon keeps up to 255 bytes, and nothing of
+ * a text that begins with a bracket. */
 static void
 check_decode(const char *p, size_t n)
 {
@@ -29,7 +30,7 @@ check_decode(const char *p, size_t n)
 
 	CHECK(copy != NULL, "memory");
 	memcpy(copy + 1, p, n);
-	CHECK(xtext_decode(&got, copy + 1, n) == 0, "no memory?");
+	CHECK(xtext_decode(&got, copy + 1, n) == 0, "memory");
 	text_add(&want, "", 0);
 	if (n > 5 && strncasecmp(p, "IPV6:", 5) == 0)
 		i = 5;
@@ -50,7 +51,7 @@ check_decode(const char *p, size_t n)
 	free(copy);
 }
 
-/* There and back. */
+/* Encode the text, decode it again, and compare. */
 static void
 check_round(const char *p, size_t n)
 {
@@ -71,8 +72,8 @@ check_round(const char *p, size_t n)
 			    (unsigned char)p[i]);
 			text_puts(&coded, piece);
 		}
-	CHECK(xtext_decode(&got, coded.p, coded.n) == 0, "no memory?");
-	same("xtext there and back", got.s, got.len, p, n);
+	CHECK(xtext_decode(&got, coded.p, coded.n) == 0, "memory");
+	same("xtext encoded and decoded", got.s, got.len, p, n);
 	str_free(&got);
 	text_free(&coded);
 }

@@ -1,8 +1,8 @@
 /*
- * The configuration: a file in, the settings out.  Whatever is accepted must
- * be within the bounds that the manual page names, and what -n shows of it
- * must mean the same when it is read again.  Byte 0 of the input: 1 with an
- * older flag, 2 with -p; the rest is the file.
+ * Target conf: reading a configuration file.  Each accepted setting must be
+ * within the bounds that the manual page names.  The output of -n, read again,
+ * must give the same settings.  Byte 0 of the input: 1 with an older flag, 2
+ * with -p.  The rest is the file.
  */
 
 #include "../conf.c"
@@ -18,10 +18,10 @@ file_put(const void *p, size_t n)
 	if (file == -1)
 		file = memfd_create("conf", 0);
 	CHECK(file != -1 && ftruncate(file, 0) == 0 &&
-	    pwrite(file, p, n, 0) == (ssize_t)n, "the file");
+	    pwrite(file, p, n, 0) == (ssize_t)n, "cannot write the file");
 }
 
-/* What conf_show() prints on standard output. */
+/* Append what conf_show() prints on standard output to `to'. */
 static void
 show(const struct conf *c, struct text *to)
 {
@@ -99,7 +99,7 @@ check(const struct conf *c)
 		    "Listen has no address");
 	}
 	CHECK(!c->clamd_default || (c->nclamd == 1 &&
-	    c->clamd[0]->target->naddr == 3), "the usual ClamAddress");
+	    c->clamd[0]->target->naddr == 3), "the default ClamAddress");
 	for (i = 0; i < c->nclamd && !c->clamd_default; i++)
 		check_target(c->clamd[i]->target, 1);
 	for (i = 1; i < c->nclamd; i++)
@@ -130,17 +130,18 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	show(c, &one);
 	file_put(one.p, one.n);
 	again = conf_load(path, NULL, 0, NULL);
-	CHECK(again != NULL, "what -n shows is refused:\n%s", one.p);
+	CHECK(again != NULL, "the output of -n is refused:\n%s", one.p);
 	check(again);
 	show(again, &two);
 	same("shown", one.p, one.n, two.p, two.n);
 	CHECK(c->action == again->action && c->timeout == again->timeout &&
 	    c->scantimeout == again->scantimeout &&
 	    c->nlisten == again->nlisten && c->nclamd == again->nclamd &&
-	    c->maxscansize == again->maxscansize, "another meaning");
+	    c->maxscansize == again->maxscansize,
+	    "the output of -n gives other settings");
 	CHECK((c->header == NULL) == (again->header == NULL) &&
 	    (c->header == NULL || strcmp(c->header, again->header) == 0),
-	    "another header");
+	    "the output of -n gives another header");
 	conf_put(again);
 	conf_put(c);
 	text_free(&one);

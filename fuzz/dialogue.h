@@ -1,15 +1,18 @@
 /*
- * A whole dialogue, twice: once with the daemon's own steps, once with a slow
- * and obvious model of what the manual page says.  Both write down what the next
- * hop sees (`> line'), what the client hears (`< code') and each message as it
- * stands in the spool (`M bytes'); the two must be one text.
+ * This file runs a whole dialogue twice: with the daemon's own steps, and with
+ * a slow and obvious model of what the manual page says.  Both write down each
+ * line that the next hop receives (`> line'), each reply that the client
+ * receives (`< code') and each message in the spool (`M bytes').  The two texts
+ * must be equal.
  *
- * The next hop's answer hangs on the line that it got: 550 with a `!' in it,
- * for AUTH 334 and then 334 with a `+' and 235 without, 221 for QUIT, else 250.
- * clamd finds a virus in every message, which is dropped.
+ * The next hop's reply depends on the line.  It is 550 if the line contains a
+ * `!', 334 for AUTH, 221 for QUIT, and 250 for all others.  After a 334 it is
+ * 334 if the line contains a `+', and 235 otherwise.  clamd finds a virus in
+ * every message, and the daemon drops it.
  *
- * Byte 0 of the input: 1 single bytes, 2 the next hop has CHUNKING, 4 it has
- * SIZE 600, 8 MAIL and RCPT have been accepted, 16 EHLO has been said.
+ * Byte 0 of the input: 1 single bytes, 2 the next hop offers CHUNKING, 4 it
+ * offers SIZE 600, 8 MAIL and RCPT have been accepted, 16 EHLO has been
+ * accepted.
  */
 
 #include <strings.h>
@@ -17,7 +20,7 @@
 static const char greeting[] =
     "EHLO x\r\n", mail[] = "MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n";
 
-/* What the next hop says to a line; auth: it is an answer to 334. */
+/* Returns the next hop's reply to a line.  auth: the line follows a 334. */
 static const char *
 hop_reply(const char *line, size_t n, int auth, int flags)
 {
@@ -50,22 +53,22 @@ struct model {
 };
 
 static void
-hears(struct model *m, const char *code)
+expect_reply(struct model *m, const char *code)
 {
 	text_add(&m->out, "< ", 2);
 	text_add(&m->out, code, 3);
 	text_add(&m->out, "\n", 1);
 }
 
-/* A refusal of the daemon's own; the twentieth ends the session. */
+/* The daemon refuses a command.  The twentieth refusal ends the session. */
 static void
-refused(struct model *m, const char *code)
+expect_refusal(struct model *m, const char *code)
 {
 	if (++m->refusals == 20) {
-		hears(m, "421");
+		expect_reply(m, "421");
 		m->closed = 1;
 	} else
-		hears(m, code);
+		expect_reply(m, code);
 }
 
 static void
@@ -75,26 +78,26 @@ model_reset(struct model *m)
 	m->from.n = m->message.n = 0;
 }
 
-/* One line goes to the next hop; its answer. */
+/* One line goes to the next hop.  Returns 1 if the reply is 2xx, else 0. */
 static int
-passes(struct model *m, const char *line, size_t n)
+expect_line(struct model *m, const char *line, size_t n)
 {
 	const char *r = hop_reply(line, n, m->auth, m->flags);
 
 	text_add(&m->out, "> ", 2);
 	text_add(&m->out, line, n);
 	text_add(&m->out, "\n", 1);
-	hears(m, r);
+	expect_reply(m, r);
 	m->auth = memcmp(r, "334", 3) == 0;
 	return *r == '2';
 }
 
-/* The transaction ends with this word from us. */
+/* The daemon ends the transaction: RSET to the next hop, code to the client. */
 static void
-turned_away(struct model *m, const char *code)
+expect_reset(struct model *m, const char *code)
 {
 	text_puts(&m->out, "> RSET\n");
-	hears(m, code);
+	expect_reply(m, code);
 	model_reset(m);
 }
 
@@ -104,14 +107,14 @@ message(struct model *m, const char *p, size_t n)
 	char head[64];
 
 	if (m->ehlo && (m->flags & 4) && n > 600) {
-		turned_away(m, "552");
+		expect_reset(m, "552");
 		return;
 	}
 	snprintf(head, sizeof head, "M %zu ", n);
 	text_puts(&m->out, head);
 	text_add(&m->out, p, n);
 	text_add(&m->out, "\n", 1);
-	turned_away(m, "250");
+	expect_reset(m, "250");
 }
 
 static int
@@ -139,8 +142,8 @@ word_end(const char *p)
 	return p;
 }
 
-/* The end of a path `<...>' that p stands behind the `<' of.  A > in quotes or
- * behind a backslash is part of it, if the quotes pair. */
+/* Returns the end of a path `<...>', where p is after the `<'.  A > in quotes
+ * or after a backslash is part of the path, if each quote has its pair. */
 static const char *
 path_end(const char *p)
 {
@@ -160,7 +163,8 @@ path_end(const char *p)
 	return q;
 }
 
-/* The code of a refusal of ours, or NULL; m->from: what MAIL names. */
+/* Returns the code with which the daemon refuses MAIL, or NULL.  from: set to
+ * the address in MAIL. */
 static const char *
 mail_refusal(const struct model *m, const char *line, struct text *from)
 {
@@ -207,7 +211,7 @@ known(const char *line)
 	return 0;
 }
 
-/* May it stand between two chunks? */
+/* Returns 1 if the command is not allowed between two chunks. */
 static int
 not_in_chunks(const char *line)
 {
@@ -215,9 +219,10 @@ not_in_chunks(const char *line)
 	    verb(line, "AUTH") || verb(line, "ETRN") || verb(line, "XFORWARD");
 }
 
-/* How many bytes of a message are in the spool while more of it may come.  Raw:
- * all.  Else CRs at its end, or NULs that begin its last line, are held, for what
- * follows decides whether they stay. */
+/* Returns how many bytes of a message are in the spool while more may follow.
+ * Of raw chunks all bytes are.  Otherwise the daemon holds CRs at the end, or
+ * NULs at the start of the last line, because the bytes after them decide
+ * whether they stay. */
 static size_t
 stored(const struct model *m)
 {
@@ -239,13 +244,13 @@ stored(const struct model *m)
 	ref_body(&body, p, n, 0);
 	size = body.n;
 	if (n > 0 && p[n - 1] != '\n')
-		size -= 2;		/* the line end that is not there yet */
+		size -= 2;		/* the line end has not arrived yet */
 	text_free(&body);
 	return size;
 }
 
-/* BDAT and what follows it, n bytes of p; how many of them it took, or -1: they
- * are not all there. */
+/* Handle BDAT; n bytes at p follow the command.  Returns how many of them the
+ * chunk took, or -1 when it is not complete. */
 static long
 model_bdat(struct model *m, const char *line, const char *p, size_t n)
 {
@@ -255,7 +260,7 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 	long long size;
 
 	if (ref_number(a, &size) != 1 || (*b != '\0' && !last)) {
-		hears(m, "501");
+		expect_reply(m, "501");
 		m->closed = 1;
 		return 0;
 	}
@@ -266,20 +271,20 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 		m->raw = m->ehlo && (m->flags & 2);
 	}
 	if (!m->mail || m->rcpts == 0) {
-		refused(m, "503");
+		expect_refusal(m, "503");
 		m->bdat = 0;
 		return size;
 	}
 	limited = m->ehlo && (m->flags & 4);
 	if (limited && stored(m) + size > 600) {
-		turned_away(m, "552");
+		expect_reset(m, "552");
 		return size;
 	}
 	text_add(&m->message, p, size);
 	if (limited && stored(m) > 600)		/* bare LFs became CRLF */
-		turned_away(m, "552");
+		expect_reset(m, "552");
 	else if (!last)
-		hears(m, "250");
+		expect_reply(m, "250");
 	else if (m->raw)
 		message(m, m->message.p, m->message.n);
 	else {
@@ -290,7 +295,7 @@ model_bdat(struct model *m, const char *line, const char *p, size_t n)
 	return size;
 }
 
-/* Whether the piece that has the line before p has more than that. */
+/* Returns 1 if the piece with the line before p contains more bytes. */
 static int
 comes_with_more(const struct model *m, const char *p, size_t n)
 {
@@ -304,9 +309,9 @@ comes_with_more(const struct model *m, const char *p, size_t n)
 	return 1;
 }
 
-/* What no SMTP client says: n bytes, the first of a line. */
+/* Returns 1 if the n bytes at the start of a line are not SMTP. */
 static int
-not_said(const char *p, size_t n)
+not_smtp_line(const char *p, size_t n)
 {
 	static const char *const words[] = { "CONNECT", "GET", "POST", NULL };
 	size_t i, k;
@@ -325,8 +330,8 @@ not_said(const char *p, size_t n)
 	return 0;
 }
 
-/* One command, without its line end; p, n: what follows.  How much of that it
- * took, or -1. */
+/* Handle one command, without its line end; n bytes at p follow it.  Returns
+ * how many of them it took, or -1 when they are not complete. */
 static long
 model_command(struct model *m, const char *line, size_t len, const char *p,
     size_t n)
@@ -336,27 +341,27 @@ model_command(struct model *m, const char *line, size_t len, const char *p,
 	const char *code;
 
 	if (!known(line))
-		refused(m, "500");
+		expect_refusal(m, "500");
 	else if (verb(line, "DATA") && comes_with_more(m, p, n)) {
-		hears(m, "554");
+		expect_reply(m, "554");
 		m->closed = 1;
 	} else if (m->bdat && not_in_chunks(line))
-		refused(m, "503");
+		expect_refusal(m, "503");
 	else if (verb(line, "STARTTLS"))
-		refused(m, "502");
+		expect_refusal(m, "502");
 	else if (verb(line, "XCLIENT"))
-		refused(m, "554");
+		expect_refusal(m, "554");
 	else if (verb(line, "XFORWARD") && m->mail)
-		refused(m, "503");
+		expect_refusal(m, "503");
 	else if (verb(line, "BDAT"))
 		return model_bdat(m, line, p, n);
 	else if (verb(line, "DATA")) {
 		if (*blanks(line + 4) != '\0')
-			refused(m, "501");
+			expect_refusal(m, "501");
 		else if (!m->mail || m->rcpts == 0)
-			refused(m, "503");
+			expect_refusal(m, "503");
 		else {
-			hears(m, "354");
+			expect_reply(m, "354");
 			if (!ref_end(p, n, &end, &taken))
 				return -1;
 			ref_body(&body, p, end, 1);
@@ -367,11 +372,11 @@ model_command(struct model *m, const char *line, size_t len, const char *p,
 	} else if (verb(line, "MAIL")) {
 		if ((code = mail_refusal(m, line, &from)) != NULL) {
 			if (strcmp(code, "501") == 0)
-				refused(m, code);
+				expect_refusal(m, code);
 			else
-				hears(m, code);
+				expect_reply(m, code);
 		}
-		else if (passes(m, line, len)) {
+		else if (expect_line(m, line, len)) {
 			model_reset(m);
 			m->mail = 1;
 			if (from.n == 0)
@@ -379,7 +384,7 @@ model_command(struct model *m, const char *line, size_t len, const char *p,
 			else
 				text_add(&m->from, from.p, from.n);
 		}
-	} else if (passes(m, line, len)) {
+	} else if (expect_line(m, line, len)) {
 		if (verb(line, "RCPT"))
 			m->rcpts++;
 		if (verb(line, "RSET") || verb(line, "HELO") ||
@@ -390,12 +395,12 @@ model_command(struct model *m, const char *line, size_t len, const char *p,
 		if (verb(line, "HELO"))
 			m->ehlo = 0;
 	}
-	m->closed |= verb(line, "QUIT");	/* whatever it says to that */
+	m->closed |= verb(line, "QUIT");	/* with any reply */
 	text_free(&from);
 	return 0;
 }
 
-/* Everything that the client says. */
+/* Handle everything that the client sends. */
 static void
 model_run(struct model *m, const char *p, size_t n)
 {
@@ -404,8 +409,8 @@ model_run(struct model *m, const char *p, size_t n)
 	long took;
 
 	for (; !m->closed; p += took, n -= took) {
-		if (!m->auth && not_said(p, n)) {
-			hears(m, "554");
+		if (!m->auth && not_smtp_line(p, n)) {
+			expect_reply(m, "554");
 			m->closed = 1;
 			return;
 		}
@@ -415,7 +420,7 @@ model_run(struct model *m, const char *p, size_t n)
 			return;
 		len = i > 0 && p[i - 1] == '\r' ? i - 1 : i;
 		if (len > LINESZ) {
-			refused(m, "500");
+			expect_refusal(m, "500");
 			m->closed |= m->auth;
 			took = i + 1;
 			continue;
@@ -426,10 +431,10 @@ model_run(struct model *m, const char *p, size_t n)
 		n -= i + 1;
 		took = 0;
 		if (memchr(line, '\0', len) || memchr(line, '\r', len)) {
-			refused(m, "501");
+			expect_refusal(m, "501");
 			m->closed |= m->auth;
 		} else if (m->auth)
-			passes(m, line, len);
+			expect_line(m, line, len);
 		else if ((took = model_command(m, line, len, p, n)) == -1)
 			return;
 	}
@@ -439,7 +444,8 @@ model_run(struct model *m, const char *p, size_t n)
  * The daemon.
  */
 
-/* What it has said to both sides goes to out; the next hop answers. */
+/* Move the daemon's output for both sides to out, and feed it the next hop's
+ * reply. */
 static void
 exchange(struct session *s, struct text *out, int flags)
 {
@@ -465,7 +471,8 @@ exchange(struct session *s, struct text *out, int flags)
 	b = &s->client.out;
 	for (p = buf_head(b), n = buf_len(b); n > 0; n -= end + 1 - p, p = end + 1) {
 		end = memchr(p, '\n', n);
-		CHECK(end != NULL && end - p >= 5 && end[-1] == '\r', "no line");
+		CHECK(end != NULL && end - p >= 5 && end[-1] == '\r',
+		    "not a reply line to the client");
 		if (p[3] == '-')
 			continue;
 		text_add(out, "< ", 2);
@@ -475,7 +482,7 @@ exchange(struct session *s, struct text *out, int flags)
 	buf_free(b);
 }
 
-/* clamd's part: the message is noted, and has a virus. */
+/* Act as clamd: write down the message, and report a virus. */
 static void
 scan(struct session *s, struct text *out)
 {
@@ -501,14 +508,14 @@ run(struct session *s, struct text *out, int flags)
 	int turns, auth;
 
 	for (turns = 0; s->state != S_LINGER && s->state != S_DEAD; turns++) {
-		CHECK(turns < 200000, "it spins");
+		CHECK(turns < 200000, "the daemon loops without end");
 		if (s->state == S_SCAN)
 			scan(s, out);
 		auth = s->state == S_AUTH;
 		if (!states[s->state].step(s))
 			break;
 		if (auth && s->state == S_REPLY)
-			s->server.peer.err = 99;	/* exchange() takes it off */
+			s->server.peer.err = 99;	/* exchange() clears it */
 		exchange(s, out, flags);
 	}
 	exchange(s, out, flags);
@@ -554,7 +561,7 @@ dialogue(const uint8_t *data, size_t size)
 	for (i = 0; i < in.ncut && s->state != S_LINGER && s->state != S_DEAD;
 	    i++) {
 		if (!feed(&s->client.in, in.p + sent, in.cut[i] - sent))
-			CHECK(0, "the buffer is full and it waits");
+			CHECK(0, "the daemon waits although its buffer is full");
 		sent = in.cut[i];
 		run(s, &out, flags);
 	}

@@ -1,14 +1,14 @@
 /*
- * What all targets share: a session without sockets, and the way a target's
- * input is read.
+ * The functions that all targets share: they make a session without sockets,
+ * read a target's input, and compare texts.
  *
- * A target #includes the .c under test (for its static functions) and then
- * this; fuzz/run links the other files of the daemon, except clamsmtpd.c,
- * which none of them calls.
+ * A target includes the source file under test, for its static functions, and
+ * then this file.  fuzz/run links the other source files of the daemon except
+ * clamsmtpd.c, which none of them calls.
  */
 
-/* The targets' own branches are not what is looked for.  A target includes
- * this once more at its end. */
+/* Leave the targets' own branches out of the coverage.  A target includes this
+ * file a second time at its end, which ends the attribute. */
 #ifdef FUZZ_H
 #ifdef __clang__
 #pragma clang attribute pop
@@ -32,8 +32,8 @@ int LLVMFuzzerInitialize(int *, char ***);
 const char *__asan_default_options(void);
 const char *__ubsan_default_options(void);
 
-/* Fresh memory is full of letters: a read behind what has come finds no NUL
- * before it finds the end of the buffer, where the sanitizer waits. */
+/* New memory is filled with letters.  A read past the received bytes finds no
+ * NUL, so it reaches the end of the buffer, where the sanitizer reports it. */
 const char *
 __asan_default_options(void)
 {
@@ -62,7 +62,7 @@ int LLVMFuzzerInitialize(int *, char ***) __attribute__((weak));
 
 static int null_fd = -1;
 
-/* Everything is logged, to nowhere: formats and texts are part of the test. */
+/* Log everything to /dev/null, because the log's formats are tested, too. */
 int
 LLVMFuzzerInitialize(int *argc, char ***argv)
 {
@@ -80,18 +80,18 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 }
 
 /*
- * A stream: what a peer sends, and how it comes in pieces.  In a target's
- * input 0xFF ends a piece, and 0xFE n stands for 16 x n of the byte before it
- * (so that a small input reaches the limits).
+ * A stream is what a peer sends, and the pieces in which it arrives.  In a
+ * target's input 0xFF ends a piece, and 0xFE n repeats the byte before it
+ * 16 x n times, so that a small input reaches the limits.
  */
 #define STREAMMAX	(1 << 16)
-#define REPEATMAX	20000		/* by 0xFE, in all */
+#define REPEATMAX	20000		/* bytes by 0xFE, in all */
 #define PIECEMAX	(BUFSZ - 8192)	/* and up to 4080 more */
 
 struct stream {
 	char	 p[STREAMMAX];
 	size_t	 n;
-	size_t	 cut[STREAMMAX + 1];	/* where pieces end; the last is n */
+	size_t	 cut[STREAMMAX + 1];	/* the ends of pieces; the last is n */
 	size_t	 ncut;
 };
 
@@ -117,7 +117,7 @@ stream_read(struct stream *s, const uint8_t *in, size_t len, int single_bytes)
 	s->cut[s->ncut++] = s->n;
 }
 
-/* A session in which nothing has been said, without sockets. */
+/* Returns a new session without sockets, in which nothing has been sent. */
 static __attribute__((unused)) struct session *
 new_session(struct conf *conf)
 {
@@ -143,7 +143,8 @@ new_session(struct conf *conf)
 	return s;
 }
 
-/* The next piece of a stream into a peer's buffer; 0: it does not fit yet. */
+/* Put the next piece of a stream into a peer's buffer.  Returns 0 if it does
+ * not fit yet, else 1. */
 static __attribute__((unused)) int
 feed(struct buf *b, const char *p, size_t n)
 {
@@ -155,8 +156,8 @@ feed(struct buf *b, const char *p, size_t n)
 	return 1;
 }
 
-/* The decimal number at p, if it is a word of digits: 1.  0: it is larger than any
- * that can be meant, and *n is LLONG_MAX.  -1: it is no number. */
+/* Read the decimal number at p.  Returns 1 when the word at p is a number, 0
+ * when it is too large (*n is then LLONG_MAX), -1 when it is not a number. */
 static __attribute__((unused)) int
 ref_number(const char *p, long long *n)
 {
@@ -170,7 +171,7 @@ ref_number(const char *p, long long *n)
 	return errno == 0;
 }
 
-/* A text that grows, for references. */
+/* A text that grows as references append to it. */
 struct text {
 	char	*p;
 	size_t	 n, size;
@@ -203,7 +204,7 @@ text_free(struct text *t)
 	memset(t, 0, sizeof *t);
 }
 
-/* Two texts that are to be one; the difference is shown. */
+/* Abort if the two texts differ, and print where. */
 static __attribute__((unused)) void
 same(const char *what, const char *a, size_t na, const char *b, size_t nb)
 {
@@ -213,7 +214,7 @@ same(const char *what, const char *a, size_t na, const char *b, size_t nb)
 		return;
 	for (i = 0; i < na && i < nb && a[i] == b[i]; i++)
 		;
-	fprintf(stderr, "%s: %zu and %zu bytes, different from %zu on\n", what,
+	fprintf(stderr, "%s: %zu and %zu bytes, which differ at offset %zu\n", what,
 	    na, nb, i);
 	for (k = 0; k < 2; k++) {
 		size_t at = i > 40 ? i - 40 : 0, end = k ? nb : na;

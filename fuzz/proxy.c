@@ -1,7 +1,8 @@
 /*
- * PROXY headers: proxy_parse() of the whole input and of each of its
- * beginnings, against proxy-protocol.txt.  Of version 1 only what names the
- * client is looked at: the address it came to and that port may be anything.
+ * Target proxy: PROXY headers.  proxy_parse() gets the whole input and each of
+ * its beginnings, and is compared with proxy-protocol.txt.  In version 1 only
+ * the client's address and port are compared.  The destination's may be any
+ * text.
  */
 
 #include "../smtp.c"
@@ -10,7 +11,7 @@
 #include <arpa/inet.h>
 
 struct named {
-	int	 family;		/* 0: nobody */
+	int	 family;		/* 0: no address */
 	unsigned char ip[16];
 	unsigned port;
 };
@@ -27,7 +28,8 @@ name_it(struct named *a, int family, const void *ip, unsigned port)
 		name_it(a, AF_INET, (const char *)ip + 12, port);
 }
 
-/* The next word of a line, words having one blank between them; NULL: none. */
+/* Returns the next word of a line, whose words are separated by one blank, or
+ * NULL if there is none. */
 static char *
 word(char **line)
 {
@@ -129,7 +131,7 @@ check_named(const struct addr *a, const struct named *want)
 		    addr_full(a));
 }
 
-/* In a buffer that has no byte more. */
+/* Parse n bytes in a buffer that ends after them. */
 static int
 check(const uint8_t *data, size_t n)
 {
@@ -149,8 +151,8 @@ check(const uint8_t *data, size_t n)
 	return got;
 }
 
-/* Byte for byte, as a slow proxy sends it; and all at once, with whatever else
- * has come. */
+/* Parse the input byte for byte, as from a slow proxy, and then all of it at
+ * once, with the bytes after the header. */
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {

@@ -1,5 +1,6 @@
 /*
- * A target without libFuzzer: every file that is named runs once.
+ * The main() of a target without libFuzzer.  It runs each file named on the
+ * command line once.
  */
 
 #include <stdint.h>
@@ -29,12 +30,12 @@ main(int argc, char **argv)
 		}
 		n = fread(p, 1, MAX, f);
 		fclose(f);
-		/* Of its own size: what reads behind it is seen. */
+		/* Memory of the exact size shows a read past its end. */
 		if ((exact = malloc(n > 0 ? n : 1)) == NULL)
 			return 1;
 		for (i = 0; i < n; i++)
 			exact[i] = p[i];
-		fprintf(stderr, "%s\n", argv[k]);	/* the last one crashed */
+		fprintf(stderr, "%s\n", argv[k]);	/* the last one failed */
 		LLVMFuzzerTestOneInput(exact, n);
 		free(exact);
 	}

@@ -1,7 +1,7 @@
 /*
- * The reply reader and the EHLO filter.  Byte 0 of the input: 1 single bytes,
- * 2 EHLO, 4 HELO, 8 MaxScanSize 5000, 16 the next hop closes at the end.  The
- * rest is what the next hop says.
+ * Target reply: the reply reader and the EHLO filter.  Byte 0 of the input:
+ * 1 single bytes, 2 EHLO, 4 HELO, 8 MaxScanSize 5000, 16 the next hop closes at
+ * the end.  The rest is what the next hop sends.
  */
 
 #include "../smtp.c"
@@ -9,8 +9,8 @@
 
 #include <strings.h>
 
-/* How many bytes at p are one character of a text: neither a control character
- * nor invalid UTF-8 (RFC 3629).  0: none. */
+/* Returns the number of bytes of the text character at p, or 0 if there is a
+ * control character or invalid UTF-8 (RFC 3629). */
 static size_t
 ref_char(const char *p, size_t n)
 {
@@ -33,7 +33,7 @@ ref_char(const char *p, size_t n)
 	    (c < 0xD800 || c > 0xDFFF) ? more + 1 : 0;
 }
 
-/* One line of a reply as the client may see it. */
+/* Append one line of a reply as the client may receive it. */
 static void
 ref_line(struct text *to, const char *p, size_t n)
 {
@@ -51,7 +51,8 @@ ref_line(struct text *to, const char *p, size_t n)
 	text_add(to, "\r\n", 2);
 }
 
-/* Whether p is a line of a reply: 250, and a blank, a hyphen or the end. */
+/* Returns 1 if p is a line of a reply: a code, and then a blank, a hyphen or
+ * the end of the line. */
 static int
 ref_is_line(const char *p, size_t n)
 {
@@ -61,7 +62,8 @@ ref_is_line(const char *p, size_t n)
 	return n == 3 || p[3] == ' ' || p[3] == '-' || p[3] == '\r';
 }
 
-/* What server_reply() returns for p, and the length of a REPLY. */
+/* Returns what server_reply() must return for p.  For REPLY it sets the length
+ * and the code. */
 static int
 ref_reply(const char *p, size_t len, size_t *n, int *code)
 {
@@ -118,7 +120,8 @@ ref_xclient(struct offer *o, char *p)
 			o->xclient |= X_PORT;
 }
 
-/* A keyword with its arguments: whether the client sees it, and what we keep. */
+/* Handle a keyword with its arguments: append it if the client may see it, and
+ * note what the daemon keeps. */
 static void
 ref_keyword(struct text *to, struct offer *o, char *p, long long max)
 {
@@ -150,7 +153,8 @@ ref_keyword(struct text *to, struct offer *o, char *p, long long max)
 	}
 }
 
-/* What the client sees of an EHLO reply, and what we keep. */
+/* Append what the client receives of an EHLO reply, and note what the daemon
+ * keeps. */
 static void
 ref_ehlo(struct text *to, struct offer *o, const char *p, size_t n, int esmtp,
     long long max)
@@ -181,14 +185,14 @@ ref_ehlo(struct text *to, struct offer *o, const char *p, size_t n, int esmtp,
 	text_free(&line);
 }
 
-/* A reply is there: is it the right one, and what becomes of it? */
+/* Compare a complete reply, and what the daemon makes of it. */
 static void
 check_reply(struct session *s, const struct reply *r, const char *p, size_t n,
     int flags)
 {
 	struct text want = { NULL, 0, 0 };
 	struct offer o = { 0, 0, 0 };
-	/* clamd gets the scan line, too. */
+	/* The scan line counts against clamd's limit. */
 	long long max = flags & 8 ? 5000 - (long long)scan_line_len : 0;
 
 	same("reply", r->text, r->len, p, n);
@@ -205,7 +209,7 @@ check_reply(struct session *s, const struct reply *r, const char *p, size_t n,
 		s->server.ehlo.len = 0;
 	} else {
 		ref_relay(&want, p, n);
-		CHECK(client_ready(s), "no room");
+		CHECK(client_ready(s), "no room in the client's buffer");
 		relay(s, r);
 		CHECK(!s->client.err, "cannot be relayed");
 		same("relayed", buf_head(&s->client.out),
@@ -253,7 +257,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				reply_eat(s, &r);
 				at += n;
 				CHECK(buf_len(&s->server.peer.in) == sent - at,
-				    "not all of it was eaten");
+				    "the reply was not removed completely");
 			}
 			lost = got == 1;
 		} while (got == REPLY);

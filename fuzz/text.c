@@ -1,19 +1,20 @@
 /*
- * Texts: format() against snprintf(3), matches() against fnmatch(3), addresses
- * against inet_ntop(3) and inet_pton(3).  Byte 0 of the input says which.
+ * Target text: format() is compared with snprintf(3), matches() with
+ * fnmatch(3), addresses with inet_ntop(3) and inet_pton(3).  Byte 0 of the
+ * input selects one.
  *
- * The latter two are glibc's: the inet_ntop(3) of musl does not keep to RFC 5952,
- * and its fnmatch(3) has another idea of half a set.  Where ours differ on purpose,
- * nothing is compared:
+ * fnmatch(3), and inet_ntop(3) for IPv6, are compared only with glibc.  The
+ * inet_ntop(3) of musl does not follow RFC 5952, and its fnmatch(3) treats an
+ * incomplete set differently.  The target leaves out the intended differences:
  *
- *   format()	has %s %.*s %c %d %u %x %X, l, ll and %0N only; returns what it
- *		has written, not what it would have; %0N counts digits, so that
- *		the sign of a negative number is not one of them.
- *   matches()	knows no classes ([:alpha:], [=a=], [.a.]), and a backslash
- *		between brackets is itself; one at the end of the pattern too.
- *		`[a-' at the end is no set, but text (glibc: matches nothing).
- *   addresses	Of the forms of RFC 5952 only those without a dotted quad at the
- *		end, which inet_ntop(3) writes for ::1.2.3.4.
+ *   format()	knows only %s %.*s %c %d %u %x %X, l, ll and %0N.  It returns
+ *		the length of what it has written, even if that was cut.  %0N
+ *		counts digits, and the sign of a negative number is not one.
+ *   matches()	knows no classes ([:alpha:], [=a=], [.a.]).  A backslash in
+ *		brackets or at the end of the pattern is an ordinary character.
+ *		`[a-' at the end is text, where glibc matches nothing.
+ *   addresses	never end in a dotted quad, which inet_ntop(3) writes for
+ *		::1.2.3.4.
  */
 
 #include "../conf.c"
@@ -22,14 +23,14 @@
 #include <arpa/inet.h>
 #include <fnmatch.h>
 
-/* A number for a width of digits and its sign. */
+/* Returns a number with any sign and any number of digits. */
 static long long
 number_at(const uint8_t *p)
 {
 	long long n;
 
 	memcpy(&n, p, sizeof n);
-	return n >> (p[0] & 56);	/* small ones as often as large ones */
+	return n >> (p[0] & 56);	/* small ones as often as large */
 }
 
 #define BOTH(...) do {							\
@@ -40,10 +41,11 @@ number_at(const uint8_t *p)
 	got = format(a, size, __VA_ARGS__);				\
 	snprintf(b, size, __VA_ARGS__);					\
 	same("format", a, got, b, strlen(b));				\
-	CHECK(a[got] == '\0' && a[size] == '#', "no end, or behind it");	\
+	CHECK(a[got] == '\0' && a[size] == '#', "no NUL, or too long");	\
 } while (0)
 
-/* As bytes: size, width of a text, a number, texts. */
+/* The input contains the size of the buffer, a width, a character, a number and
+ * a text. */
 static void
 check_format(const uint8_t *p, size_t n)
 {
@@ -57,7 +59,7 @@ check_format(const uint8_t *p, size_t n)
 	len = n < sizeof text - 1 ? n : sizeof text - 1;
 	memcpy(text, p, len);
 	text[len] = '\0';
-	copy = malloc(len + 1);		/* no NUL behind it */
+	copy = malloc(len + 1);		/* no NUL after it */
 	CHECK(copy != NULL, "memory");
 	memset(copy + 1, 'x', len);
 	len = strlen(text);
@@ -75,7 +77,8 @@ check_format(const uint8_t *p, size_t n)
 	free(copy);
 }
 
-/* Pattern, NUL, name; printable, since the names are. */
+/* The input contains a pattern, a NUL and a name.  Only printable bytes are
+ * used, because names contain no others. */
 static void
 check_match(const uint8_t *p, size_t n)
 {
@@ -102,7 +105,7 @@ check_match(const uint8_t *p, size_t n)
 	}
 	if (i > 0 && brackets && pattern[i - 1] == '-')
 		return;
-	/* glibc's takes long for many stars; ours must not. */
+	/* glibc takes long for many stars, and matches() must not. */
 	if (stars > 5)
 		(void)matches(pattern, name);
 	if (stars > 5 || strstr(pattern, "[:") || strstr(pattern, "[.") ||
@@ -115,7 +118,7 @@ check_match(const uint8_t *p, size_t n)
 #endif
 }
 
-/* 16 bytes of an address, and a port. */
+/* The input contains 16 bytes of an address and a port. */
 static void
 check_address(const uint8_t *p)
 {
@@ -140,7 +143,7 @@ check_address(const uint8_t *p)
 		same("IPv6 and port", addr_full(&a), strlen(addr_full(&a)), want,
 		    strlen(want));
 	}
-	/* What we write is what we read. */
+	/* The daemon must read what it writes. */
 	addr_unmap(&a);
 	CHECK(addr_ip(&b, addr_text(&a), port) == 0 && addr_equal(&a, &b),
 	    "%s is read as %s", addr_full(&a), addr_full(&b));
@@ -154,7 +157,7 @@ check_address(const uint8_t *p)
 	same("IPv4", addr_full(&a), strlen(addr_full(&a)), want, strlen(want));
 }
 
-/* A port is digits, up to 65535. */
+/* Returns the port, which is digits up to 65535, or -1. */
 static int
 ref_port(const char *p)
 {
@@ -168,8 +171,9 @@ ref_port(const char *p)
 	return strlen(q) > 5 || atoi(q) > 65535 ? -1 : atoi(q);
 }
 
-/* An address as it stands in a file: what is it?  1: ip and port are its;
- * 2: a name and a port; 3: a port alone; 4: a path; 0: none. */
+/* Classify an address in a configuration file.  Returns 1 for an IP address, 2
+ * for a name, each with a port, 3 for a port alone, 4 for a path, 0 for none of
+ * these. */
 static int
 ref_target(const char *v, struct addr *ip, char *name, int *port)
 {
@@ -194,7 +198,7 @@ ref_target(const char *v, struct addr *ip, char *name, int *port)
 		if (*end != '\0' && *end != ':')
 			return 0;
 		if (strchr(host, ':') == NULL)
-			return 0;	/* brackets are for IPv6 */
+			return 0;	/* only IPv6 has brackets */
 	} else {
 		colon = strchr(text, ':');
 		if (colon != NULL && strchr(colon + 1, ':') == NULL) {
@@ -234,7 +238,7 @@ check_target(const uint8_t *p, size_t n)
 	if (k > 0) {
 		why = target_parse(t, v, 77);
 		CHECK((why == NULL) == (kind != 0), "\"%s\": %s, reference: %d",
-		    v, why != NULL ? why : "taken", kind);
+		    v, why != NULL ? why : "accepted", kind);
 	}
 	if (kind == 1)
 		CHECK(t->naddr == 1 && t->name == NULL &&

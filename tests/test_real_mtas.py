@@ -136,8 +136,9 @@ while read -r line; do eval "$line" >&3; echo end >&3; done
 
 
 class Overlaid:
-    """A mail server from a package that is not installed here: these files are
-    in the directory where it is started."""
+    """A mail server from packages that are not installed here.  The files are in the
+    directory where it is started.  In their texts, and in `start', @port@ and @dir@
+    stand for the port and that directory."""
 
     def __init__(self, packages, port, start, files):
         self.dir = real.public_directory(packages.split()[0])
@@ -146,7 +147,8 @@ class Overlaid:
             path = os.path.join(self.dir, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "w") as file:
-                file.write(text)
+                file.write(text.replace("@port@", str(port))
+                           .replace("@dir@", self.dir))
         self.errors = open(os.path.join(self.dir, "errors"), "w+b")
         self.process = subprocess.Popen(
             [os.path.join(HERE, "overlay.sh"), *packages.split(), "--", "sh", "serve"],

@@ -1,4 +1,4 @@
-"""clamd, with all that has been seen of it and some more."""
+"""A scripted clamd, with all failures seen in the field and some more."""
 
 from accounts import virus_names
 from conn import Server
@@ -7,7 +7,7 @@ from plan import VERDICTS, dice, pick
 
 
 class Clamd(Server):
-    """Reads what it is given, and answers as planned for the message."""
+    """Reads a stream, and answers as planned for the message."""
 
     STRANGE = {None: 97, "close": 1, "stall": 1, "reset": 1}
 
@@ -29,22 +29,22 @@ class Clamd(Server):
             c.send(b"ClamAV 1.4.3\0")
             return
         if command + c.exactly(1) != b"zINSTREAM\0":
-            self.accounts.fail("altered", "clamd got the command %r" % command)
+            self.accounts.fail("altered", "clamd received the command %r" % command)
         data, m = self.stream(c)
         kind = next_scan(m)
         if data is not None:
             if m:
                 self.accounts.scanned(m, data)
             elif data.count(b"\n") != 1:
-                self.accounts.fail("altered", "nobody sent what clamd got: %r"
-                                   % data[:200])
+                self.accounts.fail("altered", "clamd received what no client sent: "
+                                   "%r" % data[:200])
         if m and m.leave in ("scan", "flood") and m.client_goes():
-            m.gone_first = not m.said & {"ok"}
+            m.gone_first = not m.scan_results & {"ok"}
         self.answer(c, m, kind)
 
     def stream(self, c):
-        """What is sent, and whose it is.  Where the plan says that it is too
-        much only a part is read, and no data returned."""
+        """Returns the data received and their message.  Where the plan says that
+        the message is too large, it reads only a part, and returns no data."""
         data, m = bytearray(), None
         for size in piece_sizes(c.exactly):
             first = not data
@@ -58,14 +58,14 @@ class Clamd(Server):
 
     def answer(self, c, m, kind):
         if m:
-            m.said.add(kind)
+            m.scan_results.add(kind)
         if kind not in VERDICTS:
             self.accounts.inject("clamd: " + kind)
         if kind == "hang":
             c.wait_end(2.2)
         elif kind == "late":
             c.wait_end(2.5)
-            m.said.add("ok")
+            m.scan_results.add("ok")
             c.send(ANSWERS["ok"])
         elif kind == "reset":
             c.reset()
@@ -75,7 +75,7 @@ class Clamd(Server):
             c.send(ANSWERS[kind])
 
 
-# With "close", "hang" and "late" all that has gone wrong in the field.
+# With "close", "hang" and "late", these are all the failures seen in the field.
 ANSWERS = {
     "ok": b"stream: OK\0",
     "error": b"stream: Can't allocate memory ERROR\0",
@@ -83,7 +83,7 @@ ANSWERS = {
     "timed out": b"COMMAND READ TIMED OUT\n",
     "newline": b"stream: OK\n",
     "bare": b"stream: OK",
-    "behind": b"stream: OK\0stream: Soak FOUND\0",
+    "two answers": b"stream: OK\0stream: Soak FOUND\0",
     "x ok": b"stream: x OK\0",
     "lines": b"stream: one\nstream: OK\0",
     "megabyte": b"stream: " + b"a" * (1 << 20) + b" OK\0",
@@ -94,7 +94,7 @@ ANSWERS = {
 
 
 def next_scan(m):
-    """How this scan of the message is to end."""
+    """Returns how this scan of the message must end."""
     if m is None:
         return "ok"
     m.scans += 1

@@ -1,4 +1,4 @@
-"""The clients, which go away, and send what nobody should."""
+"""The clients, which go away early, and send what no client should."""
 
 import time
 
@@ -7,7 +7,7 @@ from harness import Gone, connect
 
 
 class Client:
-    """Sends sessions, one after the other."""
+    """Runs sessions, one after the other."""
 
     def __init__(self, world):
         self.world, self.accounts = world, world.accounts
@@ -25,7 +25,8 @@ class Client:
             self.world.session_ends(s)
 
     def connect(self, s):
-        """Until the daemon greets us; None when there is no more of it."""
+        """Connect until the daemon greets the client.  Returns None when the run is
+        over."""
         while self.world.session_begins(s):
             try:
                 c = self.try_connect(s)
@@ -57,7 +58,7 @@ class Client:
         if s.leave == "greeting":
             self.leave(c, m)
         if s.greeting[:1] != b"2":
-            m.told = s.greeting
+            m.reply = s.greeting
             if "next hop down" in s.windows:
                 time.sleep(.1)
             return
@@ -67,7 +68,7 @@ class Client:
         reply = c.reply()
         if reply[:1] != b"2":
             self.world.begin(m)
-            m.told = reply
+            m.reply = reply
             return
         for m in s.messages:
             self.world.begin(m)
@@ -86,7 +87,7 @@ class Client:
                                    % s.messages[-1])
 
     def mail(self, c, m):
-        """One message; whether the session goes on."""
+        """Send a message.  Returns whether the session continues."""
         if m.begin_twice and not self.begin_and_reset(c, m):
             return False
         half = m.session.end == "half" and m is m.session.messages[-1]
@@ -94,24 +95,24 @@ class Client:
             self.send(c, m, group, half)
             if not self.replies(c, m, group):
                 return False
-            if m.told:
+            if m.reply:
                 break
         if half and m.sent_all:
             self.quit_reply(c, m)
             return False
-        if m.told_at != "body":
+        if m.reply_to != "body":
             c.send(b"RSET\r\n")
             c.reply()
-        return goes_on(m)
+        return continues(m)
 
     def begin_and_reset(self, c, m):
-        """A transaction that comes to nothing."""
+        """Begin a transaction and reset it."""
         c.send(b"MAIL FROM:<twice@soak>\r\nRCPT TO:<b@soak>\r\n"
                b"BDAT 6\r\nhello\nRSET\r\n")
         for _ in range(4):
             reply = c.reply()
             if reply[:1] != b"2":
-                m.told = reply
+                m.reply = reply
                 return False
         return True
 
@@ -128,7 +129,7 @@ class Client:
         if group[-1][0] == "body":
             m.sent_all = True
             if m.leave:
-                self.leave_behind(c, m, data)
+                self.send_and_leave(c, m, data)
             if half:
                 data += b"QUIT\r\n"
         if m.pace == "drip":
@@ -142,10 +143,10 @@ class Client:
         for stage, _ in group:
             reply = c.reply()
             good = reply[:3] == b"354" if stage == "DATA" else reply[:1] == b"2"
-            if good and stage == "DATA" and m.told:
+            if good and stage == "DATA" and m.reply:
                 self.accounts.fail("unexplained", "354 without MAIL: %s" % m)
-            if m.told is None and (stage == "body" or not good):
-                m.told, m.told_at = reply, stage
+            if m.reply is None and (stage == "body" or not good):
+                m.reply, m.reply_to = reply, stage
             if reply[:3] == b"421":
                 return False
         return True
@@ -154,18 +155,18 @@ class Client:
         try:
             c.reply()
         except Gone:
-            if goes_on(m) and "stop" not in m.session.windows:
+            if continues(m) and "stop" not in m.session.windows:
                 self.accounts.fail("unexplained", "no reply to QUIT: %s" % m)
 
     def wait_for_421(self, c, m):
         while c.readable(4 if m.session.impatient() else .3):
             reply = c.reply()
-            if reply[:1] in (b"4", b"5"):       # the others are to what went before
-                m.told, m.left = reply, False
+            if reply[:1] in (b"4", b"5"):       # others are for earlier commands
+                m.reply, m.left = reply, False
                 raise Gone
 
-    def leave_behind(self, c, m, data):
-        """The message is sent whole; but who waits for the reply?"""
+    def send_and_leave(self, c, m, data):
+        """Send the whole message, and leave without waiting for the reply."""
         m.left = True
         c.send(data + {"partial": b"NOO", "flood": b"NOOP\r\n" * 17000,
                        "deaf": b"NOOP\r\n" * 50}.get(m.leave, b""))
@@ -188,7 +189,7 @@ class Client:
 
 
 def groups(m):
-    """The steps of a message, by what goes out in one go."""
+    """Returns the steps of a message, grouped by what is sent at once."""
     envelope = [("MAIL", b"MAIL FROM:<%d@soak>\r\n" % m.number),
                 ("RCPT", b"RCPT TO:<b@soak>\r\n")]
     if m.bdat:
@@ -205,8 +206,8 @@ def groups(m):
     return [steps + [last]]
 
 
-def goes_on(m):
-    """Whether the daemon leaves the session open after this message."""
-    return not (m.told[:3] == b"421" or b" 4.4.2 " in m.told or any(
+def continues(m):
+    """Returns whether the daemon keeps the session open after this message."""
+    return not (m.reply[:3] == b"421" or b" 4.4.2 " in m.reply or any(
         kind not in ("450", "550", "slow") or stage in ("body", "RSET", "NOOP")
         for stage, kind in m.hop.items()))

@@ -1,7 +1,7 @@
 """Connections and servers of tests/harness.py, for many messages.
 
-All peers share a world (world.py): the messages by number, the accounts, and
-a gate that makes all of them halt at once.
+All peers share a world (world.py).  It contains the messages by number, the
+accounts, and a gate that makes all peers halt at once.
 """
 
 import select
@@ -13,16 +13,16 @@ import time
 import harness
 from harness import WAIT, Gone, Stream, reset
 
-LIMIT = 3 * int(WAIT)   # seconds until a silence is taken for the end; no measure
+LIMIT = 3 * int(WAIT)   # seconds of silence before a connection counts as stuck
 
 
 class Conn(Stream):
-    """One that halts when all have to, and does not wait for ever."""
+    """A connection that halts when all peers halt, and does not wait forever."""
 
     def __init__(self, world, sock):
         super().__init__(sock)
         self.world = world
-        # In the kernel: Python's own time-outs cost a system call each.
+        # The kernel's time limits save the system calls that Python's would cost.
         sock.settimeout(None)
         limit = struct.pack("ll", LIMIT, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -58,7 +58,7 @@ class Conn(Stream):
         self.ahead += got
 
     def stuck(self):
-        self.world.accounts.fail("stuck", "%s waited %d s in vain" % (
+        self.world.accounts.fail("stuck", "%s waited %d s without success" % (
             threading.current_thread().name, LIMIT))
         raise Gone
 
@@ -70,7 +70,7 @@ class Conn(Stream):
     # -- endings
 
     def wait_end(self, seconds):
-        """Until the other end goes, or for so long."""
+        """Wait until the peer closes, or for this many seconds."""
         end = time.monotonic() + seconds
         try:
             while (left := end - time.monotonic()) > 0:
@@ -90,7 +90,7 @@ class Conn(Stream):
 
 
 class Server(harness.Server):
-    """One whose connections the world counts."""
+    """A server whose connections the world counts."""
 
     def __init__(self, world, **kw):
         self.world, self.accounts = world, world.accounts
@@ -102,7 +102,7 @@ class Server(harness.Server):
             self.talk(Conn(self.world, sock), number)
         except Gone:
             pass
-        except Exception as error:      # of ours, not of the daemon's
+        except Exception as error:      # a fault of the test, not of the daemon
             self.accounts.fail("soak", "%s: %r" % (
                 threading.current_thread().name, error))
         sock.close()

@@ -1,4 +1,4 @@
-"""The daemon: started, and asked how it is."""
+"""Starts the daemon, and measures it."""
 
 import contextlib
 import functools
@@ -8,20 +8,20 @@ import time
 import harness
 from real import die_with_us
 
-# What has to happen, with a patience that is no measure.
+# Wait for what must happen.  The limit is generous, because it measures nothing.
 until = functools.partial(harness.until, limit=4 * harness.WAIT)
 
 
 class Daemon(harness.Daemon):
     def __init__(self, program, directory, config, level):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(directory, "stderr"))    # of the last one
+            os.unlink(os.path.join(directory, "stderr"))    # of the daemon before
         super().__init__(directory, config=config, binary=program, level=level,
                          wait=False, preexec=die_with_us)
-        self.read = 0                   # of the log
+        self.read = 0                   # bytes of the log
 
     def news(self):
-        """What it has said since the last time."""
+        """Returns the lines logged since the last call."""
         with open(self.stderr, "rb") as file:
             file.seek(self.read)
             text = file.read()
@@ -30,16 +30,16 @@ class Daemon(harness.Daemon):
         return text.decode("utf-8", "backslashreplace")
 
     def memory(self):
-        """KiB: resident, and of it its own."""
+        """Returns the resident memory and the part that is not shared, in KiB."""
         return self.rss(), int(self.proc("RssAnon").split()[0])
 
     def cpu(self):
-        """Seconds of it that were used."""
+        """Returns the CPU time used, in seconds."""
         with open("/proc/%d/schedstat" % self.pid) as file:
             return int(file.read().split()[0]) / 1e9
 
     def sleeps(self):
-        """It uses next to no time for a moment."""
+        """Returns whether the daemon uses almost no CPU for a moment."""
         start, used = time.monotonic(), self.cpu()
         time.sleep(.1)
         return self.cpu() - used < .2 * (time.monotonic() - start)

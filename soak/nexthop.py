@@ -7,12 +7,12 @@ import time
 from conn import Server
 from harness import Gone, ehlo_reply, end_of_data, unstuff
 
-EARLY = ("450", "550", "250", "354")    # replies that do not wait for the end
+EARLY = ("450", "550", "250", "354")    # replies before the end of the data
 
 
 class NextHop(Server):
     def talk(self, c, _):
-        # Nobody yet: the client came by a unix socket, EHLO will tell.
+        # None for a client on a unix socket.  Its EHLO contains the number.
         s = self.world.session_at(c.sock.getsockname()[0])
         m, mail, rcpts = None, False, 0
         if s and any(m.leave == "replay" or "body" in m.hop for m in s.messages):
@@ -33,7 +33,7 @@ class NextHop(Server):
                 else:
                     c.send(b"503 5.5.1 no MAIL\r\n")
             elif verb in (b"DATA", b"BDAT") and m and rcpts:
-                self.message_comes(c, s, m, line)
+                self.receive_message(c, s, m, line)
                 m, mail, rcpts = None, False, 0
             elif verb in (b"RSET", b"NOOP"):
                 self.say(c, s, m, verb.decode(), b"250 2.0.0 ok\r\n")
@@ -43,7 +43,7 @@ class NextHop(Server):
                 c.send(b"221 2.0.0 bye\r\n")
                 return
             else:
-                self.accounts.fail("invented", "the next hop is told %r after %s"
+                self.accounts.fail("invented", "the next hop received %r after %s"
                                    % (line[:200], m))
                 c.send(b"503 5.5.1 soak\r\n")
 
@@ -52,13 +52,14 @@ class NextHop(Server):
         if number:
             return self.world.messages[int(number[1])]
         if line != b"MAIL FROM:<twice@soak>\r\n":
-            self.accounts.fail("invented", "nobody said %r" % line)
+            self.accounts.fail("invented", "no client sent %r" % line)
         return None
 
     # -- replies
 
     def say(self, c, s, m, stage, usual):
-        """A reply, or what is planned instead; whether all is well."""
+        """Send a reply, or do what is planned instead.  Returns whether the reply was
+        sent."""
         kind = (m.hop if m else s.hop if s else {}).get(stage)
         if kind:
             self.misbehave(c, s, m, stage, kind)
@@ -72,7 +73,7 @@ class NextHop(Server):
         return True
 
     def misbehave(self, c, s, m, stage, kind, before=b""):
-        """before: what goes out in one piece with it."""
+        """Fail as planned.  before: bytes to send in one piece with the reply."""
         self.accounts.inject("next hop: %s at %s" % (kind, stage))
         number = m.number if m else s.messages[0].number
         if kind in ("450", "550", "421"):
@@ -97,7 +98,7 @@ class NextHop(Server):
 
     # -- the message
 
-    def message_comes(self, c, s, m, line):
+    def receive_message(self, c, s, m, line):
         self.accounts.forwarded(m)
         kind, early, size = m.hop.get("body"), None, None
         if line[:4] == b"BDAT":
@@ -107,7 +108,7 @@ class NextHop(Server):
         elif m.leave == "hop":
             m.gone_first = m.client_goes()
         if size is None and kind in EARLY and m.cut < .5:
-            # Even a small message is in the middle then.
+            # In one piece with 354, the reply comes early for small messages, too.
             self.misbehave(c, s, m, "body", kind, b"354 go ahead\r\n")
             early, kind = kind, None
         elif size is None and not self.say(c, s, m, "DATA", b"354 go ahead\r\n"):
@@ -124,7 +125,7 @@ class NextHop(Server):
             self.say(c, s, m, "dot", b"250 2.0.0 soak %d took\r\n" % m.number)
 
     def body(self, c, s, m, size, kind):
-        """All of it, without the dot; and the reply that did not wait for it."""
+        """Returns the content without the dot, and the reply sent before its end."""
         early, seen, most = None, 0, 1 << 18
         length = len(m.base())
         while True:

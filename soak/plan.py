@@ -1,7 +1,7 @@
-"""What shall happen: all of it follows from the seed and a number.
+"""The plan of a run, which follows from the seed and a number.
 
-A session has the number n, its messages n * 8, n * 8 + 1 ...; settings and
-daemons are numbered as they come.
+The session with the number n has the messages n * 8, n * 8 + 1 and so on.
+Settings and daemons are numbered in their order.
 """
 
 import random
@@ -14,21 +14,21 @@ from vectors import normal
 
 MIB = 1 << 20
 
-# What clamd does to a scan; only the first line are verdicts.
+# What clamd does with a scan: verdicts, and failures.
 VERDICTS = ("ok", "virus")
 CLAMD = {
     "error": 12, "close": 4, "half": 6, "timed out": 6, "newline": 6, "bare": 6,
-    "behind": 6, "x ok": 6, "lines": 6, "megabyte": 2, "late": 1, "hang": 1,
+    "two answers": 6, "x ok": 6, "lines": 6, "megabyte": 2, "late": 1, "hang": 1,
     "refuse": 10, "denied": 4, "limit": 6, "reset": 4,
 }
-# What goes wrong at the next hop, and when.
+# Faults of the next hop, and the steps at which they happen.
 REPLIES = {"450": 4, "550": 4, "421": 2, "close": 2, "reset": 2, "half": 2,
            "stall": 1, "odd": 1}
 STAGES = {"MAIL": 2, "RCPT": 2, "DATA": 4, "body": 7, "dot": 8, "RSET": 2,
           "NOOP": 1}
 IN_BODY = {"450": 2, "550": 2, "250": 2, "354": 1, "close": 2, "reset": 2,
            "stall": 1, "slow": 3}
-# Where a client goes away: up to "almost" before all of it was sent.
+# Where a client goes away.  Up to "silent", it has not sent the whole message.
 LEAVES = {"MAIL": 1, "RCPT": 1, "DATA": 2, "body": 3, "almost": 4, "silent": 1,
           "dot": 5, "partial": 2, "scan": 6, "flood": 3, "hop": 3, "deaf": 2}
 
@@ -58,7 +58,7 @@ def chance(r, percent):
 # ---------------------------------------------------------------- content
 
 def head(r, number):
-    """The header section, with or without the blank line; or none."""
+    """Returns a header section, with or without the blank line, or none."""
     mark = b"soak-%d-" % number
     usual = (b"Received: from somewhere by here;\r\n\tThu, 1 Jan 1970 00:00:00 +0000"
              b"\r\nFrom: a@example.com\r\nSubject: %s\r\n" % mark)
@@ -72,7 +72,7 @@ def head(r, number):
 
 
 class Message:
-    """A message, what is done to it (the plan), and what came of it."""
+    """A message, its plan, and its outcome."""
 
     def __init__(self, seed, session, index):
         self.session = session
@@ -84,24 +84,24 @@ class Message:
         self.begin_twice = chance(r, 5)
         self.plan_faults(r)
         self.plan_body(r)
-        # what came of it
+        # the outcome
         self.begun = False
-        self.told = None            # the reply that settled it for the client,
-        self.told_at = None         # and to what; "body": to the whole message
+        self.reply = None           # the final reply that the client received,
+        self.reply_to = None        # and its step; "body": the whole message
         self.sent_all = False
         self.left = False           # the client did not wait for the reply
-        self.gone_first = False     # surely before the next hop was to have it
+        self.gone_first = False     # surely before the daemon forwarded it
         self.scans = 0
-        self.said = set()           # by clamd, of VERDICTS and CLAMD
-        self.asked = 0              # the next hop, to take it
-        self.taken = []             # by the next hop, under which header
-        self.answered = False       # and its 2xx went out whole
+        self.scan_results = set()   # clamd's, of VERDICTS and CLAMD
+        self.asked = 0              # DATA and BDAT commands to the next hop
+        self.taken = []             # the header of each copy the next hop took
+        self.answered = False       # the next hop has sent its whole 2xx
 
     def plan_faults(self, r):
         self.leave, self.leave_how = None, pick(r, {"fin": 1, "rst": 1})
         self.hop = {}               # stage: fault
-        self.cut = r.random()       # where in the body it happens
-        self.clamd = []             # for the first scans; then the truth
+        self.cut = r.random()       # the place in the body
+        self.clamd = []             # for the first scans; later ones work
         kind = pick(r, {"none": 52, "client": 15, "hop": 16, "clamd": 12,
                         "both": 5})
         if kind == "client":
@@ -112,12 +112,12 @@ class Message:
         if kind in ("clamd", "both"):
             self.clamd = [pick(r, CLAMD) for _ in range(r.choice((1, 1, 2, 4)))]
         if self.leave == "flood" and self.session.unix:
-            self.leave = "scan"         # there is no reset on a unix socket
+            self.leave = "scan"         # a unix socket has no reset
         if self.pace == "burst" and not self.bdat:
             self.pace = "pipelined"     # DATA is the last command of a group
 
     def plan_body(self, r):
-        """raw is first + block * times."""
+        """Plan the body, which is first + block * times."""
         self.first, self.block, self.times = b"", b"", 0
         size = pick(r, {"empty": 1, "small": 92, "large": 6, "huge": .25}
                     if "body" not in self.hop else
@@ -153,24 +153,24 @@ class Message:
             self.leave = "body"
         if self.leave in ("flood", "partial"):
             self.leave_how = "rst" if self.leave == "flood" else "fin"
-        # The step of it within which the client goes; None: behind the last.
+        # The step in which the client goes, or None if after the last one.
         self.leave_at = "body" if self.leave in ("body", "almost", "silent") else \
             self.leave if self.leave in ("MAIL", "RCPT", "DATA") else None
-        self.here = self.gone = None    # now it may go; it has gone
+        self.here = self.gone = None    # the client may go; it has gone
         if self.leave in ("scan", "flood", "hop", "replay"):
             self.here, self.gone = threading.Event(), threading.Event()
 
     def client_goes(self):
-        """At a moment of its servers' choice; whether the daemon is to see that it
-        has gone.  EOF, which comes soon after the dot here, is no sign of it."""
+        """Let the client go now, and wait until it has gone.  Returns whether the
+        daemon must notice that.  An EOF alone is no sign that a client has gone."""
         self.here.set()
         gone = self.gone.wait(20)
         if self.leave_how == "rst":
-            time.sleep(.05)     # nothing tells when a reset has arrived
+            time.sleep(.05)     # there is no way to see that a reset has arrived
         return gone and self.leave_how == "rst" and not self.session.unix
 
     def leave_cut(self, part):
-        """How much of that step is still sent."""
+        """Returns how many bytes of that step are still sent."""
         if self.leave == "almost":
             return len(part) - 1 - int(self.cut * 4)
         return len(part) // 2 if self.leave_at == "body" else len(part)
@@ -179,17 +179,17 @@ class Message:
         return self.first + self.block * self.times
 
     def wire(self):
-        """For DATA, up to the dot."""
+        """Returns the bytes after DATA, without the final dot."""
         return stuff(self.first) + stuff(self.block) * self.times
 
     def base(self):
-        """What clamd and the next hop are to get."""
+        """Returns what clamd and the next hop must receive."""
         if self.as_chunks():
             return self.raw()
         return normal(self.first) + normal(self.block) * self.times
 
     def as_chunks(self):
-        """It leaves by BDAT."""
+        """Returns whether the daemon forwards the message with BDAT."""
         return self.bdat and self.session.chunking
 
     def chunks(self):
@@ -210,24 +210,25 @@ class Message:
         plan += ["next hop: %s %s" % f
                  for f in {**self.session.hop, **self.hop}.items()]
         plan += ["clamd: " + ", ".join(self.clamd)] if self.clamd else []
-        facts = "told %r%s%s, clamd said %s, next hop asked %d times, took %s%s" % (
-            self.told, "" if self.sent_all else ", not sent whole",
+        facts = "reply %r%s%s, clamd: %s, next hop asked %d times, took %s%s" % (
+            self.reply, "" if self.sent_all else ", not sent whole",
             ", left" + " first" * self.gone_first if self.left else "",
-            sorted(self.said) or "nothing", self.asked, self.taken or "nothing",
+            sorted(self.scan_results) or "nothing", self.asked, self.taken or "nothing",
             "" if self.answered or not self.taken else " without a whole 2xx")
-        return "message %d (%s): %s; meanwhile: %s" % (
+        return "message %d (%s): %s; daemon meanwhile: %s" % (
             self.number, "; ".join(plan), facts,
             sorted(self.session.windows) or "nothing")
 
 
 class Session:
-    """A connection of a client, and the next hop behind it."""
+    """A connection of a client, and the next hop's faults for it."""
 
     def __init__(self, seed, number):
         self.number = number
         r = dice(seed, "session", number)
-        # The client's address is the number; OutAddress is a port alone, so
-        # the next hop is called under that address and knows whom it serves.
+        # The client's address contains the session's number.  OutAddress is a
+        # port alone, so the daemon connects to the next hop at the client's
+        # address, and the next hop knows the session.
         self.unix = chance(r, 5)
         self.proxy = r.choices((0, 1, 2), (8, 1, 1))[0] * (not self.unix)
         self.address = "127.%d.%d.%d" % (
@@ -243,20 +244,20 @@ class Session:
         self.end = pick(r, {"quit": 4, "half": 2, "close": 1})
         count = r.choices((1, 2, 3, 8), (5, 3, 2, 1))[0]
         self.messages = [Message(seed, self, i) for i in range(count)]
-        self.settings = []          # those that it may have begun with
-        self.windows = set()        # what the daemon went through meanwhile
+        self.settings = []          # those that the session may have
+        self.windows = set()        # disturbances of the daemon meanwhile
 
     def faultless(self):
         return not (self.hop or self.leave)
 
     def ip(self):
-        """As the daemon knows its client."""
+        """Returns the client's address as the daemon logs it."""
         if self.proxy:
             return b"203.0.113.%d" % (self.number & 255)
         return b"local" if self.unix else self.address.encode()
 
     def proxy_header(self):
-        """What a load balancer in front of the daemon sends, in two versions."""
+        """Returns the PROXY header of a load balancer, in two versions."""
         if self.proxy == 1:
             return b"PROXY TCP4 %s 192.0.2.1 4711 25\r\n" % self.ip()
         if self.proxy == 2:
@@ -270,7 +271,7 @@ class Session:
 
 # ---------------------------------------------------------------- settings
 
-HEADERS = {     # as configured: as sent
+HEADERS = {     # the configured text: the header sent
     None: b"X-Virus-Scanned: ClamAV using ClamSMTP\r\n",
     "": b"",
     "X-Soak: %i": b"X-Soak: %s\r\n",
@@ -280,10 +281,10 @@ HEADERS = {     # as configured: as sent
 
 
 class Settings:
-    """What the daemon's file says."""
+    """The daemon's configuration."""
 
     def __init__(self, seed, number, clients, scripts, has_real):
-        """scripts: None, or one that is quick and one that may hang."""
+        """scripts: None, or a VirusAction that is quick and one that may hang."""
         r = dice(seed, "settings", number)
         self.number = number
         self.actions = [(r.choice(("drop", "bounce", "pass")), None)]
@@ -314,7 +315,8 @@ class Settings:
         return line % session.ip() if b"%s" in line else line.replace(b"%%", b"%")
 
     def text(self, listen, hop_ports, clamds, fixed):
-        """listen: addresses; clamds: name to address; fixed: never change."""
+        """Returns the file.  listen: addresses; clamds: name to address; fixed: the
+        lines that never change."""
         lines = fixed + ["ProxyFrom: 127.128.0.0/9"]
         lines += ["Listen: " + a for a in listen[:self.listeners]]
         lines += ["ClamAddress: " + clamds[c]

@@ -1,4 +1,4 @@
-"""Somebody who looks at the status page all the time, more or less politely."""
+"""A visitor that requests the status page all the time, in good and bad ways."""
 
 import re
 import time

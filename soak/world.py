@@ -1,4 +1,4 @@
-"""What all the threads share."""
+"""The state that all threads share."""
 
 import re
 import threading
@@ -15,9 +15,9 @@ class World:
         self.seed, self.accounts = seed, accounts
         self.target = target            # messages
         self.tcp = self.unix = self.status = None   # where the daemon listens
-        self.settings = []              # all that there ever were
-        self.oldest = 0                 # of those, that a new session may get
-        self.windows = set()            # what the daemon goes through just now
+        self.settings = []              # all of the run
+        self.oldest = 0                 # the oldest that a new session may get
+        self.windows = set()            # disturbances of the daemon now
         self.sessions, self.messages = {}, {}       # by number, until judged
         self.number = 0                 # of the last session
         self.begun = 0                  # messages
@@ -30,7 +30,7 @@ class World:
         self.active = set()             # sessions that have a client
         self.accepted = self.served = 0     # connections to our servers
         with open("/proc/sys/net/ipv4/tcp_wmem") as file:
-            # The most that can be under way to a next hop that does not read.
+            # The most bytes in the buffers to a next hop that does not read.
             self.in_flight = int(file.read().split()[2]) + (1 << 19)
 
     # -- for the client
@@ -44,7 +44,7 @@ class World:
         return Session(self.seed, number)
 
     def session_begins(self, s):
-        """Wait until there is a daemon; whether there is one."""
+        """Wait until there is a daemon.  Returns whether there is one."""
         with self.cond:
             self.cond.wait_for(lambda: self.up or self.over)
             if self.over:
@@ -59,7 +59,7 @@ class World:
             return True
 
     def session_is_greeted(self, s):
-        """From now on the settings cannot change for it."""
+        """Note the settings that the session may have.  They no longer change."""
         s.settings = self.settings[s.oldest:]
 
     def session_ends(self, s):
@@ -75,17 +75,18 @@ class World:
     # -- for the servers
 
     def session_at(self, address):
-        """Whom the next hop is called for under this address of its own."""
+        """Returns the session for which the daemon connected to the next hop at this
+        address, or None."""
         _, b, c, d = map(int, address.split("."))
         return self.sessions.get(((b & 127) - 1) << 16 | c << 8 | d) if b else None
 
     def message_in(self, data):
-        """The message whose bytes these are."""
+        """Returns the message that contains these bytes, or None."""
         mark = MARK.search(data)
         return self.messages[int(mark[1])] if mark else None
 
     def serving(self, change):
-        """A connection begins or ends; its number."""
+        """Count a connection that begins or ends.  Returns its number."""
         with self.cond:
             self.served += change
             self.accepted += change > 0
@@ -115,7 +116,7 @@ class World:
             self.windows.discard(window)
 
     def wait_quiet(self):
-        """Until there is no session any more, at no peer."""
+        """Wait until no client has a session and no server a connection."""
         with self.cond:
             if not self.cond.wait_for(lambda: not self.active and not self.served,
                                       4 * LIMIT):

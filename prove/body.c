@@ -1,12 +1,13 @@
 /*
- * Proof of the body filter and of the replay by DATA.  Every string of
- * {CR, LF, '.', NUL, x} up to a length is the body of a message, whole, split at
- * every point, and byte by byte, as DATA and as BDAT to a next hop without
- * CHUNKING.
+ * Proof of the body filter and of the replay by DATA.  Each string of {CR, LF,
+ * '.', NUL, x} up to a length is the body of a message.  The filter gets it
+ * whole, split at every point, and byte by byte, as DATA and as BDAT for a
+ * next hop without CHUNKING.
  *
  * Each run is compared with the definition in fuzz/bodyref.h, which works on
- * whole strings and shares no code with the daemon.  The output is then read
- * with the eyes of each next hop in the table below.
+ * whole strings and shares no code with the daemon.  The output is then
+ * searched for everything that a next hop in the table below takes for the end
+ * of data.
  */
 
 #include <sys/types.h>
@@ -16,7 +17,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The spool is an array: nothing is allocated in millions of runs. */
+/* The spool is an array, so that millions of runs allocate nothing. */
 #define spool_write array_write
 #define spool_read array_read
 #include "../smtp.c"
@@ -30,8 +31,8 @@
 #define NEVER	SIZE_MAX
 
 /*
- * What next hops take for the end of data besides CRLF.CRLF, and the position of
- * the dot in it.
+ * The strings that next hops take for the end of data, and the position of the
+ * dot in each.
  */
 static const struct {
 	const char *end;
@@ -47,14 +48,14 @@ static const struct {
 	{ "\r.\n", 1 },
 	{ "\n.\r", 1 },
 	{ "\r\r\n.\r\r\n", 3 },		/* CRCRLF ends a line */
-	{ "\n. ", 1 },			/* a blank after the dot, */
+	{ "\n. ", 1 },			/* a blank after the dot */
 	{ "\r. ", 1 },
 	{ "\n.\0", 1 },			/* or a NUL */
 	{ "\r.\0", 1 },
 };
 #define NHOPS	(sizeof hops / sizeof hops[0])
 
-/* A NUL is a byte as any other; it is dropped; it ends a line's text. */
+/* A next hop keeps NULs, drops them, or ends a line's text at one. */
 enum { NUL_KEPT, NUL_DROPPED, NUL_CUTS, NNULS };
 
 static char spool[4096];
@@ -75,7 +76,7 @@ array_write(struct spool *sp, struct iovec *v, int n)
 	return 0;
 }
 
-/* A read ends at read_cut, and has at most read_max bytes. */
+/* A read ends at read_cut, and returns at most read_max bytes. */
 ssize_t
 array_read(const struct spool *sp, void *p, size_t n, off_t off)
 {
@@ -88,9 +89,9 @@ array_read(const struct spool *sp, void *p, size_t n, off_t off)
 	return n;
 }
 
-/* Put a body through the filter, in pieces that end at cut or are of step bytes.
- * Each is followed by text that was not received.  Returns how much the filter
- * took up to the end of data. */
+/* Put a body through the filter, in pieces that end at cut or have step bytes.
+ * Bytes that were not received follow each piece in memory.  Returns how many
+ * bytes the filter took, up to the end of data. */
 static size_t
 filter(struct session *s, const char *p, size_t n, size_t cut, size_t step,
     int *end)
@@ -122,10 +123,11 @@ check_filter(struct session *s, const char *p, size_t n, size_t cut, size_t step
 	int end;
 	size_t at = filter(s, p, n, cut, step, &end);
 
-	CHECK(end == ended && at == taken, "%s: it ends: %d, after %zu bytes; "
+	CHECK(end == ended && at == taken, "%s: end: %d, after %zu bytes; "
 	    "definition: %d, after %zu", show(p, n), end, at, ended, taken);
 	body_end(s);
-	CHECK(s->result.outcome == OUT_NONE, "%s: refused", show(p, n));
+	CHECK(s->result.outcome == OUT_NONE, "%s: the message is refused",
+	    show(p, n));
 	CHECK((size_t)s->msg.size == want->n &&
 	    memcmp(spool, scan_line, scan_line_len) == 0 &&
 	    memcmp(spool + scan_line_len, want->p, want->n) == 0,
@@ -134,7 +136,8 @@ check_filter(struct session *s, const char *p, size_t n, size_t cut, size_t step
 	    show(want->p, want->n));
 }
 
-/* The output, as a next hop reads it that deals so with NULs. */
+/* Copy the output as a next hop that handles NULs in this way reads it.
+ * Returns the length of the copy. */
 static size_t
 without_nuls(char *to, const char *p, size_t n, int how)
 {
@@ -153,8 +156,8 @@ without_nuls(char *to, const char *p, size_t n, int how)
 	return k;
 }
 
-/* Promise 3: nobody finds an end of data in it but the last bytes, and those
- * everybody finds. */
+/* Every next hop finds the end of data in the last bytes of the output, and
+ * only there. */
 static void
 check_hops(const char *p, size_t n)
 {
@@ -171,7 +174,7 @@ check_hops(const char *p, size_t n)
 	for (how = NUL_KEPT; how < NNULS; how++) {
 		k = without_nuls(line, p, n, how);
 		CHECK(k >= 5 && memcmp(line + k - 5, "\r\n.\r\n", 5) == 0,
-		    "it does not end: %s", show(p, n));
+		    "no end of data: %s", show(p, n));
 		for (i = 2; i < k - 3; i++)
 			for (h = 0; line[i] == '.' && h < NHOPS; h++) {
 				len = strlen(hops[h].end);
@@ -188,7 +191,7 @@ check_hops(const char *p, size_t n)
 	}
 }
 
-/* What is in the spool goes to the next hop; it is read in pieces. */
+/* Replay the spool, read in pieces, and compare the output with want. */
 static void
 check_replay(struct session *s, size_t cut, size_t step, const struct text *want)
 {
@@ -213,7 +216,7 @@ check_replay(struct session *s, size_t cut, size_t step, const struct text *want
 	runs++;
 }
 
-/* A body of n bytes, as DATA or as BDAT. */
+/* Check a body of n bytes, as DATA or as BDAT. */
 static void
 check_body(struct session *s, const char *body, size_t n, int bdat)
 {
@@ -253,7 +256,7 @@ check_body(struct session *s, const char *body, size_t n, int bdat)
 		check_replay(s, scan_line_len + i, NEVER, &sent);
 }
 
-/* All strings of this length, with text before and after it. */
+/* Check all strings of this length, with text before and after them. */
 static void
 all(struct session *s, size_t before, size_t length, size_t after)
 {

@@ -1,6 +1,6 @@
 /*
- * Proof of clamd_parse(): every sequence of up to five words, against regular
- * expressions.
+ * Proof of clamd_parse(): every sequence of words up to a length is compared
+ * with regular expressions.
  */
 
 #include <regex.h>
@@ -32,7 +32,7 @@ compile(regex_t *r, const char *pattern)
 	CHECK(regcomp(r, pattern, REG_EXTENDED) == 0, "%s", pattern);
 }
 
-/* The definition.  Returns the verdict, and where the name is. */
+/* The definition.  Returns the verdict, and sets the place of the name. */
 static enum verdict
 define(const char *p, size_t n, size_t *name, size_t *len)
 {
@@ -40,7 +40,7 @@ define(const char *p, size_t n, size_t *name, size_t *len)
 	regmatch_t m[2];
 	size_t i;
 
-	/* A regular expression ends at a NUL, and takes 8-bit bytes for UTF-8. */
+	/* regexec(3) ends at a NUL, and may take 8-bit bytes for UTF-8. */
 	for (i = 0; i < n; i++)
 		text[i] = p[i] == '\0' || (p[i] & 0x80) ? '\1' : p[i];
 	text[n] = '\0';
@@ -102,7 +102,7 @@ main(int argc, char **argv)
 	compile(&virus, "^stream: (.+) FOUND$");
 	all(text, 0, words_max);
 
-	/* A name of each length, and each byte in a name. */
+	/* Names of each length, and each byte in a name. */
 	for (n = 0; n < 2 * NAMESZ; n++) {
 		memcpy(text, "stream: ", 8);
 		memset(text + 8, 'v', n);

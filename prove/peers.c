@@ -1,8 +1,8 @@
 /*
- * Proofs of what the next hop and a load balancer send first: reply_code() for
- * every three bytes before each kind of fourth, and the PROXY header for every
- * beginning of three bytes and every wrong byte, against the definition in
- * fuzz/proxy.c.
+ * Proofs of the parsers for the first bytes from a next hop and a load
+ * balancer.  reply_code() is tried with every three bytes before each kind of
+ * fourth.  The PROXY parser is tried with every beginning of three bytes and
+ * every wrong byte, and compared with the definition in fuzz/proxy.c.
  */
 
 #include "../fuzz/proxy.c"
@@ -10,7 +10,8 @@
 
 static unsigned long long runs;
 
-/* RFC 5321 4.2: 200 to 599, and then a blank, a hyphen or the end of the line. */
+/* RFC 5321 4.2: a code is 200 to 599.  A blank, a hyphen or the end of the line
+ * follows it. */
 static void
 check_codes(void)
 {
@@ -49,7 +50,7 @@ check_proxy(const void *p, size_t n)
 	runs++;
 }
 
-/* A header of version 2 with these bytes after the signature. */
+/* Check a header of version 2 with these bytes after the signature. */
 static void
 check_v2(int version, int family, unsigned len)
 {
@@ -104,7 +105,7 @@ check_beginnings(void)
 	}
 	check_proxy(text, 0);
 
-	/* Each beginning of a header, right and with one byte changed. */
+	/* Each beginning of a header, unchanged and with one byte changed. */
 	for (h = 0; h < sizeof header / sizeof header[0]; h++)
 		for (n = 0; n <= header[h].n; n++)
 			for (k = 0; k < n; k++)

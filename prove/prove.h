@@ -1,8 +1,8 @@
 /*
- * What the proofs share: their start, and the way they show a string.
+ * Functions that the proofs share: the start, and printing a string.
  */
 
-/* Returns the first argument, a number, or the one that is given here. */
+/* Initialise, and return the number in the first argument, or standard. */
 static size_t
 depth(int argc, char **argv, size_t standard)
 {
@@ -11,7 +11,7 @@ depth(int argc, char **argv, size_t standard)
 	return argc > 1 ? strtoul(argv[1], NULL, 10) : standard;
 }
 
-/* Returns the string, readable, in one of a few buffers. */
+/* Returns the string in printable form, in one of four static buffers. */
 static __attribute__((unused)) const char *
 show(const void *string, size_t n)
 {

@@ -1,7 +1,7 @@
 /*
- * Proofs of the text functions: text_char() for every sequence of three bytes
- * and for four-byte ones, printable() and JSON strings for every short string
- * and for those that end near the limits of their buffers.
+ * Proofs of the text functions.  text_char() is tried with every sequence of
+ * three bytes and with four-byte ones, printable() and json_string() with every
+ * short string and with strings that end near the limits of their buffers.
  */
 
 #include "../util.c"
@@ -11,8 +11,8 @@
 static unsigned long long runs;
 
 /*
- * The definition of UTF-8 is a list of all its characters, written by the table
- * of RFC 3629.  A bit is set for each sequence of n bytes that is one.
+ * The definition of UTF-8 is a list of all its characters, made from the table
+ * in RFC 3629.  A bit is set for each sequence of n bytes that is a character.
  */
 static unsigned char one[1 << 5], two[1 << 13], three[1 << 21];
 static unsigned char four[1 << 24];	/* F0 to F4 only: 3 bits and 24 */
@@ -89,7 +89,8 @@ defined(const unsigned char *u, size_t n)
 	return 0;
 }
 
-/* Text is a character that is none of C0, DEL and C1. */
+/* Returns the length of the character at u if it is text, which is all except
+ * C0, DEL and C1, or 0. */
 static size_t
 defined_text(const unsigned char *u, size_t n)
 {
@@ -155,9 +156,9 @@ check_chars(int full)
 	}
 }
 
-/* to: the string, with what is no text written as fmt, and with backslashes
- * before the characters of quoted.  A byte below lowest is no text either.
- * ends: where each character ends.  Returns their number. */
+/* Write the string to `to', with fmt for what is not text, and with backslashes
+ * before the characters of quoted.  A byte below lowest is not text either.
+ * Set ends to where each character ends.  Returns the number of ends. */
 static size_t
 written(char *to, size_t *ends, const unsigned char *p, size_t n, int lowest,
     const char *fmt, const char *quoted)
@@ -167,7 +168,7 @@ written(char *to, size_t *ends, const unsigned char *p, size_t n, int lowest,
 	for (ends[count_++] = 0; n > 0; p += len, n -= len) {
 		len = defined_text(p, n);
 		if (len == 0 || (len == 1 && *p < lowest)) {
-			/* JSON names a C1 control by its number, its 2nd byte. */
+			/* JSON has a C1 control by number, its 2nd byte. */
 			len = *quoted != '\0' && defined(p, n) == 2 ? 2 : 1;
 			k += sprintf(to + k, fmt, p[len - 1]);
 		} else {
@@ -182,8 +183,8 @@ written(char *to, size_t *ends, const unsigned char *p, size_t n, int lowest,
 }
 
 /*
- * got is what is written of p: all of it, or, when that has more than limit
- * bytes, the first characters of it and "...".
+ * Check that got is all of p, written, or, if that has more than limit bytes,
+ * its first characters and "...".
  */
 static void
 check_cut(const char *got, size_t n, const unsigned char *p, size_t plen,
@@ -196,8 +197,8 @@ check_cut(const char *got, size_t n, const unsigned char *p, size_t plen,
 	runs++;
 	if (n == ends[c - 1] && memcmp(got, want, n) == 0)
 		return;
-	CHECK(ends[c - 1] > limit, "%s: %s, though there is room", show(p, plen),
-	    show(got, n));
+	CHECK(ends[c - 1] > limit, "%s: cut to %s, although there is room",
+	    show(p, plen), show(got, n));
 	CHECK(n >= 3 && memcmp(got + n - 3, "...", 3) == 0 &&
 	    memcmp(got, want, n - 3) == 0, "%s: %s", show(p, plen),
 	    show(got, n));
@@ -219,7 +220,7 @@ check_printable(const unsigned char *p, size_t n)
 	check_cut(got, strlen(got), p, n, ' ' + 1, "\\x%02X", "", LOGSZ - 8);
 }
 
-/* As a string that has room for so many bytes, the quotes included. */
+/* Check a JSON string with room for this many bytes, the quotes included. */
 static void
 check_json(const unsigned char *p, size_t n, size_t room)
 {
@@ -231,7 +232,7 @@ check_json(const unsigned char *p, size_t n, size_t room)
 	CHECK(json_n <= start + room && json[start + room] == '#',
 	    "%s: longer than its field", show(p, n));
 	CHECK(json_n >= start + 2 && json[start] == '"' &&
-	    json[json_n - 1] == '"', "%s: no string", show(p, n));
+	    json[json_n - 1] == '"', "%s: not a JSON string", show(p, n));
 	check_cut(json + start + 1, json_n - start - 2, p, n, 0, "\\u%04x",
 	    "\"\\", room - 13);
 }
@@ -260,7 +261,7 @@ check_strings(size_t longest)
 			check_json(p, n, JSONFIELD);
 		}
 	}
-	/* All words after text that nearly fills the buffer. */
+	/* Try all words after text that nearly fills the buffer. */
 	for (length = 0, total = 1; length <= longest; length++, total *= nwords)
 		for (i = 0; i < total; i++)
 			for (start = 0; start < 28; start += start == 0 ? 5 : 1) {

@@ -1,5 +1,6 @@
 /*
- * Functions that the programs here share; static, because each is one file.
+ * Functions that the programs in this directory share.  They are static,
+ * because each program is compiled from one file.
  */
 
 #include <sys/epoll.h>

@@ -1,31 +1,31 @@
 /*
- * Sends a message many times and reports how long the answers took.
+ * Sends a message many times and reports how long the replies took.
  * usage: load PORT FILE SESSIONS MESSAGES each|many|hold
  *
- * FILE is a message, its lines ended by CRLF, without lines that begin with a
- * dot.  SESSIONS at once send MESSAGES in all:
+ * FILE is a message.  Its lines end with CRLF, and none begins with a dot.
+ * SESSIONS sessions at a time send MESSAGES messages in all:
  *
- *	each	one session each
- *	many	one after the other in sessions that stay open; all are open
- *		before the first message
- *	hold	one session each, which stays open; SESSIONS counts those that
- *		are at work
+ *	each	a session for each message
+ *	many	many messages in each session; all sessions are open before
+ *		the first message
+ *	hold	a session for each message, which stays open; SESSIONS counts
+ *		only the sessions that are sending
  *
  * The program prints a line and waits for one before the messages (not with
  * hold) and after them, so that only the messages are measured.  The last line
  * has the median and the 99th percentile of the times from the final dot to the
- * answer, in microseconds.
+ * reply, in microseconds.
  *
- * A command or a message is one write(2) if there is room.  Nagle is off, or the
- * client's own waiting for an ACK would be counted as the program's.  At most
- * four sessions at a time await the greeting, because some programs have a short
- * listen backlog.
+ * A command or a message is one write(2) if there is room.  TCP_NODELAY is set,
+ * because otherwise the client's wait for an ACK would count as the program's
+ * time.  At most four sessions at a time await the greeting, because some
+ * programs have a short listen backlog.
  */
 
 #include "common.h"
 
 #define GREETINGS	4
-#define SILENCE	20000		/* ms; then the program is taken for hung */
+#define SILENCE	20000		/* ms after which the program counts as hung */
 
 enum { GREETING, EHLO, MAIL, RCPT, DATA, BODY, QUIT, END };
 
@@ -47,19 +47,19 @@ static struct step {
 struct conn {
 	int		 fd;
 	int		 step;
-	size_t		 at;		/* bytes of it that are sent */
-	uint64_t	 dot;		/* when the last of a message went */
+	size_t		 at;		/* bytes of the step that are sent */
+	uint64_t	 dot;		/* when the whole message was sent */
 	char		 in[1024];
 	size_t		 len;
 };
 
 static uint64_t *took;
-static struct conn **ready;		/* with many: open, and no message yet */
+static struct conn **ready;		/* with many: open, no message yet */
 static size_t todo, done;
 static int port, sessions, working, ungreeted, nready;
 static char mode;			/* the first letter of its name */
 
-/* In nanoseconds. */
+/* Returns the time in nanoseconds. */
 static uint64_t
 now(void)
 {
@@ -98,7 +98,7 @@ send_step(struct conn *c)
 	else {
 		if (c->step == BODY)
 			c->dot = now();
-		if (n < (ssize_t)s->len)	/* not in one go */
+		if (n < (ssize_t)s->len)	/* not in one write */
 			watch(c->fd, c, EPOLL_CTL_MOD, EPOLLIN);
 	}
 }
@@ -227,7 +227,7 @@ main(int argc, char *argv[])
 		while (todo > 0 && working < sessions && ungreeted < GREETINGS)
 			start();
 		if ((n = epoll_wait(epfd, ev, EVENTS, SILENCE)) <= 0) {
-			fprintf(stderr, "silence\n");
+			fprintf(stderr, "no reply for %d s\n", SILENCE / 1000);
 			return 1;
 		}
 		for (i = 0; i < n; i++)

@@ -25,7 +25,7 @@ HEADER = "X-Virus-Scanned: ClamAV using ClamSMTP\r\n"
 PATIENCE = 20       # seconds before a program counts as hung
 
 ORIGINAL, PROXY, OURS = "original 1.10", "TCP proxy", "clamsmtpd"
-CLAMD = " with clamd"       # after the name of a filter: with a real one
+CLAMD = " with clamd"       # added to the name of a filter with a real clamd
 
 EACH, MANY, HOLD = "each", "many", "hold"       # the modes of bench/load.c
 
@@ -52,7 +52,7 @@ def until(condition, what, limit=10):
 
 
 def output(*command, **more):
-    """The output of a command; "" if it cannot be run."""
+    """Returns the output of a command, or "" if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False,
                               **more).stdout
@@ -85,8 +85,8 @@ def cpu(process):
 
 
 class Tools:
-    """A directory with our helpers, built, the messages, and Debian's programs,
-    unpacked where they are not installed."""
+    """A directory with the compiled helpers, the messages, and the Debian programs
+    that are not installed."""
 
     def __init__(self, directory):
         self.dir = directory
@@ -114,7 +114,7 @@ class Tools:
         return file.name
 
     def find(self, package, program):
-        """A program of Debian's, unpacked if it is not installed, or None."""
+        """Returns a program of Debian, unpacked if it is not installed, or None."""
         return shutil.which(program, path=PATH) or self.unpack(package, program)
 
     def unpack(self, package, program):
@@ -130,7 +130,7 @@ class Tools:
                 "-s", "--no-install-recommends", "--reinstall", "install", package), re.M)
 
         if not wanted():
-            # no package lists, as in a new container: fetch our own
+            # A new container has no package lists, so fetch them.
             self.apt_options = ["-o", "Dir::State::Lists=%s/lists" % where]
             apt("update")
         apt("download", *wanted())
@@ -151,8 +151,8 @@ class Tools:
 
 
 class Chain:
-    """A sink and a program before it: a filter with its scanner, or the proxy.
-    prefix is a command to run that program under."""
+    """A sink, and a filter with its scanner or the proxy before it.  prefix is a
+    command that runs the program."""
 
     # 1,023 connections are the most that the original takes.
     def __init__(self, tools, name, path, conns=1023, prefix=()):
@@ -229,7 +229,7 @@ class Chain:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def start_clamd(self, socket_path):
-        """clamd with one signature, which no message has."""
+        """Start clamd with one signature, which matches no message."""
         os.mkdir(self.dir + "/db")
         with open(self.dir + "/db/bench.ndb", "w") as file:
             file.write("Bench:0:*:%s\n" % b"not in any message".hex())
@@ -272,14 +272,14 @@ class Chain:
             return sum(int(line.split()[1]) for line in lines if line.startswith(name))
 
     def load(self, cell, count):
-        """bench/load.c, which ends when its standard input does."""
+        """Start bench/load.c, which ends when its standard input ends."""
         return subprocess.Popen(
             [self.tools.file("load"), str(self.port), self.tools.file(cell.size),
              str(cell.sessions), str(count), cell.mode], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def line(self, load):
-        """The next line of bench/load.c, or Failed."""
+        """Returns the next line of bench/load.c, or raises Failed."""
         if select.select([load.stdout], [], [], 3 * PATIENCE)[0]:
             line = load.stdout.readline()
             if line:
@@ -289,7 +289,7 @@ class Chain:
         raise Failed(load.stderr.read().strip() or "hangs")
 
     def run(self, cell, count):
-        """One Turn."""
+        """Run and return one Turn."""
         self.check()
         good, bad, idle = self.seen()
         with self.load(cell, count) as load:
@@ -307,13 +307,13 @@ class Chain:
         now = self.seen()
         self.sent += count
         if now[:2] != (good + count, bad):
-            raise Failed("%d of %d messages came intact, %d did not" % (
+            raise Failed("%d of %d messages arrived intact, %d did not" % (
                 now[0] - good, count, now[1] - bad))
         return turn
 
     @contextlib.contextmanager
     def idle(self, count):
-        """As many more sessions that have sent a message and then send nothing."""
+        """Open this many more sessions, which send one message and then nothing."""
         with self.load(Cell(SIZES[0], 5, HOLD), count) as load:
             self.line(load)
             yield

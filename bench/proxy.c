@@ -1,15 +1,15 @@
 /*
- * A plain TCP proxy, the yardstick: it copies bytes and does nothing else.
+ * A plain TCP proxy, for comparison.  It copies bytes and does nothing else.
  * usage: proxy PORT <&SOCKET
  *
- * Standard input is a listening socket; each connection goes on to PORT.
+ * Standard input is a listening socket.  Each connection is passed on to PORT.
  */
 
 #include "common.h"
 
 #define BUFSZ	65536
 
-/* One end of a connection; its other end lies beside it. */
+/* One side of a connection.  Both sides are in one array. */
 struct end {
 	struct end	*other;
 	char		*wait;		/* bytes not yet written */
@@ -18,10 +18,10 @@ struct end {
 	int		 eof;		/* nothing more will be read */
 };
 
-static struct end *dead[EVENTS];	/* at the end of a turn */
+static struct end *dead[EVENTS];	/* to free at the end of a turn */
 static size_t ndead;
 
-/* Wait for room while bytes are kept, else for bytes. */
+/* Wait for room if there are bytes to write, else for bytes to read. */
 static void
 interest(struct end *e)
 {
@@ -42,7 +42,8 @@ finish(struct end *e)
 	dead[ndead++] = e < e->other ? e : e->other;
 }
 
-/* Write as much as fits; -1 when the connection is broken. */
+/* Write as much as fits.  Returns the number of bytes, or -1 when the
+ * connection is broken. */
 static ssize_t
 put(struct end *e, const char *p, size_t len)
 {

@@ -178,7 +178,7 @@ def cost(what, cell, cells, limit):
 
 
 def busy(cells, limit):
-    """CPU with many active sessions, to that with few in the same turn."""
+    """CPU with many active sessions, divided by that with few in the same turn."""
     values = {name: ratio({0: turns, 1: cells[TEN][name]}, 0, 1, "cpu") or turns
               for name, turns in cells[BUSY].items()}
     return goal("CPU per message with 1,000 active sessions, compared with 10", values,

@@ -1,8 +1,10 @@
 /*
- * A clamd that finds every message clean, at once.  usage: scanner <&SOCKET
+ * A clamd that reports every message as clean, at once.
+ * usage: scanner <&SOCKET
  *
- * Standard input is a listening unix socket.  It knows the commands of
- * the programs compared: zINSTREAM of ours, `SCAN path' of the original's, PING.
+ * Standard input is a listening unix socket.  The scanner knows the commands of
+ * the programs compared: zINSTREAM and zPING of clamsmtpd, and `SCAN path' of
+ * ClamSMTP 1.10.
  */
 
 #include <sys/socket.h>
@@ -13,7 +15,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Chunks: a length, and so many bytes.  The length 0 ends them. */
+/* Read chunks, each a length and as many bytes.  The length 0 ends them. */
 static void
 serve_stream(int fd, const char *p, size_t n)
 {

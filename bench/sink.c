@@ -2,12 +2,13 @@
  * A mail server that compares every message with what was sent.
  * usage: sink HEADER FILE... <&SOCKET >COUNTS
  *
- * Standard input is a listening socket.  Each FILE is a message, its lines
- * ended by CRLF; they differ in their first bytes.  HEADER, the line that a
- * filter adds at the end of the header section, must be in each message.
- * Standard output is a file of struct counts, kept up to date.
+ * Standard input is a listening socket.  Each FILE is a message whose lines
+ * end with CRLF.  The messages differ in their first bytes.  HEADER, the line
+ * that a filter adds at the end of the header section, must be in each
+ * message.  Standard output is a file with a struct counts, which is kept up
+ * to date.
  *
- * A message that differs gets no answer: the connection is closed.
+ * If a message differs, the connection is closed without a reply.
  */
 
 #include <sys/mman.h>
@@ -23,7 +24,7 @@
 struct counts {
 	uint64_t	good;		/* messages as they were sent */
 	uint64_t	bad;
-	uint64_t	sessions;	/* now open */
+	uint64_t	sessions;	/* open now */
 };
 
 /* The bytes that must come after DATA, the final dot included. */
@@ -36,8 +37,8 @@ struct conn {
 	int		 fd;
 	int		 data;		/* between DATA and the dot */
 	const struct mail *mail;	/* NULL before the first byte */
-	size_t		 at;		/* bytes of it that have come */
-	char		 line[LINESZ];	/* a command, its end not yet here */
+	size_t		 at;		/* bytes of it that have arrived */
+	char		 line[LINESZ];	/* a command without its end */
 	size_t		 len;
 };
 
@@ -59,7 +60,7 @@ load(struct mail *m, const char *header, const char *path)
 	memcpy(m->text + n + len, ".\r\n", 3);
 }
 
-/* Take bytes of a message.  Returns how many, or -1 if they differ. */
+/* Take bytes of a message.  Returns their number, or -1 if they differ. */
 static ssize_t
 take(struct conn *c, const char *p, size_t len)
 {
@@ -99,7 +100,7 @@ answer(struct conn *c)
 	return table[i].reply;
 }
 
-/* Handle the bytes that were read; -1 ends the connection. */
+/* Handle the bytes that were read.  Returns 0, or -1 to end the connection. */
 static int
 run(struct conn *c, const char *p, size_t len)
 {
@@ -198,7 +199,7 @@ main(int argc, char *argv[])
 				die("calloc");
 			c->fd = fd;
 			watch(fd, c, EPOLL_CTL_ADD, EPOLLIN);
-			/* when it fails, so will read(2) */
+			/* if it fails, read(2) will fail, too */
 			(void)!write(fd, "220 sink\r\n", 10);
 			counts->sessions++;
 		}

@@ -1,8 +1,8 @@
 """Scripted peers for the tests of clamsmtpd: a daemon, a next hop, a clamd and
 a client.  Python's standard library only.
 
-Everything blocks, in threads of its own, and every wait has the limit WAIT.
-No test sleeps for a fixed time: it waits until something is the case.
+Every peer runs in threads of its own, with blocking calls.  Every wait has the
+limit WAIT.  No test sleeps for a fixed time: it waits until a condition is true.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ class Failed(AssertionError):
 
 
 def since():
-    """The second that time(2) of any libc says now, or the one before: the
-    clock that some of them ask is a tick behind that of time.time()."""
+    """The current second by time(2), or the one before.  The clock that some libcs
+    read for time(2) is a tick slower than that of time.time()."""
     return int(time.time() - .1)
 
 
@@ -63,35 +63,37 @@ def until(condition, what, limit=None):
 
 
 def never(condition, what, turns=20):
-    """The opposite of until() can only be sampled: look some times."""
+    """Check several times that condition() is false; it can only be sampled."""
     for _ in range(turns):
         assert not condition(), "this must not happen: " + what
         time.sleep(0.01)
 
 
 def at_once(work, count):
-    """work(0), work(1) ... each in a thread of its own; what they return, or the
-    exception that one of them has met."""
+    """Run work(0), work(1) ... each in a thread of its own.  Returns the list of
+    their results, or raises the exception that one of them raised."""
     with futures.ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, range(count)))
 
 
 def finish_file(command, path):
-    """A shell command whose whole output is in this file when it is there."""
+    """A shell command that writes its output into path.  The file has all of the
+    output as soon as it exists."""
     return "(%s) > %s.new 2>&1; mv %s.new %s" % (command, path, path, path)
 
 
 def wait_listener(path):
-    """Until a unix socket accepts connections; without one, which would count."""
+    """Wait until a unix socket accepts connections, without a connection to it,
+    which the daemon would count."""
     def listens():
         with open("/proc/net/unix") as file:
             return any(line.endswith(" %s\n" % path) and
                        int(line.split()[3], 16) & 0x10000 for line in file)
-    until(listens, "somebody listens on " + path)
+    until(listens, "a listener on " + path)
 
 
 def wait_file(path):
-    until(lambda: os.path.exists(path), "somebody makes " + path)
+    until(lambda: os.path.exists(path), "the file " + path)
     with open(path, "rb") as file:
         return file.read()
 
@@ -102,7 +104,8 @@ NINE = ["CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
 
 
 def environment(site, **settings):
-    """A daemon whose action keeps its environment: a function that gives it."""
+    """Start a daemon whose VirusAction saves its environment.  Returns a function
+    that waits for this environment and returns it."""
     out = site.path("env")
     site.start(VirusAction=finish_file("cat /proc/self/environ", out), **settings)
 
@@ -114,7 +117,7 @@ def environment(site, **settings):
 
 
 def effective(result):
-    """What -n has printed: {lower-case name: [values]}."""
+    """The settings that -n has printed: {lower-case name: [values]}."""
     assert result.returncode == 0, result.stderr
     settings = {}
     for line in result.stdout.splitlines():
@@ -126,21 +129,21 @@ def effective(result):
 
 
 def complaints(result):
-    """Lines on standard error of -n, but for those about a user or a directory that
-    this machine happens not to have."""
+    """The lines of -n on standard error, except those about a user or a directory
+    that this machine does not have."""
     return [line for line in result.stderr.splitlines()
             if not re.search("is not a (user|directory) of this system$", line)]
 
 
 def turns(site):
-    """What was sent before this has been read by the daemon after it."""
+    """Make sure that the daemon has read all that was sent to it before."""
     for _ in range(2):
         client = site.session()
         client.quit()
 
 
 def report_in(text):
-    """What a sanitizer, or an assertion, has to say."""
+    """The report of a sanitizer or of an assertion in a text, or None."""
     found = REPORT.search(text)
     return text[text.rfind("\n", 0, found.start()) + 1:][:3000] if found else None
 
@@ -151,7 +154,7 @@ def as_bytes(text):
 
 
 def shown(data, most=400):
-    """Bytes for a failure message, cut in the middle."""
+    """Bytes for a failure message, without the middle of a long string."""
     if len(data) <= most:
         return repr(bytes(data))
     return "%r ... %r (%d bytes)" % (bytes(data[:most // 2]),
@@ -159,7 +162,7 @@ def shown(data, most=400):
 
 
 def same(got, want, what="bytes"):
-    """Compare long byte strings; say where they part."""
+    """Compare long byte strings; the failure says where they differ."""
     if got == want:
         return
     at = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b),
@@ -183,7 +186,7 @@ def unstuff(wire):
 
 
 def connect(address, source=None):
-    """A socket connected to an address as clamsmtpd writes them."""
+    """A socket connected to an address, which is written as clamsmtpd does."""
     if address.startswith("/"):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(WAIT)
@@ -202,8 +205,8 @@ def connect(address, source=None):
 
 
 def localhost():
-    """A name for 127.0.0.1; the address itself where /etc/hosts has no name, as on
-    a machine made by debootstrap."""
+    """The name of 127.0.0.1, or the address itself if /etc/hosts has no such name,
+    as on a machine made by debootstrap."""
     try:
         with open("/etc/hosts") as file:
             named = re.search(r"(?m)^127\.0\.0\.1\s(.*\s)?localhost\b", file.read())
@@ -222,8 +225,9 @@ def has_ipv6():
 
 
 def hold_port(host="127.0.0.1", port=0):
-    """A socket that keeps the port from all programs but one that asks for just this
-    port, as servers do, with SO_REUSEADDR.  Who connects before that is refused."""
+    """A socket that reserves a port.  Only a program that asks for this very port
+    with SO_REUSEADDR, as servers do, can listen on it.  Until then a connection to
+    it is refused."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((host, port))
@@ -231,7 +235,8 @@ def hold_port(host="127.0.0.1", port=0):
 
 
 def own_host(last):
-    """A loopback address of this process's own, for ports that are given."""
+    """A loopback address that only this process uses, for tests that need a
+    certain port."""
     pid = os.getpid()
     return "127.%d.%d.%s" % (64 + (pid >> 8 & 63), pid & 255, last)
 
@@ -244,8 +249,8 @@ def reset(sock):
 
 @contextlib.contextmanager
 def full_listener(path=None, host="127.0.0.1"):
-    """The address of a listener that accepts nobody, its backlog full.  A
-    connect to the unix socket fails with EAGAIN, one to the port hangs."""
+    """The address of a listener that accepts no connection and whose backlog is
+    full.  connect() fails with EAGAIN on a unix socket; on a port it hangs."""
     kind = socket.AF_UNIX if path else socket.AF_INET
     with contextlib.ExitStack() as stack:
         def new():
@@ -261,8 +266,8 @@ def full_listener(path=None, host="127.0.0.1"):
 
 
 def mounting(*mounts, of=None):
-    """For preexec: what follows sees these mounts (source, target, type, flags,
-    data), and nobody else does; of=PID: who is in the namespace of PID does."""
+    """For preexec: makes these mounts (source, target, type, flags, data) for the
+    new process alone.  With of=PID it makes them in the namespace of PID."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def check(result):
@@ -283,12 +288,12 @@ def mounting(*mounts, of=None):
 
 
 def tmpfs(path, options):
-    """A mount for mounting()."""
+    """A tmpfs on path, for mounting()."""
     return "tmpfs", path, "tmpfs", 0, options
 
 
 def bind(source, path):
-    """Another one: source, seen at path."""
+    """A bind mount of source on path, for mounting()."""
     return source, path, "", 0x1000, ""                         # MS_BIND
 
 
@@ -347,7 +352,7 @@ class Stream:
                 return lines
 
     def more(self):
-        """Whether something stands unread already."""
+        """Whether there is something to read."""
         if self.ahead:
             return True
         try:                # a time-out of the socket would make recv() wait
@@ -363,7 +368,8 @@ def ehlo_reply(lines):
 
 
 def end_of_data(data, seen=0):
-    """Where the dot after the body is, or -1.  There is none before seen."""
+    """The offset of the dot that ends the body, or -1.  The caller knows that the
+    first `seen' bytes have none."""
     if data.startswith(b".\r\n"):
         return 0
     at = data.find(b"\r\n.\r\n", max(0, seen - 4))
@@ -371,13 +377,13 @@ def end_of_data(data, seen=0):
 
 
 def piece_sizes(exactly):
-    """The sizes of the pieces of INSTREAM.  exactly(n) reads n bytes; the caller reads
-    each piece."""
+    """The sizes of the pieces of INSTREAM, as an iterator.  exactly(n) reads n bytes.
+    The caller reads the pieces themselves."""
     return iter(lambda: struct.unpack("!I", exactly(4))[0], 0)
 
 
 # ---------------------------------------------------------------- actions
-# What a scripted server may do in place of a reply.
+# A scripted server can do these things instead of sending a reply.
 
 class Action:
     pass
@@ -409,15 +415,15 @@ class Drip(Action):
 
 
 class Early(Action):
-    """For "body": send the reply when so many bytes of the body have come."""
+    """For "body": send the reply after so many bytes of the body."""
 
     def __init__(self, reply, after=1):
         self.reply, self.after = reply, after
 
 
 class Hold(Action):
-    """Stall until go() is called (or the test ends), then send the reply;
-    without one the usual reply is sent.  reached() waits for the stall."""
+    """Stall until go() is called or the test ends, then send the reply, or the
+    usual one if none is given.  reached() waits for the stall."""
 
     def __init__(self, reply=None):
         self.reply = reply
@@ -446,7 +452,7 @@ class Server:
 
     def __init__(self, path=None, host="127.0.0.1", port=0, backlog=1024):
         self.path, self.host, self.backlog = path, host, backlog
-        self.held = None             # the port is ours while we are down, too
+        self.held = None             # keeps the port while we are down
         if not path:
             self.held = hold_port(host, port)
             self.port = self.held.getsockname()[1]
@@ -460,7 +466,7 @@ class Server:
         self.up()
 
     def up(self):
-        """Listen (again, on the same address)."""
+        """Listen; after down(), again on the same address."""
         if self.path:
             if os.path.exists(self.path):
                 os.unlink(self.path)
@@ -479,7 +485,7 @@ class Server:
         self.threads.append(thread)
 
     def down(self):
-        """Stop listening; connections that are there stay."""
+        """Stop listening.  Open connections stay open."""
         if self.listener:
             try:
                 self.listener.shutdown(socket.SHUT_RDWR)
@@ -491,7 +497,7 @@ class Server:
             os.unlink(self.path)
 
     def hang_up(self):
-        """End the connections that are there."""
+        """End all open connections."""
         with self.lock:                 # a thread closes none of them meanwhile
             for sock in self.socks:
                 try:
@@ -539,7 +545,7 @@ class Server:
             self.threads.remove(threading.current_thread())
 
     def count(self):
-        """A connection that counts as accepted."""
+        """Count a connection as accepted."""
         with self.lock:
             self.accepted += 1
 
@@ -580,7 +586,7 @@ class Server:
 # ---------------------------------------------------------------- next hop
 
 class Message:
-    """A message the next hop has taken (or refused at its dot)."""
+    """A message that the next hop has accepted, or refused at its dot."""
 
     def __init__(self, mail, rcpts, how, wire):
         self.mail = mail             # the MAIL command
@@ -629,7 +635,7 @@ XCLIENT = "XCLIENT NAME ADDR PROTO HELO PORT LOGIN DESTADDR"
 
 
 class NextHop(Server):
-    """A strict SMTP server that does what it is told.
+    """A strict SMTP server that follows a script.
 
     on(verb, reply): verb is EHLO, MAIL ... or
         "greeting"  the first line
@@ -679,7 +685,7 @@ class NextHop(Server):
 
     @property
     def messages(self):
-        """Messages taken (2xx at their end), over all sessions in order."""
+        """The accepted messages (2xx at their end) of all sessions, in order."""
         return [m for s in list(self.sessions) for m in s.messages
                 if m.reply[:1] == b"2"]
 
@@ -694,7 +700,7 @@ class NextHop(Server):
         return self.sessions[-1]
 
     def told(self, verb):
-        """The commands with this verb, as they came."""
+        """The commands with this verb, as they were received."""
         return [c for c in self.commands if c.split(" ")[0].upper() == verb]
 
     def wait_messages(self, count):
@@ -717,7 +723,7 @@ class NextHop(Server):
     def reply(self, s, verb, line="", message=None):
         """Send what the script says; return the bytes sent.
 
-        The message has its reply before the client can know it.
+        The message has its reply before the client receives it.
         """
         spec = self.replies.get(verb)
         if isinstance(spec, list):
@@ -786,7 +792,7 @@ class NextHop(Server):
                 raise Gone("quit")
 
     def data(self, s):
-        """The body of DATA: ends at CRLF.CRLF, at nothing else."""
+        """Read the body of DATA.  Only CRLF.CRLF ends it."""
         early = self.replies.get("body")
         if isinstance(early, list):
             early = early.pop(0) if early else None
@@ -825,15 +831,15 @@ class NextHop(Server):
 # ---------------------------------------------------------------- clamd
 
 class Scan:
-    """One scan, as clamd saw it."""
+    """One scan, as clamd received it."""
 
     def __init__(self, command, data):
         self.command = command       # "INSTREAM" or "SCAN"
-        self.data = data             # everything, the extra first line too
+        self.data = data             # all of it, with the extra first line
 
     @property
     def first(self):
-        """The line that is scanned but never forwarded."""
+        """The first line, which is scanned but never forwarded."""
         return self.data.partition(b"\n")[0] + b"\n"
 
     @property
@@ -847,13 +853,13 @@ class Scan:
 class Clamd(Server):
     """clamd over a unix socket or TCP.
 
-    verdict: a function of the data giving "OK", "NAME FOUND", "WHY ERROR"
-    (framed as clamd does), bytes (sent as they are), or an action.  It may
-    be set to such a value itself, or to a list for successive scans (then
-    the usual verdict).
+    verdict: a function of the data that returns "OK", "NAME FOUND" or
+    "WHY ERROR" (framed as clamd does), bytes (sent as they are), or an action.
+    It can also be such a value itself, or a list of them for successive scans;
+    the usual verdict follows after the list.
 
-    Health checks (PING, VERSION), which come at any time, are counted by themselves
-    and nowhere else.
+    Health checks (PING, VERSION), which can come at any time, are counted only in
+    pings and versions.
     """
 
     family = "clamd"
@@ -863,11 +869,11 @@ class Clamd(Server):
         self.limit = limit           # StreamMaxLength
         self.deny_all = None         # raw answer to any command
         self.scans = []
-        self.commands = []           # as they came, framing included
+        self.commands = []           # as received, framing included
         self.version = "ClamAV 1.4.3/27800/Tue Nov 25 08:31:09 2026"
-        self.pings = self.versions = 0      # whose connection is over
+        self.pings = self.versions = 0      # whose connection has ended
         self.busy = set()            # connections without an answer so far
-        self.most = 0                # of these at once
+        self.most = 0                # the most of these at once
         super().__init__(**kw)
 
     def wait_scans(self, count):
@@ -879,7 +885,7 @@ class Clamd(Server):
         return VIRUS + " FOUND" if EICAR in data else "OK"
 
     def count(self):
-        """Not before the command is known (talk)."""
+        """Count nothing yet: talk() counts when it knows the command."""
 
     def serve(self, sock):
         try:
@@ -986,8 +992,8 @@ class Clamd(Server):
 # ---------------------------------------------------------------- names
 
 class Names:
-    """A name server of the daemon's own (for root): it says nothing until
-    go(), then that every name has these addresses."""
+    """A name server for the daemon alone, which needs root.  It sends no answer
+    before go(); from then on every name has these addresses."""
 
     def __init__(self, directory):
         self.addresses = ["127.0.0.1"]
@@ -1002,7 +1008,7 @@ class Names:
         with open(self.file, "w") as file:
             file.write("nameserver %s\noptions timeout:60 attempts:10\n"
                        % self.host)
-        # For the daemon: ask nobody else (MS_BIND).
+        # The daemon then uses no other name server (MS_BIND).
         self.preexec = mounting(bind(self.file, "/etc/resolv.conf"))
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
@@ -1016,7 +1022,7 @@ class Names:
                 query, peer = self.sock.recvfrom(512)
             except OSError:
                 return
-            if len(query) < 17:              # close() wakes us like this
+            if len(query) < 17:              # close() wakes us with this
                 return
             self.asked.set()
             self._go.wait(WAIT)
@@ -1055,7 +1061,7 @@ class Reply:
 
 
 class Client:
-    """An SMTP client that says just what the test tells it to."""
+    """An SMTP client that sends exactly what the test gives it."""
 
     def __init__(self, address, source=None):
         self.sock = connect(address, source)
@@ -1064,27 +1070,27 @@ class Client:
     # -- sending
 
     def send(self, data):
-        """Bytes as they are."""
+        """Send bytes as they are."""
         self.sock.sendall(as_bytes(data))
 
     def line(self, text):
         self.send(as_bytes(text) + b"\r\n")
 
     def drip(self, data):
-        """One byte a packet (as far as TCP goes)."""
+        """Send one byte per packet, as far as TCP allows."""
         data = as_bytes(data)
         for i in range(len(data)):
             self.sock.sendall(data[i:i + 1])
 
     def chunk(self, data, last=False):
-        """A BDAT command and its octets, in one go."""
+        """Send a BDAT command and its octets in one call."""
         self.send(b"BDAT %d%s\r\n" % (len(data), b" LAST" if last else b"")
                   + data)
 
     # -- receiving
 
     def reply(self):
-        """The next reply, all its lines, checked for its form."""
+        """Read the next reply, all its lines, and check its form."""
         try:
             raw = self.stream.reply()
         except Gone as gone:
@@ -1098,7 +1104,7 @@ class Client:
         return Reply(raw)
 
     def expect(self, *want):
-        """The next reply; one line of it must begin with each of the texts."""
+        """Read the next reply.  Each of the texts must begin one of its lines."""
         got = self.reply()
         for text in want:
             text = str(text)
@@ -1111,7 +1117,7 @@ class Client:
         return self.expect(*want)
 
     def eof(self, allow_reset=False):
-        """The daemon must close, having said nothing more."""
+        """The daemon must close the connection and send nothing before that."""
         try:
             self.stream.fill()
         except Gone as gone:
@@ -1121,7 +1127,7 @@ class Client:
         raise Failed("expected EOF, got %s" % shown(self.stream.ahead))
 
     def rest(self):
-        """Everything until the daemon closes."""
+        """Read everything until the daemon closes the connection."""
         while True:
             try:
                 self.stream.fill()
@@ -1141,17 +1147,17 @@ class Client:
             self.cmd("RCPT TO:<%s>" % rcpt, "250")
 
     def begin(self, wire=b""):
-        """An envelope, DATA, and these bytes behind it as they are."""
+        """Send an envelope, DATA, and then these bytes as they are."""
         self.envelope()
         self.cmd("DATA", "354")
         self.send(wire)
 
     def submit(self, body):
-        """A whole message (stuffed here); its reply is outstanding."""
+        """Send a whole message (stuffed here), but do not read its reply."""
         self.begin(stuff(as_bytes(body)) + b".\r\n")
 
     def data(self, body, *want):
-        """DATA, the body (stuffed here), the dot; the final reply."""
+        """Send DATA, the body (stuffed here) and the dot; return the final reply."""
         self.cmd("DATA", "354")
         self.send(stuff(as_bytes(body)) + b".\r\n")
         return self.expect(*(want or ("250",)))
@@ -1202,8 +1208,8 @@ def sanitized():
 
 
 def build(program, **make):
-    """A build of the daemon for tests, as CLAMSMTPD was built as far as sanitizers
-    and single bytes go."""
+    """Build the daemon for a test, with the sanitizers of CLAMSMTPD, and with single
+    bytes if TEST_BYTES is set."""
     with open(CLAMSMTPD, "rb") as file:
         theirs = file.read()
     if b"__asan" in theirs:
@@ -1219,7 +1225,7 @@ def build(program, **make):
 
 
 class Clock:
-    """Both clocks of a daemon, which must be a build with clock.c."""
+    """The two clocks of a daemon that was built with clock.c."""
 
     def __init__(self, directory, program):
         self.program = program
@@ -1234,12 +1240,12 @@ class Clock:
         struct.pack_into("qq", self.memory, 0, self.real, self.monotonic)
 
     def settings(self):
-        """For Site.start()."""
+        """Arguments for Site.start()."""
         return {"binary": self.program, "env": {"CLOCK": self.file}}
 
     def go(self, daemon, seconds, real=None):
-        """The time goes by, and in no other way; and the clock on the wall (as the
-        other one, if nothing is said) is put forward, or back."""
+        """Move the monotonic clock forward by so many seconds.  It moves in no other
+        way.  The wall clock moves as far, or by `real' seconds, forward or back."""
         self.monotonic += seconds
         self.real += seconds if real is None else real
         self.set()
@@ -1249,8 +1255,8 @@ class Clock:
 class Daemon:
     """A clamsmtpd in the foreground, with a configuration of its own.
 
-    Settings are keywords (Listen="127.0.0.1:0"); a list is a line each,
-    None leaves the setting out.
+    Settings are keywords (Listen="127.0.0.1:0").  Each value of a list has a line
+    of its own; None leaves the setting out.
     """
 
     def __init__(self, directory, args=(), level=4, config=None, env=None,
@@ -1282,7 +1288,7 @@ class Daemon:
             self.wait_listening()
 
     def write(self, settings, config=None):
-        """Write the configuration file anew."""
+        """Write the configuration file again."""
         if config is None:
             config = b""
             for name, value in settings.items():
@@ -1344,7 +1350,7 @@ class Daemon:
         return int(self.proc("VmRSS").split()[0])
 
     def grown(self, before):
-        """By so many KiB; with the address sanitizer nobody can say."""
+        """The growth of rss() in KiB, or 0 with the address sanitizer, which hides it."""
         return 0 if sanitized() else self.rss() - before
 
     def proc(self, name):
@@ -1362,8 +1368,8 @@ class Daemon:
         return int(fields[11]) + int(fields[12])
 
     def rests(self):
-        """While nothing happens it does nothing.  A busy loop never sleeps, however
-        little of a busy machine it gets."""
+        """The daemon sleeps while nothing happens.  A busy loop never sleeps, however
+        little CPU time a busy machine gives it."""
         def sleeps():
             with open("/proc/%d/stat" % self.pid) as file:
                 return file.read().rsplit(")", 1)[1].split()[0] == "S"
@@ -1373,7 +1379,7 @@ class Daemon:
             for _ in range(25):
                 if not sleeps():
                     return False
-                time.sleep(0.02)        # the thing measured
+                time.sleep(0.02)        # the interval measured
             return self.ticks() - before < os.sysconf("SC_CLK_TCK") / 20
         until(idle, "the daemon rests")
 
@@ -1389,7 +1395,8 @@ class Daemon:
         self.process.send_signal(number)
 
     def pause(self):
-        """Halt it: what happens before resume() it finds in one turn."""
+        """Halt the daemon.  It handles all that happens before resume() in one turn of
+        its loop."""
         self.send_signal(signal.SIGSTOP)
         until(lambda: self.proc("State").startswith("T"), "the daemon halts")
 
@@ -1407,7 +1414,8 @@ class Daemon:
     # -- the end
 
     def settle(self):
-        """With its clients gone the daemon is as it was before them."""
+        """After its clients have gone, the daemon has no more descriptors than before
+        them, and no children."""
         if not self.alive() or not hasattr(self, "idle"):
             return
         until(lambda: self.fds() <= self.idle,
@@ -1431,12 +1439,13 @@ class Daemon:
         return sorted(set(os.listdir(self.spool)) - set(self.allowed))
 
     def left(self):
-        """Its pid file and sockets (of a user's a pid file may stay, empty)."""
+        """The pid file and the sockets that still exist.  An empty pid file does not
+        count: a daemon that has changed its user cannot remove it."""
         return [path for path in self.own if os.path.lexists(path) and not
                 (os.path.isfile(path) and os.path.getsize(path) == 0)]
 
     def stop(self, want=0, number=signal.SIGTERM):
-        """End it and see that nothing is left behind."""
+        """End the daemon and check that nothing is left behind."""
         if self.stopped:
             return
         self.stopped = True
@@ -1455,13 +1464,13 @@ class Daemon:
         self.check_report()
 
     def check_report(self):
-        """No sanitizer has complained, of a leak at the end neither."""
+        """No sanitizer has reported a fault, nor a leak at the end."""
         report = report_in(self.text())
         if report:
             raise Failed("a report in the log: " + report)
 
     def kill(self):
-        """Whatever is still there."""
+        """Kill the processes of the daemon that still exist."""
         self.stopped = True
         for pid in processes(self.mark):
             try:
@@ -1489,7 +1498,8 @@ class Site:
         return os.path.join(self.dir, name)
 
     def port(self, host="127.0.0.1"):
-        """One that nobody else gets during the test; where 0 is of no use."""
+        """A port that no other program gets during the test, for tests that cannot
+        use port 0."""
         self.held.append(hold_port(host))
         return self.held[-1].getsockname()[1]
 
@@ -1556,14 +1566,14 @@ class Site:
         return daemon
 
     def checks(self, settings):
-        """How many health checks of the usual clamd are over: a PING, and with a
-        status page a VERSION after it."""
+        """How many health checks of the usual clamd have ended.  A health check is a
+        PING, and with a status page a VERSION after it."""
         if "ClamAddress" in settings:
             return 0
         return self.clamd.versions if "StatusListen" in settings else self.clamd.pings
 
     def wait_check(self, settings, checks, warnings=0):
-        """The daemon's health check at its start, or after a reload, is over."""
+        """Wait for the end of the health check at the start or after a reload."""
         until(lambda: self.checks(settings) > checks or not self.daemon.alive() or
               len(self.daemon.log("no clamd answers")) > warnings,
               "the daemon has sent its PING")
@@ -1580,14 +1590,14 @@ class Site:
             self.wait_check(settings, checks, warnings)
 
     def refused(self, status=1, **settings):
-        """A daemon that does not start."""
+        """Run a daemon that does not start."""
         daemon = self.start(wait=False, **settings)
         assert daemon.wait_exit() == status
         daemon.stopped = True
         return daemon
 
     def client(self, source=None, address=None):
-        """A connected client; starts the daemon if need be."""
+        """A connected client.  Starts the daemon if none runs."""
         if address is None:
             if self.daemon is None:
                 self.start()
@@ -1605,7 +1615,8 @@ class Site:
     # -- the end
 
     def finish(self):
-        """Close the clients, look whether all is as it was, stop, check."""
+        """Close the clients, check that nothing is left of them, stop the daemons,
+        and check their logs and the peers."""
         for client in self.clients:
             client.close()
         try:
@@ -1620,13 +1631,13 @@ class Site:
                 one.close()
             for daemon in self.daemons:
                 daemon.kill()
-        for daemon in self.daemons:     # those that a test has ended, too
+        for daemon in self.daemons:     # also those that a test has ended
             daemon.check_report()
         errors = [e for server in self.servers for e in server.errors]
         assert not errors, "the scripted peers complain: " + "; ".join(errors)
 
     def report(self):
-        """What a failure should show."""
+        """The texts that a failure shows."""
         for i, daemon in enumerate(self.daemons):
             yield ("daemon %d: log (last lines)" % i,
                    "\n".join(daemon.log()[-60:]))
@@ -1653,7 +1664,7 @@ class Background:
         self.socket = settings.setdefault("Listen", site.path("in.sock"))
         self.pidfile = settings.setdefault("PidFile", site.path("pid"))
         self.daemon = site.start(level=None, wait=False, **settings)
-        self.daemon.stopped = True          # finish() is not for this one
+        self.daemon.stopped = True          # finish() does not stop this one
         self.status = self.daemon.wait_exit()
 
     def pid(self):

@@ -3,11 +3,11 @@
 #
 # Shows clamsmtpd at work: installs what is missing, builds, starts a virus
 # scanner, a receiving mail server and clamsmtpd between them, sends three mails,
-# and shows what became of each.  Everything is private to this script and gone
-# when it ends.
+# and shows what happened to each.  All processes and files are private to this
+# script and gone when it ends.
 #
-#   --keep          leave it running, and say how to talk to it
-#   --system-clamd  ask this machine's running clamd, not one of our own
+#   --keep          leave everything running, and say how to send mail to it
+#   --system-clamd  use this machine's running clamd, not one of our own
 
 set -u
 cd "$(dirname "$0")" || exit 1
@@ -48,8 +48,8 @@ fail()
 	exit 1
 }
 
-# wait_for WHAT PID COMMAND...: until the command succeeds, a minute at most, and
-# not longer than the process lives
+# wait_for WHAT PID COMMAND...: waits until the command succeeds, for a minute at
+# most, and only while the process lives
 wait_for()
 {
 	what=$1 process=$2 turn=0
@@ -72,14 +72,14 @@ need='cc /usr/include/stdio.h make musl-gcc /usr/bin/python3'
 # shellcheck disable=SC2086
 install_missing "$dir/install.log" $need
 for what in $MISSING; do
-	# make takes cc then
+	# make then uses cc
 	[ "$what" = musl-gcc ] || fail "cannot do without $what"
 done
 
 make -s >"$dir/make.log" 2>&1 || fail "make fails:"
 mkdir "$dir/spool" "$dir/mail" "$dir/clamd" "$dir/db"
 
-# Nothing here needs root; a service of its own user is what one should have.
+# Nothing here needs root, and a service should have a user of its own.
 us='' scanner=''
 if [ "$(id -u)" = 0 ]; then
 	us='User: nobody'
@@ -173,8 +173,8 @@ show()
 	echo
 	echo "== $2"
 	echo
-	heard=$("$PYTHON" tests/demo.py send "$here" "$dir/$1.eml" 2>&1)
-	echo "  the sender got       $heard"
+	reply=$("$PYTHON" tests/demo.py send "$here" "$dir/$1.eml" 2>&1)
+	echo "  the sender got       $reply"
 	wait_for clamsmtpd $filter log_line
 	after=$(mails)
 	if [ "$((after))" = "$((before))" ]; then
@@ -203,7 +203,7 @@ delivered=$(($(mails))) refused=$(grep -c status=VIRUS "$dir/clamsmtpd.log")
 [ "$delivered $refused" = "1 2" ] ||
     fail "this went wrong: $delivered mails delivered, $refused refused"
 
-# row NAME: the last column of this row of the measurements
+# row NAME: prints the last column of this row of the measurements
 row()
 {
 	awk -F ' *[|] *' -v name="$1" '$2 == name { print $5; exit }' \

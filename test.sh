@@ -38,7 +38,7 @@ esac
 # The builds below have their own flags.
 unset CC CPPFLAGS CFLAGS LDFLAGS
 
-# With arguments of its own somebody looks at a few cases, not at everything.
+# With pytest arguments run only the selected cases, not everything.
 few=
 [ $# = 0 ] || few=yes
 
@@ -50,7 +50,7 @@ trap '$sudo rm -rf "$tmp"; exit 1' HUP INT TERM
 
 passed=0 failed=0 skipped=0 selected=0
 
-# The end, whatever came before: says where the files are, counts.
+# finish: ends the run, says where the files are, and prints the counts
 finish()
 {
 	if [ "$few" ] && [ "$failed$selected" = 00 ]; then
@@ -71,7 +71,7 @@ finish()
 	exit
 }
 
-# check NAME COMMAND...: a case of its own
+# check NAME COMMAND...: runs the command as one case
 check()
 {
 	name=$1 log=$tmp/$1.log
@@ -91,7 +91,7 @@ skip()
 	echo "SKIPPED: $1: $2"
 }
 
-# build NAME MAKE-ARGUMENT...: another program, from a copy of the sources
+# build NAME MAKE-ARGUMENT...: builds another program from a copy of the sources
 build()
 {
 	dir=$tmp/build-$1
@@ -101,8 +101,8 @@ build()
 	    [ -x "$dir/clamsmtpd" ]
 }
 
-# lint PAGE: mandoc has nothing to say of it; what manual pages this machine
-# has besides, which some versions complain about, does not matter
+# lint PAGE: mandoc has no complaint.  Complaints about other manual pages of this
+# machine, which some versions of mandoc have, do not count.
 lint()
 {
 	! mandoc -T lint "$1" 2>&1 |
@@ -115,13 +115,13 @@ size_below()
 	    echo "$size bytes stripped" && [ "$size" -le "$1" ]
 }
 
-# static PROGRAM: it needs no loader
+# static PROGRAM: the program needs no loader
 static()
 {
 	! readelf -l "$1" | grep INTERP
 }
 
-# suite NAME PROGRAM PYTEST-ARGUMENT...: a run of pytest, its cases added up
+# suite NAME PROGRAM PYTEST-ARGUMENT...: runs pytest and adds up its cases
 suite()
 {
 	name=$1 program=$2
@@ -131,7 +131,7 @@ suite()
 	run_pytest "$@"
 	status=$?
 	if [ "$status" = 77 ]; then
-		skip "$name" "the reason stands above"
+		skip "$name" "the reason is above"
 		return
 	fi
 	counts=$(count "$tmp/$name.xml") || counts='0 0 0'
@@ -139,7 +139,7 @@ suite()
 	set -- $counts
 	passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3))
 	selected=$((selected + $1 + $2 + $3))
-	# pytest: 0 all well, 1 some failed, 5 none was selected; else it broke
+	# pytest returns 0 if all passed, 1 if some failed, 5 if none was selected.
 	case $status in
 	0 | 5)	return ;;
 	1)	[ "$2" = 0 ] || return ;;
@@ -159,7 +159,7 @@ run_pytest()
 	    -n "$cpus" --basetemp="$tmp/$name" --junitxml="$tmp/$name.xml" "$@"
 }
 
-# count FILE: passed, failed, skipped, as the report of pytest has them
+# count FILE: prints passed, failed and skipped of pytest's report
 count()
 {
 	"$PYTHON" - "$1" <<-'EOF'
@@ -196,7 +196,7 @@ else
 	echo "not root: the cases that need it are skipped"
 fi
 prefix='' bytes=''
-# Seconds before a case takes a silence for the end; a slow disk is one, too.
+# A case fails after waiting this many seconds.  A slow disk needs many.
 if [ "$full" ]; then patience=90; else patience=30; fi
 patience=${TEST_WAIT:-$patience}
 cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc)
@@ -219,7 +219,7 @@ done
 check make make -s
 [ "$failed" = 0 ] || finish
 normal=$tmp/clamsmtpd
-cp clamsmtpd "$normal"		# whatever make does meanwhile
+cp clamsmtpd "$normal"		# a later make does not change the copy
 
 if [ "$cross" ]; then
 	other_cpus -m 'not long' "$@"
@@ -311,7 +311,7 @@ if have clang; then
 	suite clang "$tmp/build-clang/clamsmtpd" -m "$part" "$@" tests
 fi
 for cc in gcc clang; do
-	# where gcc has no sanitizer library, as on Alpine, clang may
+	# gcc may have no sanitizer library, as on Alpine, while clang has one
 	echo 'int main(void) { return 0; }' >"$tmp/try.c"
 	"$cc" -fsanitize=address,undefined -o "$tmp/try" "$tmp/try.c" \
 	    2>/dev/null && "$tmp/try" && break
@@ -329,7 +329,7 @@ else
 	skip sanitizers "no compiler has them here"
 fi
 check bytes build bytes CFLAGS='-O2 -DIO_MAX=1'
-bytes=1		# for the cases with large mails: that would take minutes
+bytes=1		# cases with large mails use smaller ones, or take minutes
 suite one-byte "$tmp/build-bytes/clamsmtpd" -m "$part" "$@" tests
 bytes=
 

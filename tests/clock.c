@@ -4,9 +4,9 @@
  *	make BIN=PROGRAM LDFLAGS=tests/clock.c
  *	CLOCK=FILE PROGRAM ...
  *
- * FILE has two int64_t: the seconds by which CLOCK_REALTIME is ahead, and what
- * CLOCK_MONOTONIC says.  A test may write others at any time; until then the latter
- * stands still, however slow the machine is.
+ * FILE has two int64_t: the seconds to add to CLOCK_REALTIME, and the value of
+ * CLOCK_MONOTONIC.  A test may write others at any time.  CLOCK_MONOTONIC moves
+ * only then, however slow the machine is.
  */
 
 #include <sys/mman.h>

@@ -29,8 +29,8 @@ def pytest_configure(config):
 
 
 def own_hosts():
-    """A machine made by debootstrap has no /etc/hosts.  These processes alone see a
-    copy of /etc that has one."""
+    """Give the tests a copy of /etc with a hosts file, which a machine made by
+    debootstrap does not have.  Only these processes see the copy."""
     try:
         harness.mounting(harness.tmpfs("/mnt", "mode=755"))()
         subprocess.run(["cp", "-a", "/etc", "/mnt"], check=True)
@@ -43,7 +43,7 @@ def own_hosts():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a core test with many cases only the first is core."""
+    """If a core test has many cases, only the first one is core."""
     seen = set()
     for item in items:
         name = (item.module.__name__, getattr(item, "originalname", item.name))
@@ -83,7 +83,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def real_clamd():
-    """A real one, which the test may kill."""
+    """A real clamd, which the test may kill."""
     if not real.find("clamd"):
         pytest.skip("no clamd installed")
     clamd = real.RealClamd()
@@ -93,8 +93,9 @@ def real_clamd():
 
 @pytest.fixture(scope="session")
 def debian_package(tmp_path_factory):
-    """debian_package(name, other name...): where the files are of the first of these
-    packages that the distribution has, without installing it; or skip."""
+    """debian_package(name, other name...): a directory with the files of the first of
+    these packages that the distribution has.  The package is not installed.  Skips
+    if there is none."""
     def debian_package(*names):
         directory = str(tmp_path_factory.mktemp(names[0]))
         if not real.find("apt-get"):
@@ -112,8 +113,8 @@ def debian_package(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def python_with(tmp_path_factory):
-    """python_with(name): a Python that has the package of PyPI, in an
-    environment that is thrown away; or skip."""
+    """python_with(name): a Python that has the package of PyPI, in a temporary
+    environment.  Skips if the package cannot be installed."""
     def python_with(name):
         directory = str(tmp_path_factory.mktemp("venv"))
         for command in ([sys.executable, "-m", "venv", directory],
@@ -135,7 +136,7 @@ def as_root():
 
 @pytest.fixture
 def open_site(as_root):
-    """A site whose directories any user may enter."""
+    """A site whose directories all users can enter."""
     with tempfile.TemporaryDirectory(prefix="clamsmtpd-test.") as home:
         os.chmod(home, 0o755)
         site = harness.Site(home)
@@ -146,7 +147,7 @@ def open_site(as_root):
 
 @pytest.fixture
 def mounts(as_root):
-    """The test may use harness.mounting()."""
+    """Skip the test if it cannot use harness.mounting()."""
     try:
         subprocess.run(["true"], preexec_fn=harness.mounting(), check=True)
     except subprocess.SubprocessError:
@@ -154,7 +155,7 @@ def mounts(as_root):
 
 
 def build(tmp_path_factory, name, **make):
-    """Of several workers the first one builds for all."""
+    """Build a program once; the first worker builds it for all workers."""
     top = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         top = top.parent
@@ -174,20 +175,20 @@ def clock_build(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def faulty_build(tmp_path_factory):
-    """Each of its system calls can fail or halt (faults.h)."""
+    """A build whose system calls can fail or halt (faults.h)."""
     return build(tmp_path_factory, "clamsmtpd-faulty",
                  CPPFLAGS="-include tests/faults.h")
 
 
 @pytest.fixture
 def clock(tmp_path, clock_build):
-    """The time is the test's: site.start(**clock.settings()), clock.go()."""
+    """Clocks that the test moves: site.start(**clock.settings()), clock.go()."""
     return harness.Clock(tmp_path, clock_build)
 
 
 @pytest.fixture
 def faulty_clock(tmp_path, tmp_path_factory):
-    """Both: a clock whose program's system calls can fail or halt."""
+    """Clocks that the test moves, of a build whose system calls can fail or halt."""
     return harness.Clock(tmp_path, build(
         tmp_path_factory, "clamsmtpd-faulty-clock", CC="cc", CFLAGS="-O0",
         LDFLAGS="tests/clock.c", CPPFLAGS="-include tests/faults.h"))
@@ -211,7 +212,7 @@ def background(site):
 
 @pytest.fixture
 def own_dev(site, mounts):
-    """For preexec: a /dev of our own, in a private mount namespace; and its path."""
+    """A function for preexec that mounts a private /dev, and the path of this /dev."""
     dev = site.path("dev")
     os.mkdir(dev)
     try:
@@ -236,7 +237,7 @@ def syslog(own_dev):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A failure shows the daemon's log and what its peers saw."""
+    """Add the daemon's log and what its peers received to a failure."""
     outcome = yield
     report = outcome.get_result()
     for site in getattr(item, "funcargs", {}).values():

@@ -1,16 +1,16 @@
 #!/bin/sh
 # usage: tests/cross.sh CPU DIRECTORY COMMAND [ARGUMENT...]
 #
-# Builds clamsmtpd for another CPU and runs a command, pytest above all, with
-# CLAMSMTPD set to what runs it there: mostly qemu, then TEST_QEMU is set, too.
-# CPU is arm64, armhf, i386, mips, mipsel, riscv64, s390x; or clang: this one, by
-# that compiler.
+# Builds clamsmtpd for another CPU and runs a command, usually pytest.  CLAMSMTPD
+# is set to what runs the program, mostly with qemu; with qemu TEST_QEMU is set,
+# too.  CPU is arm64, armhf, i386, mips, mipsel, riscv64 or s390x; clang is this
+# machine's CPU, with that compiler.
 #
-# Compiler and musl are those of Python's package ziglang, in an environment of
-# its own.  All that was built stays in the directory, for the next time.
+# The compiler and musl are those of the Python package ziglang, in an environment
+# of its own.  DIRECTORY keeps all that was built, for the next run.
 #
-# Exit status 77 and a reason where compiler or qemu cannot be had, 2 when the
-# build fails; else the command's.
+# The exit status is that of the command.  It is 2 if the build fails, and 77 with
+# a reason if the compiler or qemu cannot be installed.
 
 set -u
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -55,14 +55,15 @@ zig=$dir/zig/bin/python
 } >"$log" 2>&1 || stop 77 "no Python package ziglang to be had"
 
 program=$dir/$cpu.elf
-# zig builds musl, too, and keeps what it built.
+# zig also builds musl, and keeps the result.
 ZIG_GLOBAL_CACHE_DIR=$dir/cache ZIG_LOCAL_CACHE_DIR=$dir/cache \
     make -s -C "$top" CC="$zig -m ziglang cc -target $target" BIN="$program" \
     LDFLAGS='-static-pie -fPIE -s -Wl,--gc-sections' \
     CPPFLAGS='-Werror -Wno-unused-command-line-argument' >"$log" 2>&1 ||
     stop 2 "clamsmtpd cannot be built"
 
-# A 64-bit x86 mostly runs 32-bit programs itself: quicker, and all of a kernel.
+# Most 64-bit x86 kernels run 32-bit programs themselves.  That is faster than
+# qemu, and has all system calls.
 case $cpu,$(uname -m) in
 i386,x86_64)	! "$program" -v >"$log" 2>&1 || qemu='' ;;
 esac

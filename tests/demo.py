@@ -1,9 +1,9 @@
-"""The people of demo.sh: somebody who sends mail, somebody who receives it.
+"""The sender and the receiver of the mails in demo.sh.
 
-    demo.py sink DIRECTORY             take mail, each into a file of its own;
-                                       the port goes into DIRECTORY/port
+    demo.py sink DIRECTORY             receive mails, each into a file of its own;
+                                       write the port to DIRECTORY/port
     demo.py write KIND FILE            write a mail: clean, eicar, or zipped
-    demo.py send HOST:PORT FILE        send it, print what the server said last
+    demo.py send HOST:PORT FILE        send it, print the last reply of the server
 """
 
 import os
@@ -19,7 +19,7 @@ TEXT = ("From: The Sender <%s>\r\nTo: The Receiver <%s>\r\nSubject: %s\r\n")
 
 
 class Sink(socketserver.StreamRequestHandler):
-    """As little of a mail server as will do."""
+    """A minimal mail server."""
 
     def say(self, text):
         self.wfile.write(text.encode() + b"\r\n")

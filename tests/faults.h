@@ -4,11 +4,12 @@
  *	make BIN=PROGRAM CPPFLAGS='-include tests/faults.h'
  *	FAULT='recv:7:0:104 malloc:3:2:12' PROGRAM -d 4 -f FILE
  *
- * KIND:N:STEP:ERRNO fails the N-th call of this kind, and each STEP-th after it
- * (0: none).  With errno 0 it is no failure, but moves one byte only; with -1 the
- * process halts (SIGSTOP) before it does all that was asked.  Calls are
- * counted over all processes, children included: in struct faults, which is
- * the file FAULTS where there is one, for others to read or to switch `off'.
+ * KIND:N:STEP:ERRNO makes the N-th call of this kind fail, and each STEP-th call
+ * after it (0: none).  With ERRNO 0 the call does not fail, but moves only one
+ * byte.  With ERRNO -1 the process halts (SIGSTOP) before the call.  The calls of
+ * all processes, children included, are counted in struct faults.  If FAULTS names
+ * a file, the struct is mapped from it, and a test can read the counts and turn
+ * all faults `off'.
  */
 
 #include <sys/mman.h>

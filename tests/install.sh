@@ -64,17 +64,17 @@ have()
 	esac
 }
 
-# What tells that the thing is there: its Debian package, its Alpine packages.
-# A dash: there is no such package, or no need of one.
+# package_of WHAT: prints the Debian package that has it, then the Alpine packages.
+# A dash means that there is no such package, or that it is not needed.
 package_of()
 {
 	case $1 in
 	cc)		echo gcc build-base ;;
-	# gcc alone does not bring the headers of a libc
+	# gcc alone does not install the headers of a libc
 	/usr/include/stdio.h)	echo libc6-dev musl-dev ;;
 	make)		echo make make ;;
 	musl-gcc)	echo musl-tools - ;;
-	# gcc has no sanitizers on Alpine; clang needs theirs besides
+	# On Alpine gcc has no sanitizers, and those of clang are in compiler-rt.
 	clang)		echo clang clang compiler-rt ;;
 	/usr/bin/python3)	echo python3 python3 ;;
 	py:pytest)	echo python3-pytest py3-pytest ;;
@@ -91,7 +91,7 @@ package_of()
 	py:yaml)	echo python3-yaml py3-yaml ;;
 	dpkg-buildpackage)	echo dpkg-dev - ;;
 	haproxy)	echo haproxy haproxy ;;
-	# not ip: that of busybox cannot do what the tests need
+	# ss, since busybox has an ip, too, which cannot do all that the tests need
 	ss)		echo iproute2 iproute2 ;;
 	nft)		echo nftables nftables ;;
 	# for tests/cross.sh
@@ -108,8 +108,8 @@ as_root()
 	fi
 }
 
-# policy on|off: while it is on, and as long as this process lives, Debian's
-# packages start no service.  Somebody else's policy is left alone.
+# policy on|off: while the policy is on, and this process lives, Debian's packages
+# start no service.  A policy that existed before is left alone.
 policy()
 {
 	as_root sh -s "$1" $$ <<-'EOF'
@@ -129,7 +129,7 @@ apt()
 	    apt-get -q -y -o DPkg::Lock::Timeout=300 "$@" </dev/null
 }
 
-# boot_units: what the next boot starts of the servers we may bring, one a line
+# boot_units: prints the servers of ours that the next boot starts, one per line
 boot_units()
 {
 	find /etc/systemd/system /etc/rc?.d -type l 2>/dev/null |
@@ -160,10 +160,10 @@ apt_politely()
 	fi
 	if ! apt_install "$@"; then
 		[ -z "$lists" ] || apt update || :
-		# one by one, so that one that is not to be had costs only itself
+		# one by one, so that a package that cannot be installed does not affect others
 		apt_install "$@" || for p do apt_install "$p" || :; done
 	fi
-	# What we brought is for the tests and does not start at boot either.
+	# The servers that we installed are for the tests.  They do not start at boot.
 	for unit in $(boot_units); do
 		case "
 $before
@@ -187,9 +187,9 @@ apk_add()
 	    for p do as_root apk add --no-cache "$p" || :; done
 }
 
-# install_missing LOGFILE WHAT...: says what it installs.  $INSTALLED is then the
-# list of the packages, $MISSING of what could not be had, $OFF of the services
-# that came and are not started.
+# install_missing LOGFILE WHAT...: installs what is missing and says so.  Then
+# $INSTALLED lists the packages, $MISSING what could not be installed, and $OFF
+# the services of these packages, which are not started.
 install_missing()
 {
 	log=$1 INSTALLED='' OFF=''

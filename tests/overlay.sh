@@ -1,13 +1,14 @@
 #!/bin/sh
 # usage: tests/overlay.sh PACKAGE... -- COMMAND [ARGUMENT...]
 #
-# Runs a command, as root, on a copy of this machine that has more packages:
-# in a private mount namespace, an overlay over / with all changes on a tmpfs,
-# the packages installed inside.  For what may not be installed here, another
-# MTA above all.  Nothing outside is touched; /tmp and the working directory
-# are the real ones; the network is shared.
+# Runs a command, as root, on a copy of this machine that has more packages.  The
+# copy is an overlay over / in a private mount namespace.  It keeps all changes on
+# a tmpfs, and the packages are installed in it.  This is for packages that must
+# not be installed here, above all another MTA.  Nothing outside is changed.  /tmp
+# and the working directory are the real ones, and the network is shared.
 #
-# Exit status 77 and a reason where that cannot be; else the command's.
+# The exit status is that of the command, or 77 with a reason if there can be no
+# overlay.
 
 set -eu
 no() { echo "overlay: $*" >&2; exit 77; }
@@ -17,7 +18,7 @@ if [ "${1-}" != --inside ]; then
 	command -v unshare >/dev/null || no "no unshare here"
 	kill=
 	if unshare --help 2>&1 | grep -q kill-child; then kill=--kill-child; fi
-	# -p: whatever the command leaves running ends with it
+	# -p: all that the command leaves running ends with it
 	unshare -m -p -f true 2>/dev/null ||
 	    no "no private mount and pid namespace to be had"
 	dir=$(mktemp -d /tmp/clamsmtpd-overlay.XXXXXX)
@@ -37,7 +38,7 @@ while [ "$1" != -- ]; do
 done
 shift
 
-# layer DIRECTORY: an overlay over it, in its place under the new root
+# layer DIRECTORY: mounts an overlay over it at its place under the new root
 layers=0
 layer()
 {
@@ -52,13 +53,13 @@ mkdir "$dir/root"
 layer /
 while read -r _ where _; do
 	case $where in
-	# a file bound over another, as containers have them, is no directory
+	# Skip a file that is bound over another, as containers have them.
 	/usr | /usr/* | /var | /var/* | /etc | /etc/* | /opt | /opt/*)
 		[ ! -d "$where" ] || layer "$where" ;;
 	esac
 done </proc/self/mounts
 for f in resolv.conf hosts hostname; do
-	# these are bound over or linked to /run in many places
+	# In many places these are bound over, or linked to /run.
 	[ -e "/etc/$f" ] || continue
 	rm -f "$dir/root/etc/$f"
 	cat "/etc/$f" >"$dir/root/etc/$f"
@@ -67,7 +68,7 @@ mount -t proc proc "$dir/root/proc"
 mount -o rbind /sys "$dir/root/sys"
 mount -o rbind /dev "$dir/root/dev"
 [ -e "$dir/root/etc/hosts" ] || echo 127.0.0.1 localhost >"$dir/root/etc/hosts"
-# An empty /run: the scripts of the packages find no init to talk to.
+# With an empty /run the scripts of the packages find no init to talk to.
 mount -t tmpfs -o mode=755 tmpfs "$dir/root/run"
 mkdir -p "$dir/root/run/lock"
 mount -o bind /tmp "$dir/root/tmp"
@@ -81,7 +82,7 @@ done
 rm -f "$dir/root/usr/sbin/policy-rc.d"
 printf '#!/bin/sh\nexit 101\n' >"$dir/root/usr/sbin/policy-rc.d"
 chmod 755 "$dir/root/usr/sbin/policy-rc.d"
-# An index of all manual pages, which nobody reads here, takes longest.
+# The index of all manual pages takes longest, and is not needed here.
 rm -f "$dir/root/var/lib/man-db/auto-update"
 
 # shellcheck disable=SC2016

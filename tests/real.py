@@ -1,5 +1,5 @@
-"""Real programs around the daemon: a clamd with a database of its own, mail to
-show it, and a Postfix.  Python's standard library only."""
+"""Real programs around the daemon: a clamd with a database of its own, mail for it
+to scan, and a Postfix.  This module needs only Python's standard library."""
 
 import base64
 import ctypes
@@ -19,7 +19,7 @@ import zipfile
 
 from harness import TOP, Client, Failed, WAIT, connect, hold_port, until
 
-# In two parts, or a scanner would find this file.
+# Written in two parts, since a scanner would find this file otherwise.
 EICAR = (rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$EICAR-STANDARD-"
          rb"ANTIVIRUS-TEST-FILE!$H+H*")
 EICAR_NAME = "Test.Eicar.UNOFFICIAL"
@@ -46,7 +46,7 @@ def find(program):
 
 
 def public_directory(prefix):
-    """A directory other users can enter (pytest's own cannot be)."""
+    """A directory that other users can enter.  They cannot enter pytest's own."""
     path = tempfile.mkdtemp(prefix="clamsmtpd-" + prefix + ".")
     os.chmod(path, 0o755)
     return path
@@ -57,8 +57,8 @@ SIGNATURES_AT = 1763800000
 
 
 def write_database(path):
-    """Write a daily database, without a digital signature (.cud).  Version and time
-    of the signatures are those of this file."""
+    """Write a daily database without a digital signature (.cud).  clamd takes the
+    version and the time of its signatures from this file."""
     head = b"ClamAV-VDB:22 Nov 2025 08-26 +0000:%d:1:90:X:X:clamsmtpd:%d" % (
         SIGNATURES, SIGNATURES_AT)
     signature = b"Test.Daily:0:*:%s\n" % b"clamsmtpd-daily-test".hex().encode()
@@ -104,12 +104,12 @@ class RealClamd:
             DatabaseDirectory=database, LocalSocket=self.path,
             LocalSocketMode="666", FixStaleSocket="yes", Foreground="yes",
             TCPAddr="127.0.0.1", TCPSocket=port, TemporaryDirectory=self.dir,
-            # one of clamav-testfiles is as deep as the default allows, and a
-            # mail around it is deeper
+            # One of clamav-testfiles is as deep as the default allows, and the
+            # mail that contains it is deeper.
             MaxRecursion="60", MaxThreads="20", SelfCheck="0")
         self.settings.update(settings)
-        # The AppArmor profile some systems have would not let it in here; it
-        # goes by the program's path.
+        # The AppArmor profile of some systems forbids clamd this directory.  The
+        # profile applies to the program's path, so we run a copy.
         self.program = os.path.join(self.dir, "clamd")
         shutil.copy(find("clamd"), self.program)
         if self.user:
@@ -149,7 +149,7 @@ class RealClamd:
             return sock.makefile("rb").read()
 
     def scan(self, data):
-        """What it says of these bytes, asked directly."""
+        """Send these bytes to clamd directly; return its answer."""
         answer = self.ask(self.path, b"zINSTREAM\0" + struct.pack(
             "!I", len(data)) + data + bytes(4))
         return answer.rstrip(b"\0").decode()
@@ -158,7 +158,7 @@ class RealClamd:
         return self.ask(self.path, b"zSCAN %s\0" % path.encode()).decode()
 
     def kill(self):
-        """Gone at once, its socket left behind."""
+        """Kill clamd at once.  Its socket is left behind."""
         self.process.kill()
         self.process.wait()
 
@@ -188,7 +188,7 @@ def encoded(data):
 
 
 def attached(data, name="file.bin", headers=HEADERS):
-    """A mail with this as a base64 attachment."""
+    """A mail that has this data as a base64 attachment."""
     return headers + (
         b"MIME-Version: 1.0\r\n"
         b'Content-Type: multipart/mixed; boundary="=-parts"\r\n\r\n'
@@ -219,30 +219,30 @@ EXAMPLES = os.path.join(TOP, "docs/examples")
 
 
 def example(path, table):
-    """A file of docs/examples as it is there, with what the table says put in
-    place of its ports, paths and users."""
+    """The text of a file of docs/examples.  Only its ports, paths and users are
+    replaced, as the table says."""
     with open(os.path.join(EXAMPLES, path)) as file:
         text = file.read()
     return re.sub("|".join(map(re.escape, table)), lambda m: table[m[0]], text)
 
 
 def start_example(site, recipe, ports, listeners=1, binary=None, **settings):
-    """The daemon as the recipe has it, with these settings besides; the site
-    must be one for all users."""
+    """Start the daemon with the configuration of the recipe and these settings.  The
+    site must be open to other users (open_site)."""
     if "ClamAddress" not in settings:
         settings["ClamAddress"] = site.clamd.address
     table = dict(ports, **{"User: clamsmtp": "User: nobody",
                            "/var/spool/clamsmtp": site.spool})
     return site.start(
         config=example(recipe + "/clamsmtpd.conf", table),
-        Listen=[None] * listeners,      # so many are waited for
+        Listen=[None] * listeners,      # start() waits for so many
         OutAddress=None, ClamAddress=None, binary=binary,
         env={"CLAMSMTPD_" + name.upper(): value
              for name, value in settings.items()})
 
 
 def quarantined(site):
-    """The one virus that is kept."""
+    """The path of the one quarantine copy."""
     line, = site.daemon.wait_log("quarantined virus file as: ")
     name = os.path.basename(line.rpartition(": ")[2])
     site.daemon.allowed.add(name)
@@ -250,7 +250,7 @@ def quarantined(site):
 
 
 def speak(site, address, source=None):
-    """A client that talks to a mail server itself."""
+    """A client that is connected to a mail server directly and has sent EHLO."""
     client = Client(address, source)
     site.clients.append(client)
     client.expect("220")
@@ -263,7 +263,8 @@ def titled(name, attachment=b"harmless"):
 
 
 def insist(action, condition, what):
-    """Do it again and again until it has helped: once may be too early."""
+    """Repeat the action until the condition is true: the first time may be too
+    early."""
     def helped():
         action()
         try:
@@ -274,9 +275,10 @@ def insist(action, condition, what):
 
 
 def behind_a_queue(site, clamd, server):
-    """What a recipe behind a queue owes, from a client of the mail server to
-    where that delivers: a clean mail arrives, scanned once; a virus goes nowhere,
-    and nobody is told; mail waits for clamd; there are no bounces and no loops.
+    """Check a recipe for a filter after the queue, from a client of the mail server
+    to the mailbox.  A clean mail arrives and is scanned once.  A virus is not
+    delivered, and no sender or recipient gets a message about it.  Mail waits while
+    clamd is down.  There are no bounces and no loops.
     """
     def send(mail):
         client = speak(site, server.address("smtp"))
@@ -319,7 +321,7 @@ def behind_a_queue(site, clamd, server):
 
 
 def unix(data):
-    """As mail servers store it."""
+    """Text with LF line ends, as mail servers store it."""
     return data.replace(b"\r\n", b"\n")
 
 
@@ -354,7 +356,7 @@ virtual_gid_maps = static:{gid}
 message_size_limit = 20480000
 """
 
-# What master runs of itself.
+# The services that master itself needs.
 MASTER = """
 pickup unix n - n 1 1 pickup
 cleanup unix n - n - 0 cleanup
@@ -379,8 +381,9 @@ tlsmgr unix - - n 1000? 1 tlsmgr
 postlog unix-dgram n - n - 1 postlogd -o max_idle=1d -o max_use=1000000
 """
 
-# Besides the services of a recipe: "smtp" for clients, where the recipe has none
-# for them, and "other", which takes XCLIENT, or filters without speed_adjust.
+# These are added to the services of a recipe: "smtp" for clients, if the recipe has
+# no such service, and "other", which accepts XCLIENT or filters without
+# speed_adjust.
 BESIDES = {"postfix-after-queue": """
 127.0.0.1:{smtp} inet n - n - - smtpd
 127.0.0.1:{other} inet n - n - - smtpd
@@ -394,13 +397,14 @@ BESIDES = {"postfix-after-queue": """
 
 
 class Postfix:
-    """With a recipe; `more' is for main.cf, `table' for example()."""
+    """A Postfix with a recipe.  `more' is added to main.cf; `table' is for
+    example()."""
 
     def __init__(self, recipe="postfix-after-queue", more="", table=()):
         self.recipe, self.more, self.table = recipe, more, dict(table)
         self.dir = public_directory("postfix")
-        # When we are gone: master changes its user now and then, and with that
-        # it forgets die_with_us().
+        # This shell ends Postfix after we have died.  die_with_us() does not last,
+        # since it is lost whenever master changes its user.
         self.watch = subprocess.Popen(
             ["sh", "-c", 'while read -r p; do pid=$p; done; kill -KILL "-$pid";'
              'rm -rf "$1"', "sh", self.dir],
@@ -430,7 +434,7 @@ class Postfix:
         self.start()
 
     def configure(self):
-        """What the recipe says stands behind what any Postfix has."""
+        """Write the configuration: what any Postfix has, then the recipe."""
         nobody, port = user("nobody"), self.port
         self.ports = {"10025": str(port["filter"]), "10026": str(port["back"]),
                       "smtp      inet": "127.0.0.1:%d inet" % port["smtp"]}
@@ -491,7 +495,7 @@ class Postfix:
                 failed, self.text()[-3000:])) from None
 
     def delivered(self):
-        """Files of mail that have reached the mailbox, as (headers, body)."""
+        """The mails that have reached the mailbox, as (headers, body)."""
         found = []
         for path in sorted(glob.glob(self.mail + "/box/new/*")):
             with open(path, "rb") as file:

@@ -1,12 +1,12 @@
-"""Vectors of SMTP smuggling, slow and obvious models of what servers make of
-them, and hostile text.  No socket is used here."""
+"""Vectors of SMTP smuggling, slow and simple models of how servers read them, and
+hostile text.  This module uses no socket."""
 
 import itertools
 import re
 
 from harness import shown, stuff
 
-# What some server somewhere has taken for the end of a line.
+# Byte strings that some server has taken for the end of a line.
 ENDS = {
     "CRLF": b"\r\n", "LF": b"\n", "CR": b"\r", "CRCRLF": b"\r\r\n",
     "LFCR": b"\n\r", "CRNULLF": b"\r\0\n", "NULCRLF": b"\0\r\n",
@@ -15,7 +15,7 @@ ENDS = {
 PAIRS = list(itertools.product(ENDS, ENDS))
 
 HEAD = b"Subject: first\r\n\r\ntext"
-# The dot in a header, and on the very first line.
+# With these the dot is in the header, or on the very first line.
 OTHER_HEADS = (b"Subject: first", b"")
 OTHER_DOTS = (b"..", b"\0.", b".\0", b".\0.", b"\0..\0")
 NOTHING = b""
@@ -25,38 +25,38 @@ TAILS = (NOTHING, SECOND)
 
 
 class Vector:
-    """A body with something like an end of data in it.  The last line has no
-    line end yet: who sends it as DATA adds CRLF.CRLF."""
+    """A body that contains something like an end of data.  Its last line has no line
+    end: a test that sends it with DATA adds CRLF.CRLF."""
 
     def __init__(self, before, after, tail=NOTHING, dot=b".", head=HEAD):
         self.name = "%s %r %s in %r%s" % (before, dot, after, head[-8:],
                                           " with a second envelope" * bool(tail))
         self.head, self.middle = head, dot
-        self.start = len(head)                  # of what is between head ...
+        self.start = len(head)                  # where the end of data begins
         between = ENDS[before] + dot + ENDS[after]
         self.dot = self.start + len(ENDS[before])
         self.behind = self.dot + len(dot)
-        self.end = self.start + len(between)    # ... and tail
+        self.end = self.start + len(between)    # and where it ends
         self.body = head + between + tail
 
     def cuts(self):
-        """Eight ways of sending it in pieces: where the cuts are.  The last
-        one: byte by byte about the dot and at the end."""
+        """Eight ways to send the body in pieces, each as the offsets of its cuts.  The
+        last one sends single bytes around the dot and at the end."""
         return [(self.start,), (self.start + 1,), (self.dot,), (self.behind,),
                 (self.end - 1,), (self.end,), (self.dot, self.behind),
                 (*range(self.start, self.end + 2),
                  *range(len(self.body), len(self.body) + 5))]
 
     def all_cuts(self, everywhere):
-        """A cut at each place (about the dot, or everywhere up to the end of
-        data), and two cuts at any places about the dot."""
+        """One cut at each place around the dot (or everywhere, up to the end of data),
+        and two cuts at any two places around the dot."""
         places = range(max(1, self.start - 1), self.end + 2)
         ones = range(1, len(self.body) + 5) if everywhere else places
         return [(at,) for at in ones] + list(itertools.combinations(places, 2))
 
 
 def vectors(before, after):
-    """All the bodies for a pair of line ends."""
+    """All bodies for a pair of line ends."""
     for tail in TAILS:
         yield Vector(before, after, tail)
         for dot in OTHER_DOTS:
@@ -73,10 +73,10 @@ def pieces(data, cuts):
 # ------------------------------------------------- what must arrive
 
 def normal(body):
-    """The newline rules of the manual page, one line after the other."""
+    """A body after the newline rules of the manual page, applied line by line."""
     out = []
     lines = body.split(b"\n")
-    rest = lines.pop()              # no LF behind it
+    rest = lines.pop()              # has no LF at its end
     for line in lines:
         out.append(normal_line(line.rstrip(b"\r")) + b"\r\n")
     if rest:
@@ -85,8 +85,9 @@ def normal(body):
 
 
 def header_place(body, received=False):
-    """Where the daemon's header (if received, a Received: header) goes in a
-    normalised body, and what parts it from a text below: (offset, b"" or CRLF)."""
+    """The place of the daemon's header in a normalised body: (offset, separator).
+    The separator is CRLF if the header needs an empty line below it, else b"".
+    With received=True the header is a Received: header."""
     top = re.match(rb"(>*From [^\n]*\n)*", body).end()
     field = rb"[!-9;-~]+[ \t]*:[^\n]*\n([ \t][^\n]*\n)*(?![ \t])"
     head = re.compile(rb"(%s)*" % field).match(body, top)
@@ -101,10 +102,10 @@ def normal_line(line):
 
 
 def strict(stream):
-    """What a server that knows no line end of data but CRLF.CRLF answers to a
-    client, and the messages it takes: codes, [(sender, how, body)].  No newline
-    rules here.  And where a client has to wait for a reply before it goes on:
-    [(bytes of the stream up to there, codes up to there)]."""
+    """The model of a server that ends DATA only at CRLF.CRLF, without the newline
+    rules.  Returns three lists: the codes of its replies, the messages that it
+    accepts as (sender, how, body), and the places where a client has to wait for a
+    reply, as (bytes of the stream so far, codes so far)."""
     codes, messages, stops = [], [], []
     size_all = len(stream)
     sender = rcpts = chunks = None
@@ -157,8 +158,8 @@ LAX = [(a, b) for a in (b"\r\n", b"\n", b"\r") for b in (b"\r\n", b"\n", b"\r")]
 
 
 def behind(text, ends):
-    """What stands behind the first end of data, for who takes these for one:
-    pairs of what is before and behind the dot.  None: there is no end."""
+    """The text after the first end of data, or None if there is no end.  An end is a
+    dot between one of the pairs in `ends'."""
     found = []
     for before, after in ends:
         if text.startswith(b"." + after):
@@ -170,7 +171,7 @@ def behind(text, ends):
 
 
 def behind_line(text, is_end):
-    """The same for who reads lines, and looks at each."""
+    """The same for a server that reads lines and tests each with is_end()."""
     while text:
         line, _, text = text.partition(b"\n")
         if is_end(line):
@@ -196,7 +197,7 @@ def no_nul(text):
 
 BARE = [(b"\n", b"\n")]
 
-# Each gives what it takes for commands behind the first message.
+# Each returns the bytes after the first message, which it would read as commands.
 NEXT_HOPS = {
     "strict": lambda d: behind(d, [(b"\r\n", b"\r\n")]),
     "LF.LF": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\n", b"\n")]),
@@ -223,8 +224,8 @@ NEXT_HOPS = {
 
 
 def smuggled(wire):
-    """Who of them, given what the daemon sent behind 354 (with the dot), sees
-    anything but one message: {name: what follows it}."""
+    """The models that find more or less than one message in the bytes that the daemon
+    sent after 354, dot included: {name: the bytes after the first message}."""
     found = {}
     for name, hop in NEXT_HOPS.items():
         rest = hop(wire)
@@ -234,7 +235,7 @@ def smuggled(wire):
 
 
 def sent(body):
-    """How a body stands behind 354."""
+    """A body as it is sent after 354."""
     return stuff(body) + b".\r\n"
 
 
@@ -248,7 +249,8 @@ ATOMS = (b"\r\n", b"\r\n", b"\r\n", b"\r\n.", b"\r\n..", b"\r\n\r\n", b".", b"..
 
 
 def random_body(random, most=200000):
-    """1 to about so many bytes, small ones as likely as large ones; no end of data."""
+    """A body of 1 to about `most' bytes without an end of data.  Small sizes are as
+    likely as large ones."""
     size = int(most ** random.random())
     atoms = random.sample(ATOMS, random.randint(2, len(ATOMS)))
     mean = sum(map(len, atoms)) / len(atoms)
@@ -264,7 +266,7 @@ def random_body(random, most=200000):
 
 # ------------------------------------------------- hostile text
 
-# Neither NUL nor CR nor LF, which no command may have in it.
+# Without NUL, CR and LF, which no command may contain.
 CONTROLS = bytes(c for c in range(1, 32) if c not in b"\r\n") + b"\x7f"
 TEXTS = {
     "control characters": CONTROLS,

@@ -96,7 +96,7 @@ def test_action_patterns_first_match_counts(site, name, want):
 
 
 def test_action_pattern_of_many_stars_uses_no_cpu(site):
-    """PROMISE 5: no search that starts anew at each star."""
+    """PROMISE 5: the match does not start again at each star."""
     site.clamd.verdict = "a" * 150 + " FOUND"
     site.start(Action=["drop " + "*a" * 40 + "*b", "bounce"])
     client = site.session()
@@ -114,7 +114,7 @@ def test_action_patterns_without_a_default_line_leave_drop(site):
 
 @pytest.mark.core
 def test_next_hop_gone_while_a_virus_is_refused_changes_no_reply(site):
-    """RSET fails; the client's answer is still the verdict's."""
+    """RSET fails; the client still gets the reply of the verdict."""
     site.hop.on("RSET", CLOSE)
     site.start(Action="bounce")
     client = site.session()
@@ -195,7 +195,7 @@ def test_quarantine_large_message_is_copied_whole(site):
 @pytest.mark.core
 @pytest.mark.parametrize("action", ["drop", "bounce", "pass"])
 def test_quarantine_that_fails_gives_451(site, action):
-    """PROMISE 1: a virus that could not be kept as configured is not gone."""
+    """PROMISE 1: a virus that could not be kept as configured is not dropped."""
     hold = Hold(VIRUS + " FOUND")
     site.clamd.verdict = [hold]
     site.start(Action=action, Quarantine="on")
@@ -214,7 +214,7 @@ def test_quarantine_that_fails_gives_451(site, action):
 
 @pytest.fixture
 def start_halting(site, faulty_build):
-    """A daemon whose children halt when all is done but the copy's name."""
+    """Start a daemon whose children halt before the copy gets its name."""
     def start(**settings):
         site.start(Quarantine="on", binary=faulty_build, env={"FAULT": "link:1:0:-1"},
                    **settings)
@@ -233,7 +233,8 @@ def halted(site):
 
 @contextlib.contextmanager
 def copy_halted(site):
-    """Such a child goes on at the end of the block."""
+    """While the block runs, such a child has halted; it continues at the end of the
+    block."""
     pid, = until(lambda: halted(site), "a copy is made")
     try:
         yield
@@ -243,7 +244,8 @@ def copy_halted(site):
 
 
 def test_quarantine_copy_whose_client_is_gone_is_logged(site, start_halting):
-    """The client goes while the copy is made: no file without its line."""
+    """The client closes while the copy is made.  The copy has its line in the
+    log."""
     start_halting()
     client = site.session()
     client.begin(BAD + b".\r\n")
@@ -260,7 +262,8 @@ def test_quarantine_copy_whose_client_is_gone_is_logged(site, start_halting):
 
 @pytest.mark.parametrize("action", ["drop", "pass"])
 def test_client_gone_while_a_copy_is_made_ends_the_message(site, start_halting, action):
-    """The client sends the message again: no action, no verdict for this one."""
+    """The client sends the message again, so this one gets no action and no
+    verdict."""
     ran = site.path("ran")
     start_halting(Action=action, VirusAction=": >> " + ran)
     client = site.session()
@@ -278,7 +281,8 @@ def test_client_gone_while_a_copy_is_made_ends_the_message(site, start_halting, 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Quarantine: copy first")
 def test_daemon_end_while_a_copy_is_made_leaves_none(site, start_halting):
-    """The client heard no 2xx: it comes again, and so will the copy."""
+    """The client received no 2xx.  It sends the message again, and then a copy is
+    made."""
     start_halting()
     client = site.session()
     client.begin(BAD + b".\r\n")
@@ -293,7 +297,8 @@ def test_daemon_end_while_a_copy_is_made_leaves_none(site, start_halting):
 
 @pytest.mark.covers("clamsmtpd.conf.5 TimeOut")
 def test_copy_that_takes_longer_than_time_out_is_killed(site, start_halting):
-    """A child that never goes on has TimeOut, and nothing of it is left."""
+    """A child that never continues is killed after TimeOut, and none of its files
+    is left."""
     start_halting(TimeOut="1")
     client = site.session()
     client.begin(BAD + b".\r\n")
@@ -308,7 +313,7 @@ COPIES = 8                  # at once
 
 
 def test_copies_more_than_eight_wait(site, faulty_build):
-    """PROMISE 6: so many children make copies; the others begin after those."""
+    """PROMISE 6: eight children make copies; the others start after those."""
     site.start(Quarantine="on", binary=faulty_build, env={"FAULT": "link:1:1:-1"})
     clients = [site.session() for _ in range(COPIES + 3)]
     for i, client in enumerate(clients):    # the last one is to wait
@@ -349,7 +354,7 @@ def test_copy_that_waits_longer_than_time_out_is_451(site, faulty_clock):
 
 
 def test_copies_are_counted_in_the_limit_of_descriptors(site):
-    """Each of their pipes takes a descriptor of the daemon's."""
+    """The pipe of each copy takes one of the daemon's descriptors."""
     def needed(**settings):
         daemon = site.refused(MaxConnections="65535", preexec=lambda: (
             resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)),
@@ -362,7 +367,7 @@ def test_copies_are_counted_in_the_limit_of_descriptors(site):
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP],
                          ids=errno.errorcode.get)
 def test_quarantine_without_link_makes_the_same_copy(site, faulty_build, error):
-    """A file system without hard links (FAT, some FUSE) serves as well."""
+    """A file system without hard links (FAT, some FUSE) works as well."""
     site.start(Quarantine="on", binary=faulty_build,
                env={"FAULT": "link:1:1:%d" % error})
     site.session().mail(body=BAD, want="250 2.0.0 Virus Detected")
@@ -376,7 +381,7 @@ def test_quarantine_without_link_makes_the_same_copy(site, faulty_build, error):
 
 
 def test_quarantine_without_link_killed_halfway_leaves_nothing(site, faulty_build):
-    """PROMISE 7: the empty file that has the copy's name then goes as well."""
+    """PROMISE 7: the empty file that has the copy's name is removed as well."""
     site.start(Quarantine="on", TimeOut="1", binary=faulty_build,
                env={"FAULT": "link:1:1:1 rename:1:0:-1"})
     client = site.session()
@@ -403,7 +408,7 @@ def test_quarantine_killed_between_link_and_unlink_leaves_nothing(
 
 
 def test_directory_without_fsync_is_good_enough_for_a_copy(site, faulty_build):
-    """EINVAL is what some network file systems say to fsync(2) of a directory."""
+    """On some network file systems fsync(2) of a directory fails with EINVAL."""
     site.start(Quarantine="on", binary=faulty_build,
                env={"FAULT": "fsync:2:0:%d" % errno.EINVAL})
     site.session().mail(body=BAD, want="250 2.0.0 Virus Detected")
@@ -421,7 +426,7 @@ def test_directory_without_fsync_is_good_enough_for_a_copy(site, faulty_build):
     ("pipe2:2:0:24", "No file descriptors available|Too many open files"),
     ("fork:1:0:11", "Resource temporarily unavailable")])
 def test_quarantine_that_fails_logs_the_reason(site, faulty_build, fault, why):
-    """Whatever fails, the log has its error and nothing is left."""
+    """The log has the error of each failure, and no file is left."""
     site.start(Quarantine="on", binary=faulty_build, env={"FAULT": fault})
     site.session().mail(body=LARGE + EICAR + b"\r\n",
                         want="451 4.3.0 Local Error")
@@ -434,7 +439,8 @@ def test_quarantine_that_fails_logs_the_reason(site, faulty_build, fault, why):
                                           ("bounce", "550 5.7.1 Virus")])
 def test_virus_reply_is_sent_whatever_the_next_hop_says(
         site, action, want, farewell):
-    """Else it is sent again, and kept again, for ever."""
+    """Without it the client would send the message again for ever, and each one
+    would be kept."""
     noop, verdict = Hold(farewell), Hold(VIRUS + " FOUND")
     site.hop.on("NOOP", [noop])
     site.clamd.verdict = [verdict]
@@ -477,7 +483,7 @@ def test_next_hop_gone_while_a_copy_is_made_changes_no_reply(
     "clamsmtpd.8 DIAGNOSTICS: message will be refused: ...")
 @pytest.mark.core
 def test_spool_that_cannot_be_made_gives_the_error_at_the_dot(site):
-    """The body is never taken for commands."""
+    """The body is never read as commands."""
     site.start()
     client = site.session()
     client.envelope()
@@ -557,7 +563,7 @@ def test_action_sender_is_bare_text(site, command, name, want):
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: printable")
 def test_action_variables_have_no_control_characters(site):
-    """PROMISE 8."""
+    """PROMISE 8: control characters of the client reach no variable."""
     result = environment(site)
     site.clamd.verdict = b"stream: Evil \x07X=y\x1b FOUND\0"
     client = site.session()
@@ -603,7 +609,8 @@ def test_action_runs_whatever_the_action_setting(site, action):
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: descriptors and process group")
 @pytest.mark.core
 def test_action_descriptors_signals_and_group(site):
-    """A child of ours starts like one of init's."""
+    """An action starts with the same descriptors, signals and group as a child of
+    init."""
     out = site.path("out")
     site.start(VirusAction=finish_file("ls -l /proc/self/fd; cat /proc/self/status "
                                        "/proc/self/stat", out))
@@ -665,7 +672,8 @@ def test_actions_more_than_eight_wait(site):
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: 8 run, 64 wait")
 def test_actions_more_than_sixty_four_waiting_are_logged_and_not_run(site):
-    """PROMISE 6.  Eight run; who finds the rest waiting is told of in the log."""
+    """PROMISE 6: eight actions run and 64 wait.  The log has a line for each
+    further one."""
     go, out = site.path("go"), site.path("out")
     site.start(VirusAction="while [ ! -e %s ]; do sleep 0.05; done; echo e >> %s"
                % (go, out))
@@ -698,7 +706,8 @@ def test_action_at_time_out_gets_sigterm_with_its_group(site, clock):
                                      "(trap '' TERM; sleep 1000) & {}; wait"],
                          ids=["it", "its child"])
 def test_action_that_ignores_sigterm_is_killed_with_its_group(site, clock, ignores):
-    """Five seconds later; a child that stays behind its parent at once."""
+    """SIGKILL follows five seconds later.  A child that outlives its parent gets it
+    at once."""
     started = site.path("started")
     site.start(VirusAction=ignores.format(": > " + started), **clock.settings())
     site.session().mail(body=BAD, want="250 2.0.0 Virus")
@@ -718,7 +727,8 @@ def test_action_that_ignores_sigterm_is_killed_with_its_group(site, clock, ignor
     "head -c 9000000 /dev/zero >&2", "cat", "(trap '' TERM; sleep 0.1 &)",
 ])
 def test_action_children_are_reaped_and_delay_nobody(site, command):
-    """As process 1 of a container the daemon inherits what they leave."""
+    """As process 1 of a container, the daemon inherits the children that an action
+    leaves."""
     libc = ctypes.CDLL(None)
     ran = site.path("ran")
     site.start(VirusAction="echo x >> %s; %s" % (ran, command),
@@ -738,7 +748,7 @@ def test_action_children_are_reaped_and_delay_nobody(site, command):
     ("/no/such/program; exit 77", "exit status 77"), ("kill -9 $$", "killed by signal 9"),
     ("exit 3 # \u20ac", "exit status 3")], ids=str)
 def test_action_that_fails_is_named_in_the_log(site, command, why):
-    """The log has the command, of which there may be several over time."""
+    """The log has the command, since it may change over time."""
     site.start(VirusAction=command)
     client = site.session()
     client.mail(body=BAD, want="250 2.0.0 Virus")
@@ -751,7 +761,7 @@ def test_action_that_fails_is_named_in_the_log(site, command, why):
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: nothing left behind",
     "clamsmtpd.8 VIRUS ACTIONS: end of the daemon")
 def test_action_still_running_at_the_end_is_killed(site, clock):
-    """It has the eight seconds that the messages have."""
+    """At the end an action has eight seconds, as messages have."""
     started = site.path("started")
     site.start(VirusAction=": > %s; sleep 1000" % started, **clock.settings())
     client = site.session()
@@ -771,7 +781,8 @@ def test_action_still_running_at_the_end_is_killed(site, clock):
 @pytest.mark.covers("clamsmtpd.8 LOGGING: to=...",
     "clamsmtpd.8 VIRUS ACTIONS: RECIPIENTS")
 def test_action_recipients_too_many_are_cut_after_a_whole_one(site):
-    """PROMISE 6: of a variable the kernel takes 128 KiB.  And it says so."""
+    """PROMISE 6: the kernel accepts 128 KiB in a variable.  The log says that
+    RECIPIENTS was cut."""
     result = environment(site, level=3)
     rcpts = ["recipient%05d@example.com" % i for i in range(10000)]
     client = site.session()

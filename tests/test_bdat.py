@@ -9,7 +9,7 @@ BODY = b"Subject: x\r\n\r\nLine one\r\n.line two\r\n.\r\nlast\r\n"
 
 
 def with_header(body):
-    """Where the usual header goes in these bodies."""
+    """A body with the usual header at its place."""
     head, sep, rest = body.partition(b"\r\n\r\n")
     return head + b"\r\n" + HEADER + b"\r\n" + rest
 
@@ -52,7 +52,7 @@ def test_any_split_arrives_as_one_bdat_last(site, chunky, chunks):
 
 
 def test_bdat_message_ending_in_a_folded_header_gets_ours_before_it(site, chunky):
-    """Ours goes before that header, not into it."""
+    """Our header comes before that header, not inside it."""
     send_chunks(chunky, [b"A: b\r\nC: d\r\n e"])
     same(site.hop.messages[0].body, b"A: b\r\n" + HEADER + b"C: d\r\n e")
 
@@ -63,7 +63,7 @@ def test_bdat_message_ending_in_a_folded_header_gets_ours_before_it(site, chunky
     (b"From a\r\n", b""), (b"", b"From a"),
 ])
 def test_header_of_chunks_stands_below_mbox_lines(site, chunky, before, after):
-    """The octets that BDAT announces are those that follow."""
+    """BDAT announces as many octets as follow."""
     send_chunks(chunky, [before[:3], before[3:] + after])
     message, = site.hop.messages
     same(message.body, before + HEADER + after)
@@ -232,7 +232,7 @@ def test_bdat_unreadable_size_is_501_and_ends_the_session(site, chunky, size):
 
 
 def test_bdat_after_one_without_recipients_is_delivered(site, chunky):
-    """A chunk that was discarded leaves nothing that fails the next message."""
+    """A discarded chunk leaves no state that makes the next message fail."""
     chunky.chunk(b"discarded", last=True)
     chunky.expect("503 5.5.1")
     send_chunks(chunky, [BODY], "250 2.0.0 queued as 4711")
@@ -304,8 +304,8 @@ def test_bdat_and_data_in_one_session_both_arrive(site, chunky):
 
 
 def test_bdat_commands_read_with_the_last_octets_are_all_answered(site):
-    """A read takes 128 KiB of a body.  What follows the body in it is more than
-    another buffer holds."""
+    """A read of a body takes 128 KiB.  The commands after the body in it are more
+    than another buffer holds."""
     site.hop = site.new_hop(chunking=True)
     site.start(Listen=site.path("in.sock"))
     client = site.session()
@@ -383,7 +383,8 @@ def test_bdat_refused_by_the_next_hop_is_relayed(site, chunky):
 @pytest.mark.parametrize("reply", [b"250 ok\r\n250 ok\r\n",
                                    b"250 ok\r\n250-ok\r\n250 ok\r\n"])
 def test_bdat_unexpected_reply_is_not_that_of_the_message(site, chunky, reply):
-    """PROMISE 1: what the next hop says unasked is no answer to a chunk."""
+    """PROMISE 1: an unexpected reply of the next hop is not the reply to a
+    chunk."""
     site.hop.on("RCPT", [reply])
     chunky.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
                 b"BDAT %d LAST\r\n" % len(BODY) + BODY)
@@ -393,7 +394,7 @@ def test_bdat_unexpected_reply_is_not_that_of_the_message(site, chunky, reply):
 
 
 def test_bdat_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):
-    """Its reply is not taken for another one, nor another one for it."""
+    """The replies to the NOOP and to the chunk are not confused."""
     noop = Hold()
     site.hop = site.new_hop(chunking=True)
     site.hop.on("NOOP", [noop])
@@ -429,7 +430,8 @@ def test_keepalives_while_chunks_are_scanned_are_sent(site):
 
 
 def test_keepalives_between_many_small_chunks_are_sent(site, clock):
-    """Each of them comes before a NOOP would be due if it were the first."""
+    """Each chunk comes before the time at which a NOOP would be due if it were the
+    first."""
     site.hop = site.new_hop(chunking=True)
     site.start(KeepAlives="60", **clock.settings())
     client = site.session()
@@ -457,7 +459,7 @@ def test_client_gone_between_chunks_delivers_nothing(site, chunky, how):
 
 @pytest.mark.parametrize("how", ["half_close", "close"])
 def test_eof_at_once_after_the_last_chunk_is_served(site, chunky, how):
-    """A device that waits for nothing has its mail delivered."""
+    """The mail of a device that waits for no reply is delivered."""
     chunky.envelope()
     chunky.chunk(BODY, last=True)
     getattr(chunky, how)()

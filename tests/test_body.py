@@ -20,11 +20,7 @@ NEAR = range(-3, 4)
 
 
 def model(wire):
-    """What must arrive for the bytes a client sent behind 354 (up to the dot).
-
-    First what a strict server would store: lines end in CRLF, a dot at the
-    start of one is taken away.  Then the newline rules of the manual page.
-    """
+    """What must arrive for the bytes a client sent after 354 (up to the dot)."""
     return vectors.normal(unstuff(wire))
 
 
@@ -82,7 +78,7 @@ def test_body_sizes_around_buffers_byte_by_byte_arrive(site, plain, size):
 
 @pytest.mark.parametrize("size", [4096, 8192, 16384, 32768, 65536])
 def test_body_dot_lines_at_each_position_arrive(site, plain, size):
-    """The body, stuffed: a line that begins with a dot at each offset."""
+    """A stuffed body has a line that begins with a dot at each offset."""
     for delta in range(-6, 7):
         for dots in (b"\r\n.\r\n", b"\r\n..\r\n", b"\r\n.x\r\n"):
             head = text(size + delta, delta)[:-2]
@@ -160,7 +156,8 @@ def test_body_large_takes_no_memory(site, plain):
 
 
 def test_body_read_in_large_pieces_takes_memory_only_then(site):
-    """An idle daemon returns what a read of 128 KiB needs and others do not."""
+    """An idle daemon frees the memory that a read of 128 KiB needs and other reads
+    do not."""
     site.start(Listen=site.path("in.sock"))
     client = site.session()
     client.mail(body=text(2000))
@@ -178,7 +175,8 @@ def test_body_read_in_large_pieces_takes_memory_only_then(site):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: 16 MiB")
 def test_body_bytes_held_back_have_a_limit(site, plain):
-    """PROMISE 5: it is a number until it is written, and then all at once."""
+    """PROMISE 5: NULs and CRs that are held back are only counted, and later
+    written all at once."""
     for byte in (b"\0", b"\r"):
         plain.begin(b"Subject: x\r\n\r\n")
         for _ in range(20):
@@ -192,7 +190,7 @@ def test_body_bytes_held_back_have_a_limit(site, plain):
 
 @pytest.mark.skipif("TEST_QEMU" in os.environ, reason="CPU time is qemu's, too")
 def test_body_of_bare_crs_costs_no_more_than_other_bytes(site, plain):
-    """PROMISE 5: no search for a line's end is done twice."""
+    """PROMISE 5: no byte is searched twice for the end of a line."""
     def cost(body):
         before = site.daemon.ticks()
         relay(site, plain, body)
@@ -245,7 +243,7 @@ def test_body_newlines_are_changed_by_the_rules(site, plain, wire, want):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: end of data")
 def test_body_ends_at_crlf_dot_crlf(site, plain):
-    """The second envelope is then a second message, and answered as one."""
+    """The second envelope is a second message, and gets its own replies."""
     envelope, data, body = vectors.SECOND.partition(b"DATA\r\n")
     plain.begin(b"Subject: first\r\n\r\nfirst\r\n.\r\n" + envelope + data)
     for want in ("250 2.0.0", "250 2.1.0", "250 2.1.5", "354"):
@@ -259,7 +257,7 @@ def test_body_ends_at_crlf_dot_crlf(site, plain):
 
 
 def test_body_end_of_data_split_anywhere_ends_it(site, plain):
-    """The end in two packets, cut at each place."""
+    """The end of data comes in two packets, cut at each place."""
     end = b"x\r\n..\r\n.y\r\n.\r\n"
     for cut in range(len(end) + 1):
         plain.begin(b"Subject: x\r\n\r\n" + end[:cut])
@@ -324,7 +322,8 @@ def test_header_stands_at_the_end_of_the_header_section(site, head, rest, drip):
                                   b" One: 1\r\nTwo: 2\r\n\r\nthree\r\n"])
 @pytest.mark.parametrize("header", [b"X-Test: yes\r\n", b"Received: yes\r\n", b""])
 def test_first_line_with_a_blank_in_front_stays_text(site, header, text, mbox):
-    """An empty line parts it from our header, which it would continue."""
+    """An empty line separates it from our header, which it would otherwise
+    continue."""
     site.start(Header=header[:-2].decode())
     client = site.session()
     message = relay_with_header(site, client, mbox + text)
@@ -333,7 +332,7 @@ def test_first_line_with_a_blank_in_front_stays_text(site, header, text, mbox):
 
 
 def test_first_line_with_a_blank_in_front_stays_text_below_a_virus_header(site):
-    """What Action: pass adds is parted from the text like Header."""
+    """The header of Action: pass is separated from the text as Header is."""
     site.start(Action="pass")
     client = site.session()
     message = relay_with_header(site, client, b"  EICAR\r\n")
@@ -345,7 +344,7 @@ def test_first_line_with_a_blank_in_front_stays_text_below_a_virus_header(site):
     (".X: y", b".X: y\r\n"), (r"X: y\r\n..Z: .w\r\n\t.", b"X: y\r\n..Z: .w\r\n\t.\r\n"),
 ])
 def test_dot_at_the_start_of_a_header_line_is_stuffed(site, header, want):
-    """The next hop takes off one dot of each line that begins with one."""
+    """The next hop removes one dot from each line that begins with one."""
     site.start(Header=header)
     client = site.session()
     message = relay_with_header(site, client, b"A: b\r\n\r\n..c\r\n")
@@ -377,7 +376,7 @@ def test_header_received_stands_on_top(site, body):
                                   b">From a\r\n>>From b\r\n"])
 @pytest.mark.parametrize("rest", [b"", b"A: b\r\n\r\nc\r\n", b"text only\r\n"])
 def test_header_received_stands_below_mbox_lines(site, mbox, rest):
-    """A From_ line that is not the first one would end the header section."""
+    """A From_ line that is not the first line would end the header section."""
     site.start(Header="Received: here")
     client = site.session()
     message = relay_with_header(site, client, mbox + rest)
@@ -423,7 +422,8 @@ def test_header_empty_adds_none(site, plain):
 
 
 def test_header_long_arrives_whole(site):
-    """Its dates filled in, it is some times as long as it was written."""
+    """With its dates filled in, the header is several times as long as in the
+    file."""
     site.start(Header="X-Long: " + "%d;" * 120)
     client = site.session()
     client.mail(body=b"A: b\r\n\r\nx\r\n")

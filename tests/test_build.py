@@ -57,7 +57,7 @@ def test_flags_given_are_used(given):
 
 
 def test_paths_in_the_environment_are_used(built, tmp_path):
-    """PREFIX and SYSCONFDIR of the environment are those of the installation."""
+    """The installation uses PREFIX and SYSCONFDIR of the environment."""
     env = {"PREFIX": "/opt/filter", "SYSCONFDIR": "/opt/etc"}
     assert "-DCONFFILE='\"/opt/etc/clamsmtpd.conf\"'" in sh("make -n -B", env=env)
     sh('make -s install DESTDIR="$1"', tmp_path, env=env, cwd=built)
@@ -162,8 +162,9 @@ def test_calls_between_source_files_run_downwards(sources):
 
 
 def test_mutations_change_a_text_of_the_sources():
-    """Each entry of tests/mutants has a text that its file contains once, and
-    names tests that exist.  With a word that no entry has, it only checks."""
+    """Each entry of tests/mutants has a text that its file contains exactly once,
+    and names tests that exist.  With a word that no entry has, tests/mutants checks
+    only this."""
     done = subprocess.run([os.path.join(TOP, "tests", "mutants"), "-q", "no such word"],
                           capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout

@@ -27,7 +27,7 @@ def shell(text, *mounts, **env):
 
 @pytest.fixture
 def test_sh(tmp_path):
-    """test_sh(arguments, status, counts): a run in which make does nothing, nothing
+    """test_sh(arguments, status, counts): runs test.sh.  make does nothing, nothing
     is installed, and pytest ends with this status and these counts."""
     home = tmp_path / "home"
     (home / "tests").mkdir(parents=True)
@@ -111,8 +111,8 @@ def test_scratch_directory_is_not_mounted_noexec(mounts):
 
 @pytest.fixture
 def demo(tmp_path):
-    """demo(): a run after an installation of some-package with some-service; files of
-    tools/ come first in its PATH."""
+    """demo(): runs demo.sh after an installation of some-package with some-service.
+    Files of tools/ come first in its PATH."""
     home = tmp_path / "home"
     home.mkdir()
     (tmp_path / "tools").mkdir()
@@ -151,7 +151,8 @@ def test_demo_ends_with_what_it_showed(demo):
 
 
 def test_demo_stops_when_a_process_has_ended(demo, tmp_path):
-    """When clamd ends instead of listening, the demo shows its last words at once."""
+    """If clamd ends instead of listening, the demo shows its last output at
+    once."""
     script(tmp_path / "tools/clamd", "echo last words; exit 1\n")
     done = demo()
     assert done.returncode == 1
@@ -159,9 +160,9 @@ def test_demo_stops_when_a_process_has_ended(demo, tmp_path):
 
 
 def test_services_that_packages_bring_stay_off(mounts, tmp_path):
-    """While packages are installed, policy-rc.d forbids to start services.  What
-    they enable is disabled again and named.  A unit that was enabled before stays
-    enabled."""
+    """During an installation policy-rc.d forbids starting services.  Services that
+    the packages enable are disabled again and named.  A unit that was enabled
+    before stays enabled."""
     if not os.path.isdir("/etc/rc2.d"):
         pytest.skip("no Debian here")
     tools, sbin = tmp_path / "tools", tmp_path / "sbin"

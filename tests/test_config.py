@@ -167,7 +167,7 @@ def test_last_line_needs_no_newline(check):
 
 @pytest.mark.covers("clamsmtpd.8 OPTIONS: -n", "clamsmtpd.conf.5 DESCRIPTION: -n")
 def test_output_of_n_is_a_configuration_file(check):
-    """What -n prints can be read back and gives the same."""
+    """The output of -n can be read back and gives the same settings."""
     first = check(MINIMAL + "TimeOut: 9\nListen: 127.0.0.1:1\nAction: pass P*\n"
                   "ClamAddress: /x/y\nMaxScanSize: 3K\nXClient: on\n")
     assert first.returncode == 0
@@ -230,14 +230,15 @@ def test_bad_value_error_names_file_line_setting_and_value(check, name, value):
 
 @pytest.mark.parametrize("escape", ["%d", "%i", "%l"])
 def test_header_that_no_buffer_holds_is_an_error(check, escape):
-    """As long as it may be with its escapes filled in."""
+    """The limit is for the header with its escapes filled in, at their greatest
+    length."""
     result = check(MINIMAL + "Header: X-Long: %s\n" % (escape * 2000))
     assert result.returncode == 2
     assert "%s:2: Header: " % check.file in result.stderr
 
 
 def test_file_of_the_original_with_all_settings_gives_no_warning(check):
-    """PROMISE 9: not even a warning."""
+    """PROMISE 9: a file of ClamSMTP 1.10 gives no error and no warning."""
     settings = [
         ("OutAddress", "127.0.0.1:10026"), ("MaxConnections", "32"),
         ("TimeOut", "120"), ("KeepAlives", "30"), ("XClient", "on"),
@@ -279,8 +280,8 @@ def test_errors_of_a_file_are_reported_at_once(check):
 
 
 def test_errors_of_many_lines_are_logged_in_their_order(check):
-    """All errors are logged in the order of the lines, also if they are more than
-    the log keeps until the format of the log is known."""
+    """All errors are logged in the order of the lines, even if they are more than
+    the log keeps until its format is known."""
     result = check("".join("MaxScans: x%d\n" % n for n in range(400)))
     assert re.findall('"x(\\d+)" is not', result.stderr) == [str(n) for n in range(400)]
 
@@ -314,7 +315,7 @@ def test_errors_quote_control_characters_harmlessly(check):
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
 @pytest.mark.parametrize("value", ["A: b\rc", "A: \x1b[2J", "A:\x0bb"], ids=repr)
 def test_control_characters_in_the_file_are_errors(check, value):
-    """They would be sent on with every mail."""
+    """Control characters would be sent on with every mail."""
     result = check(MINIMAL + "Header: %s\n" % value)
     assert result.returncode == 2
     assert "%s:2: " % check.file in result.stderr
@@ -367,15 +368,15 @@ def test_setting_repeated_by_either_name_is_a_warning(check, first, second, name
     "Action: bounce\nAction: pass PUA.*",
 ])
 def test_bounce_beside_an_action_with_patterns_counts(check, lines):
-    """An Action line with patterns leaves the action for all other viruses alone,
-    under either name and in either order."""
+    """An Action line with patterns replaces neither Bounce nor Action: bounce, in
+    either order."""
     result = check(MINIMAL + lines + "\n")
     assert effective(result)["action"] == ["pass PUA.*", "bounce"]
     assert "twice" not in result.stderr
 
 
 def test_action_of_the_file_replaces_all_of_a_flag(check):
-    """With Bounce as with Action, the file replaces what -b says, unwarned."""
+    """Bounce and Action of the file replace the -b flag without a warning."""
     result = check(MINIMAL + "Bounce: off\nAction: pass PUA.*\n", "-b")
     assert effective(result)["action"] == ["pass PUA.*", "drop"]
     assert "twice" not in result.stderr
@@ -407,7 +408,7 @@ def test_setting_that_can_be_repeated_has_all_values(check, name, values):
 
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: byte order mark")
 def test_byte_order_mark_at_the_start_is_skipped(check):
-    """An editor of Windows writes one; elsewhere in the file it is no setting."""
+    """Windows editors write one.  Elsewhere in the file it is no setting."""
     mark = b"\xef\xbb\xbf"
     got = effective(check(mark + MINIMAL.encode() + b"TimeOut: 9\r\n"))
     assert (got["outaddress"], got["timeout"]) == (["10026"], ["9"])
@@ -457,7 +458,7 @@ def test_environment_overrides_the_file(check, name):
 
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: several values in the environment")
 def test_environment_list_replaces_that_of_the_file(check):
-    """The values of a setting that can be repeated are one per line."""
+    """A variable has the values of a repeated setting one per line."""
     got = effective(check(MINIMAL + "Listen: 127.0.0.1:7\nListen: 127.0.0.1:8\n",
                           env={"CLAMSMTPD_LISTEN": "127.0.0.1:9\n\n/run/in.sock\n"}))
     assert got["listen"] == ["127.0.0.1:9", "/run/in.sock"]
@@ -488,14 +489,14 @@ def test_environment_bad_value_is_an_error(check):
 
 
 def test_directory_as_configuration_is_an_error(run, tmp_path):
-    """The error is the only one: what the file says is unknown."""
+    """There is no other error, since the content of the file is unknown."""
     result = run("-n", "-f", str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == "clamsmtpd: %s: Is a directory\n" % tmp_path
 
 
 def test_too_large_file_is_the_only_error(check):
-    """A file above 1 MiB is not read, and nothing else is said about it."""
+    """A file above 1 MiB is not read, and there is no other error."""
     result = check("#" * (1 << 20))
     assert result.returncode == 2
     assert result.stderr == "clamsmtpd: %s: larger than 1 MiB\n" % check.file
@@ -602,8 +603,8 @@ def test_p_overrides_pidfile(check):
     ("User: nobody", ""), ("User: 54321", ""), ("TempDirectory: /", ""),
 ])
 def test_n_warns_of_a_missing_user_or_directory(check, line, warning):
-    """A user or a directory that does not exist is a warning on standard error;
-    the settings are printed, for another machine may have them."""
+    """A user or directory that does not exist gives a warning on standard error.
+    The settings are still printed, since they may be for another machine."""
     result = check(MINIMAL + line + "\n")
     name, _, value = line.partition(": ")
     assert effective(result)[name.lower()] == [value]
@@ -642,7 +643,8 @@ def test_d_selects_what_is_logged(site, level, there, missing):
 
 
 def connected(site, path):
-    """bind() comes before listen(): try until somebody listens."""
+    """A connected socket.  bind() comes before listen(), so this tries until there
+    is a listener."""
     def attempt():
         try:
             return site.client(address=path)
@@ -679,7 +681,8 @@ def test_listen_address_of_each_form_is_opened(site, listen, want):
 
 
 def test_ipv4_client_of_an_ipv6_listener_has_an_ipv4_address(site):
-    """No ::ffff: in log or header, and its own loopback is the next hop."""
+    """Log and header have no ::ffff:, and the next hop is on the client's own
+    loopback address."""
     if not has_ipv6():
         pytest.skip("no IPv6 loopback here")
     site.start(Listen="[::]:0", OutAddress=str(site.hop.port),
@@ -719,7 +722,8 @@ def test_listen_repeated_opens_each_address(site):
 
 @pytest.fixture(params=["unix", "ipv4", "ipv6", "name"])
 def place(request, site):
-    """place(new): a new server of this kind, and what it is called in a setting."""
+    """place(new): a new server of this kind, and its address as a setting has
+    it."""
     kind = request.param
     if kind == "ipv6" and not has_ipv6():
         pytest.skip("no IPv6 loopback here")

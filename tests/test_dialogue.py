@@ -54,7 +54,7 @@ def test_greeting_4xx_is_relayed_whole_and_ends_the_session(site, greeting):
 @pytest.mark.parametrize("greeting", [
     "554 5.3.2 go away", "554-no\n554-no\n554 never", "521 no mail here"])
 def test_greeting_5xx_is_relayed_whole_and_leaves_503_until_quit(site, greeting, ending):
-    """RFC 5321 3.1.  The next hop is asked for nothing more."""
+    """RFC 5321 3.1.  The next hop gets no further command."""
     site.hop.on("greeting", greeting if ending == "stays" else Then(greeting, CLOSE))
     client = site.client()
     assert client.reply().text == greeting
@@ -243,7 +243,7 @@ def test_rcpt_is_passed_as_it_came(site):
 
 
 def refused_here(site, command, want):
-    """The next hop does not hear of it; and the session goes on."""
+    """The next hop does not receive the command, and the session continues."""
     client = site.session()
     client.cmd(command, want)
     client.cmd("NOOP", "250")
@@ -308,7 +308,7 @@ def test_line_of_12_kib_passes_whatever_its_end(site, end):
 
 
 def test_line_of_12_kib_whose_lf_comes_alone_passes(site):
-    """Its CR is not one byte too many."""
+    """The CR of such a line does not make it one byte too long."""
     client = site.session()
     command = "NOOP " + "x" * (12 * 1024 - 5)
     client.send(command + "\r")
@@ -354,7 +354,8 @@ POST = (b"POST /x HTTP/1.1\r\nHost: 127.0.0.1:10025\r\nContent-Length: 99\r\n\r\
     b"250 ok\r\n", b"{\"a\": 1}\r\n", b"\xff\xfe\r\n", b"-\r\n", b"[x\r\n",
 ], ids=lambda line: repr(line[:12]))
 def test_line_of_no_smtp_client_ends_the_session(site, line):
-    """PROMISE 10: HTTP's verbs, and what begins with no letter and no blank."""
+    """PROMISE 10: such lines are HTTP's verbs, and lines that begin neither with a
+    letter nor with a blank."""
     client = site.session()
     client.send(line)
     client.expect("554 5.5.1")
@@ -365,7 +366,7 @@ def test_line_of_no_smtp_client_ends_the_session(site, line):
 
 
 def test_line_of_no_smtp_client_in_pieces_ends_the_session(site):
-    """A word is looked at when it is whole."""
+    """The first word is checked only when it is complete."""
     client = site.session()
     client.send("GE")
     turns(site)
@@ -378,7 +379,7 @@ def test_line_of_no_smtp_client_in_pieces_ends_the_session(site):
 
 
 def test_http_request_with_an_unknown_verb_delivers_nothing(site):
-    """PROMISE 10: the DATA in its body comes with what follows it."""
+    """PROMISE 10: the DATA in its body arrives together with the text after it."""
     client = site.client()
     client.send(POST.replace(b"POST", b"PUT"))
     said = client.rest().split(b"\r\n")
@@ -402,7 +403,7 @@ LONG_LINE = b"NOOP " + b"x" * 13000
     (b"XCLIENT ADDR=1.2.3.4", "554"),
 ], ids=lambda value: repr(value[:20]))
 def test_twentieth_refused_command_gets_421(site, command, want):
-    """PROMISE 10: a client that speaks something else gets no more tries."""
+    """PROMISE 10: a client that speaks another protocol gets no more attempts."""
     client = site.session()
     if command.startswith(b"XFORWARD"):
         client.cmd("MAIL FROM:<a@b>", "250")
@@ -443,7 +444,7 @@ def test_commands_that_the_next_hop_refuses_are_not_counted(site):
     ["RCPT TO:<c@b>"],
 ])
 def test_data_without_a_recipient_is_503_and_nothing_is_sent(site, before):
-    """Also when the next hop would have said 354."""
+    """The reply is 503 even if the next hop would send 354."""
     site.hop.on("RCPT", lambda s, line: "550 5.1.1 no" if "no@" in line else
                 "250 ok" if s.mail else "503 5.5.1 MAIL first")
     site.hop.on("MAIL", lambda s, line: "550 no" if "refused" in line else None)
@@ -553,7 +554,7 @@ COMMANDS = ["MAIL FROM:<a@b>", "RCPT TO:<c@d>", "RSET", "NOOP", "VRFY x",
 @pytest.mark.core
 @pytest.mark.parametrize("command", COMMANDS)
 def test_multi_line_reply_is_relayed_whole(site, command):
-    """But for the names in the one to HELO."""
+    """A reply passes unchanged, except for the host names in the reply to HELO."""
     verb = command.split(" ")[0]
     code = "221" if verb == "QUIT" else "250"
     reply = "%s-one\n%s-two: three\n%s four" % (code, code, code)
@@ -701,7 +702,7 @@ def test_reply_of_odd_form_is_understood(site, reply, want):
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: replies of the next hop")
 def test_reply_with_control_characters_is_harmless(site):
-    """Bytes of every kind in a reply do no harm."""
+    """Any byte in a reply is harmless."""
     site.hop.on("NOOP", [b"250 \x1b[2J %s%n \xff\xfe \t end\r\n"])
     client = site.session()
     client.line("NOOP")
@@ -826,7 +827,7 @@ def test_auth_secrets_in_a_bad_line_are_not_logged(site, how, control):
 
 
 def test_auth_mechanism_with_control_characters_is_harmless(site):
-    """PROMISE 8."""
+    """PROMISE 8: the reply and the log have no control characters."""
     client = site.session()
     client.cmd(b"AUTH \x1b[2J\x7f c2VjcmV0", "235")
     for line in "CLIENT <", "SERVER >":
@@ -835,7 +836,7 @@ def test_auth_mechanism_with_control_characters_is_harmless(site):
 
 @pytest.mark.parametrize("ending", ["time-out", "half_close", "reset"])
 def test_auth_broken_off_gets_no_quit_as_answer(site, clock, ending):
-    """Behind a 334 it would be a failed login in the next hop's log."""
+    """After a 334 the next hop would log a QUIT as a failed login."""
     site.hop.on("AUTH", "334 VXNlcm5hbWU6")
     site.start(**clock.settings())
     client = site.session()
@@ -866,7 +867,8 @@ def test_input_after_data_is_554_and_ends_the_session(site, data, behind):
 
 
 def test_input_after_data_that_was_not_read_is_554(site):
-    """It comes while a command is out, and waits in the kernel."""
+    """The input comes while the reply to a command is outstanding, and waits in the
+    kernel."""
     hold = Hold()
     site.hop.on("RCPT", hold)
     client = site.session()
@@ -882,7 +884,7 @@ def test_input_after_data_that_was_not_read_is_554(site):
 
 
 def test_input_after_data_without_a_transaction_is_554(site):
-    """Nor are the lines of a body taken for commands."""
+    """The lines of the body are not read as commands either."""
     client = site.session()
     client.send(b"DATA\r\nMAIL FROM:<a@b>\r\n.\r\n")
     client.expect("554 5.5.0")
@@ -891,7 +893,7 @@ def test_input_after_data_without_a_transaction_is_554(site):
 
 
 def test_second_transaction_pipelined_after_a_body_is_taken(site):
-    """What follows the final dot is a group of its own."""
+    """The commands after the final dot are a group of their own."""
     client = site.session()
     client.begin(BODY + b".\r\n" + ENVELOPE)
     for want in ("250 2.0.0", "250", "250", "250", "354"):
@@ -902,7 +904,7 @@ def test_second_transaction_pipelined_after_a_body_is_taken(site):
 
 
 def test_second_accepted_mail_forgets_the_recipients_of_the_first(site):
-    """A next hop that takes it has begun another transaction."""
+    """A next hop that accepts a second MAIL has begun another transaction."""
     client = site.session()
     client.envelope("first@example.com", "one@example.com")
     client.cmd("MAIL FROM:<second@example.com>", "250")
@@ -920,8 +922,8 @@ ENVELOPE = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nDATA\r\n"
 
 
 def expect_all(client, count, body=BODY, send=None, half_close=False):
-    """The client has sent EHLO and an ENVELOPE.  What may follow each 354 comes
-    in one piece: the body, and the next envelope or QUIT."""
+    """The replies after EHLO and an ENVELOPE.  What follows each 354 is sent in one
+    piece: the body, and the next envelope or QUIT."""
     client.expect("220")
     client.expect("250")
     for number in range(count):
@@ -1028,7 +1030,8 @@ def test_pipelined_recipients_partly_refused_get_their_replies(site):
 
 
 def test_client_that_does_not_read_is_waited_for(site):
-    """In the end it has all replies, and others have had theirs."""
+    """In the end this client has all replies, and other clients were served
+    meanwhile."""
     count = 50
     site.hop.on("NOOP", b"250 " + b"x" * 8000 + b"\r\n")
     site.start(Listen=site.path("in.sock"))     # it holds less than that
@@ -1069,7 +1072,8 @@ def test_eof_after_a_command_while_idle_ends_the_session(site):
 
 
 def test_client_that_sends_without_end_is_not_read(site):
-    """PROMISE 6: one command is out, the rest waits in the client's kernel."""
+    """PROMISE 6: one command is outstanding, and the rest waits in the client's
+    kernel."""
     hold = Hold()
     site.hop.on("NOOP", [hold])
     client = site.session()
@@ -1099,7 +1103,7 @@ def test_client_gone_closes_the_next_hops_session(site):
 
 
 def test_last_reply_is_not_lost_to_a_reset(site):
-    """Bytes unread at close would make the kernel send RST."""
+    """Bytes that are unread at close would make the kernel send an RST."""
     site.hop.on("greeting", Then("554 5.7.1 go away for good", CLOSE))
     for _ in range(20):
         client = site.client()

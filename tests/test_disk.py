@@ -45,7 +45,7 @@ def fill(site):
 @pytest.mark.covers("clamsmtpd.8 When something fails: disk full")
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_disk_full_before_a_message_gives_452(site, small, how):
-    """Told when the body is over, which is never taken for commands."""
+    """The client gets the error after the body, which is never read as commands."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.hop.ehlo.append("CHUNKING")
@@ -75,7 +75,8 @@ def test_disk_full_before_a_message_gives_452(site, small, how):
 
 
 def spool_files(site):
-    """How many files in TempDirectory the daemon has open, nameless ones too."""
+    """The number of open files that the daemon has in TempDirectory, including
+    those without a name."""
     return sum(name.startswith(site.spool + "/")
                for name in site.daemon.open_files())
 
@@ -89,7 +90,8 @@ MEMORY = 32768 - 64 - len("Received: by smtp.passthru\r\n")
 @pytest.mark.parametrize("size, files", [(MEMORY - 1, 0), (MEMORY, 0),
                                          (MEMORY + 1, 1), (3 * MEMORY, 1)])
 def test_message_up_to_a_buffer_needs_no_file(site, size, files, how):
-    """Its bytes are the same in memory, in a file, and after the move."""
+    """A message has the same bytes in memory, in a file, and after the move to a
+    file."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.hop.ehlo.append("CHUNKING")
@@ -142,7 +144,7 @@ def test_memory_for_messages_full_uses_files(site):
 
 
 def test_memory_for_messages_is_shared_by_their_sizes(site):
-    """Small messages take no more of it than their bytes."""
+    """Small messages use no more of the memory than their bytes."""
     site.start(MaxConnections="400", MaxScans="400")
     clients = [site.session() for _ in range(300)]
     for client in clients:
@@ -177,7 +179,7 @@ def test_disk_full_in_a_message_gives_452(site, small, how):
 
 @pytest.mark.parametrize("action", ["drop", "bounce", "pass"])
 def test_disk_full_for_the_quarantine_gives_451_and_leaves_nothing(site, small, action):
-    """PROMISE 1: not even half of a copy; and no action is run."""
+    """PROMISE 1: there is no partial copy, and no action runs."""
     ran = site.path("ran")
     small(Action=action, Quarantine="on", VirusAction=": >> %s" % ran)
     client = site.session()
@@ -211,7 +213,8 @@ def test_temp_directory_read_only_gives_451(site, small):
 
 
 def test_file_above_the_size_limit_gives_452(site):
-    """And no SIGXFSZ, which would end the daemon and all its sessions."""
+    """SIGXFSZ, which would end the daemon and all its sessions, is not
+    delivered."""
     site.start(Quarantine="on")
     client = site.session()
     resource.prlimit(site.daemon.pid, resource.RLIMIT_FSIZE, (200000, 200000))
@@ -224,7 +227,7 @@ def test_file_above_the_size_limit_gives_452(site):
 # ---------------------------------------------------------------- less of a kernel
 
 def no_tmpfile():
-    """For preexec: a file system that knows no O_TMPFILE, by seccomp."""
+    """For preexec: a seccomp filter makes the file system one without O_TMPFILE."""
     calls = {"x86_64": [(2, 1), (257, 2)], "aarch64": [(56, 2)]}
     if platform.machine() not in calls:
         pytest.skip("no numbers of open() and openat() for this machine")
@@ -249,7 +252,7 @@ def no_tmpfile():
 
 
 def all_works(site):
-    """One clean message and a virus that is quarantined."""
+    """Send a clean message, and a virus that is quarantined."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
@@ -284,7 +287,7 @@ def test_start_without_proc_serves(site, mounts):
 # ---------------------------------------------------------------- descriptors
 
 def leave_descriptors(daemon, count):
-    """So many more it may open."""
+    """Let the daemon open so many descriptors more."""
     used = {int(fd) for fd in os.listdir("/proc/%d/fd" % daemon.pid)}
     limit = 0
     while count or limit in used:
@@ -296,7 +299,8 @@ def leave_descriptors(daemon, count):
 @pytest.mark.parametrize("left, want", [
     (0, "452 4.3.1 Local Error"), (1, "451 4.3.0 Local Error"), (2, "250")])
 def test_out_of_descriptors_in_a_message_gives_452_or_451(site, left, want):
-    """None for the spool; none for clamd; enough."""
+    """There is no descriptor for the spool, then none for clamd, then there are
+    enough."""
     site.start()
     client, other = site.session(), site.session()
     leave_descriptors(site.daemon, left)
@@ -309,7 +313,8 @@ def test_out_of_descriptors_in_a_message_gives_452_or_451(site, left, want):
 
 
 def test_out_of_descriptors_for_a_client_makes_it_wait(site):
-    """It waits; no busy loop meanwhile, and nothing to do when there are some."""
+    """The client waits, without a busy loop, and is served when there are
+    descriptors again."""
     site.start()
     client = site.session()
     leave_descriptors(site.daemon, 0)
@@ -353,7 +358,7 @@ def test_out_of_descriptors_for_a_quarantine_gives_451(site):
 
 
 def test_out_of_descriptors_for_a_virus_action_runs_it(site):
-    """Its output goes nowhere, with no descriptor left for /dev/null too."""
+    """Its output is discarded, even if no descriptor is left for /dev/null."""
     hold = Hold(VIRUS + " FOUND")
     site.clamd.verdict = [hold]
     ran = site.path("ran")
@@ -376,8 +381,8 @@ USER = 54321
 
 
 def allow_children(site, count):
-    """fork() fails for who has as many processes already.  Only the user may
-    set that, for all that we know of our own rights."""
+    """Make fork() fail when the daemon's user has as many processes already.  The
+    limit is set as this user, since we may lack the right to set it otherwise."""
     subprocess.run(["true"], user=USER, group=USER, extra_groups=[], check=True,
                    preexec_fn=lambda: resource.prlimit(
                        site.daemon.pid, resource.RLIMIT_NPROC, (count, 1000)))
@@ -414,7 +419,7 @@ def test_out_of_processes_for_a_virus_action_is_logged(open_site):
 
 
 def test_out_of_processes_for_a_look_up_is_logged_and_repeated(open_site, clock):
-    """Told once in a while, and made up for."""
+    """The error is logged from time to time, and the look-up is done later."""
     site = open_site
     if localhost() != "localhost":
         pytest.skip("no localhost in /etc/hosts")
@@ -434,7 +439,8 @@ def test_out_of_processes_for_a_look_up_is_logged_and_repeated(open_site, clock)
 # ---------------------------------------------------------------- signals
 
 def test_signals_without_end_interrupt_nothing(site):
-    """Commands, bodies both ways, scans and copies, all among signals."""
+    """Commands, bodies in both directions, scans and copies work while signals
+    arrive."""
     site.clamd = site.new_clamd(tcp=True)
     site.start(level=3, Quarantine="on")
     over = threading.Event()

@@ -26,7 +26,8 @@ def read(path):
 
 @pytest.mark.parametrize("path", FILES)
 def test_example_file_is_on_one_page(path):
-    """In the first block behind the link, on one page."""
+    """The first block after the link to the file has its text, on exactly one
+    page."""
     link = re.escape("[%s](%s)" % (path, path))
     pages = "\0".join(read(page) for page in os.listdir(DOCS) if page.endswith(".md"))
     assert re.findall(link + "[^\0]*?\n```\n([^\0]*?)```\n", pages) == [read(path)]
@@ -34,7 +35,8 @@ def test_example_file_is_on_one_page(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.endswith("clamsmtpd.conf")])
 def test_example_configuration_has_no_error(run, path):
-    """Each has no error; its user and directory need not exist on this machine."""
+    """No file has an error.  Its user and directory need not exist on this
+    machine."""
     done = run("-n", "-f", os.path.join(DOCS, path))
     assert (done.returncode, complaints(done)) == (0, [])
 
@@ -103,9 +105,9 @@ def tag(words):
 
 
 def clauses(page):
-    """The clauses of a manual page: "PAGE SECTION: NAME" for each item of a list, by
-    its tag, and for each comment `clause: NAME`; "PAGE SECTION" where a section has
-    neither.  Each setting is a clause, and a section as well."""
+    """The clauses of a manual page: "PAGE SECTION: NAME" for each item of a list,
+    by its tag, and for each comment `clause: NAME`.  A section without these is
+    "PAGE SECTION".  Each setting is a clause, and also a section."""
     found, section, lists, settings = {}, None, [], False
     with open(os.path.join(real.TOP, page)) as file:
         for line in file.read().splitlines():
@@ -206,8 +208,8 @@ def arguments(name):
 
 
 def formats(code):
-    """The formats that an expression may be.  One may be a constant, and one that
-    ends in a colon is followed by the error."""
+    """The formats that an expression can have.  The expression may name a constant.
+    A format that ends in a colon is followed by the error."""
     found = strings(code)
     if not found and re.fullmatch(r"\s*\w+\s*", code):
         for text in SOURCES.values():
@@ -218,7 +220,7 @@ def formats(code):
 
 
 def logged():
-    """{(format, level)}: all that the sources log, but for debugging."""
+    """{(format, level)} of all messages of the sources, except for debugging."""
     found = set()
     for name, first in ("logmsg", 0), ("slog", 1), ("die", None):
         for args in arguments(name):
@@ -248,8 +250,8 @@ def pattern(form):
 
 @functools.lru_cache(None)
 def fits(text, form):
-    """Whether a message can come from a format.  What comes from a hole is a word in
-    capitals, nothing, or itself a text of the sources."""
+    """Whether a message can come from a format.  The text for a %s must be a word
+    in capitals, empty, or itself a text of the sources."""
     if not pattern(form).fullmatch(text):
         return False
     hole = HOLE.search(form)

@@ -112,7 +112,7 @@ VIRUS = Mail("DATA", EICAR + b"\r\n")
 
 
 class Attempt:
-    """A mail on its way; none is like another."""
+    """One attempt to send a mail.  All mails are different."""
 
     tokens = itertools.count(100000)
 
@@ -123,7 +123,8 @@ class Attempt:
 
 
 class Run:
-    """A daemon from its start to its end, and a client that gives up no mail."""
+    """A daemon from its start to its end, and a client that repeats each mail until
+    it is accepted."""
 
     def __init__(self, scene, fault=""):
         self.scene, self.fault = scene, fault
@@ -254,7 +255,7 @@ class Run:
             self.finish()
 
     def reload(self):
-        """From here on the scans go over TCP."""
+        """Reload the daemon.  From then on the scans use TCP."""
         self.daemon.write(self.settings(ClamAddress=[
             "%s:%d" % (harness.localhost(), self.scene.tcp.port),
             self.scene.clamd.address]))
@@ -264,7 +265,8 @@ class Run:
                            if not address.endswith(":0"))   # the port, if known
 
     def ask_health(self):
-        """It may get no answer, but an end."""
+        """Ask for /healthz.  There may be no answer, but the connection must
+        end."""
         with contextlib.suppress(OSError):
             client = harness.Client(self.path("status"))
             client.send("GET /healthz HTTP/1.0\r\n\r\n")
@@ -365,7 +367,7 @@ class Background(Run):
 
 
 class Lasting(Run):
-    """The fault comes when the daemon runs, and goes when it has been met."""
+    """The fault begins while the daemon runs, and ends after it has hit a call."""
 
     def live(self):
         kind = self.fault.split(":")[0]
@@ -387,7 +389,7 @@ class Lasting(Run):
         self.finish()
 
     def attempt_both(self):
-        """In the session that there is, and in a new one."""
+        """Send the mail in the existing session, and in a new one."""
         self.attempt(VIRUS)
         self.hang_up()
         self.attempt(PLAIN)
@@ -415,7 +417,7 @@ class Scene:
         return run
 
     def run_all(self, kind, how, life=Run):
-        """A run for each call there is."""
+        """Run the daemon once for each call."""
         broken = []
         for n in itertools.count(1):
             try:
@@ -443,7 +445,7 @@ def scene(site, program):
 
 
 def test_fault_none_all_mail_arrives(scene):
-    """What the others take for given."""
+    """Without faults all mail arrives, which the other tests assume."""
     run = scene.run()
     assert [a.said for a in run.attempts] == ["250"] * 6
     assert b" 200 " in run.health and run.idle == IDLE
@@ -480,7 +482,7 @@ def test_fault_that_lasts_and_ends_lets_mail_flow(scene, kind):
 
 @pytest.mark.covers("clamsmtpd.conf.5 Quarantine: copy first")
 def test_fault_of_each_fsync_of_a_copy_gives_451(scene):
-    """Of each quarantine both fsync() count."""
+    """Both fsync() of a quarantine copy must succeed."""
     for n in 1, 2, 3, 4:
         run = scene.run("fsync:%d:0:%d" % (n, errno.EIO))
         told = [a.said for a in run.attempts if a.mail.infected]
@@ -488,7 +490,7 @@ def test_fault_of_each_fsync_of_a_copy_gives_451(scene):
 
 
 class Replay(Run):
-    """Mail with lines that begin with a dot, and much of it."""
+    """Large mail, and mail with lines that begin with a dot."""
 
     def live(self):
         judged = harness.Hold("OK")
@@ -507,7 +509,7 @@ class Replay(Run):
 
 
 def test_next_hop_fast_delays_no_other_session(scene):
-    """PROMISE 5."""
+    """PROMISE 5: a next hop that takes a message fast delays no other session."""
     run = scene.run(kind=Replay)
     assert run.pieces > 200 and run.turns > run.pieces / 5, \
         "%d pieces in %d turns" % (run.pieces, run.turns)

@@ -14,7 +14,8 @@ from harness import (BAD, GOOD, HEADER, Hold, NINE, VIRUS, XCLIENT, environment,
 
 @pytest.fixture(params=TEXTS)
 def text(request, site):
-    """Hostile text; @ in the shell's is a file that must never be."""
+    """Hostile text.  The @ in shell commands is replaced by a file that must never
+    exist."""
     text = TEXTS[request.param]
     if request.param == "shell":
         canary = site.path("canary")
@@ -26,7 +27,8 @@ def text(request, site):
 
 
 def harmless(text, other=b"?"):
-    """Each byte of a control character (C0, DEL, C1), or of no UTF-8, is another."""
+    """The text after the rules for output: each byte of a control character (C0,
+    DEL, C1) or of invalid UTF-8 is replaced."""
     def byte(char):
         data = char.encode("utf-8", "surrogateescape")
         return other * len(data) if unicodedata.category(char) in ("Cc", "Cs") else data
@@ -39,7 +41,8 @@ def xtext(text):
 
 
 def check_log(site, *status):
-    """Lines, harmless ones, one for each message, with these endings."""
+    """The log has only harmless lines, and one line with status= for each of these
+    values."""
     if status:
         site.daemon.wait_log("status=", len(status))
     with open(site.daemon.stderr, "rb") as file:
@@ -62,8 +65,8 @@ def check_log(site, *status):
 
 @pytest.mark.core
 def test_text_in_commands_is_harmless(site, text):
-    """HELO, XFORWARD, MAIL and RCPT: to the log, the next hop, the header and
-    the variables of the VirusAction."""
+    """Text in HELO, XFORWARD, MAIL and RCPT is harmless in the log, at the next
+    hop, in the header and in the variables of the VirusAction."""
     remote = text[:200] + b"\nLD_AUDIT=x\r\n\0LD_DEBUG=all"
     result = environment(site, Action="pass", Header="X-Scan: %i %l 100%% %s")
     client = site.client()
@@ -108,7 +111,7 @@ def test_text_in_commands_is_harmless(site, text):
 @pytest.mark.parametrize("name", ["control characters", "format", "shell",
                                   "invalid UTF-8", "10 KB"])
 def test_text_in_helo_and_xclient_is_harmless(site, name):
-    """XCLIENT is proper xtext, and has nothing of the client's in it."""
+    """XCLIENT is valid xtext and contains none of the client's text."""
     text = TEXTS[name]
     site.hop.ehlo = [XCLIENT]
     site.start(XClient="on")
@@ -141,7 +144,7 @@ def test_text_in_an_unknown_command_is_harmless(site, text):
 
 
 def test_text_in_a_line_that_is_not_smtp_is_harmless(site, text):
-    """Logged in one harmless line when it ends the session."""
+    """The line that ends the session is logged as one harmless line."""
     client = site.session()
     client.cmd(b"GET " + text, "554 5.5.1")
     client.eof()
@@ -153,7 +156,7 @@ def test_text_in_a_line_that_is_not_smtp_is_harmless(site, text):
 
 @pytest.mark.parametrize("name", [n for n in TEXTS if "10 KB" not in n])
 def test_text_in_the_name_of_a_virus_is_harmless(site, name):
-    """One word of printable ASCII in header, variable and log."""
+    """Header, variable and log have the name as one word of printable ASCII."""
     text = b"A " + TEXTS[name] + b"\r Z"
     want = re.sub(rb"[^!-~]", b"_", text)[:159].decode()
     site.clamd.verdict = b"stream: " + text + b" FOUND\0"
@@ -173,7 +176,7 @@ def test_text_in_the_name_of_a_virus_is_harmless(site, name):
     ids=["lines", "controls", "format", "shell", "utf8"])
 @pytest.mark.parametrize("failure", ["tempfail", "pass"])
 def test_text_in_an_error_of_clamd_is_harmless(site, failure, text):
-    """It gets into a reply, a header and the log."""
+    """The error gets into a reply, a header and the log."""
     site.clamd.verdict = b"stream: " + text + b" ERROR\0"
     site.start(ScanFailure=failure)
     client = site.session()
@@ -199,7 +202,7 @@ REPLIES = {"greeting": "554", "MAIL": "250", "RCPT": "550", "DATA": "554",
 
 
 def whole(client):
-    """A reply as the bytes that came."""
+    """A reply, as the bytes that were received."""
     got = client.reply()
     assert b"\0" not in got.raw
     for line in got.raw.split(b"\r\n"):
@@ -213,7 +216,8 @@ def whole(client):
                                   "format", "invalid UTF-8", "10 KB"])
 @pytest.mark.parametrize("place", REPLIES)
 def test_text_in_replies_of_the_next_hop_is_harmless(site, name, place):
-    """In two lines, with CR and NUL in one of them: two lines, harmless."""
+    """A reply of two lines, with CR and NUL in one of them, arrives as two harmless
+    lines."""
     text, code = TEXTS[name][:9000], REPLIES[place].encode()
     reply = (code + b"-%s\r" + text[:2000] + b"\0\r250 ok\r\n" +
              code + b" " + text + b"\r\n")
@@ -295,8 +299,8 @@ CLIENT_HELLO = bytes.fromhex(
 
 @pytest.mark.parametrize("where", ["before EHLO", "before MAIL", "before DATA"])
 def test_commands_after_starttls_are_ordinary(site, where):
-    """A transaction pipelined with STARTTLS somewhere in it: what comes after is
-    neither dropped nor taken for anything else."""
+    """A transaction is pipelined around STARTTLS.  The commands after it are
+    neither dropped nor read as anything else."""
     script = ["EHLO me", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"]
     want = ["250", "250 2.1.0", "250 2.1.5", "354"]
     at = [s[:4] for s in script].index(where.split()[1])
@@ -316,7 +320,7 @@ def test_commands_after_starttls_are_ordinary(site, where):
 
 
 def test_tls_handshake_after_starttls_ends_the_session(site):
-    """Its first byte is enough, since it may have no line end."""
+    """The first byte of the handshake is enough, since there may be no line end."""
     client = site.session()
     client.cmd("STARTTLS", "502")
     client.send(CLIENT_HELLO[:5])
@@ -334,7 +338,7 @@ def test_tls_handshake_after_starttls_ends_the_session(site):
 @pytest.mark.parametrize("ending", ["client cancels", "refused", "NUL",
                                     "too long", "client gone"])
 def test_auth_broken_off_leaves_no_state(site, ending):
-    """What comes next is a command again, and is seen as one."""
+    """The next line is read as a command again."""
     site.hop.on("AUTH", "334 VXNlcm5hbWU6")
     site.hop.on("334", ["334 UGFzc3dvcmQ6", "501 5.7.0 cancelled"
                         if ending == "client cancels" else "535 5.7.8 no"])
@@ -385,7 +389,8 @@ def test_auth_broken_off_with_commands_pipelined_leaves_no_state(site):
 
 
 def test_reply_334_without_auth_opens_nothing(site):
-    """No other command can put the stream into a state we do not see."""
+    """Only AUTH can make the next line of the client something else than a
+    command."""
     site.hop.on("NOOP", "334 go")
     client = site.session()
     client.send(b"NOOP\r\nDATA\r\nQUIT\r\n")
@@ -400,7 +405,7 @@ def test_reply_334_without_auth_opens_nothing(site):
 @pytest.mark.parametrize("before", [["MAIL FROM:<a@b>"],
                                     ["MAIL FROM:<a@b>", "RCPT TO:<c@d>"]])
 def test_xforward_in_a_transaction_is_503(site, before):
-    """And changes nothing of what is known of the client."""
+    """The daemon's record of the client does not change."""
     result = environment(site)
     client = site.session()
     client.cmd("XFORWARD ADDR=192.0.2.1 HELO=first", "250")
@@ -419,7 +424,7 @@ def test_xforward_in_a_transaction_is_503(site, before):
 
 @pytest.mark.parametrize("between", ["mail", "refused mail", "RSET", "EHLO", "HELO"])
 def test_xforward_counts_for_one_mail(site, between):
-    """The next one must not pass for this client's."""
+    """The next mail must not be recorded with this client."""
     result = environment(site)
     client = site.session()
     client.cmd("XFORWARD ADDR=192.0.2.1 HELO=first", "250")
@@ -445,7 +450,8 @@ def offer(*keywords):
 
 @pytest.mark.parametrize("by", ["AUTH", "a second EHLO", "HELO"])
 def test_ehlo_extensions_that_change_are_followed(site, by):
-    """Not in the list alone: in what is done with SIZE and CHUNKING."""
+    """The daemon changes its own use of SIZE and CHUNKING, too, not only the
+    list."""
     site.hop = site.new_hop(chunking=True)
     site.hop.on("EHLO", [offer("SIZE 1000", "CHUNKING", "DSN", "AUTH PLAIN"),
                          offer("SIZE 5000", "XFORWARD ADDR")])
@@ -491,7 +497,8 @@ def test_ehlo_extensions_that_come_late_are_used(site):
 
 
 def test_ehlo_refused_changes_nothing(site):
-    """The server goes on as before, so do we."""
+    """The server keeps its state after it has refused EHLO, and so does the
+    daemon."""
     site.hop = site.new_hop(chunking=True)
     site.hop.on("EHLO", [offer("SIZE 1000", "CHUNKING"), "501 5.5.4 what?"])
     client = site.session()

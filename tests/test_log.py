@@ -27,7 +27,8 @@ codecs.register_error("latin-1", lambda error: (
 
 
 def as_text(data):
-    """As JSON has what a peer said: bytes that are no UTF-8 one by one."""
+    """Text of a peer as JSON has it: each byte of invalid UTF-8 is a character of
+    its own."""
     return data.decode("utf-8", "latin-1")
 
 
@@ -37,7 +38,7 @@ def unique(pairs):
 
 
 def parsed(line):
-    """A line of the log, which has to be one JSON object."""
+    """The fields of a line of the log, which must be one JSON object."""
     assert len(line) < PIPE_BUF, len(line)
     assert re.search("[\x00-\x1f\x7f-\x9f]", line.decode("utf-8")) is None, line
     try:
@@ -57,12 +58,12 @@ def lines(daemon):
 
 
 def told(daemon, text):
-    """Lines whose message has this in it."""
+    """The lines whose message contains this text."""
     return [line for line in lines(daemon) if text in line.get("message", "")]
 
 
 def mails(daemon, count=1):
-    """The lines of messages, when there are so many of them."""
+    """The lines about messages, as soon as there are so many."""
     return until(lambda: (lambda found: found if len(found) >= count else None)(
         [line for line in lines(daemon) if line.get("event") == "mail"]),
         "%d lines of messages" % count)
@@ -169,7 +170,7 @@ def test_json_times_are_those_of_scan_and_next_hop(site, clock):
 
 
 def test_json_time_of_a_refused_chunk_begins_at_the_chunk(site, clock):
-    """There is no final dot to count from."""
+    """There is no final dot from which the time could be counted."""
     site.hop = site.new_hop(ehlo=["SIZE 100"], chunking=True)
     daemon = start(site, **clock.settings())
     client = site.session()
@@ -184,7 +185,7 @@ def test_json_time_of_a_refused_chunk_begins_at_the_chunk(site, clock):
 @pytest.mark.covers("clamsmtpd.conf.5 LogFormat")
 @pytest.mark.core
 def test_json_line_of_each_kind_has_level_and_message(site):
-    """And the session that it is about."""
+    """A line about a session has the number of the session, too."""
     daemon = start(site, ClamAddress="/no/such/socket")
     client = site.session()
     client.mail(want="451")
@@ -209,7 +210,7 @@ def test_json_line_of_each_kind_has_level_and_message(site):
 @pytest.mark.core
 @pytest.mark.parametrize("name", TEXTS)
 def test_json_line_parses_whatever_a_client_sends(site, name):
-    """PROMISE 8.  What fits is there, character for character."""
+    """PROMISE 8: text that fits is in the line, character for character."""
     text = TEXTS[name]
     daemon = start(site)
     client = site.client()
@@ -251,7 +252,8 @@ LONG = [b"a" * 11000, b"\xff" * 11000, b"\x01" * 11000, b"\\" * 11000,
 
 @pytest.mark.parametrize("text", LONG, ids=["a", "FF", "01", "backslash", "euro"])
 def test_json_field_too_long_is_cut(site, text):
-    """The beginning is what one looks for."""
+    """The line has the beginning of a long field, for which administrators
+    search."""
     daemon = start(site)
     client = site.session(source="127.0.0.7")
     client.cmd(b"X" + text, "500")
@@ -268,7 +270,7 @@ def test_json_field_too_long_is_cut(site, text):
 
 
 def test_json_sender_of_each_length_parses(site):
-    """Where the line is full, wherever in a field that is."""
+    """The line may be full at any place of a field."""
     lengths = range(3300, 4000, 7)
     daemon = start(site, level=3)
     client = site.session()
@@ -279,7 +281,8 @@ def test_json_sender_of_each_length_parses(site):
 
 @pytest.mark.parametrize("size", [10, 60, 250])
 def test_json_recipients_too_many_end_in_dots(site, size):
-    """As many as fit, whole; then that there were more."""
+    """The line has as many whole recipients as fit, and then dots for the
+    others."""
     rcpts = ["%05d%s@example.com" % (i, "r" * size) for i in range(10000)]
     daemon = start(site, level=3)
     client = site.session()
@@ -303,7 +306,7 @@ def test_json_recipients_too_many_end_in_dots(site, size):
     ({}, {"CLAMSMTPD_PORT": "tcp://10.0.0.1:25"}, '"PORT" is not the name'),
 ])
 def test_json_warning_about_settings_is_json(site, settings, env, message):
-    """As a collector of logs reads it from a container's first line on."""
+    """A log collector of a container can read each line from the first one on."""
     daemon = start(site, env=env, **settings)
     assert told(daemon, message)
 
@@ -341,7 +344,8 @@ def test_json_set_by_sighup_counts(site):
 
 
 def test_log_lines_lost_are_counted(site):
-    """PROMISE 5: nobody reads it for a while; what comes out is whole lines."""
+    """PROMISE 5: the reader stops for a while.  The log still has only whole
+    lines."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
     listen = site.path("in.sock")
@@ -374,7 +378,7 @@ def test_log_lines_lost_are_counted(site):
 
 
 def test_log_burst_for_a_slow_pipe_arrives_whole(site):
-    """Lines that the reader of standard error does not take at once wait, in their
+    """Lines that the reader of standard error does not take at once wait in their
     order, and none is lost."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
@@ -415,8 +419,8 @@ def test_log_at_the_end_is_written_for_a_slow_pipe(site):
 
 
 def test_log_without_a_reader_neither_spins_nor_waits(site):
-    """A reader of standard error that has gone for good costs the lines, and
-    nothing else."""
+    """If the reader of standard error has gone, only the lines of the log are
+    lost."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
     listen = site.path("in.sock")
@@ -458,7 +462,7 @@ def test_json_line_in_syslog_has_its_severity(site, background, syslog):
 @pytest.mark.core
 @pytest.mark.parametrize("settings", [{}, {"LogFormat": "classic"}], ids=str)
 def test_classic_lines_are_the_originals(site, settings):
-    """PROMISE 9: to the letter."""
+    """PROMISE 9: each line is the same, character for character."""
     site.start(level=3, Quarantine="on", **settings)
     client = site.session()
     client.mail()
@@ -485,7 +489,7 @@ ALL = [prefix + tag for prefix in PREFIXES for tag in TAGS]
 
 
 def syslogged(daemon, file, prefix):
-    """Its log as syslogd or the journal writes it, or without a prefix."""
+    """Write the log as syslogd or the journal writes it, or without a prefix."""
     with open(daemon.stderr, errors="surrogateescape") as log, \
             open(file, "w", errors="surrogateescape") as out:
         for line in log:
@@ -495,7 +499,7 @@ def syslogged(daemon, file, prefix):
 
 @pytest.fixture(scope="module")
 def fail2ban(tmp_path_factory, debian_package):
-    """fail2ban("client"/"regex", arguments) with our filter and jail."""
+    """fail2ban("client"/"regex", arguments): runs it with our filter and jail."""
     programs, config = "/usr", "/etc/fail2ban"
     if not real.find("fail2ban-regex"):
         top = debian_package("fail2ban")
@@ -520,7 +524,7 @@ def fail2ban(tmp_path_factory, debian_package):
     for settings in ({}, {"level": 3}, {"LogFormat": "json"})] +
     [("", {"LogFormat": "json"})], ids=str)
 def test_fail2ban_finds_senders_of_viruses(site, fail2ban, prefix, settings):
-    """And nobody else, whatever they say."""
+    """No other client is found, whatever it sends."""
     daemon = (start if settings.get("LogFormat") else Site.start)(site, **settings)
     bad, good, sly = (site.session(source="127.0.0." + n) for n in "678")
     good.mail()
@@ -542,7 +546,7 @@ def test_fail2ban_finds_senders_of_viruses(site, fail2ban, prefix, settings):
 
 
 def test_fail2ban_reads_the_time_of_a_json_line(fail2ban, tmp_path):
-    """Without a prefix there is no other time, and an old line bans nobody."""
+    """Without a prefix the line has no other time.  An old line causes no ban."""
     log = tmp_path / "log"
     log.write_text('{"time":"2026-11-25T19:00:00.123Z","level":"info","session":"100000",'
                    '"event":"mail","status":"virus","virus":"x","client":"192.0.2.1"}\n')
@@ -570,7 +574,8 @@ def test_fail2ban_reads_the_journal(fail2ban):
 
 
 def logcheck(daemon, file, prefix):
-    """What its mail would say: lines that no pattern of ours is for."""
+    """The lines that logcheck would report, since none of our patterns matches
+    them."""
     syslogged(daemon, file, prefix)
     got = subprocess.run(["grep", "-E", "-v", "-f", os.path.join(LOGS, "logcheck"), file],
                          capture_output=True, text=True)

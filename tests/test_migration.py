@@ -67,7 +67,8 @@ def text_of(settings):
 @pytest.mark.core
 @pytest.mark.parametrize("all_of_it", [False, True], ids=["as it is", "comments too"])
 def test_old_configuration_n_prints_the_settings(run, tmp_path, shipped, all_of_it):
-    """And what is called otherwise now; nothing else is said."""
+    """-n also has a warning for each name that is now deprecated, and no other
+    complaint."""
     settings, offered, args = shipped
     if all_of_it:
         settings = {**{n: v for n, v in offered.items()
@@ -94,7 +95,7 @@ def test_old_configuration_n_prints_the_settings(run, tmp_path, shipped, all_of_
 
 @pytest.mark.core
 def test_old_configuration_relays_mail(site, shipped):
-    """A port alone stays what it is: back to the client's address."""
+    """A port alone as OutAddress leads to the client's address, as before."""
     settings, _, args = shipped
     ours = {
         "Listen": "127.0.0.1:0", "ClamAddress": site.clamd.address,

@@ -31,7 +31,7 @@ def dashboard():
 
 
 def curves():
-    """The script of this name, as a module."""
+    """The script curves as a module."""
     loader = importlib.machinery.SourceFileLoader("curves", path("curves"))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("curves", loader))
     sys.dont_write_bytecode = True
@@ -41,7 +41,7 @@ def curves():
 
 @pytest.fixture(scope="module")
 def programs(debian_package):
-    """The commands prometheus and promtool."""
+    """The paths of prometheus and promtool."""
     if real.find("prometheus") and real.find("promtool"):
         return "prometheus", "promtool"
     main = debian_package("prometheus") + "/usr/bin/"
@@ -53,14 +53,15 @@ def programs(debian_package):
 # ---------------------------------------------------------------- the rules
 
 def test_rules_each_alert_fires_for_its_condition(programs):
-    """promtool runs alerts.test.yml, which has each alert fire and be silent."""
+    """promtool runs alerts.test.yml, in which each alert fires in one case and is
+    silent in another."""
     got = subprocess.run([programs[1], "test", "rules", "alerts.test.yml"], cwd=DIRECTORY,
                          capture_output=True, text=True)
     assert got.returncode == 0, got.stdout + got.stderr
 
 
 def test_rules_every_alert_is_tested():
-    """No alert is missing in alerts.test.yml."""
+    """alerts.test.yml contains every alert."""
     with open(path("alerts.yml")) as file:
         alerts = set(re.findall(r"- alert: (\w+)", file.read()))
     with open(path("alerts.test.yml")) as file:
@@ -121,8 +122,8 @@ def expressions():
 
 
 def test_dashboard_every_query_has_an_answer(site, prometheus):
-    """With a mail, a virus, a failed scan and a refused client each query of
-    each panel has a result."""
+    """After a mail, a virus, a failed scan and a refused client each query of each
+    panel has a result."""
     client = site.session()
     site.session()
     site.client().expect("421")
@@ -146,8 +147,8 @@ def test_dashboard_every_query_has_an_answer(site, prometheus):
 
 
 def test_dashboard_has_every_metric_that_there_is(site):
-    """Each metric of the daemon is in a panel, and each in a panel is the
-    daemon's."""
+    """Each metric of the daemon is in a panel, and each metric in a panel is one of
+    the daemon."""
     status = "127.0.0.1:%d" % site.port()
     site.start(StatusListen=status)
     with urllib.request.urlopen("http://%s/metrics" % status) as page:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("busybox"),
 
 
 def tool(directory, name, text):
-    """A command that comes before the machine's own."""
+    """Make a command that comes before the machine's own in PATH."""
     path = directory / name
     path.write_text("#!/bin/sh\n" + text)
     path.chmod(0o755)
@@ -183,7 +183,8 @@ def test_package_spool_belongs_to_the_user(packaged):
 
 
 def test_package_configuration_has_no_error(packaged, run):
-    """Also in place of an unedited one of 1.10, which had this next hop."""
+    """It also has no error after an upgrade from an unedited file of 1.10, which
+    had this next hop."""
     conf = packaged.pkg / "etc" / "clamsmtpd.conf"
     done = run("-n", "-f", str(conf))
     assert done.returncode == 0, done.stderr
@@ -240,7 +241,7 @@ class OpenRC:
                 if line.startswith(word)]
 
     def start(self):
-        """What supervise-daemon shall run."""
+        """The command that supervise-daemon gets."""
         done = self.run("start")
         assert done.returncode == 0, done.stdout + done.stderr
         (call,) = self.calls("supervise-daemon")
@@ -255,7 +256,8 @@ def openrc(tmp_path):
 
 
 def test_init_command_filters_mail_and_logs_to_syslog(openrc, site, syslog):
-    """The very command that supervise-daemon is given; its log has severities."""
+    """The test runs the command that supervise-daemon gets.  Its log has
+    severities."""
     log, preexec = syslog
     settings = site.settings(Listen=site.path("in.sock"))
     openrc.conf.write_text("".join("%s: %s\n" % one for one in settings.items()))
@@ -291,7 +293,8 @@ def test_init_with_a_bad_configuration_changes_nothing(openrc, action):
 
 
 class Unsupervised:
-    """Daemons that nobody supervises, as 1.10 was; their file can be replaced."""
+    """Daemons without a supervisor, as 1.10 was.  Their program file can be
+    replaced."""
 
     def __init__(self, site, background, openrc):
         self.site, self.background = site, background
@@ -321,7 +324,8 @@ def unsupervised(site, background, openrc):
 @pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "same file"])
 def test_unsupervised_daemon_of_this_file_is_stopped_and_named(
         openrc, unsupervised, action, replaced):
-    """It would keep the port; one with another configuration file is let be."""
+    """The old daemon would keep the port.  A daemon with another configuration file
+    is left alone."""
     old, other = unsupervised.old, unsupervised.start("other")
     pid = old.pid()
     if replaced:
@@ -335,7 +339,7 @@ def test_unsupervised_daemon_of_this_file_is_stopped_and_named(
 
 def test_supervised_daemon_of_this_file_is_not_stopped_by_the_script(
         openrc, unsupervised):
-    """Its parent is another process than 1."""
+    """The parent of a supervised daemon is not process 1."""
     unsupervised.old.end()
     daemon = unsupervised.site.start(level=None, binary=unsupervised.program,
                                      args=["-F"], wait=False,
@@ -347,7 +351,7 @@ def test_supervised_daemon_of_this_file_is_not_stopped_by_the_script(
 
 
 def test_bad_configuration_leaves_the_unsupervised_daemon_alone(openrc, unsupervised):
-    """What works goes on until there is something to take its place."""
+    """The old daemon runs until a new one can replace it."""
     old = unsupervised.old
     with open(old.daemon.file, "a") as file:
         file.write("MaxScans: many\n")

@@ -19,7 +19,8 @@ DIRECTORY = os.path.join(TOP, "packaging", "container")
 
 
 def instructions(name="Containerfile"):
-    """Its (instruction, rest) pairs, a list for each stage."""
+    """The instructions of a Containerfile, as a list of (instruction, rest) for
+    each stage."""
     with open(os.path.join(DIRECTORY, name)) as file:
         text = re.sub(r"(?m)^#.*\n", "", file.read()).replace("\\\n", " ")
     stages = []
@@ -41,8 +42,8 @@ TMPFS = {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs",
 
 
 class Container:
-    """A bundle with a read-only root of the program alone, and it running.
-    The network is ours."""
+    """A running container.  Its bundle has a read-only root with only the program;
+    its network is ours."""
 
     def __init__(self, directory, env, mounts=(TMPFS,),
                  runtime=("crun", "--cgroup-manager=disabled")):
@@ -66,7 +67,8 @@ class Container:
 
     @staticmethod
     def preexec():
-        """crun knows no machine that has both kinds of control groups."""
+        """Mount only control groups of version 2.  crun does not support a machine
+        that has both versions."""
         harness.mounting(("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, ""))()
 
     @staticmethod
@@ -206,7 +208,7 @@ def images():
 
 @pytest.mark.long
 def test_image_as_built_is_the_program_and_an_open_tmp(images):
-    """Nothing else is in it, and it has its health check."""
+    """The image contains nothing else, and has its health check."""
     work, said = images
     assert sorted(os.listdir(work + "/ours")) == ["clamsmtpd", "tmp"]
     assert os.stat(work + "/ours/tmp").st_mode & 0o7777 == 0o1777
@@ -240,7 +242,7 @@ class Pod:
             until(lambda: self.does("ss -Hltn sport = :%d" % port), "it listens")
 
     def does(self, command):
-        """Its output, in the network of the pod."""
+        """Run a command in the network of the pod; return its output."""
         self.shell.stdin.write("cd %s; %s\necho\necho DONE\n" % (self.root, command))
         self.shell.stdin.flush()
         lines = list(iter(self.shell.stdout.readline, "DONE\n"))
@@ -252,7 +254,7 @@ class Pod:
                 "sh -c %s" % shlex.quote(command))
 
     def mail(self, text):
-        """The replies to a mail, sent at once."""
+        """Send a mail to Postfix in the pod, in one attempt; return the result."""
         return self.does("python3 -c %s" % shlex.quote(
             "import smtplib; s = smtplib.SMTP('127.0.0.1', 2525)\n"
             "try: print(s.sendmail('a@example.com', ['b@example.net'], %r))\n"
@@ -268,8 +270,8 @@ class Pod:
 
 @pytest.mark.long
 def test_image_of_postfix_needs_no_root_and_keeps_its_queue(images, open_site):
-    """Mail goes through Postfix, clamsmtpd and Postfix, a virus does not, and
-    what waits in the queue does so after the container was killed."""
+    """Mail goes through Postfix, clamsmtpd and Postfix again, a virus does not.
+    The mail that waits in the queue is delivered after the container was killed."""
     work, _ = images
     one = Pod(work + "/postfix", dict(
         os.environ, CLAMSMTPD_OUTADDRESS="127.0.0.1:10026", CLAMSMTPD_ACTION="bounce",
@@ -325,8 +327,8 @@ def test_container_quarantines_in_the_tmpfs(container):
 
 
 def test_container_stopped_starts_again(container, debian_package):
-    """runc gives a tmpfs the mode that /tmp of the image has, from the second
-    start on if not from the first."""
+    """runc gives a tmpfs the mode of the image's /tmp, at the latest from the
+    second start on."""
     runc = real.find("runc") or debian_package("runc") + "/usr/sbin/runc"
     tmpfs = dict(TMPFS, options=[o for o in TMPFS["options"] if "mode=" not in o])
     one = container(mounts=(tmpfs,), runtime=(runc,))
@@ -362,7 +364,7 @@ def test_health_is_well_while_clamd_answers(container):
 
 
 def test_health_is_well_while_one_of_two_clamds_answers(container):
-    """A restart of one clamd takes no pod out of service."""
+    """The restart of one clamd takes no pod out of service."""
     site = container.site
     other = site.new_clamd(tcp=True)
     one = container({"CLAMSMTPD_CLAMADDRESS": "%s\n%s" % (site.clamd.address, other.address)})
@@ -385,7 +387,7 @@ def test_health_of_no_daemon_is_a_refused_connection(site, run, tmp_path):
 
 @pytest.fixture
 def busy(container):
-    """A container with a message at clamd: it, its client, the scan."""
+    """A container, its client, and the scan of a message that clamd holds."""
     one = container()
     scan = container.site.clamd.verdict = Hold()
     client = container.site.session(address=one.address())
@@ -422,7 +424,7 @@ def load(name):
 
 
 def settings(run, tmp_path, env):
-    """The settings in effect with these variables alone, and the image's."""
+    """The settings in effect with only these variables and those of the image."""
     got = run("-f", str(tmp_path / "none"), "-n", env=dict(ENV, **env))
     assert (got.returncode, got.stderr) == (0, "")
     return dict(line.split(": ", 1) for line in got.stdout.splitlines()
@@ -457,7 +459,7 @@ def test_compose_postfix_trusts_the_network_of_the_file():
 
 
 def kubernetes(kind, name):
-    """The object of kubernetes.yaml, and of it alone."""
+    """The named object of kubernetes.yaml, of which there must be one."""
     found, = [one for one in load("kubernetes.yaml")
               if (one["kind"], one["metadata"]["name"]) == (kind, name)]
     return found
@@ -522,7 +524,7 @@ def test_kubernetes_every_container_passes_restricted():
 
 
 def test_kubernetes_every_container_has_probes_and_resources():
-    """Each container has its three probes, on ports that it has, and limits."""
+    """Each container has limits, and its three probes use ports that it has."""
     for name, one in every_container():
         ports = {port["name"] for port in one["ports"]}
         for kind in ("startup", "liveness", "readiness"):
@@ -550,8 +552,8 @@ def test_kubernetes_queue_outlives_the_pod():
 
 
 def test_kubernetes_filter_asks_every_clamd(run, tmp_path):
-    """ClamAddress has each pod of clamd, by the name that a headless service
-    gives it, and there are two."""
+    """ClamAddress has the name that a headless service gives to each pod of clamd,
+    and there are two pods."""
     service = kubernetes("Service", "clamav")
     port, = service["spec"]["ports"]
     clamd = kubernetes("StatefulSet", "clamav")["spec"]
@@ -566,7 +568,7 @@ def test_kubernetes_filter_asks_every_clamd(run, tmp_path):
 
 
 def test_kubernetes_status_port_is_the_one_asked(run, tmp_path):
-    """The probes and Prometheus ask the address of StatusListen."""
+    """The probes and Prometheus use the address of StatusListen."""
     port, = sidecar()["ports"]
     assert sidecar_settings(run, tmp_path)["StatusListen"] == \
         "0.0.0.0:%d" % port["containerPort"]
@@ -580,7 +582,7 @@ def test_kubernetes_status_port_is_the_one_asked(run, tmp_path):
 
 
 def test_kubernetes_sidecar_has_a_tmpfs_and_nothing_else():
-    """The filter's root is read-only, and /tmp a volume in memory."""
+    """The filter's root is read-only, and /tmp is a volume in memory."""
     context = sidecar()["securityContext"]
     assert (context["runAsUser"], context["runAsGroup"]) == (USER, GROUP)
     assert context["readOnlyRootFilesystem"] is True
@@ -602,8 +604,8 @@ def postfix_processes():
 
 
 def test_kubernetes_spool_has_room_for_every_connection(run, tmp_path):
-    """Full connections with the largest messages fill neither the volume nor
-    the container's memory, and Postfix opens no more than them."""
+    """The largest messages on all connections fill neither the volume nor the
+    container's memory.  Postfix opens no more connections than that."""
     ours = sidecar_settings(run, tmp_path)
     spool, = [one["emptyDir"]["sizeLimit"] for one in pod("mail")["volumes"]
               if one["name"] == "spool"]
@@ -628,7 +630,7 @@ def selects(selector, name):
 
 @pytest.mark.parametrize("name", ["mail", "clamav"])
 def test_kubernetes_node_drained_takes_one_pod(name):
-    """A PodDisruptionBudget leaves one of the two pods."""
+    """A PodDisruptionBudget keeps one of the two pods running."""
     budget = kubernetes("PodDisruptionBudget", name)["spec"]
     assert selects(budget["selector"], name)
     assert budget["maxUnavailable"] == 1
@@ -636,8 +638,8 @@ def test_kubernetes_node_drained_takes_one_pod(name):
 
 
 def test_kubernetes_network_admits_only_the_ports_needed():
-    """clamd's port is for the filter, the status page for Prometheus, 2525 for
-    everybody, and 10026 for nobody."""
+    """clamd's port is open for the filter, the status page for Prometheus, and port
+    2525 for all.  Port 10026 is closed."""
     def lets(name):
         policy = kubernetes("NetworkPolicy", name)["spec"]
         assert selects(policy["podSelector"], name)
@@ -654,8 +656,8 @@ def test_kubernetes_network_admits_only_the_ports_needed():
 
 
 def test_clamd_configuration_is_the_same_everywhere(run, tmp_path):
-    """kubernetes.yaml has the files that compose.yaml mounts, and clamd's limits
-    are those of clamsmtpd."""
+    """kubernetes.yaml contains the files that compose.yaml mounts, and clamd's
+    limits match those of clamsmtpd."""
     data = kubernetes("ConfigMap", "clamav")["data"]
     mounts = load("compose.yaml")[0]["services"]["clamav"]["volumes"]
     for name in ("clamd.conf", "freshclam.conf"):
@@ -669,7 +671,7 @@ def test_clamd_configuration_is_the_same_everywhere(run, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("clamconf"), reason="no clamconf here")
 def test_clamd_configuration_has_no_unknown_setting():
-    """ClamAV's own reader of the two files has no complaint."""
+    """ClamAV's own parser accepts the two files."""
     got = subprocess.run(["clamconf", "-c", DIRECTORY], capture_output=True, text=True)
     assert "ERROR" not in got.stdout + got.stderr, got
     for setting in ('MaxFileSize = "26214400"', 'TCPSocket = "3310"',

@@ -26,7 +26,7 @@ systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"),
 
 
 def values(name, text=None):
-    """What the unit says of a setting, a line each."""
+    """The values that the unit has for a setting, one per line."""
     if text is None:
         with open(UNIT) as file:
             text = file.read()
@@ -86,7 +86,7 @@ def test_unit_drop_in_relaxes_all_that_implies_no_new_privileges():
 @systemd
 @as_root
 def test_unit_user_and_spool_are_created(tmp_path):
-    """By systemd's tools, in a root of the test's."""
+    """systemd's own tools create them in a root directory of the test."""
     for kind in ("sysusers", "tmpfiles"):
         directory = tmp_path / "usr/lib" / (kind + ".d")
         os.makedirs(directory)
@@ -115,7 +115,7 @@ def test_unit_starts_before_postfix_and_its_instance():
 # ---------------------------------------------------------------- its commands
 
 def command(line, config):
-    """A command of the unit's, for this program and configuration."""
+    """A command of the unit, changed to use this program and configuration."""
     words = shlex.split(line)
     assert words[0] == "/usr/sbin/clamsmtpd" and words[-2:] == \
         ["-f", "/etc/clamsmtpd.conf"]
@@ -123,7 +123,8 @@ def command(line, config):
 
 
 def test_unit_start_has_no_option_but_the_file(run, tmp_path):
-    """After an error in the file, status 2, systemd does not start it again."""
+    """systemd does not start the daemon again after exit status 2, an error in the
+    file."""
     start = command(values("ExecStart")[0], str(tmp_path))
     assert start == [CLAMSMTPD, "-f", str(tmp_path)]
     assert [str(run(*start[1:]).returncode)] == values("RestartPreventExitStatus")
@@ -194,7 +195,7 @@ def test_unit_allows_each_system_call_of_the_daemon(site, action):
 # ---------------------------------------------------------------- the package
 
 class Machine:
-    """A shell, by tests/overlay.sh, on a copy of this machine."""
+    """A shell on a copy of this machine, which tests/overlay.sh makes."""
 
     def __init__(self, directory):
         self.output = os.path.join(directory, "output")
@@ -206,7 +207,7 @@ class Machine:
             pytest.skip(self.shell.communicate()[1].strip())
 
     def answer(self, line):
-        """The line that the shell prints then; None: it has ended."""
+        """The next line that the shell prints, or None if the shell has ended."""
         try:
             self.shell.stdin.write(line + "\n")
             self.shell.stdin.flush()
@@ -215,7 +216,7 @@ class Machine:
         return self.shell.stdout.readline().strip() or None
 
     def does(self, commands):
-        """Its output; whatever fails in it fails."""
+        """Run commands; return their output.  If one of them fails, this fails."""
         status = self.answer("(set -e; %s) </dev/null >%s 2>&1; echo $?"
                              % (commands, self.output))
         with open(self.output, errors="replace") as file:
@@ -224,7 +225,7 @@ class Machine:
         return output
 
     def files(self):
-        """All there are, but for what dpkg and the account tools keep."""
+        """All files, except those that dpkg and the account tools write."""
         found = self.does("find /etc /lib /usr /opt /var /run -xdev "
                           "! -path '*/__pycache__*' -print0")
         return {name for name in found.split("\0") if not re.match(
@@ -274,7 +275,7 @@ def build(machine, directory):
 
 @pytest.fixture
 def bare(machine):
-    """The machine without a clamsmtp, and its user."""
+    """The machine without the clamsmtp package and its user."""
     machine.does("dpkg -P clamsmtp; rm -rf /var/spool/clamsmtp;"
                  "! id clamsmtp || userdel clamsmtp")
     yield machine
@@ -288,7 +289,7 @@ def settings(machine):
 
 @pytest.mark.long
 def test_package_passes_lintian(machine):
-    """Neither errors nor warnings, with the overrides explained."""
+    """There are no errors and no warnings, and each override is explained."""
     try:
         machine.does("apt-get -q -y --no-install-recommends install lintian </dev/null")
     except AssertionError:
@@ -300,7 +301,7 @@ def test_package_passes_lintian(machine):
 
 @pytest.mark.long
 def test_package_program_is_hardened(machine):
-    """CPPFLAGS, which bring _FORTIFY_SOURCE, reach the compiler, too."""
+    """The compiler gets CPPFLAGS, too, with _FORTIFY_SOURCE."""
     tree = os.path.join(os.path.dirname(machine.deb), "clamsmtp")
     assert "__memcpy_chk" in machine.does(
         "nm -D %s/debian/clamsmtp/usr/sbin/clamsmtpd" % tree)
@@ -323,7 +324,7 @@ def test_package_installed_and_purged_leaves_nothing(bare):
 
 @pytest.fixture
 def distributed(bare):
-    """The machine with the clamsmtp of the distribution."""
+    """The machine with the clamsmtp package of the distribution."""
     try:
         bare.does("apt-get -q -y --no-install-recommends install clamsmtp </dev/null")
     except AssertionError:

@@ -85,7 +85,7 @@ reload() { reload_service; }
 
 
 class Router:
-    """/etc/config, /var and the service of a router."""
+    """The /etc/config, /var and service of a router."""
 
     def __init__(self, home):
         self.uci, self.var = home / "config", home / "var"
@@ -95,12 +95,13 @@ class Router:
         self.calls_file, self.log = home / "calls", home / "log"
 
     def shipped(self):
-        """The configuration as it comes, with a spool of the test."""
+        """The configuration as shipped, with a spool directory of the test."""
         with open(CONFIG) as file:
             return file.read().replace("'/tmp/clamsmtpd'", "'%s'" % self.spool)
 
     def configure(self, *lines, **options):
-        """The shipped one, switched on, with some lines and options besides."""
+        """Write the shipped configuration, enabled, with some more lines and
+        options."""
         text = self.shipped()
         options.setdefault("enabled", 1)
         for name, value in options.items():
@@ -124,13 +125,13 @@ class Router:
         assert done.returncode == 0 and not done.stderr, done.stderr
 
     def calls(self, word):
-        """The arguments of each such call."""
+        """The arguments of each call of this function."""
         lines = self.calls_file.read_text().split("\n")[:-1]
         return [line.split("\x1f")[1:-1] for line in lines
                 if line.startswith(word + "\x1f")]
 
     def params(self):
-        """What procd was told of the instance."""
+        """The parameters of the instance that procd received."""
         assert len(self.calls("open_instance")) == 1
         return {call[0]: call[1:] for call in self.calls("set_param")}
 
@@ -144,7 +145,7 @@ def router(tmp_path):
 
 @pytest.fixture
 def effective(router, run):
-    """The settings that the daemon reads from what was generated."""
+    """The settings that the daemon reads from the generated file."""
     def effective():
         done = run("-n", "-f", str(router.conf))
         assert done.returncode == 0 and not complaints(done)
@@ -226,7 +227,7 @@ def test_option_header_keeps_its_quotes_and_escapes(router, effective, value):
     ("config clamd 'main2'", "section clamd main2: not read")])
 def test_section_of_another_name_is_reported_and_not_read(
         router, effective, line, told):
-    """A setting that has no effect is not silent."""
+    """A setting without effect is logged."""
     router.configure(line, "\toption MaxScans '9'")
     done = router.run("start")
     assert done.returncode == 0 and told in done.stderr
@@ -235,7 +236,7 @@ def test_section_of_another_name_is_reported_and_not_read(
 
 
 def test_section_without_a_name_is_reported(router):
-    """Nothing runs then, and the log says why."""
+    """No daemon runs then, and the log says why."""
     (router.uci / "clamsmtpd").write_text(
         router.shipped().replace("config clamsmtpd 'main'", "config clamsmtpd"))
     done = router.run("start")
@@ -246,7 +247,7 @@ def test_section_without_a_name_is_reported(router):
 @pytest.mark.parametrize("name", ["User", "OutAddress", "Action", "TempDirectory"])
 @pytest.mark.parametrize("kind", [str, lambda value: [value]], ids=["option", "list"])
 def test_option_with_a_line_break_is_refused(router, name, kind):
-    """PROMISE 8: whoever may set one value sets no other."""
+    """PROMISE 8: a user who may set one value cannot set another one with it."""
     router.configure(**{name: kind("x\nVirusAction: touch /tmp/x")})
     done = router.run("start")
     assert done.returncode != 0 and not router.calls("open_instance")
@@ -295,7 +296,7 @@ def test_spool_existing_is_not_changed(router):
 
 
 class Running:
-    """The very command that procd is given, started; clamd is remote."""
+    """The daemon, started with the command that procd gets.  clamd is remote."""
 
     def __init__(self, router, site, syslog, **options):
         self.router, self.site = router, site
@@ -319,7 +320,7 @@ class Running:
         return self.site.session(address=self.listen)
 
     def wait_log(self, line):
-        """A line of syslog, with its severity."""
+        """Wait for a line of syslog with this severity."""
         until(lambda: self.syslog.recv(4096).decode() == line, line)
 
     def configure(self, **options):
@@ -332,7 +333,7 @@ def running(router, site, syslog):
 
 
 def test_command_for_procd_filters_mail(running):
-    """Its log goes to syslog, with severities."""
+    """The log goes to syslog, with severities."""
     client = running.session()
     client.mail()
     client.mail(body=BAD, want="550")

@@ -45,7 +45,7 @@ TLVS = (b"\x05\0\x04\xff\0\r\n" + b"\x03\0\x04\x12\x34\x56\x78" + b"\x04\0\0" +
 
 
 def proxied(site, header, **kw):
-    """A session that began with this."""
+    """A session that began with this header."""
     client = site.client(**kw)
     client.send(header)
     client.hello()
@@ -132,7 +132,8 @@ NOBODY = {
 
 @pytest.mark.parametrize("header", NOBODY.values(), ids=list(NOBODY))
 def test_proxy_header_without_a_client_leaves_the_peer(site, header):
-    """As of a proxy's own health check: the client is who connected."""
+    """A proxy's own health check has such a header.  The client is then the
+    peer."""
     site.hop.ehlo = [XCLIENT]
     site.start(ProxyFrom="127.0.0.9", XClient="on")
     client = proxied(site, header, source="127.0.0.9")
@@ -183,7 +184,7 @@ WRONG = {
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: 5 seconds")
 @pytest.mark.parametrize("header", WRONG.values(), ids=list(WRONG))
 def test_proxy_header_invalid_closes_the_connection(site, header):
-    """Without a word, and the next hop never hears of it."""
+    """The client gets no reply, and there is no connection to the next hop."""
     site.start(ProxyFrom="127.0.0.1")
     client = site.client()
     client.send(header)
@@ -201,7 +202,7 @@ def test_proxy_header_invalid_closes_the_connection(site, header):
 @pytest.mark.parametrize("header, reply", [(v1(), "500"), (v2(), "500|501")],
                          ids=["v1", "v2"])
 def test_proxy_header_of_a_stranger_is_an_unknown_command(site, header, reply):
-    """The header is a command that nobody knows."""
+    """The header gets the reply to an unknown command."""
     site.start(ProxyFrom="127.0.0.1", XClient="on")
     client = site.client(source="127.0.0.2")
     client.send(header)
@@ -278,7 +279,7 @@ def test_proxyfrom_changed_by_sighup_counts(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: next hop")
 def test_outaddress_port_alone_with_a_proxy_leads_to_the_proxy(site):
-    """And not to whoever the header names."""
+    """The next hop is not on the address that the header names."""
     there = NextHop(host="127.0.0.77", port=site.hop.port)
     site.servers.append(there)
     site.start(OutAddress=str(site.hop.port), ProxyFrom="127.0.0.1")
@@ -347,7 +348,7 @@ needs_haproxy = pytest.mark.skipif(not real.find("haproxy"), reason="no haproxy 
 
 
 class Haproxy:
-    """It runs until close(), its frontend at this address."""
+    """A haproxy with its frontend at this address.  It runs until close()."""
 
     def __init__(self, site, address, config):
         self.address = address
@@ -448,7 +449,7 @@ def test_haproxy_names_the_client(site, haproxy, options, source):
 @needs_haproxy
 @pytest.mark.parametrize("options", ["send-proxy", "send-proxy-v2"])
 def test_haproxy_checks_health(site, haproxy, options):
-    """By EHLO; its own connections have its own address."""
+    """haproxy sends EHLO.  Its own connections have its own address."""
     site.start(ProxyFrom="127.0.0.1")
     address = "127.0.0.1:%d" % site.port()
     proxy = haproxy(address, ONE % (address, site.daemon.address,
@@ -475,7 +476,7 @@ def test_haproxy_over_a_unix_socket_names_the_client(site, haproxy):
 # ---------------------------------------------------------------- the recipe
 
 def page_settings():
-    """What docs/haproxy.md says of clamsmtpd.conf: {name: [values]}."""
+    """The settings of clamsmtpd.conf in docs/haproxy.md: {name: [values]}."""
     with open(os.path.join(TOP, "docs", "haproxy.md")) as page:
         lines = re.findall(r"^    (\w+): (.*)$", page.read(), re.M)
     settings = collections.defaultdict(list)
@@ -485,7 +486,8 @@ def page_settings():
 
 
 class Recipe:
-    """docs/haproxy.md and .cfg, their addresses replaced by ones of this machine."""
+    """The files docs/haproxy.md and .cfg, with their addresses replaced by ones of
+    this machine."""
 
     def __init__(self, site, haproxy):
         self.site = site
@@ -527,7 +529,7 @@ def recipe(site, haproxy):
 
 
 class Sender(threading.Thread):
-    """A mail client: each message again until it is taken."""
+    """A mail client that repeats each message until it is accepted."""
 
     def __init__(self, address, name, count):
         super().__init__(daemon=True)
@@ -610,8 +612,8 @@ def test_haproxy_recipe_names_the_client_to_the_next_hop(site, recipe):
 
 @needs_haproxy
 def test_haproxy_recipe_clamds_replace_each_other(site, recipe):
-    """As many scans at the first as three clamsmtpd have slots there; it goes,
-    and the second has all."""
+    """The first clamd gets as many scans as three clamsmtpd have slots for it.
+    When it ends, the second one gets all scans."""
     slots = 3 * int(page_settings()["MaxScans"][0])
     one, other = recipe.clamds
     one.verdict = hold = Hold(RESET)

@@ -33,7 +33,7 @@ def clamd():
 
 @pytest.fixture
 def own_clamd():
-    """A clamd for this test alone: own_clamd(Setting="value")."""
+    """own_clamd(Setting="value"): starts a clamd for this test alone."""
     made = []
 
     def make(**settings):
@@ -50,7 +50,7 @@ def address(request, clamd):
 
 
 def forwarded(mail, header=HEADER):
-    """The mail as the next hop should get it."""
+    """The mail as the next hop should receive it."""
     head, _, body = mail.partition(b"\r\n\r\n")
     return head + b"\r\n" + header + b"\r\n" + body
 
@@ -81,7 +81,7 @@ def test_clean_mail_of_each_kind_passes(site, address):
 
 
 def test_virus_between_clean_mails_is_found(site, address):
-    """One session; the verdict on one mail is not the next one's."""
+    """In one session the verdict on one mail does not affect the next one."""
     site.start(ClamAddress=address, Action="drop")
     client = site.session()
     for _ in range(3):
@@ -106,7 +106,7 @@ def test_virus_with_action_pass_is_marked(site, address):
 
 
 def test_virus_across_chunks_is_found(site, address):
-    """BDAT: the virus is cut in two by the chunks."""
+    """Two chunks of BDAT each have a part of the virus."""
     site.hop = site.new_hop(chunking=True)
     site.start(ClamAddress=address, Action="bounce")
     client = site.session()
@@ -151,7 +151,7 @@ def test_file_over_tcp_is_found(site, clamd, name):
 
 
 def test_mails_at_the_same_time_get_their_own_verdicts(site, address):
-    """Mixed mail in 12 sessions at the same time: each gets its own verdict."""
+    """Each mail of 12 sessions gets its own verdict."""
     site.start(ClamAddress=address, Action="bounce")
 
     def one(number):
@@ -173,7 +173,7 @@ def test_mails_at_the_same_time_get_their_own_verdicts(site, address):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: INSTREAM")
 def test_clamd_without_access_to_the_spool_scans(site, clamd):
-    """The classic trap of a scanner of paths: clamd needs no access."""
+    """clamd needs no access to the spool, unlike with commands that name a file."""
     if not clamd.user:
         pytest.skip("clamd runs as the same user here")
     os.chmod(site.spool, 0o700)
@@ -190,7 +190,7 @@ def test_clamd_without_access_to_the_spool_scans(site, clamd):
 
 
 def test_quarantine_copy_is_the_mail_as_sent(site, clamd):
-    """The file is the mail as it was sent, and nobody else's to read."""
+    """The copy is the mail as it was sent, and only its owner can read it."""
     site.start(ClamAddress=clamd.path, Action="drop", Quarantine="on")
     client = site.session()
     mail = EICAR_MAILS["base64"] + b"\r\n.\r\n..\r\n.end\r\n"
@@ -233,7 +233,7 @@ def test_false_positive_with_its_signature_ignored_is_delivered_from_its_copy(
 @pytest.mark.covers("clamsmtpd.8 clamd is down")
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_clamd_back_after_an_outage_scans(site, own_clamd, kind):
-    """The next mail works as soon as clamd does."""
+    """The first mail after clamd has started is scanned."""
     clamd = own_clamd()
     site.start(ClamAddress=clamd.path if kind == "unix" else clamd.tcp,
                Action="bounce")
@@ -251,7 +251,7 @@ def test_clamd_back_after_an_outage_scans(site, own_clamd, kind):
 
 
 def test_clamd_started_later_scans(site, own_clamd):
-    """Our start does not need clamd."""
+    """The daemon starts without clamd."""
     clamd = own_clamd()
     clamd.kill()
     os.unlink(clamd.path)
@@ -264,7 +264,7 @@ def test_clamd_started_later_scans(site, own_clamd):
 
 
 def test_second_clamd_scans_while_the_first_is_dead(site, own_clamd, clamd):
-    """The first is dead: the second is asked, over another kind of socket."""
+    """The daemon uses the second clamd, over another kind of socket."""
     first = own_clamd()
     site.start(ClamAddress=[first.path, clamd.tcp], Action="bounce")
     client = site.session()
@@ -310,8 +310,9 @@ def test_above_stream_max_length_with_scanfailure_pass_is_marked(site, own_clamd
 @pytest.mark.covers("clamsmtpd.conf.5 MaxScanSize: MaxFileSize")
 @pytest.mark.parametrize("where", ["ours", "clamd's"])
 def test_above_max_file_size_is_552_where_a_limit_is_as_low(site, own_clamd, where):
-    """clamd says OK, without a look, to a stream between its MaxFileSize and its
-    StreamMaxLength: MaxScanSize or StreamMaxLength must not be above MaxFileSize."""
+    """clamd answers OK, without a scan, to a stream between its MaxFileSize and its
+    StreamMaxLength.  Therefore MaxScanSize or StreamMaxLength must not be above
+    MaxFileSize."""
     clamd = own_clamd(MaxFileSize="100K", StreamMaxLength="100K" if where != "ours" else "100M")
     site.start(ClamAddress=clamd.path, MaxScanSize="100K" if where == "ours" else "0")
     client = site.session()
@@ -325,8 +326,8 @@ def test_above_max_file_size_is_552_where_a_limit_is_as_low(site, own_clamd, whe
 @pytest.mark.core
 @pytest.mark.parametrize("chunks", [False, True], ids=["DATA", "BDAT"])
 def test_maxscansize_leaves_no_message_that_clamd_does_not_scan(site, own_clamd, chunks):
-    """With MaxScanSize as clamd's MaxFileSize a virus in the last bytes is found
-    or the message refused, whatever its size."""
+    """With MaxScanSize as large as clamd's MaxFileSize, a virus in the last bytes
+    is found or the message is refused, whatever its size."""
     limit = 100000
     clamd = own_clamd(MaxFileSize=str(limit))
     site.hop = site.new_hop(chunking=True)
@@ -349,7 +350,7 @@ def test_maxscansize_leaves_no_message_that_clamd_does_not_scan(site, own_clamd,
 
 @pytest.mark.covers("clamsmtpd.conf.5 Action: AlertExceedsMax")
 def test_above_max_file_size_is_found_with_alert_exceeds_max(site, own_clamd):
-    """clamd's AlertExceedsMax names a message that it did not look at."""
+    """With AlertExceedsMax clamd reports a message that it did not scan."""
     clamd = own_clamd(MaxFileSize="100K", StreamMaxLength="100M", AlertExceedsMax="yes")
     site.start(ClamAddress=clamd.path,
                Action=["bounce Heuristics.Limits.Exceeded*", "drop"])
@@ -380,9 +381,9 @@ HIDDEN = {
 
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_attachment_hidden_by_header_order_is_found(site, clamd, address, kind):
-    """libclamav tells mail by its first headers; in these orders it takes
-    the mail for text and leaves the attachment encoded.  Our line before the
-    mail prevents that, and is in no mail that leaves."""
+    """libclamav recognises mail by its first headers.  With these orders of headers
+    it reads the mail as text and does not decode the attachment.  Our line before
+    the mail prevents that.  This line is not forwarded."""
     mail = HIDDEN[kind]
     site.start(ClamAddress=address, Action="bounce")
     client = site.session()
@@ -399,7 +400,7 @@ def test_attachment_hidden_by_header_order_is_found(site, clamd, address, kind):
 # ---------------------------------------------------------------- long
 
 def talk(address, kind, big):
-    """One session of a kind; how many mails it has delivered."""
+    """Run one session of some kind; return how many mails it has delivered."""
     client = Client(address)
     try:
         client.hello()
@@ -424,7 +425,7 @@ def talk(address, kind, big):
 
 @pytest.mark.long
 def test_minute_of_everything_loses_nothing(site, clamd):
-    """A minute of everything at once; nothing piles up."""
+    """All kinds of sessions run at once for a minute, and no resource grows."""
     def forget(hop_session, _):
         message = hop_session.messages[-1]
         message.wire = message.body = b""
@@ -434,7 +435,7 @@ def test_minute_of_everything_loses_nothing(site, clamd):
     big = real.attached(os.urandom(300000))
 
     def run(seconds):
-        """How many mails were delivered."""
+        """Run the sessions; return how many mails were delivered."""
         end = time.monotonic() + seconds
 
         def work(number):

@@ -30,8 +30,8 @@ INSTALL = 300           # seconds that a package may take
 # ---------------------------------------------------------------- vectors
 
 def transactions():
-    """(name, bytes from MAIL on) for each pair of line ends, DATA and BDAT,
-    with a second envelope; the senders have numbers."""
+    """(name, bytes from MAIL on) for each pair of line ends, DATA and BDAT, with a
+    second envelope.  The senders have numbers."""
     for number, (way, (before, after)) in enumerate(
             (w, p) for w in ("DATA", "BDAT") for p in vectors.PAIRS):
         vector = vectors.Vector(before, after, vectors.SECOND)
@@ -46,9 +46,9 @@ def transactions():
 
 
 def send_all(site, address):
-    """A session for sixteen of them.  The senders whose mail must be there now,
-    and what went wrong on the way: somebody who takes one message for two says
-    more than he was asked."""
+    """Send all transactions, sixteen per session.  Returns the senders whose mail
+    must have arrived, and the replies that were wrong.  A server that reads one
+    message as two sends more replies than it should."""
     site.start(OutAddress=address, level=3)
     want, wrong = collections.Counter(), []
     client = None
@@ -78,7 +78,7 @@ def send_all(site, address):
 
 
 def compare(want, wrong, queued):
-    """One for one."""
+    """The server has exactly the wanted mails, and no reply was wrong."""
     queued = collections.Counter(queued)
     assert (wrong, sorted(queued - want), sorted(want - queued)) == ([], [], []), \
         "trouble with, came too often, came too seldom"
@@ -88,7 +88,7 @@ def compare(want, wrong, queued):
 # ---------------------------------------------------------------- Postfix
 
 class Holding(real.Postfix):
-    """A Postfix that keeps what it takes in its hold queue."""
+    """A Postfix that keeps accepted mail in its hold queue."""
 
     def __init__(self, bare_newline):
         super().__init__(
@@ -114,8 +114,8 @@ class Holding(real.Postfix):
                     reason="no Postfix installed")
 @pytest.mark.parametrize("bare_newline", ["normalize", "no"])
 def test_postfix_default_is_not_smuggled(site, bare_newline):
-    """We come from $mynetworks, which is excluded from the rule by default, as
-    behind any content filter."""
+    """Like any filter after the queue we connect from $mynetworks, to which Postfix
+    by default does not apply its rule against smuggling."""
     postfix = Holding(bare_newline)
     try:
         want, wrong = send_all(site, postfix.address("back"))
@@ -197,7 +197,7 @@ class Overlaid:
         return text
 
     def run(self, command):
-        """The lines that it prints."""
+        """Run a command in the overlay; return the lines that it prints."""
         self.process.stdin.write(command.encode() + b"\n")
         self.process.stdin.flush()
         return list(iter(lambda: self.process.stdout.readline().decode().rstrip("\n"),
@@ -294,8 +294,9 @@ def test_opensmtpd_is_not_smuggled(site):
 # ---------------------------------------------------------------- recipes
 
 def recipe(site, clamd, name, server, start, table, mailbox):
-    """Behind the queue of this server, which delivers to the next hop, or to
-    alice; strangers get through to whom they should, and nowhere else."""
+    """Start the recipe for a filter after the queue of this server, which delivers
+    to the next hop or to alice.  Mail of strangers reaches only the addresses it
+    should."""
     # Exim takes 127.0.0.1 for itself, and the scripted hop cannot pipeline.
     site.hop = site.new_hop(host="127.0.0.2", ehlo=["8BITMIME"])
     port = site.port()

@@ -28,7 +28,7 @@ SICK = b"Subject: sick\r\n\r\n" + EICAR + b"\r\n"
 
 @pytest.fixture(scope="session")
 def postfix():
-    """Filters behind its queue."""
+    """A Postfix with a filter after its queue."""
     postfix = real.Postfix()
     yield postfix
     postfix.close()
@@ -36,7 +36,7 @@ def postfix():
 
 @pytest.fixture(scope="session")
 def before():
-    """A Postfix that filters before its queue."""
+    """A Postfix with a filter before its queue."""
     before = real.Postfix("postfix-before-queue")
     yield before
     before.close()
@@ -47,7 +47,7 @@ def to_postfix(site, postfix, name="smtp", source=None):
 
 
 def check(message, body, header=HEADER):
-    """The mail is what was sent, with our header."""
+    """The mail arrived as it was sent, with our header."""
     head, text = message
     wanted, _, wanted_text = real.unix(body).partition(b"\n\n")
     assert real.unix(header) in head, head
@@ -59,7 +59,8 @@ def check(message, body, header=HEADER):
 # ---------------------------------------------------------------- next hop
 
 def test_postfix_as_next_hop_delivers(site, postfix):
-    """Its EHLO list, its replies, several mails in a session."""
+    """Postfix's EHLO reply, its other replies and several mails in a session
+    pass."""
     site.start(OutAddress=postfix.address("other"))
     client = site.client()
     assert client.expect("220").text == "220 smtp.passthru"
@@ -85,7 +86,7 @@ def test_postfix_as_next_hop_delivers(site, postfix):
 
 
 def test_postfix_as_next_hop_takes_chunks(site, postfix):
-    """BDAT on both sides."""
+    """The client and Postfix both use BDAT."""
     site.start(OutAddress=postfix.address("other"))
     client = site.session()
     body = BODY.replace(b"through", b"chunked")
@@ -101,9 +102,9 @@ def test_postfix_as_next_hop_takes_chunks(site, postfix):
 
 @pytest.mark.parametrize("header", ["X-Virus-Scanned: yes", "Received: filter"])
 def test_postfix_headers_below_mbox_lines_arrive_as_headers(site, postfix, header):
-    """In DATA, Postfix takes a From_ line for a header where it comes first, and
-    else for the end of the header section.  (Postfix 3.7 takes a second such line
-    for a header, too, 3.10 does not.)"""
+    """After DATA, Postfix reads a first line that is a From_ line as a header, and
+    a later one as the end of the header section.  (Postfix 3.7 reads a second such
+    line as a header, too; 3.10 does not.)"""
     site.start(OutAddress=postfix.address("other"), Header=header)
     client = site.session()
     name = b"mbox " + header[:1].encode()
@@ -119,7 +120,7 @@ def test_postfix_headers_below_mbox_lines_arrive_as_headers(site, postfix, heade
 
 @pytest.mark.parametrize("mbox", [b"", b"From a@example.com\r\n"])
 def test_postfix_text_that_begins_with_a_blank_arrives_as_text(site, postfix, mbox):
-    """As it would from Postfix alone, which parts it from its own headers."""
+    """Postfix alone does the same: it separates such text from its own headers."""
     site.start(OutAddress=postfix.address("other"))
     client = site.session()
     text = b"  blank first, %d\r\nsecond line\r\n" % len(mbox)
@@ -150,8 +151,8 @@ ENDS = [b"\n.\n", b"\r.\r", b"\r.\n", b"\n.\r", b"\n.\r\n", b"\r\n.\n",
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
 def test_postfix_is_not_smuggled(site, postfix, end):
-    """What some servers take for the end of data smuggles no mail into
-    Postfix, which on this port, for local clients, would take several."""
+    """Text that some servers read as the end of data smuggles no mail into Postfix,
+    which on this port, for local clients, would accept several."""
     site.start(OutAddress=postfix.address("back"))
     client = site.session()
     name = b"%d" % ENDS.index(end)
@@ -203,8 +204,8 @@ def test_after_queue_long_lines_stay_whole(open_site, postfix):
 
 
 def test_after_queue_utf8_address_arrives(open_site, postfix):
-    """An address that needs SMTPUTF8 is not bounced.  And the way of the old
-    guides: a port alone as OutAddress leads back to Postfix."""
+    """An address that needs SMTPUTF8 is not bounced.  A port alone as OutAddress,
+    which older guides used, leads back to Postfix."""
     site = open_site
     start(site, postfix, OutAddress=str(postfix.port["back"]))
     client = to_postfix(site, postfix)
@@ -218,7 +219,7 @@ def test_after_queue_utf8_address_arrives(open_site, postfix):
 
 
 def test_after_queue_virus_is_not_delivered(open_site, postfix):
-    """The VirusAction hears of the client before Postfix."""
+    """The VirusAction gets the client that connected to Postfix."""
     site = open_site
     out = os.path.join(site.spool, "environment")
     start(site, postfix, VirusAction=harness.finish_file("env", out))
@@ -257,7 +258,8 @@ def test_after_queue_many_mails_are_delivered(open_site, postfix):
 
 
 def test_after_queue_turned_off_delivers_queued_mail(site):
-    """As the page says; what waits for the filter goes on without it."""
+    """After the steps of the manual page, mail that waits for the filter is
+    delivered without it."""
     postfix = real.Postfix()
     try:
         client = to_postfix(site, postfix)
@@ -277,7 +279,8 @@ def test_after_queue_turned_off_delivers_queued_mail(site):
 
 @pytest.mark.covers("clamsmtpd.8 Postfix, before the queue")
 def test_before_queue_virus_is_refused_to_the_sender(open_site, before, real_clamd):
-    """The sender itself hears what becomes of its mail, and nobody else."""
+    """The sending server gets the reply to its mail, and no mail about it is
+    sent."""
     site = open_site
     start(site, before, ClamAddress=real_clamd.path)
     client = to_postfix(site, before)
@@ -314,7 +317,7 @@ def test_before_queue_bytes_arrive(open_site, before, port):
 
 
 def test_before_queue_scan_time_out_is_below_postfix(before):
-    """Postfix waits longer for us than we for clamd."""
+    """Postfix waits longer for us than we wait for clamd."""
     with open(real.EXAMPLES + "/postfix-before-queue/clamsmtpd.conf") as file:
         ours = int(re.search(r"^ScanTimeOut: (\d+)$", file.read(), re.M)[1])
     assert before.run("postconf", "-h", "smtpd_proxy_timeout") == "100s\n"
@@ -324,7 +327,7 @@ def test_before_queue_scan_time_out_is_below_postfix(before):
 # ---------------------------------------------------------------- XCLIENT
 
 def test_xclient_names_the_client_to_postfix(site, postfix):
-    """Postfix takes the mail as from our client; HELO is needed again."""
+    """Postfix records the mail as one of our client.  It needs HELO again."""
     site.start(OutAddress=postfix.address("other"), XClient="on")
     client = site.session(source="127.0.0.7")
     body = BODY.replace(b"through", b"xclient")
@@ -358,7 +361,7 @@ def test_xclient_of_an_ipv6_client_names_it(site, postfix):
 
 
 def test_xclient_not_allowed_by_postfix_delivers(site, postfix):
-    """Where Postfix does not offer it the mail goes through all the same."""
+    """Mail is delivered even if Postfix does not offer XCLIENT."""
     site.start(OutAddress=postfix.address("back"), XClient="on")
     client = site.session(source="127.0.0.9")
     queued = client.mail(body=BODY).text.split()[-1]
@@ -386,8 +389,8 @@ def relay():
     ([], []), (["EHLO"], ["501"]), (["HELO"], ["501"]),
     (["EHLO a.example"], ["250"]), (["HELO a.example"], ["250"])], ids=str)
 def test_xclient_makes_no_open_relay(site, relay, hello, codes):
-    """PROMISE 10: whether it says EHLO or not, a stranger cannot send to
-    strangers through the filter."""
+    """PROMISE 10: a stranger cannot send mail to strangers through the filter, with
+    or without EHLO."""
     site.start(OutAddress=relay.address("smtp"), XClient="on")
     client = site.client(source="127.0.0.7")
     client.expect("220")
@@ -421,7 +424,8 @@ def test_xclient_refusal_of_the_client_by_postfix_is_relayed(site):
 
 
 def test_postfix_gets_no_mail_from_an_http_request(site, postfix):
-    """PROMISE 10: as when it is sent to Postfix itself."""
+    """PROMISE 10: the request has no more effect than if it is sent to Postfix
+    directly."""
     site.start(OutAddress=postfix.address("other"))
     for verb in "POST", "PUT":
         client = site.client()

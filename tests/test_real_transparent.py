@@ -39,7 +39,8 @@ def here():
 
 
 class Namespace:
-    """with namespace: sockets and processes made now belong there."""
+    """A network namespace.  Sockets and processes that are made `with' it belong to
+    it."""
 
     def __init__(self):
         before = here()
@@ -159,8 +160,8 @@ BODY = b"Subject: hello\r\n\r\nworld\r\n"
 
 
 def passes(site, net, family, clamd, **kw):
-    """A mail to the server goes through us, a virus does not; while clamd is away
-    nothing does."""
+    """Mail to the server goes through us, and a virus does not.  While clamd is
+    down, no mail does."""
     listen(site, net, family)
     start(site, net, ClamAddress=clamd.path, **kw)
     c = client(site, net, at(SERVER[family]))
@@ -185,7 +186,7 @@ def passes(site, net, family, clamd, **kw):
     "clamsmtpd.conf.5 TransparentProxy")
 @pytest.mark.parametrize("family", [4, 6])
 def test_redirect_leads_to_the_original_destination(open_site, net, family, real_clamd):
-    """SO_ORIGINAL_DST tells where the client wanted to go."""
+    """SO_ORIGINAL_DST has the address to which the client connected."""
     redirect(net)
     passes(open_site, net, family, real_clamd)
 
@@ -194,8 +195,8 @@ def test_redirect_leads_to_the_original_destination(open_site, net, family, real
     "clamsmtpd.8 TRANSPARENT PROXY FEATURE: TPROXY")
 @pytest.mark.parametrize("family", [4, 6])
 def test_tproxy_leads_to_the_original_destination(open_site, net, family, real_clamd):
-    """The local address of the connection is where the client wanted to go;
-    the listener takes such connections without being root, too."""
+    """The local address of the connection is the address to which the client
+    connected.  The listener gets such connections without being root, too."""
     tproxy(net)
     passes(open_site, net, family, real_clamd)
 
@@ -203,7 +204,8 @@ def test_tproxy_leads_to_the_original_destination(open_site, net, family, real_c
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: TPROXY")
 @pytest.mark.parametrize("family", [4, 6])
 def test_tproxy_with_the_capabilities_of_the_drop_in_passes(open_site, net, family, real_clamd):
-    """The daemon, started as its user with what tproxy.conf has, is enough."""
+    """The capabilities of tproxy.conf are enough for a daemon that is started as
+    its user."""
     with open(os.path.join(real.EXAMPLES, "transparent/tproxy.conf")) as file:
         text = file.read()
     caps, = set(re.findall(r"(?m)^\w+(?:Set|Capabilities)=CAP_(\w+)$", text))
@@ -230,7 +232,7 @@ def test_transparent_without_the_daemon_nothing_passes(open_site, net, family, r
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_transparent_turned_off_leads_to_the_server(open_site, net, family):
-    """As the page says; the client gets to the server itself."""
+    """After the steps of the page the client is connected to the server itself."""
     tproxy(net)
     routes(net, "del")
     net.gateway.run("nft", "delete", "table", "inet", "clamsmtpd")
@@ -239,7 +241,7 @@ def test_transparent_turned_off_leads_to_the_server(open_site, net, family):
 
 
 def test_redirect_of_ipv4_to_a_listener_of_both_kinds(open_site, net):
-    """There the client's address, and ours, are IPv4 in IPv6 clothes."""
+    """The client's address and ours are IPv4 addresses mapped to IPv6."""
     redirect(net)
     listen(open_site, net, 4)
     start(open_site, net, 1, Listen="[::]:%d" % PORT)
@@ -285,7 +287,8 @@ def test_transparent_destination_down_gives_421(open_site, net, family):
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: mail loop")
 @pytest.mark.parametrize("family", [4, 6])
 def test_transparent_loop_is_refused(open_site, net, family):
-    """Rules that lead our own connections back to us: refused, not repeated."""
+    """If the rules redirect our own connections to us, the session is refused and
+    does not loop."""
     redirect(net)
     rules(net, """
         table inet more {
@@ -308,7 +311,7 @@ def test_transparent_loop_is_refused(open_site, net, family):
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: mail loop")
 @pytest.mark.parametrize("family", [4, 6])
 def test_transparent_direct_connection_is_a_loop(open_site, net, family):
-    """A client that was not redirected leads to ourselves as well."""
+    """For a client that was not redirected, the destination is ourselves."""
     redirect(net)
     start(open_site, net)
     c = client(open_site, net, at(GATEWAY[family], PORT))

@@ -74,7 +74,7 @@ def test_bad_configuration_is_reported_before_the_fork(site, background):
 
 @pytest.mark.covers("clamsmtpd.conf.5 MaxConnections: descriptors")
 def test_descriptor_limit_too_small_is_refused(open_site):
-    """With both numbers; by a user who may not raise it."""
+    """A user who may not raise the limit gets an error with both numbers."""
     def preexec():
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         as_nobody()
@@ -85,7 +85,7 @@ def test_descriptor_limit_too_small_is_refused(open_site):
 
 
 def as_nobody():
-    """For preexec."""
+    """For preexec: change to the user nobody."""
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
@@ -103,8 +103,8 @@ def exposed(site):
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: signals and descriptors")
 def test_blocked_signals_inherited_are_unblocked(site):
-    """A starter that had blocked signals gets a daemon that obeys them, and that
-    reaps its children."""
+    """A program that has blocked signals starts the daemon.  The daemon still obeys
+    them, and reaps its children."""
     blocked = {signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1}
     ran = site.path("ran")
     site.start(VirusAction=": > " + ran, Listen=site.path("in.sock"),
@@ -118,7 +118,7 @@ def test_blocked_signals_inherited_are_unblocked(site):
 
 
 def inheriting(site, prepare, program=CLAMSMTPD):
-    """A program that does the shell commands and then becomes clamsmtpd."""
+    """A program that runs the shell commands and then becomes clamsmtpd."""
     script = site.path("starter")
     with open(script, "w") as file:
         file.write('#!/bin/sh\n%s\nexec "%s" "$@"\n' % (prepare, program))
@@ -128,14 +128,15 @@ def inheriting(site, prepare, program=CLAMSMTPD):
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: signals and descriptors")
 def test_descriptor_inherited_is_closed(site):
-    """A starter's lock is not held by the daemon that it started."""
+    """The daemon does not hold a lock of the program that started it."""
     paths = [site.path("lock%d" % fd) for fd in (3, 9)]
     site.start(binary=inheriting(site, 'exec 3>"%s" 9>"%s"' % tuple(paths)))
     assert not set(paths) & set(site.daemon.open_files())
 
 
 def test_descriptor_inherited_without_close_range_is_closed(site, faulty_build):
-    """A kernel without close_range(2), before 5.9, makes no difference."""
+    """Descriptors are also closed on a kernel before 5.9, which has no
+    close_range(2)."""
     path = site.path("lock")
     site.start(binary=inheriting(site, 'exec 9>"%s"' % path, faulty_build),
                env={"FAULT": "syscall:1:1:38"})              # ENOSYS
@@ -146,8 +147,8 @@ def test_descriptor_inherited_without_close_range_is_closed(site, faulty_build):
     ("$$", "2", [3, 4]), ("1", "2", []), ("$$", "", []), ("$$", "-1", []),
     ("$$", "4294967297", [])], ids=str)
 def test_descriptors_of_listen_fds_alone_are_used(site, pid, count, taken):
-    """Descriptors passed by systemd to this process, and no others, are taken for
-    listeners.  A file is none: it is closed with a warning."""
+    """Only descriptors that systemd passes to this process become listeners.  A
+    file is none: it is closed with a warning."""
     paths = {fd: site.path("passed%d" % fd) for fd in (3, 4, 5)}
     redirect = " ".join('%d>"%s"' % item for item in paths.items())
     site.start(binary=inheriting(
@@ -175,7 +176,8 @@ def test_pid_file_has_the_pid_and_is_removed(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 PidFile: relative path")
 def test_relative_paths_are_in_the_directory_of_the_start(site):
-    """The daemon leaves that directory, but not its pid file and TempDirectory."""
+    """The daemon leaves that directory, but finds its pid file and TempDirectory
+    there."""
     one = site.start(level=None, wait=False, preexec=lambda: os.chdir(site.dir),
                      Listen=site.path("in.sock"), PidFile="pid", TempDirectory="spool",
                      Quarantine="on")
@@ -213,7 +215,7 @@ def test_second_instance_with_the_same_pid_file_is_refused(site):
 
 
 def test_second_instance_refused_leaves_nothing(site):
-    """And nothing of the first one's is gone."""
+    """The files of the first instance stay."""
     site.start(PidFile=site.path("pid"), Listen=site.path("first.sock"))
     site.refused(PidFile=site.path("pid"), Listen=site.path("second.sock"))
     assert not os.path.exists(site.path("second.sock"))
@@ -227,7 +229,7 @@ def test_second_instance_refused_leaves_nothing(site):
     {"Listen": "192.0.2.1:0"}], ids=str)
 @pytest.mark.parametrize("how", ["foreground", "background"])
 def test_start_refused_leaves_nothing_behind(site, settings, how):
-    """PROMISE 7: neither pid file nor socket."""
+    """PROMISE 7: there is neither a pid file nor a socket."""
     names = {"PidFile": site.path("pid"), "Listen": [site.path("in.sock")]}
     names["Listen"].append(settings.get("Listen"))
     daemon = site.refused(level=4 if how == "foreground" else None,
@@ -270,8 +272,8 @@ def test_unix_listener_stale_is_replaced(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 Listen: socket removed")
 def test_unix_listener_that_cannot_be_removed_is_logged(open_site):
-    """The directory is root's and User is another: the socket stays, the log says
-    so, and the next start replaces it."""
+    """The directory is root's and User is another user.  The socket stays, the log
+    says so, and the next start replaces it."""
     site = open_site
     path = site.path("in.sock")
     for _ in range(2):
@@ -313,7 +315,7 @@ def test_unix_listener_path_that_is_a_file_is_not_removed(site):
 
 
 def test_connections_two_hundred_at_once_are_served(site):
-    """The original hung all beyond some fifty."""
+    """ClamSMTP 1.10 stopped serving all clients when there were about fifty."""
     site.start(MaxConnections="300")
     clients = [site.client() for _ in range(200)]
     for client in clients:
@@ -348,8 +350,8 @@ def test_sigterm_gives_idle_sessions_421(site):
 
 @pytest.mark.parametrize("way", ["idle", "lingering", "in a message"])
 def test_sigterm_waits_a_second_for_a_client_that_does_not_close(site, clock, way):
-    """A client that does not close after its last reply holds up the end for one
-    second, also if that reply was sent before the signal or after it."""
+    """A client that does not close after its last reply delays the end by one
+    second, whether that reply was sent before or after the signal."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(**clock.settings())
@@ -402,7 +404,8 @@ def test_sigterm_lets_a_message_under_way_finish(site):
 
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_sigterm_within_a_transaction_lets_it_finish(site, how):
-    """RCPT is accepted, or the first chunk: the message belongs to it."""
+    """After an accepted RCPT, or the first chunk, the message belongs to the
+    transaction."""
     site.hop = site.new_hop(chunking=True)
     client = site.session()
     client.envelope()
@@ -427,7 +430,7 @@ def test_sigterm_within_a_transaction_lets_it_finish(site, how):
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: second signal")
 @pytest.mark.core
 def test_sigterm_twice_ends_at_once(site, clock):
-    """The eight seconds of the first one are never over."""
+    """The second signal ends the daemon within the eight seconds of the first."""
     site.clamd.verdict = Hold("OK")
     site.start(**clock.settings())
     client = site.session()
@@ -447,7 +450,8 @@ def test_sigterm_twice_ends_at_once(site, clock):
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT")
 def test_sigterm_waits_eight_seconds_at_most(site, clock):
-    """All have 8 seconds, and then a word in place of what they wait for."""
+    """All clients have 8 seconds, and then get a reply in place of the one they
+    wait for."""
     site.start(**clock.settings())
     verdict, final = Hold("OK"), Hold("451 4.3.0 not now")
     site.clamd.verdict = [None, verdict]
@@ -485,7 +489,7 @@ def test_sigterm_leaves_no_spool_files(site):
 
 @pytest.mark.core
 def test_sigterm_with_new_clients_in_one_turn_ends(site):
-    """The listener that has clients waiting is closed in that very turn."""
+    """A listener with waiting clients is closed in the same turn of the loop."""
     site.start(Listen=[site.path("in.sock"), "127.0.0.1:0"],
                PidFile=site.path("pid"))
     site.daemon.pause()
@@ -503,8 +507,8 @@ def test_sigterm_with_new_clients_in_one_turn_ends(site):
 
 @pytest.mark.parametrize("user", ["root", "nobody"])
 def test_standard_error_unread_or_closed_blocks_nothing(open_site, user):
-    """PROMISE 5: the log neither blocks nor kills.  It is a pipe of root's: as
-    another user we cannot open it anew for ourselves, and it blocks."""
+    """PROMISE 5: the log neither blocks nor ends the daemon.  The pipe is root's:
+    another user cannot open it again to make it non-blocking."""
     site, sock = open_site, os.path.join(open_site.spool, "in.sock")
     read, write = os.pipe()
 
@@ -555,7 +559,7 @@ def test_sighup_gives_new_sessions_the_new_settings(site):
 ], ids=["TimeOut", "Nonsense", "User", "PidFile", "VirusAction", "TempDirectory",
           "Listen"])
 def test_sighup_with_a_bad_file_changes_nothing_and_logs_why(site, change, why):
-    """With file and line, if it is one that is wrong."""
+    """An error in a line is logged with the file and the number of the line."""
     site.start(Listen=site.path("in.sock"))
     if "Listen" in change:              # a port that is taken
         change = {"Listen": [site.path("in.sock"), site.path("new.sock"),
@@ -578,7 +582,7 @@ def test_sighup_with_a_bad_file_changes_nothing_and_logs_why(site, change, why):
 @pytest.mark.parametrize("where", ["new directory", "127.0.0.77:1023"])
 def test_sighup_with_a_listener_that_needs_a_restart_says_so(open_site, setting, where):
     """The sandbox forbids a unix socket in a new directory, and User a port below
-    1024.  The log says that a restart can open the listener, and why."""
+    1024.  The log says why, and that a restart can open the listener."""
     site = open_site
     listen, other = os.path.join(site.spool, "in.sock"), site.path("other")
     os.mkdir(other)
@@ -604,7 +608,7 @@ def test_sighup_with_a_listener_that_needs_a_restart_says_so(open_site, setting,
 
 
 def test_sighup_with_more_connections_than_descriptors_says_how_to_go_on(open_site):
-    """Without root's rights a reload cannot raise the limit.  A restart can."""
+    """Without root's rights a reload cannot raise the limit, but a restart can."""
     site, listen = open_site, os.path.join(open_site.spool, "in.sock")
     site.start(User="nobody", Listen=listen, preexec=lambda: resource.setrlimit(
         resource.RLIMIT_NOFILE, (300, 300)))
@@ -616,8 +620,8 @@ def test_sighup_with_more_connections_than_descriptors_says_how_to_go_on(open_si
 
 
 def test_sighup_with_an_unreadable_file_logs_only_that(open_site):
-    """The daemon has lost the right to read its file: what the file says is
-    unknown, so no setting is said to be missing."""
+    """The daemon has lost the right to read its file.  The content is unknown, so
+    no setting is reported as missing."""
     site = open_site
     site.start(User="nobody", Listen=os.path.join(site.spool, "in.sock"))
     os.chmod(site.daemon.file, 0o600)
@@ -645,7 +649,7 @@ def test_sighup_opens_new_listeners_and_keeps_the_old(site):
 
 
 def served(site, *addresses):
-    """Which of them have a daemon behind them."""
+    """For each of the addresses, whether a daemon serves it."""
     def serves(address):
         try:
             client = site.client(address=address)
@@ -679,8 +683,8 @@ def places(site):
 ])
 def test_sighup_with_overlapping_listeners_is_as_a_start(site, places, before, after,
                                                          v4, v6):
-    """After a reload the listeners serve what they would serve after a start with
-    the same file, although an old one keeps the port from a new one."""
+    """After a reload the same listeners serve as after a start with the same file,
+    although an old listener keeps the port from a new one."""
     site.start(Listen=places(before))
     site.reload(Listen=places(after))
     assert served(site, *places("127.0.0.1:PORT [::1]:PORT")) == [v4, v6]
@@ -695,8 +699,8 @@ def test_sighup_with_overlapping_listeners_is_as_a_start(site, places, before, a
 ])
 def test_sighup_that_fails_opens_overlapping_listeners_again(site, places, before, after,
                                                           v4, v6):
-    """Where a later line cannot be opened, the listener that had to make room is
-    as it was, and a second reload finds it."""
+    """If a later line cannot be opened, the listener that was closed for another
+    one is opened again, and a second reload finds it."""
     site.start(Listen=places(before))
     idle = site.daemon.fds()
     site.daemon.write(site.settings(Listen=places(after) + [site.hop.address]))
@@ -709,7 +713,8 @@ def test_sighup_that_fails_opens_overlapping_listeners_again(site, places, befor
 
 
 def test_sighup_with_lines_that_overlap_each_other_is_refused(site):
-    """As at a start: a listener that the new file keeps makes no room."""
+    """As at a start, a listener that the new file keeps is not closed for another
+    one."""
     port = site.port("0.0.0.0")
     both = ["127.0.0.1:%d" % port, "0.0.0.0:%d" % port]
     site.start(Listen=both[0])
@@ -722,8 +727,8 @@ def test_sighup_with_lines_that_overlap_each_other_is_refused(site):
 
 
 def test_sighup_that_names_an_open_address_keeps_the_listener(site):
-    """A client that waits to be accepted is served, however the line is written
-    that has its address."""
+    """A client that waits to be accepted is served, even if the line writes the
+    same address in another way."""
     port = site.port("0.0.0.0")
     site.start(Listen=str(port))
     site.daemon.pause()
@@ -737,7 +742,7 @@ def test_sighup_that_names_an_open_address_keeps_the_listener(site):
 
 
 def test_sighup_exchanges_listen_and_statuslisten(site):
-    """Each socket stays open and serves the other protocol."""
+    """Each socket stays open and then serves the other protocol."""
     a, b = site.path("a.sock"), site.path("b.sock")
     site.start(Listen=a, StatusListen=b)
     inodes = [os.stat(path).st_ino for path in (a, b)]
@@ -750,7 +755,8 @@ def test_sighup_exchanges_listen_and_statuslisten(site):
 
 
 def test_one_address_for_listen_and_statuslisten_is_refused(site):
-    """The second one is in use, at the start and at a reload."""
+    """The address is in use for the second setting, at the start and at a
+    reload."""
     path = site.path("a.sock")
     daemon = site.refused(Listen=path, StatusListen=path)
     assert daemon.log("^StatusListen: %s: Address (already )?in use$" % path)
@@ -790,8 +796,8 @@ IPV6_TRANSPARENT = socket.IPPROTO_IPV6, 75
 
 @pytest.mark.skipif("TEST_QEMU" in os.environ, reason="qemu has no IP_TRANSPARENT")
 def test_sighup_with_transparentproxy_changes_the_listeners(site, as_root):
-    """The listeners that stay open get IP_TRANSPARENT with the setting, and lose
-    it with the setting."""
+    """Listeners that stay open get IP_TRANSPARENT when the setting is turned on,
+    and lose it when it is turned off."""
     port = site.port()
     other = site.port("::1" if has_ipv6() else "127.0.0.1")
     listen = ["127.0.0.1:%d" % port] + ["[::1]:%d" % other] * has_ipv6()
@@ -812,8 +818,8 @@ def test_sighup_with_transparentproxy_changes_the_listeners(site, as_root):
 
 @pytest.mark.skipif("TEST_QEMU" in os.environ, reason="qemu has no IP_TRANSPARENT")
 def test_transparentproxy_without_the_right_is_a_warning(open_site):
-    """Without CAP_NET_ADMIN nothing comes by TPROXY, and the log says so: at the
-    start, and at a reload after User."""
+    """Without CAP_NET_ADMIN no connection can come by TPROXY.  The log says so at
+    the start, and at a reload after User."""
     site = open_site
     warning = (r"^TransparentProxy: 127\.0\.0\.1:\d+: "
                r"TPROXY connections are not accepted \(REDIRECT ones are\): "
@@ -829,7 +835,7 @@ def test_transparentproxy_without_the_right_is_a_warning(open_site):
 
 @pytest.mark.core
 def test_sighup_removes_a_listener_with_waiting_clients(site):
-    """The listener that has clients waiting goes in that very turn."""
+    """A listener with waiting clients is closed in the same turn of the loop."""
     a, b = site.path("a"), site.path("b")
     site.start(Listen=a)
     site.daemon.pause()
@@ -857,7 +863,7 @@ def test_sighup_with_a_new_next_hop_uses_it(site):
 
 
 def test_sighup_with_another_clamd_while_scans_wait_keeps_both(site):
-    """The old sessions keep the old one, the new ones need not wait for it."""
+    """Old sessions keep the old clamd, and new sessions need not wait for it."""
     other, hold = site.new_clamd(), Hold("OK")
     site.clamd.verdict = [hold]
     site.start(Listen=site.path("in.sock"), MaxScans="1")
@@ -879,7 +885,7 @@ def test_sighup_with_another_clamd_while_scans_wait_keeps_both(site):
 
 
 def test_sighup_with_another_temp_directory_uses_it(site):
-    """A message that was under way then leaves nothing to those that follow."""
+    """Messages after a message that was under way use the new directory."""
     final, scan = Hold(), Hold("OK")
     site.hop.on(".", [final])
     site.clamd.verdict = [None, scan]
@@ -904,7 +910,7 @@ def test_sighup_with_another_temp_directory_uses_it(site):
 
 
 def test_sighup_with_a_temp_directory_that_cannot_be_written_to_changes_nothing(site):
-    """Also where no sandbox limits it."""
+    """The reload fails also without a sandbox, as with a VirusAction."""
     settings = {"Listen": site.path("in.sock"), "VirusAction": "true"}
     site.start(**settings)
     site.daemon.write(site.settings(TempDirectory="/no/such/directory", **settings))
@@ -916,7 +922,7 @@ def test_sighup_with_a_temp_directory_that_cannot_be_written_to_changes_nothing(
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: open connections")
 def test_sighup_lets_a_message_under_way_finish(site):
-    """What is under way keeps its settings, whatever stage it is in."""
+    """A message keeps its settings at every stage."""
     scan, final = Hold("OK"), Hold()
     site.clamd.verdict = [None, scan]
     site.hop.on(".", [final])
@@ -1010,7 +1016,8 @@ def test_user_number_with_an_entry_has_its_groups(open_site):
 @pytest.mark.parametrize("user, name", [("nobody", "nobody"), ("65534", None),
                                         ("54321", "54321")])
 def test_unwritable_temp_directory_names_the_user(open_site, user, name):
-    """The start's error has the name of the user, or a number that has none."""
+    """The error at the start has the name of the user, or the number of a user
+    without a name."""
     os.chmod(open_site.spool, 0o700)
     daemon = open_site.refused(User=user)
     assert "TempDirectory: %s is not writable by user %s; " % (
@@ -1018,7 +1025,7 @@ def test_unwritable_temp_directory_names_the_user(open_site, user, name):
 
 
 def test_unwritable_clamd_socket_names_the_user(open_site):
-    """The complaint about clamd has the name of the user who may not connect."""
+    """The error about clamd has the name of the user who may not connect."""
     site = open_site
     os.chmod(site.clamd.address, 0o600)
     site.start(User="nobody")
@@ -1041,7 +1048,7 @@ def test_user_that_does_not_exist_is_refused(site, as_root, user):
 
 
 def test_temp_directory_missing_is_an_error_at_start(site):
-    """Not only when the first mail comes."""
+    """The error does not wait for the first mail."""
     daemon = site.start(TempDirectory="/no/such/directory", wait=False)
     until(lambda: daemon.log("/no/such/directory") or not daemon.alive(),
           "a word about it")
@@ -1072,7 +1079,7 @@ def test_pid_file_that_cannot_be_removed_is_emptied(open_site):
 
 
 def test_user_owns_quarantine_and_action(open_site):
-    """Whose action cannot become root again."""
+    """The action cannot become root again."""
     site = open_site
     out = os.path.join(site.spool, "out")
     site.start(User="nobody", Quarantine="on", VirusAction=finish_file(
@@ -1093,8 +1100,9 @@ def test_user_owns_quarantine_and_action(open_site):
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: no core")
 def test_core_is_never_dumped(open_site):
-    """Mail would be in it.  Where cores are piped into a program the limit is
-    not asked, unless it is 1; or it is not dumpable: /proc files are root's."""
+    """A core file would contain mail.  If cores are piped into a program, the
+    kernel ignores any limit except 1.  So the limit is 1, or it is 0 and the
+    process is not dumpable, which makes its files in /proc root's."""
     open_site.start(binary=exposed(open_site), preexec=as_nobody)
     proc = "/proc/%d/" % open_site.daemon.pid
     with open(proc + "limits") as file:
@@ -1105,7 +1113,8 @@ def test_core_is_never_dumped(open_site):
 
 @pytest.mark.core
 def test_descriptors_are_closed_on_exec(site):
-    """Listeners, pid file, pipes, log, sessions, spools, clamd."""
+    """This holds for listeners, pid file, pipes, log, sessions, spools and
+    clamd."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(Listen=["127.0.0.1:0", site.path("in.sock")], PidFile=site.path("pid"))
@@ -1125,7 +1134,7 @@ def test_descriptors_are_closed_on_exec(site):
 
 
 def read_only_but(*directories):
-    """For preexec: that is what its mounts are then."""
+    """For preexec: mount everything read-only except these directories."""
     binds = mounting(*((path, path, "", 4096, "") for path in directories))
     libc = ctypes.CDLL(None)
 
@@ -1144,8 +1153,9 @@ def read_only_but(*directories):
 
 
 def test_sandbox_writes_only_in_its_directories(open_site, mounts):
-    """TempDirectory and the directory of pid file and listener are enough.
-    With a VirusAction, for the sandbox would hide a try."""
+    """The daemon writes only to TempDirectory and the directory of pid file and
+    listener.  It has a VirusAction, since the sandbox would hide an attempt to
+    write elsewhere."""
     site, run = open_site, open_site.path("run")
     os.mkdir(run)
     out = os.path.join(site.spool, "out")
@@ -1187,8 +1197,8 @@ def test_sandbox_off_with_a_virus_action_lets_setgid_programs_work(site):
 
 
 def has_landlock():
-    """As the kernel says itself: landlock_create_ruleset(VERSION).  Qemu does
-    not pass it on."""
+    """Whether the kernel has Landlock, by landlock_create_ruleset(VERSION).  Qemu
+    does not pass the call on."""
     return "TEST_QEMU" not in os.environ and \
         ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) > 0
 
@@ -1202,7 +1212,8 @@ def landlock():
 @pytest.mark.covers("clamsmtpd.8 SECURITY: sandbox")
 @pytest.mark.parametrize("debug", ["on", "off"])
 def test_sandbox_writes_files_in_temp_directory_only(site, landlock, debug):
-    """Its name leads elsewhere after the start: nothing is written there."""
+    """After the start the name of the directory leads elsewhere.  No file is
+    written there."""
     site.start(Quarantine="on", DebugFiles=debug)
     other = site.path("elsewhere")
     os.mkdir(other, 0o777)
@@ -1219,7 +1230,7 @@ def test_sandbox_writes_files_in_temp_directory_only(site, landlock, debug):
 
 
 def test_sandbox_writes_copies_in_temp_directory_only(site, landlock):
-    """A child has its parent's limits."""
+    """The sandbox of the daemon holds for its child, too."""
     hold = Hold(VIRUS + " FOUND")
     site.clamd.verdict = [hold]
     site.start(Quarantine="on")
@@ -1238,7 +1249,7 @@ def test_sandbox_writes_copies_in_temp_directory_only(site, landlock):
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: re-created directory")
 def test_sandbox_temp_directory_re_created_needs_a_restart(site, landlock):
-    """The rule of the sandbox is for the directory that was there at the start."""
+    """The rule of the sandbox is for the directory that existed at the start."""
     site.start()
     os.rmdir(site.spool)
     os.mkdir(site.spool)
@@ -1259,7 +1270,7 @@ def test_sandbox_temp_directory_re_created_needs_a_restart(site, landlock):
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: only a restart can change")
 def test_sandbox_refuses_a_unix_listener_elsewhere_at_sighup(site, landlock):
-    """It is refused with a reason, and all is as it was."""
+    """The log has a reason, and the old settings stay in effect."""
     os.mkdir(site.path("here"))
     a, b = site.path("here/a"), site.path("b")
     site.start(Listen=a)
@@ -1277,7 +1288,8 @@ def test_sandbox_refuses_a_unix_listener_elsewhere_at_sighup(site, landlock):
 
 @pytest.mark.covers("clamsmtpd.8 LOOPBACK FEATURE: warning of an open relay")
 def test_outaddress_port_alone_beyond_loopback_is_a_warning(site):
-    """Beyond loopback with a port-only OutAddress: anybody's relay."""
+    """A listener beyond loopback with a port alone as OutAddress relays mail of any
+    client."""
     site.start(Listen="0.0.0.0:0", OutAddress=str(site.hop.port))
     assert site.daemon.log(r"^0\.0\.0\.0:\d+ can be reached from other hosts, "
                            "and OutAddress has no host")
@@ -1287,7 +1299,7 @@ def test_outaddress_port_alone_beyond_loopback_is_a_warning(site):
 
 @pytest.fixture
 def names(site, mounts):
-    """A name server that keeps everybody waiting."""
+    """A name server that does not answer before go()."""
     try:
         names = Names(site.dir)
     except OSError as error:
@@ -1303,7 +1315,7 @@ def start_named(site, names, **settings):
 
 @pytest.mark.parametrize("late", [False, True], ids=["running", "stopping"])
 def test_name_of_clamd_unresolved_makes_its_messages_wait(site, names, late):
-    """PROMISE 5: others go on meanwhile.  And it may finish, as always."""
+    """PROMISE 5: other sessions continue meanwhile, and the session may finish."""
     site.clamd = site.new_clamd(tcp=True)
     start_named(site, names, ClamAddress="clamd.example.org:%d" % site.clamd.port)
     client = site.session()
@@ -1326,7 +1338,7 @@ def test_name_of_clamd_unresolved_makes_its_messages_wait(site, names, late):
 
 
 def test_name_of_the_next_hop_unresolved_makes_its_sessions_wait(site, names):
-    """PROMISE 5: others are accepted meanwhile."""
+    """PROMISE 5: other clients are accepted meanwhile."""
     start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port)
     clients = [site.client() for _ in range(3)]
     site.daemon.wait_log("accepted connection", 3)
@@ -1337,7 +1349,8 @@ def test_name_of_the_next_hop_unresolved_makes_its_sessions_wait(site, names):
 
 
 def listen_named(site, names, *addresses, **settings):
-    """Listen: a name with these addresses, and a port that is free."""
+    """Start a daemon that listens on a name with these addresses, and on a free
+    port."""
     names.addresses = addresses
     names.go()
     port = site.port()
@@ -1347,7 +1360,7 @@ def listen_named(site, names, *addresses, **settings):
 
 
 def test_name_to_listen_on_with_a_doubled_address_is_opened_once(site, names):
-    """/etc/hosts often has localhost twice."""
+    """/etc/hosts often has two lines for localhost."""
     address = listen_named(site, names, "127.0.0.1", "127.0.0.1")
     assert site.daemon.listening() == [address]
     site.session(address=address).quit()
@@ -1358,8 +1371,8 @@ def test_name_to_listen_on_with_a_doubled_address_is_opened_once(site, names):
     "clamsmtpd.conf.5 ADDRESSES: no address of a name works")
 @pytest.mark.parametrize("reload", [False, True])
 def test_name_to_listen_on_needs_one_working_address(site, names, reload):
-    """An address that is not this machine's is a warning; a reload leaves the
-    name at the addresses it has."""
+    """An address that is not this machine's is a warning.  A reload leaves the name
+    at its addresses."""
     address = listen_named(site, names, "192.0.2.1", "127.0.0.1")
     assert site.daemon.log(r"^Listen: 192\.0\.2\.1:\d+: (Cannot assign requested "
                            "address|Address not available)$")
@@ -1404,7 +1417,7 @@ def test_name_with_several_addresses_is_tried_at_all(site, names):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: names of other hosts")
 def test_name_is_resolved_again_after_a_failed_connect(site, names, clock):
-    """Not more often than each five seconds."""
+    """There is at most one look-up every five seconds."""
     names.addresses = ["127.0.0.99"]
     names.go()
     start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port,
@@ -1418,7 +1431,7 @@ def test_name_is_resolved_again_after_a_failed_connect(site, names, clock):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: names of other hosts")
 def test_name_in_use_is_resolved_again_after_a_minute(site, names, clock):
-    """And the old address is used until the new one is there."""
+    """The old address is used until there is a new one."""
     other = site.new_hop(host="127.0.0.98", port=site.hop.port)
     names.go()
     start_named(site, names, OutAddress="hop.example.org:%d" % site.hop.port,
@@ -1450,8 +1463,8 @@ def address_lines(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: several addresses")
 def test_hop_address_that_worked_is_tried_first(site, names, clock):
-    """The first address of a name is dead.  Sessions after the first one begin
-    with the address that accepted it, after another look-up too."""
+    """The first address of a name is dead.  After the first session, sessions begin
+    with the address that accepted it, also after another look-up."""
     names.addresses = [DEAD, GOOD]
     names.go()
     site.hop = site.new_hop(host=GOOD, port=site.port(DEAD))
@@ -1473,7 +1486,7 @@ def test_hop_address_that_worked_is_tried_first(site, names, clock):
 
 
 def test_hop_address_that_fails_later_gives_way_to_the_other(site, names):
-    """The address that worked dies: the other one takes its place."""
+    """When the address that worked dies, the other one is used."""
     names.addresses = [DEAD, GOOD]
     names.go()
     site.hop = site.new_hop(host=GOOD, port=site.port(DEAD))
@@ -1489,8 +1502,8 @@ def test_hop_address_that_fails_later_gives_way_to_the_other(site, names):
 
 
 def test_hop_address_that_does_not_greet_stays_last(site, names):
-    """An address that accepts a connection and sends no greeting has not
-    worked: the order of the name server stays."""
+    """An address that accepts a connection but sends no greeting does not count as
+    working.  The order of the name server stays."""
     names.addresses = [DEAD, GOOD]
     names.go()
     site.hop = site.new_hop(host=GOOD, port=site.port(DEAD))
@@ -1507,8 +1520,9 @@ def test_hop_address_that_does_not_greet_stays_last(site, names):
 
 
 def test_hop_address_is_not_tried_twice_when_the_order_changes(site, names, clock):
-    """Two sessions wait for the same dead address; the first of them finds the
-    one that works.  The second one then goes there, not to the dead one again."""
+    """Two sessions wait for the same dead address.  The first of them finds the
+    address that works.  The second one then tries that one, and not the dead one
+    again."""
     def connecting():
         with open("/proc/net/tcp") as table:        # 02: SYN_SENT
             return len(re.findall(r":%04X 02 " % site.hop.port, table.read()))
@@ -1538,7 +1552,8 @@ def is_ready(status):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: several addresses")
 def test_clamd_address_that_worked_is_tried_first(site, names):
-    """By the next scan and by a health check, after a scan that it has done."""
+    """The next scan and the next health check begin with the address of the last
+    successful scan."""
     names.addresses = [DEAD, GOOD]
     names.go()
     site.clamd = site.new_clamd(tcp=True, host=GOOD, port=site.port(DEAD))
@@ -1569,7 +1584,7 @@ def test_clamd_name_being_resolved_at_start_is_no_warning(site, names):
 
 
 def test_clamd_address_that_answers_a_ping_is_tried_first(site, names):
-    """The health check has found the dead address; no message waits for it."""
+    """The health check has found the dead address, so no message waits for it."""
     names.addresses = [DEAD, GOOD]
     names.go()
     site.clamd = site.new_clamd(tcp=True, host=GOOD, port=site.port(DEAD))
@@ -1630,7 +1645,7 @@ def test_syslog_lines_have_facility_severity_and_name(site, background, syslog):
 
 
 def clean_lines(client, count, done=0):
-    """Send mails, and return what the log has to say of them, one line each."""
+    """Send mails, and return their expected lines in the log."""
     senders = ["%s%d@example.com" % ("x" * 60, n) for n in range(done, done + count)]
     for sender in senders:
         client.mail(sender=sender)
@@ -1660,7 +1675,7 @@ def test_log_burst_for_a_slow_syslog_arrives_whole(site, background, syslog):
 
 
 def test_log_line_that_waits_at_the_end_is_in_order(site, background, syslog):
-    """When the daemon ends, it writes what there is room for, in order."""
+    """At its end the daemon writes as many lines as there is room for, in order."""
     log, preexec = syslog
     one = background(preexec=preexec)
     client = site.session(address=one.socket)
@@ -1674,7 +1689,8 @@ def test_log_line_that_waits_at_the_end_is_in_order(site, background, syslog):
 
 @pytest.mark.covers("clamsmtpd.8 LOGGING: slow reader")
 def test_syslog_that_is_full_blocks_nobody(site, background, syslog):
-    """PROMISE 5: lines beyond the backlog are lost, and then one says how many."""
+    """PROMISE 5: lines beyond the backlog are lost.  A later line has their
+    number."""
     log, preexec = syslog
     one = background(preexec=preexec)
     client = site.session(address=one.socket)
@@ -1695,7 +1711,7 @@ def test_syslog_that_is_full_blocks_nobody(site, background, syslog):
 
 
 def received(log):
-    """The severities and texts of the lines that wait at this /dev/log."""
+    """The severities and texts of the lines that can be read from this /dev/log."""
     log.setblocking(False)
     lines = []
     with contextlib.suppress(BlockingIOError):
@@ -1716,7 +1732,8 @@ def in_foreground(site, preexec, *args, **settings):
 @pytest.mark.core
 def test_foreground_with_syslog_has_severities_and_a_silent_standard_error(
         site, syslog):
-    """-F is for a supervisor: no fork, and the log is that of a daemon."""
+    """-F is for a supervisor: the daemon does not fork, and logs as in the
+    background."""
     log, preexec = syslog
     daemon, sock = in_foreground(site, preexec, Quarantine="on")
     wait_listener(sock)
@@ -1740,7 +1757,7 @@ def test_foreground_with_syslog_has_severities_and_a_silent_standard_error(
 @pytest.mark.parametrize("args, most", [(["-d", "0"], 3), (["-d", "2"], 5),
                                         (["-d", "4"], 7)], ids=str)
 def test_foreground_with_syslog_and_a_level_logs_as_much(site, syslog, args, most):
-    """-F says where the log goes, -d how much."""
+    """-F sets where the log goes, and -d how much is logged."""
     log, preexec = syslog
     daemon, sock = in_foreground(site, preexec, *args, ClamAddress="/no/such/socket")
     wait_listener(sock)
@@ -1759,7 +1776,7 @@ def test_foreground_with_syslog_and_a_level_logs_as_much(site, syslog, args, mos
     ids=["configuration", "pid file"])
 def test_foreground_with_syslog_that_cannot_start_logs_to_both(
         site, syslog, settings, status, why):
-    """A supervisor may have thrown standard error away."""
+    """A supervisor may discard standard error."""
     log, preexec = syslog
     daemon, _ = in_foreground(site, preexec, **settings)
     assert daemon.wait_exit() == status
@@ -1769,7 +1786,7 @@ def test_foreground_with_syslog_that_cannot_start_logs_to_both(
 
 
 def test_foreground_check_of_the_configuration_is_reported_once(site, run):
-    """-n with -F, as an init script has them."""
+    """Init scripts use -n with -F."""
     with open(site.path("conf"), "w") as file:
         file.write("OutAddress: 25\nMaxScans: many\n")
     done = run("-F", "-n", "-f", site.path("conf"))
@@ -1777,7 +1794,8 @@ def test_foreground_check_of_the_configuration_is_reported_once(site, run):
 
 
 class StreamSyslog(Server):
-    """A syslogd whose /dev/log is a stream socket; it reads when it is let."""
+    """A syslogd whose /dev/log is a stream socket.  It reads only when the test
+    says so."""
 
     family = "syslogd"
     commands = scans = ()           # for a report; it has none
@@ -1798,7 +1816,7 @@ class StreamSyslog(Server):
             data += got
 
     def lines(self):
-        """What a NUL has ended."""
+        """The lines that have ended with a NUL."""
         return [line for data in self.data for line in bytes(data).split(b"\0")[:-1]]
 
     def wait_line(self, text):
@@ -1830,7 +1848,7 @@ def all_whole(lines):
                          ids=["whole", "pieces", "halves"])
 def test_syslog_with_a_stream_socket_gets_whole_lines(
         site, background, stream_syslog, faulty_build, fault):
-    """Each line ends in a NUL, also if it is written in pieces, or in two turns."""
+    """Each line ends in a NUL, even if it is written in pieces or in two turns."""
     syslogd, preexec = stream_syslog
     one = background(preexec=preexec, binary=faulty_build, env={"FAULT": fault})
     assert "/dev/log" not in one.daemon.text()
@@ -1849,7 +1867,7 @@ def test_syslog_with_a_stream_socket_gets_whole_lines(
 
 def test_syslog_with_a_stream_socket_that_breaks_in_a_line_gets_whole_lines(
         site, background, stream_syslog, faulty_build):
-    """The rest of a line does not go to a new connection.  The line is lost."""
+    """The rest of a line is not sent on a new connection.  The line is lost."""
     syslogd, preexec = stream_syslog
     background(preexec=preexec, binary=faulty_build,
                env={"FAULT": "send:1:0:0 send:2:0:104"})
@@ -1872,7 +1890,7 @@ def test_syslog_with_a_stream_socket_has_the_last_line_when_it_is_quiet(
 
 def test_syslog_with_a_stream_socket_that_is_full_blocks_nobody(
         site, background, stream_syslog):
-    """PROMISE 5: lines are lost, whole ones, and counted."""
+    """PROMISE 5: whole lines are lost, and counted."""
     syslogd, preexec = stream_syslog
     syslogd.reads.clear()
     one = background(preexec=preexec)
@@ -1890,7 +1908,7 @@ def test_syslog_with_a_stream_socket_that_is_full_blocks_nobody(
 
 
 def test_syslog_with_a_stream_socket_may_restart(site, background, stream_syslog):
-    """The lines after that go to the new one."""
+    """The lines after a restart go to the new syslogd."""
     syslogd, preexec = stream_syslog
     one = background(preexec=preexec)
     client = site.session(address=one.socket)
@@ -1903,8 +1921,8 @@ def test_syslog_with_a_stream_socket_may_restart(site, background, stream_syslog
 
 
 def test_log_for_a_syslog_that_is_away_waits(site, background, stream_syslog):
-    """A syslog daemon that is down for a while gets the lines when it is up,
-    whether or not there are new ones."""
+    """When a syslog daemon that was down is up again, it gets the lines, even if no
+    new ones follow."""
     syslogd, preexec = stream_syslog
     one = background(preexec=preexec)
     client = site.session(address=one.socket)
@@ -1922,7 +1940,7 @@ def test_log_for_a_syslog_that_is_away_waits(site, background, stream_syslog):
 
 
 def test_syslog_missing_at_start_is_reported_on_standard_error(site, background, own_dev):
-    """In one line; and a syslogd that comes later gets the log."""
+    """There is one line about it.  A syslogd that starts later gets the log."""
     preexec, dev = own_dev
     one = background(preexec=preexec)
     line, = [line for line in one.daemon.log() if "running as root" not in line]
@@ -1940,7 +1958,7 @@ def test_syslog_missing_at_start_is_reported_on_standard_error(site, background,
 
 
 def test_standard_error_that_is_a_file_is_shared_with_the_starter(site):
-    """A file that is not open for appending: no line is written over another."""
+    """The file is not open for appending.  Still no line overwrites another."""
     path, sock = site.path("log"), site.path("in.sock")
     with open(path, "wb", buffering=0) as file:
         site.start(wait=False, Listen=sock,
@@ -1970,7 +1988,8 @@ def test_daemon_idle_uses_no_cpu(site):
 @pytest.mark.skipif("TEST_QEMU" in os.environ,
                     reason="memory and CPU time are qemu's, too")
 def test_out_of_memory_waits_and_uses_no_cpu(site):
-    """No busy loop, and all goes on when there is some again."""
+    """There is no busy loop, and the sessions continue when there is memory
+    again."""
     clients = [site.session() for _ in range(6)]
     for client in clients:
         client.begin()
@@ -1998,7 +2017,8 @@ def test_out_of_memory_waits_and_uses_no_cpu(site):
 
 
 def test_next_hop_that_answers_no_connect_delays_nobody(site):
-    """PROMISE 5.  Its backlog is full, so the kernel keeps us waiting."""
+    """PROMISE 5: the backlog of the next hop is full, so that the connect() stays
+    pending."""
     with full_listener() as address:
         site.start(TimeOut="1", OutAddress=address)
         clients = [site.client() for _ in range(5)]
@@ -2008,7 +2028,7 @@ def test_next_hop_that_answers_no_connect_delays_nobody(site):
 
 
 def test_buffers_of_idle_sessions_are_given_back(site):
-    """A busy time leaves little behind."""
+    """A busy time leaves little memory in use."""
     site.start(MaxConnections="100")
     client = site.session()
     client.mail()

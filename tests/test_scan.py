@@ -19,7 +19,7 @@ BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"
 
 @pytest.fixture(params=["unix", "tcp"])
 def clamd(request, site):
-    """A clamd of either kind, the site's."""
+    """The clamd of the site, on a socket of either kind."""
     site.clamd = site.new_clamd(tcp=request.param == "tcp")
     return site.clamd
 
@@ -42,7 +42,8 @@ def test_clamd_on_any_socket_gets_a_stream(site, clamd):
 @pytest.mark.skipif(bool(os.environ.get("TEST_BYTES")), reason="each byte is a segment")
 @pytest.mark.parametrize("size, want", [(2000, 1), (16000, 1), (30000, 1), (40000, 2)])
 def test_clamd_gets_a_small_message_in_one_segment(site, size, want):
-    """Command, length, message and end are one write, but for a large message."""
+    """Command, length, message and end are one write, except with a large
+    message."""
     segments = []
 
     class Counting(Clamd):
@@ -88,7 +89,8 @@ def test_debugfiles_keeps_the_message(site):
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: line for clamd")
 @pytest.mark.core
 def test_scan_line_is_constant_and_never_forwarded(site, clamd):
-    """Without it some header orders hide an attachment from libclamav."""
+    """Without this line some orders of headers hide an attachment from
+    libclamav."""
     client = site.session()
     client.mail(body=BODY)
     client.mail(body=b"A: b\r\n\r\nother\r\n")
@@ -103,7 +105,7 @@ def test_scan_line_is_constant_and_never_forwarded(site, clamd):
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: what was scanned is forwarded")
 @pytest.mark.core
 def test_scanned_message_is_the_forwarded_one(site, clamd):
-    """PROMISE 2, with everything that is changed on the way."""
+    """PROMISE 2: this holds with all changes that the daemon makes to a message."""
     site.start(Header="")
     client = site.session()
     client.begin(b"A: b\n\n..x\r\n.\r.y\r\n\0.\n\r\0z\xff\r\n.\r\n")
@@ -198,7 +200,7 @@ def test_answer_found_is_a_virus(site, answer, name):
 @pytest.mark.core
 @pytest.mark.parametrize("answer", ERRORS, ids=lambda a: repr(a[:40]))
 def test_answer_of_any_other_form_is_an_error(site, clamd, answer):
-    """PROMISE 4: exactly OK or FOUND, nothing else."""
+    """PROMISE 4: only OK and FOUND are verdicts."""
     clamd.verdict = answer
     client = site.session()
     client.mail(want="451 4.3.0 Local Error")
@@ -224,7 +226,8 @@ def test_clamd_that_closes_is_an_error(site, clamd, what):
 
 @pytest.mark.parametrize("unix", [True, False], ids=["unix", "tcp"])
 def test_answer_is_read_though_clamd_reads_no_further(site, unix):
-    """It closes with most of the stream unread: EPIPE, or a reset."""
+    """clamd closes with most of the stream unread, which causes EPIPE or a
+    reset."""
     class Full(Clamd):
         def instream(self, sock, end):
             self.send(sock, b"Can't write to temporary file. ERROR\0")
@@ -243,7 +246,8 @@ def test_answer_is_read_though_clamd_reads_no_further(site, unix):
     (b"stream: OK\0", "451 4.3.0 Local Error", "CLAMAV-ERROR"),
     (b"stream: Evil FOUND\0", "250 2.0.0 Virus Detected", "VIRUS:Evil")])
 def test_answer_before_the_whole_message_is_never_clean(site, clamd, answer, want, status):
-    """PROMISE 4: an OK after a part of the message is an error; a virus is one."""
+    """PROMISE 4: an OK after a part of the message is an error.  A virus name
+    counts."""
     over = Hold()
 
     class Early(Clamd):
@@ -263,7 +267,7 @@ def test_answer_before_the_whole_message_is_never_clean(site, clamd, answer, wan
 
 
 def test_answer_ok_before_the_last_bytes_leave_is_an_error(site, faulty_build):
-    """PROMISE 4: clamd answers when it has all but the end of the message."""
+    """PROMISE 4: clamd answers when it has all of the message but its end."""
     over, read = Hold(), []
 
     class Early(Clamd):
@@ -295,7 +299,7 @@ def test_answer_ok_before_the_last_bytes_leave_is_an_error(site, faulty_build):
 @pytest.mark.parametrize("name", [b"Evil \x1b[2J\x07\xff%s%n", b"Evil\r\n221 bye",
                                   b"Evil\n250 ok"])
 def test_virus_name_with_control_characters_is_harmless(site, name):
-    """PROMISE 8: control characters reach neither log nor reply."""
+    """PROMISE 8: control characters reach neither the log nor the reply."""
     site.clamd.verdict = b"stream: " + name + b" FOUND\0"
     site.start(Action="bounce")
     client = site.session()
@@ -351,7 +355,8 @@ def test_clamd_unreachable_is_an_error(site, clamd):
     (b"stream: Can't allocate memory ERROR\0", "Can't allocate memory ERROR"),
 ], ids=["absent", "closes", "half", "time-out", "x OK", "1 MiB", "no memory"])
 def test_clamd_failure_and_its_end_are_logged_once(site, verdict, reason):
-    """Not once a message; and the first message of better times passes."""
+    """There is not a line for each message.  The first message after the failure
+    passes."""
     site.start(level=3)
     about = "^clamd " + re.escape(site.clamd.address)
     if verdict is None:
@@ -375,7 +380,7 @@ def test_clamd_failure_and_its_end_are_logged_once(site, verdict, reason):
 
 @pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: clamd ADDRESS: ...")
 def test_clamd_complaint_is_repeated_once_a_minute(site, clock):
-    """While messages fail; the log near each CLAMAV-ERROR has the reason."""
+    """While messages fail, the log has the reason near each CLAMAV-ERROR."""
     site.start(**clock.settings())
     site.clamd.down()
     client = site.session()
@@ -388,8 +393,8 @@ def test_clamd_complaint_is_repeated_once_a_minute(site, clock):
 
 
 def test_no_free_slot_is_reported_beside_another_complaint(site, clock):
-    """The 451 of a message that never had a slot has that reason, and so has
-    the log, once a minute, though clamd has failed for another reason."""
+    """A message that never had a slot gets a 451 with that reason.  The log has the
+    reason once a minute, although clamd has also failed for another reason."""
     hold = Hold("OK")
     site.clamd.verdict = ["sick ERROR", hold]
     site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
@@ -413,7 +418,8 @@ def test_no_free_slot_is_reported_beside_another_complaint(site, clock):
 
 @pytest.mark.parametrize("scans", [10, 2])
 def test_clamd_that_answers_nobody_is_logged_once(site, clock, scans):
-    """Once each: that it is silent, and that others wait for their turn."""
+    """The log says once that clamd is silent, and once that other messages wait for
+    a slot."""
     hold = Hold("OK")
     site.clamd.verdict = hold
     site.start(level=3, MaxScans=scans, **clock.settings())
@@ -435,8 +441,8 @@ def test_clamd_that_answers_nobody_is_logged_once(site, clock, scans):
 
 
 def test_clamd_restarted_under_load(site):
-    """A message that got 250 was delivered, one that got 451 was not.  When clamd
-    is back, each session goes on."""
+    """A message that got 250 was delivered, and one that got 451 was not.  After
+    the restart all sessions continue."""
     site.start()
     clients = [site.session() for _ in range(8)]
     heard, threads = [], []
@@ -472,7 +478,7 @@ def test_clamd_restarted_under_load(site):
 
 
 def test_clamd_away_at_start_is_a_warning(site):
-    """It never stops the start."""
+    """The daemon starts without clamd."""
     site.clamd.down()
     site.start()
     client = site.session()
@@ -484,7 +490,7 @@ def test_clamd_away_at_start_is_a_warning(site):
 
 
 def test_clamd_that_answers_at_start_is_no_warning(site):
-    """One of several is enough, and so it is after SIGHUP."""
+    """One clamd of several is enough, also after SIGHUP."""
     further = site.new_clamd()
     settings = dict(Listen=site.path("in.sock"), ClamAddress=[
         "/no/such/socket", site.clamd.address, further.address])
@@ -500,7 +506,7 @@ def test_clamd_that_answers_at_start_is_no_warning(site):
 
 
 def test_clamd_silent_at_start_is_a_warning_after_five_seconds(site, clock):
-    """PROMISE 5: nobody waits for it."""
+    """PROMISE 5: no session waits for this clamd."""
     with full_listener() as address:
         site.start(ClamAddress=address, **clock.settings())
         turns(site)
@@ -512,7 +518,7 @@ def test_clamd_silent_at_start_is_a_warning_after_five_seconds(site, clock):
 
 
 def test_clamd_check_at_start_ends_with_the_daemon(site):
-    """A daemon that is stopped meanwhile warns of nothing."""
+    """A daemon that is stopped during the check logs no warning."""
     with full_listener() as address:
         site.start(ClamAddress=address)
         turns(site)
@@ -664,7 +670,7 @@ def test_clamd_dead_is_skipped_while_another_is_alive(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: error")
 def test_clamd_that_reports_an_error_is_used_again(site):
-    """A clamd that could not scan one message is asked for the next."""
+    """A clamd that could not scan one message gets the next one."""
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict = [b"stream: Heuristics limits exceeded ERROR\0"]
     site.start(ClamAddress=[first.address, second.address])
@@ -676,7 +682,7 @@ def test_clamd_that_reports_an_error_is_used_again(site):
 
 
 def test_clamd_dying_under_load_loses_no_mail(site):
-    """With scans under way and waiting; and then no connects to it."""
+    """clamd dies with scans under way and waiting, and then refuses connections."""
     first, second = site.new_clamd(), site.new_clamd()
     hold = Hold(CLOSE)
     first.verdict = hold
@@ -699,7 +705,8 @@ def test_clamd_dying_under_load_loses_no_mail(site):
 
 
 def test_clamd_dead_is_tried_again_every_half_minute(site, clock):
-    """With one message every half a minute, while another is alive."""
+    """While another clamd is alive, a dead one gets one message every half
+    minute."""
     first, second = site.new_clamd(verdict=CLOSE), site.new_clamd()
     site.start(ClamAddress=[first.address, second.address], **clock.settings())
     client = site.session()
@@ -718,8 +725,8 @@ def test_clamd_dead_is_tried_again_every_half_minute(site, clock):
 
 @pytest.mark.covers("clamsmtpd.conf.5 ClamAddress: one scan at a time")
 def test_clamd_that_timed_out_gets_one_scan_until_it_answers(site, clock):
-    """It is silent; a second one is well.  After half a minute one message is
-    risked, and after its verdict the clamd is trusted again."""
+    """One clamd is silent, and a second one works.  After half a minute the first
+    gets one message, and after its verdict it is used again."""
     silent, trial = Hold("OK"), Hold("OK")
     first, second = site.new_clamd(verdict=[silent, trial]), site.new_clamd()
     site.start(ClamAddress=[first.address, second.address], MaxScans="3",
@@ -749,7 +756,7 @@ def test_clamd_that_timed_out_gets_one_scan_until_it_answers(site, clock):
 
 
 def test_clamd_on_trial_gets_the_next_scan_when_one_is_abandoned(site, clock):
-    """A scan that it cannot get done keeps no other message out."""
+    """A scan that this clamd does not finish blocks no other message."""
     hold = Hold("OK")
     site.clamd.verdict = [hold, hold]
     site.start(MaxScans="3", ScanTimeOut="60", **clock.settings())
@@ -771,7 +778,7 @@ def test_clamd_on_trial_gets_the_next_scan_when_one_is_abandoned(site, clock):
 
 
 def test_clamd_that_timed_out_is_left_alone_for_half_a_minute(site, clock):
-    """While another one is alive."""
+    """This holds while another clamd is alive."""
     hold = Hold("OK")
     first, second = site.new_clamd(verdict=[hold]), site.new_clamd()
     site.start(ClamAddress=[first.address, second.address], ScanTimeOut="60",
@@ -792,8 +799,8 @@ def test_clamd_that_timed_out_is_left_alone_for_half_a_minute(site, clock):
 
 
 def test_dead_clamd_with_a_free_slot_is_used_before_a_full_one(site, clock):
-    """Both have timed out.  The first one is still at its scan; the second one
-    has answered meanwhile, and gets the next message."""
+    """Both clamds have timed out.  The first one still has its scan.  The second
+    one has answered since, and gets the next message."""
     at_first, at_second = Hold("OK"), Hold("OK")
     first, second = site.new_clamd(verdict=at_first), site.new_clamd()
     second.verdict = [at_second]
@@ -814,9 +821,9 @@ def test_dead_clamd_with_a_free_slot_is_used_before_a_full_one(site, clock):
 
 
 def test_scan_tried_again_goes_before_later_ones(site):
-    """The first clamd fails a message while the second one is full.  When that
-    one has a slot again the message gets it, not those that wait for the first
-    time."""
+    """The first clamd fails a message while the second one is full.  The next slot
+    of the second is for this message, before those that wait for their first
+    try."""
     at_first, then, at_second = Hold("sick ERROR"), Hold("OK"), Hold("OK")
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict, second.verdict = [at_first, then], [at_second]
@@ -838,8 +845,8 @@ def test_scan_tried_again_goes_before_later_ones(site):
 
 
 def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
-    """A dead, B full, one waits: A gets it when its time comes, though nothing
-    else happens in the daemon."""
+    """A is dead, B is full, and one message waits.  A gets it after half a minute,
+    even if nothing else happens in the daemon."""
     hold = Hold("OK")
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict = ["Broken ERROR", hold]
@@ -867,7 +874,8 @@ def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
 
 
 def test_waiting_scan_gets_a_clamd_that_is_no_longer_dead(site, clock):
-    """Though no other scan ends, and no other message comes."""
+    """It gets this clamd even if no other scan ends and no other message
+    arrives."""
     hold = Hold("OK")
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict = ["Broken ERROR", hold]
@@ -888,8 +896,8 @@ def test_waiting_scan_gets_a_clamd_that_is_no_longer_dead(site, clock):
 
 
 def test_waiting_scan_lets_a_later_one_pass(site):
-    """It has tried the first clamd and waits for the second; the one behind
-    it in the queue may use the first."""
+    """The first scan in the queue has tried the first clamd and waits for the
+    second.  The scan after it may use the first clamd."""
     hold = Hold("OK")
     first, second = site.new_clamd(), site.new_clamd(verdict=hold)
     first.verdict = lambda data: "Broken ERROR" if b"bad" in data else "OK"
@@ -928,8 +936,9 @@ def peer_of(sock):
 
 
 def test_clamd_tcp_connection_has_keep_alives(site):
-    """A clamd whose host is gone loses its scans within a minute: the kernel
-    sends a probe after 30 idle seconds, and 3 of them 10 seconds apart."""
+    """A clamd whose host has gone loses its scans within a minute.  The kernel
+    sends a probe after 30 idle seconds, and three more at intervals of 10
+    seconds."""
     hold = Hold("OK")
     site.clamd = site.new_clamd(tcp=True, verdict=hold)
     client = site.session()
@@ -955,7 +964,7 @@ def test_clamd_tcp_connection_has_keep_alives(site):
 # ---------------------------------------------------------------- MaxScans
 
 def test_clamd_backlog_full_is_tried_again(site):
-    """EAGAIN of a unix socket: busy, not dead; and the loop goes on."""
+    """EAGAIN of a unix socket means busy, not dead, and the loop continues."""
     path = site.path("clamd.sock")
     with full_listener(path):
         site.start(ClamAddress=path)
@@ -972,7 +981,7 @@ def test_clamd_backlog_full_is_tried_again(site):
 
 
 def test_clamd_connect_that_hangs_slows_nobody(site, clock):
-    """PROMISE 5.  Five seconds is what a connect to clamd may take."""
+    """PROMISE 5: a connect to clamd may take five seconds."""
     with full_listener() as address:
         site.start(ClamAddress=address, **clock.settings())
         client = site.session()
@@ -991,7 +1000,7 @@ def test_clamd_connect_that_hangs_slows_nobody(site, clock):
     "clamsmtpd.conf.5 ClamAddress: default")
 @pytest.mark.parametrize("name", ["clamd.sock", "clamd.ctl", "clamd"])
 def test_clamaddress_unset_is_the_socket_that_exists(site, mounts, name):
-    """When it is needed: not at the start."""
+    """The daemon looks for the socket when it needs it, not at the start."""
     os.makedirs(site.path("run/clamav"))
     site.start(ClamAddress=None, preexec=mounting(bind(site.path("run"), "/run")))
     client = site.session()
@@ -1048,7 +1057,7 @@ def test_waiting_scans_begin_in_the_order_of_their_dots(site):
 
 
 def test_waiting_scans_of_old_settings_delay_no_new_ones(site):
-    """After a reload with another clamd a message goes there at once, although
+    """After a reload with another clamd, a new message goes to it at once, although
     older messages still wait for the old clamd."""
     hold = Hold("OK")
     site.clamd.verdict = hold
@@ -1090,7 +1099,8 @@ def test_waiting_scan_counts_for_the_scan_time_out(site, clock):
 
 @pytest.mark.covers("clamsmtpd.conf.5 MaxScans: given up")
 def test_abandoned_scan_counts_until_clamd_answers(site, clock):
-    """It goes on with it, as long as a reload of its signatures takes."""
+    """clamd continues an abandoned scan, for instance after a reload of its
+    signatures."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
@@ -1157,7 +1167,7 @@ def test_waiting_scan_whose_client_is_gone_is_dropped(site, clock, ending):
 
 
 def test_slow_scan_slows_nobody(site):
-    """PROMISE 5."""
+    """PROMISE 5: other sessions continue during a slow scan."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     slow = site.session()
@@ -1280,8 +1290,8 @@ def test_body_above_the_limit_is_552(site, source):
 @pytest.mark.parametrize("how", ["DATA", "BDAT", "BDAT in pieces"])
 @pytest.mark.parametrize("failure", ["tempfail", "pass"])
 def test_maxscansize_counts_the_line_before_the_message(site, how, failure):
-    """clamd gets MaxScanSize bytes at most, its first line included; a message
-    that is larger by one is not scanned."""
+    """clamd gets at most MaxScanSize bytes, its first line included.  A message
+    that is larger by one byte is not scanned."""
     site.hop = site.new_hop(chunking=True)
     site.start(MaxScanSize="10000", ScanFailure=failure)
     client = site.session()
@@ -1353,7 +1363,7 @@ def test_next_hops_size_with_scanfailure_pass_is_a_limit(site):
 @pytest.mark.core
 @pytest.mark.parametrize("size", [200000, 3000000])
 def test_clamds_own_stream_limit_is_like_maxscansize(site, size):
-    """Its answer is read although it closes while we write."""
+    """The daemon reads clamd's answer although clamd closes while it writes."""
     site.clamd = site.new_clamd(tcp=True, limit=10000)
     client = site.session()
     client.envelope()

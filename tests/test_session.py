@@ -23,8 +23,8 @@ LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * (
 
 @pytest.fixture
 def narrow(site):
-    """A next hop with so little between it and us that LONG does not fit:
-    a unix socket's buffer does not grow."""
+    """A next hop on a unix socket.  The buffer of a unix socket does not grow, so
+    that LONG does not fit."""
     site.hop = site.new_hop(path=site.path("hop.sock"))
     return site.hop
 
@@ -35,7 +35,7 @@ def narrow(site):
     "clamsmtpd.8 LOGGING: CLEAN")
 @pytest.mark.core
 def test_log_lines_of_a_message_are_the_originals(site):
-    """PROMISE 9."""
+    """PROMISE 9: the lines are those of ClamSMTP 1.10."""
     site.start(level=3)
     client = site.session()
     client.mail(to=["b@example.com", "c@example.com"])
@@ -68,7 +68,7 @@ def test_connections_are_numbered_in_hexadecimal(site):
     ("MAIL FROM:<@x,@y:a@b>", "from="),
 ])
 def test_log_has_bare_addresses(site, command, want):
-    """And no blank in them: report scripts count fields."""
+    """The addresses contain no blanks either, since report scripts count fields."""
     client = site.session()
     client.cmd(command, "250")
     client.cmd("RCPT TO:<c@d> NOTIFY=NEVER", "250")
@@ -81,7 +81,7 @@ def test_log_has_bare_addresses(site, command, want):
 
 @pytest.mark.covers("clamsmtpd.8 LOGGING: escapes")
 def test_log_is_one_harmless_line_whatever_is_in_the_addresses(site):
-    """PROMISE 8."""
+    """PROMISE 8: addresses with control characters leave one harmless line."""
     client = site.session()
     client.cmd(b"MAIL FROM:<a\x1b[2J\x07%s%n\xff@b>", "250")
     client.cmd(b"RCPT TO:<" + b"r" * 5000 + b"@d>", "250")
@@ -151,7 +151,7 @@ def test_rset_forgets_the_envelope(site):
 
 @pytest.mark.core
 def test_sessions_at_the_same_time_are_all_intact(site):
-    """60 sessions with 5 messages each, all intact."""
+    """All 5 messages of each of 60 sessions arrive intact."""
     site.start()
 
     def work(n):
@@ -191,7 +191,7 @@ def test_maxconnections_reached_is_421_until_a_client_leaves(site):
 
 
 def test_maxconnections_421_is_not_lost_to_a_reset(site):
-    """Bytes unread at close would make the kernel send RST."""
+    """Bytes that are unread at close would make the kernel send an RST."""
     site.start(MaxConnections="2")
     clients = [site.session() for _ in range(2)]
     site.daemon.pause()
@@ -219,7 +219,7 @@ def test_idle_client_gets_421_after_time_out(site, clock):
 
 
 def test_command_that_never_ends_gets_421_after_time_out(site, clock):
-    """PROMISE 6: TimeOut is for the whole line, not for each of its bytes."""
+    """PROMISE 6: TimeOut is for the whole line, not for each byte."""
     site.start(**clock.settings())
     client = site.session()
     for _ in range(2):
@@ -252,7 +252,7 @@ LF_ALONE = ": client ends lines with LF alone"
 ])
 def test_time_out_in_the_body_names_a_client_that_ends_lines_with_lf(
         site, clock, wire, why):
-    """LF.LF ends no data, so the log says why the message never ended."""
+    """LF.LF does not end DATA, so the log says why the message never ended."""
     site.start(**clock.settings())
     client = site.session()
     client.begin(wire)
@@ -266,7 +266,7 @@ def test_time_out_in_the_body_names_a_client_that_ends_lines_with_lf(
 
 @pytest.mark.parametrize("ending", ["half_close", "close", "reset"])
 def test_end_of_a_client_that_ends_lines_with_lf_is_named(site, ending):
-    """Such devices mostly close before TimeOut is over."""
+    """Most such devices close before TimeOut."""
     client = site.session()
     client.begin(b"Subject: x\n\nbody\n.\n")
     turns(site)
@@ -280,7 +280,7 @@ def test_end_of_a_client_that_ends_lines_with_lf_is_named(site, ending):
 @pytest.mark.covers("clamsmtpd.conf.5 TimeOut: slow client")
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
-    """PROMISE 6: one byte at a time keeps no session open."""
+    """PROMISE 6: single bytes do not keep a session open."""
     site.start(**clock.settings())
     client = site.session()
     client.envelope()
@@ -297,7 +297,8 @@ def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
 
 
 def test_client_that_is_slow_but_not_too_slow_is_waited_for(site, clock):
-    """A bit more than a hundred bytes a second, for longer than TimeOut."""
+    """The client sends a little more than 100 bytes a second, for longer than
+    TimeOut."""
     site.start(TimeOut="10", **clock.settings())
     client = site.session()
     client.begin()
@@ -328,7 +329,7 @@ def endless(s, line):
 @pytest.mark.parametrize("verb", ["greeting", "EHLO", "MAIL", "RCPT", "DATA"])
 def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
         site, clock, verb, answer):
-    """PROMISE 6: TimeOut is for the whole reply, not for each of its bytes."""
+    """PROMISE 6: TimeOut is for the whole reply, not for each byte."""
     site.hop.on(verb, answer)
     site.start(TimeOut="300", **clock.settings())
     client = site.client()
@@ -355,8 +356,8 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
 
 @pytest.mark.covers("clamsmtpd.conf.5 TimeOut: 600 seconds")
 def test_final_reply_is_awaited_for_ten_minutes(site, clock):
-    """Giving up earlier makes duplicates (RFC 5321 4.5.3.2.6): whatever TimeOut
-    is, since the dot of the client."""
+    """A shorter wait makes duplicates (RFC 5321 4.5.3.2.6).  The time counts from
+    the dot of the client, whatever TimeOut is."""
     scan, final = Hold("OK"), Hold()
     site.clamd.verdict = [scan]
     site.hop.on(".", final)
@@ -378,7 +379,7 @@ def test_final_reply_is_awaited_for_ten_minutes(site, clock):
 
 
 class Hasty(NextHop):
-    """Takes a message, and reads it when that is over."""
+    """A next hop that accepts a message at once and reads it later."""
 
     read, later = b"", Hold()
 
@@ -393,7 +394,7 @@ class Hasty(NextHop):
 
 
 def test_next_hop_never_gets_the_mail_of_another(site):
-    """The pages of the spool that it was sent are in its socket's buffer."""
+    """The pages of the spool that were sent are still in the socket's buffer."""
     def body(word):
         return b"Subject: x\r\n\r\n" + word * 5000 + b"\r\n"
     hasty = Hasty(host="127.0.0.2", port=site.hop.port)
@@ -408,7 +409,8 @@ def test_next_hop_never_gets_the_mail_of_another(site):
 
 @pytest.mark.parametrize("body", [BODY, LONG], ids=["short", "long"])
 def test_final_reply_after_a_long_scan_is_awaited(site, clock, body):
-    """PROMISE 1: or each try delivers it and is told to come again."""
+    """PROMISE 1: otherwise each attempt would be delivered, and the client would
+    send the message again."""
     scan, final = Hold("OK"), Hold()
     site.clamd.verdict = [scan]
     site.hop.on(".", final)
@@ -439,7 +441,7 @@ def test_final_reply_that_comes_late_is_relayed(site, clock):
 
 @pytest.mark.parametrize("by", [86400 * 365, -86400 * 365], ids=["on", "back"])
 def test_wall_clock_set_changes_no_deadline(site, clock, by):
-    """No deadline comes sooner or later when it is set."""
+    """No deadline comes sooner or later when the wall clock is set."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(TimeOut="60", Header="X-Date: %d", **clock.settings())
@@ -469,7 +471,7 @@ def test_client_that_stays_after_quit_is_closed_after_five_seconds(site, clock):
 
 @pytest.mark.parametrize("size", [10, 5000], ids=["short", "long"])
 def test_client_that_never_reads_is_closed_at_time_out(site, clock, size):
-    """PROMISE 6: its replies take no more than a buffer meanwhile."""
+    """PROMISE 6: the replies to this client take no more than a buffer."""
     site.hop.on("NOOP", "250 " + size * "x")
     # a unix socket's buffer does not grow
     site.start(TimeOut="100", Listen=site.path("in.sock"), **clock.settings())
@@ -478,7 +480,7 @@ def test_client_that_never_reads_is_closed_at_time_out(site, clock, size):
     client.sock.setblocking(False)
 
     def stuck():
-        """Nothing of what we have sent is read any more."""
+        """The daemon reads no more of what we have sent."""
         try:
             while True:
                 client.sock.send(b"NOOP\r\n" * 1000)
@@ -496,7 +498,7 @@ def test_client_that_never_reads_is_closed_at_time_out(site, clock, size):
 
 
 def test_clients_of_single_bytes_delay_nobody(site):
-    """PROMISE 5: fifty of them, in commands and in bodies."""
+    """PROMISE 5: fifty clients send commands and bodies in single bytes."""
     over = threading.Event()
     slow = [site.session() for _ in range(50)]
     for client in slow[:25]:
@@ -568,8 +570,7 @@ def test_verdict_while_a_noop_is_out_waits_for_its_reply(site):
 
 
 def test_client_gone_while_a_noop_is_out_sends_no_data(site):
-    """PROMISE 1: the next hop is not asked to take a message that it will not
-    get."""
+    """PROMISE 1: the next hop gets no DATA for a message that it will not get."""
     verdict, noop = Hold("OK"), Hold()
     site.clamd.verdict = [verdict]
     site.hop.on("NOOP", [noop])
@@ -601,8 +602,8 @@ def test_keepalives_unset_sends_none(site, clock):
 
 @pytest.mark.parametrize("where", ["body", "chunk", "scan"])
 def test_keepalive_due_within_half_a_line_uses_no_cpu(site, clock, where):
-    """PROMISE 6: NOOP has to wait for the rest of the line, and so does the
-    daemon."""
+    """PROMISE 6: NOOP has to wait for the rest of the line, and the daemon sleeps
+    meanwhile."""
     verdict = Hold("OK")
     site.clamd.verdict = [verdict]
     site.hop = site.new_hop(chunking=True)
@@ -654,7 +655,7 @@ def test_keepalive_that_fails_gives_the_error_at_the_dot(site, reply):
 @pytest.mark.core
 @pytest.mark.parametrize("what", ["421 4.3.2 shutting down", "close", "reset"])
 def test_next_hop_lost_in_the_body_gives_the_error_at_the_dot(site, what):
-    """PROMISE 1, and the body is never taken for commands."""
+    """PROMISE 1: the body is never read as commands either."""
     client = site.session()
     client.begin(SOME)
     sock = site.hop.session.sock
@@ -697,7 +698,8 @@ def test_error_at_the_dot_is_sent_once_and_in_order(site):
     ("hello", None),
 ])
 def test_reply_in_the_middle_of_the_replay_ends_it(site, narrow, reply, want):
-    """4xx and 5xx are the verdict; nothing else is, and no dot is sent."""
+    """A 4xx or 5xx is relayed as the verdict.  No other reply is, and no dot is
+    sent."""
     site.hop.on("body", [Early(reply, after=1000)])
     client = site.session()
     client.begin(LONG + b".\r\n")
@@ -736,7 +738,7 @@ def test_next_hop_gone_in_the_replay_is_451(site, narrow, ending, after):
     (".", "not SMTP at all"), ("DATA", "not SMTP at all"),
 ])
 def test_next_hop_gone_at_data_or_the_dot_is_451(site, verb, ending):
-    """PROMISE 1: only a whole 2xx is one."""
+    """PROMISE 1: only a whole 2xx is an acceptance."""
     site.hop.on(verb, [ending])
     client = site.session()
     client.envelope()
@@ -758,7 +760,7 @@ def test_reply_421_at_data_or_the_dot_ends_the_session(site):
 
 
 def stall(hop):
-    """The hop says 354 and reads nothing until the Hold goes."""
+    """The next hop sends 354 and reads nothing until the Hold's go()."""
     gate = Hold()
     read = hop.data
 
@@ -784,7 +786,7 @@ def test_next_hop_slow_gets_the_whole_message(site, narrow):
 
 
 def test_replay_that_moves_is_not_late(site, narrow, clock):
-    """TimeOut is for each piece: here it would be over after two of them."""
+    """TimeOut is for each piece.  Here two of them take longer than TimeOut."""
     # more than goes out in one turn, into a buffer
     piece = 300_000 if os.environ.get("TEST_BYTES") else 2_000_000
 
@@ -804,7 +806,7 @@ def test_replay_that_moves_is_not_late(site, narrow, clock):
 
 
 def test_commands_without_end_during_the_scan_use_no_cpu(site):
-    """PROMISE 6: a full buffer is not read into, and poll() is not asked."""
+    """PROMISE 6: while a buffer is full, poll() is not called for it."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
@@ -821,7 +823,7 @@ def test_commands_without_end_during_the_scan_use_no_cpu(site):
 
 
 def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
-    """It could be written to, but it is not any more."""
+    """The next hop could take more bytes, but the daemon sends none."""
     said, go = threading.Event(), threading.Event()
 
     def half(s):
@@ -849,7 +851,7 @@ def test_half_a_reply_in_the_replay_uses_no_cpu(site, narrow):
 
 
 def test_half_a_reply_in_the_replay_that_never_ends_is_451(site, narrow, clock):
-    """PROMISE 6: TimeOut, and the next hop has seen no dot."""
+    """PROMISE 6: TimeOut ends the wait, and the next hop has received no dot."""
     def half(s):
         s.stream.fill()
         s.sock.sendall(b"250 2.0.0 earl")
@@ -873,8 +875,8 @@ def test_half_a_reply_in_the_replay_that_never_ends_is_451(site, narrow, clock):
 
 
 class Clogged:
-    """A daemon that waits to send a message, its last bytes included: from
-    start() to go() each send() fails with EAGAIN, as on a full socket."""
+    """A daemon that waits to send a message, its last bytes included.  From start()
+    to go() each send() fails with EAGAIN, as on a full socket."""
 
     def __init__(self, site, program, fault="send:1:1:11"):
         self.site, self.file = site, site.path("faults")
@@ -902,11 +904,11 @@ class Clogged:
         self.read()
 
     def say(self, text):
-        """The next hop speaks."""
+        """Let the next hop send this text."""
         self.site.hop.sessions[0].sock.sendall(text)
 
     def read(self):
-        """The daemon has read all that the next hop has said."""
+        """Wait until the daemon has read all that the next hop has sent."""
         def unread():
             return struct.unpack("i", fcntl.ioctl(
                 self.site.hop.sessions[0].sock, termios.TIOCOUTQ, bytes(4)))[0]
@@ -930,7 +932,8 @@ def clogged(site, narrow, faulty_build):
 @pytest.mark.parametrize("body", [BODY, LONG], ids=["short", "long"])
 def test_half_a_reply_before_the_last_bytes_stops_them(
         site, clogged, reply, want, body):
-    """PROMISE 1: a reply that began before the dot had left is no verdict on it."""
+    """PROMISE 1: a reply that began before the dot was sent is no reply to the
+    message."""
     client = site.session()
     clogged.start(client, body)
     clogged.say(reply[:-5])
@@ -966,7 +969,8 @@ def test_reply_that_is_unread_when_the_last_bytes_leave_stops_them(
 
 
 def test_spool_cut_short_is_451_at_once(site):
-    """A disk that gives less back than it took: never half a message."""
+    """If the disk returns less than was written, no partial message is
+    delivered."""
     hold = Hold()
     site.hop.on("DATA", [hold])
     site.start(DebugFiles="on")
@@ -992,7 +996,8 @@ SERVED = [("close", 0), ("half_close", 0), ("half_close", 5)]
 
 
 def goes(site, clock, client, ending, seconds):
-    """The client does so, and the daemon has seen it."""
+    """The client ends like this after so many seconds, and the daemon has
+    noticed."""
     clock.go(site.daemon, seconds)
     turns(site)
     getattr(client, ending)()
@@ -1000,7 +1005,8 @@ def goes(site, clock, client, ending, seconds):
 
 
 def leaves(site, client, ending, hold):
-    """The client goes; then whoever is halted goes on, and it all ends."""
+    """The client ends like this.  Then the held peer continues, and the session
+    ends."""
     hold.reached()
     getattr(client, ending)()
     turns(site)
@@ -1034,7 +1040,8 @@ def test_daemon_killed_during_a_message_delivers_nothing(site, stage):
                                   b"Subject: x\r\n\r\nbody\r\n.",
                                   b"Subject: x\r\n\r\nbody\r\n.\r"])
 def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
-    """PROMISE 1: no final dot for who went away before it."""
+    """PROMISE 1: no final dot is sent for a client that went away before its
+    dot."""
     client = site.session()
     client.begin(sent)
     getattr(client, ending)()
@@ -1049,7 +1056,7 @@ def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
 @pytest.mark.parametrize("tail", [b"", b"QUI"])
 def test_client_gone_during_the_scan_delivers_nothing(
         site, clock, ending, seconds, tail):
-    """EOF of a client that was tired of waiting; or a reset."""
+    """The client sends EOF or a reset before the scan ends."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(**clock.settings())
@@ -1069,7 +1076,7 @@ def test_client_gone_during_the_scan_delivers_nothing(
 @pytest.mark.parametrize("ending", ["close", "half_close"])
 @pytest.mark.parametrize("tail", [b"", b"QUI"])
 def test_dot_and_eof_in_one_go_is_served(site, ending, tail):
-    """Printers and scripts send no QUIT and wait for nothing."""
+    """Printers and scripts send no QUIT and wait for no reply."""
     client = site.session()
     client.begin()
     site.daemon.pause()
@@ -1090,7 +1097,7 @@ def test_dot_and_eof_in_one_go_is_served(site, ending, tail):
                                           ("bounce", "550 5.7.1 Virus")])
 def test_eof_soon_after_the_dot_is_served_during_the_scan(
         site, clock, ending, seconds, action, want):
-    """However long clamd and the next hop take after that."""
+    """The message is delivered however long clamd and the next hop then take."""
     hold, final = Hold(VIRUS + " FOUND"), Hold()
     site.clamd.verdict = [hold]
     site.hop.on(".", [final])
@@ -1115,7 +1122,7 @@ def test_eof_soon_after_the_dot_is_served_during_the_scan(
 
 
 def test_reset_after_an_early_eof_is_gone(site):
-    """The half-close did not mean that the client would stay."""
+    """A half-close does not mean that the client stays."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
@@ -1148,8 +1155,8 @@ def test_eof_after_quit_after_the_dot_is_served(site):
 @pytest.mark.core
 @pytest.mark.parametrize("tail", [b"QUIT\r\n", b"NOOP\r\nQU"])
 def test_late_eof_after_a_complete_command_is_served(site, clock, tail):
-    """PROMISE 1: a client that has sent its next command waits for the reply to
-    its message, however late its EOF is."""
+    """PROMISE 1: a client that has sent its next command waits for the reply to its
+    message, however late its EOF comes."""
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     site.start(**clock.settings())
@@ -1185,7 +1192,7 @@ def test_half_closed_client_gets_all_replies(site, tail, want):
 @pytest.mark.parametrize("ending, seconds", GONE)
 def test_client_gone_in_the_replay_delivers_nothing(
         site, narrow, clock, ending, seconds):
-    """The next hop has stopped reading: the dot has not left."""
+    """The next hop has stopped reading, so the dot has not been sent."""
     gate = stall(narrow)
     site.start(**clock.settings())
     client = site.session()
@@ -1201,7 +1208,7 @@ def test_client_gone_in_the_replay_delivers_nothing(
 @pytest.mark.parametrize("ending, seconds", SERVED)
 def test_eof_soon_after_the_dot_is_served_in_the_replay(
         site, narrow, clock, ending, seconds):
-    """A next hop that is slow to read changes nothing about it."""
+    """This also holds for a next hop that reads slowly."""
     gate = stall(narrow)
     site.start(**clock.settings())
     client = site.session()
@@ -1235,7 +1242,8 @@ def test_reset_after_a_full_buffer_in_the_replay_delivers_nothing(site, narrow):
 @pytest.mark.core
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_client_gone_after_the_last_bytes_leaves_the_reply_awaited(site, ending):
-    """The last bytes have left: the reply is awaited and logged."""
+    """The last bytes have been sent, so the daemon waits for the reply and logs
+    it."""
     hold = Hold()
     site.hop.on(".", [hold])
     client = site.session()
@@ -1248,7 +1256,7 @@ def test_client_gone_after_the_last_bytes_leaves_the_reply_awaited(site, ending)
 @pytest.mark.parametrize("ending, seconds", GONE)
 def test_client_gone_while_data_is_out_delivers_nothing(
         site, clock, ending, seconds):
-    """The next hop sends 354, and gets no more of it."""
+    """The next hop sends 354, and gets no byte of the message."""
     hold = Hold()
     site.hop.on("DATA", [hold])
     site.start(**clock.settings())
@@ -1264,7 +1272,7 @@ def test_client_gone_while_data_is_out_delivers_nothing(
 @pytest.mark.parametrize("ending, seconds", SERVED)
 def test_eof_soon_after_the_dot_is_served_while_data_is_out(
         site, clock, ending, seconds):
-    """The message goes out once the next hop has sent 354."""
+    """The message is sent after the next hop's 354."""
     hold = Hold()
     site.hop.on("DATA", [hold])
     site.start(**clock.settings())
@@ -1301,7 +1309,7 @@ def test_client_gone_while_a_command_is_out_ends_the_session(site, verb, ending)
 
 @pytest.fixture
 def ungreeted(site):
-    """A client whose next hop does not greet yet."""
+    """A client whose next hop has not sent its greeting yet."""
     hold = Hold()
     site.hop.on("greeting", hold)
     client = site.client()
@@ -1310,7 +1318,7 @@ def ungreeted(site):
 
 
 def frees_its_place(site, hold):
-    """The daemon has given the session up, and serves the next client."""
+    """The daemon has ended the session, and serves the next client."""
     site.daemon.settle()
     hold.go()
     site.session().quit()
@@ -1321,7 +1329,7 @@ def frees_its_place(site, hold):
 @pytest.mark.parametrize("sent", ["", "EHLO m"])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_client_gone_before_the_greeting_frees_its_place(site, ungreeted, ending, sent):
-    """EOF is enough when there is no whole command to answer."""
+    """EOF is enough if there is no whole command to answer."""
     client, hold = ungreeted
     client.send(sent)
     getattr(client, ending)()
@@ -1330,7 +1338,7 @@ def test_client_gone_before_the_greeting_frees_its_place(site, ungreeted, ending
 
 def test_client_reset_before_the_greeting_with_commands_sent_frees_its_place(
         site, ungreeted):
-    """A reset ends the session although a whole command waits."""
+    """A reset ends the session even if a whole command waits."""
     client, hold = ungreeted
     client.send("EHLO me\r\n")
     client.reset()
@@ -1339,7 +1347,8 @@ def test_client_reset_before_the_greeting_with_commands_sent_frees_its_place(
 
 def test_client_reset_before_the_greeting_after_a_full_buffer_frees_its_place(
         site, ungreeted):
-    """The daemon reads no more of it, does not spin, and notices the reset."""
+    """The daemon reads no more from the client, does not spin, and notices the
+    reset."""
     client, hold = ungreeted
     client.send(b"NOOP\r\n" * 20000)
     site.daemon.rests()
@@ -1361,7 +1370,8 @@ def test_client_half_closed_before_the_greeting_with_a_command_is_served(
 
 
 def test_unix_client_gone_before_the_greeting_with_commands_does_not_spin(site):
-    """poll() reports its end again and again while the greeting is awaited."""
+    """poll() reports the end again and again while the daemon waits for the
+    greeting."""
     hold = Hold()
     site.hop.on("greeting", hold)
     site.start(Listen=site.path("in.sock"))
@@ -1377,7 +1387,7 @@ def test_unix_client_gone_before_the_greeting_with_commands_does_not_spin(site):
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the greeting")
 @pytest.mark.parametrize("verb", ["EHLO", "MAIL", "RSET"])
 def test_client_reset_while_a_command_is_out_frees_its_place(site, verb):
-    """RSET is the daemon's own, after a virus."""
+    """The command is the daemon's own RSET, after a virus."""
     hold = Hold()
     site.hop.on(verb, [hold])
     client = site.client()
@@ -1419,7 +1429,7 @@ def test_client_gone_after_half_a_line_of_the_next_hop_frees_its_place(
     "clamsmtpd.conf.5 ADDRESSES: default host",
     "clamsmtpd.conf.5 OutAddress: port without a host")
 def test_outaddress_port_alone_leads_back_to_the_client(site):
-    """A port alone as OutAddress: back to the address the client came from."""
+    """The next hop is on the address from which the client connected."""
     first = site.new_hop(host="127.0.0.2")
     second = site.new_hop(host="127.0.0.3", port=first.port)
     site.start(OutAddress=str(first.port))
@@ -1445,7 +1455,7 @@ def test_outaddress_port_alone_leads_back_to_an_ipv6_client(site):
 
 
 def test_outaddress_port_alone_leads_back_to_a_mapped_client(site):
-    """An IPv4 client of an IPv6 listener is an IPv4 client."""
+    """An IPv4 client of an IPv6 listener counts as an IPv4 client."""
     if not has_ipv6():
         pytest.skip("no IPv6 here")
     hop = site.new_hop(host="127.0.0.2")
@@ -1467,7 +1477,7 @@ def test_outaddress_port_alone_without_a_listener_gives_421(site):
 
 @pytest.mark.covers("clamsmtpd.8 Mail loops")
 def test_loop_is_refused_with_421(site):
-    """An OutAddress that is ourselves."""
+    """OutAddress is an address of the daemon itself."""
     port = site.port()
     site.start(Listen="127.0.0.1:%d" % port, OutAddress="127.0.0.1:%d" % port)
     client = site.client()
@@ -1478,8 +1488,8 @@ def test_loop_is_refused_with_421(site):
 
 
 def test_loop_is_not_the_same_port_number(site):
-    """The kernel gives one port to a client of ours and to a connection of
-    ours to the next hop, for their other ends differ."""
+    """The kernel can give one port to a client of ours and to our connection to the
+    next hop, since their other ends differ."""
     IP_LOCAL_PORT_RANGE = 51             # Linux 6.3
     first = site.session()
     port = site.hop.session.sock.getpeername()[1]
@@ -1510,8 +1520,8 @@ def test_outaddress_port_alone_leads_unix_clients_to_this_machine(site):
 @pytest.mark.parametrize("name", [None, "bound.sock",
                                   "b\nclamsmtpd: x", "b\r\n\r\nX-Evil: y"])
 def test_unix_client_is_local_whatever_it_is_bound_to(site, name):
-    """PROMISE 8: its path is its own to choose, and no line of the log or of
-    the header."""
+    """PROMISE 8: the client chooses its own path, which could be a line of the log
+    or of the header."""
     site.start(Listen=site.path("in.sock"), Header="X-From: %i")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(WAIT)

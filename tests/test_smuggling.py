@@ -22,7 +22,7 @@ WAYS = ("DATA", "BDAT", "BDAT to DATA")
 
 
 class Talk:
-    """One session, and what the strict reference says of it."""
+    """One session, compared with the strict model."""
 
     def __init__(self, site, way):
         self.site, self.way = site, way
@@ -36,7 +36,8 @@ class Talk:
         self.seen = 0
 
     def wait_read(self):
-        """The daemon has taken what was sent: the next piece comes alone."""
+        """Wait until the daemon has read what was sent, so that the next piece
+        comes alone."""
         end = time.monotonic() + harness.WAIT
         while struct.unpack("i", fcntl.ioctl(self.client.sock, termios.TIOCOUTQ,
                                              bytes(4)))[0]:
@@ -44,8 +45,8 @@ class Talk:
                 raise Failed("the daemon does not read")
 
     def send(self, stream, start, cuts):
-        """The envelope and the body behind it (from start), cut there, and where
-        a client has to wait for a reply."""
+        """Send the envelope and the body after it (from start), cut at these
+        places, and where a client has to wait for a reply."""
         codes, messages, stops = vectors.strict(stream)
         stops = dict(stops)
         at = stream.index(b"\r\n", start - 2) + 2 if start else 0
@@ -83,7 +84,7 @@ class Talk:
         self.check(self.send(ENVELOPE + stream, len(ENVELOPE), cuts))
 
     def check(self, messages):
-        """What came is what the reference took, one for one."""
+        """The next hop received exactly the messages of the model."""
         came = self.hop.messages[self.seen:]
         scans = self.site.clamd.scans[self.seen:]
         self.seen += len(came)
@@ -105,7 +106,7 @@ class Talk:
         assert len(scans) == len(came)
 
     def again(self):
-        """Another session: the daemon ends one with too many refusals."""
+        """Begin another session: the daemon ends one with too many refusals."""
         self.no_evil()
         self.client.close()
         self.client = self.site.session()
@@ -123,7 +124,7 @@ class Talk:
 
 
 def try_all(talk, cases):
-    """All of them, so that a failure names all that fail."""
+    """Try all vectors, so that a failure names all that fail."""
     bad = []
     for name, case in cases:
         try:
@@ -151,8 +152,8 @@ def try_all(talk, cases):
     ("C strings", b"x\r\n.\0y\r\nNOOP\r\n.\r\n"),
 ])
 def test_models_of_next_hops_are_smuggled_without_the_rules(name, wire):
-    """Each next hop is taken in by what it is named after; a body that is
-    stuffed line by line takes in none."""
+    """A vector smuggles a message past each next hop by the weakness in its name.
+    A body that is stuffed line by line smuggles past none."""
     assert name in vectors.smuggled(wire)
     assert not vectors.smuggled(vectors.sent(b"..\r\n.\r\n.\0x\r\n"))
 
@@ -166,7 +167,8 @@ def test_models_of_next_hops_are_smuggled_without_the_rules(name, wire):
 @pytest.mark.parametrize("before", vectors.ENDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_smuggling_by_line_ends_is_stopped(site, way, before):
-    """Each pair of line ends, each vector, whole and in eight ways of pieces."""
+    """Each vector of each pair of line ends is sent whole, and in eight ways in
+    pieces."""
     talk = Talk(site, way)
     cases = []
     for after in vectors.ENDS:
@@ -191,7 +193,7 @@ def test_smuggling_by_line_ends_is_stopped(site, way, before):
 @pytest.mark.parametrize("before, after", vectors.PAIRS)
 @pytest.mark.parametrize("way", WAYS)
 def test_smuggling_at_any_split_is_stopped(site, way, before, after):
-    """Cut at each place, and at any two about the dot."""
+    """The bodies are cut at each place, and at any two places around the dot."""
     talk = Talk(site, way)
     cases = []
     for vector in vectors.vectors(before, after):

@@ -22,7 +22,7 @@ VISITORS = 8                # that are served at once
 
 
 class Answer:
-    """What came over HTTP until the daemon closed."""
+    """What was received over HTTP until the daemon closed."""
 
     def __init__(self, raw):
         head, blank, body = raw.partition(b"\r\n\r\n")
@@ -34,7 +34,7 @@ class Answer:
 
 
 def answer_on(sock):
-    """To the end."""
+    """Read an answer to its end."""
     return Answer(sock.makefile("rb").read())
 
 
@@ -51,7 +51,7 @@ def get(address, path="/", method="GET"):
 
 
 def status_on(daemon):
-    """Where it says that it listens."""
+    """The address of the status page, from the log."""
     return daemon.wait_log("^status on ")[-1].split(" on ")[1]
 
 
@@ -61,14 +61,14 @@ def start(site, **settings):
 
 
 def metrics(address):
-    """{name with labels: value}, the names without clamsmtpd_, in their order."""
+    """{name with labels: value}, in order, with the names without clamsmtpd_."""
     text = get(address, "/metrics").text
     return {name: float(value) for name, value in re.findall(
         r"^clamsmtpd_(\w+(?:\{.*\})?) (\S+)$", text, re.M)}
 
 
 def messages(address):
-    """The counts that are not 0."""
+    """The message counts that are not 0."""
     got = metrics(address)
     counts = {v: got['messages_total{verdict="%s"}' % v] for v in VERDICTS}
     return {v: n for v, n in counts.items() if n}
@@ -100,7 +100,7 @@ def test_page_shows_sessions_messages_and_clamds(site, run):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /")
 def test_page_shows_the_error_of_each_clamd(site):
-    """PROMISE 8: and what it said is text."""
+    """PROMISE 8: the error text of clamd cannot become HTML."""
     site.clamd.verdict = b"stream: \x1b[2J\x07 \r<b> ERROR\0"
     address = start(site, ClamAddress=["/no/such/socket", site.clamd.address])
     site.session().mail(want="451")
@@ -160,7 +160,7 @@ def test_healthz_is_200_while_a_clamd_answers(site):
 
 
 def silent(site):
-    """The address of a clamd that accepts and says nothing, and its socket."""
+    """The address of a clamd that accepts and sends nothing, and its socket."""
     path = site.path("silent.sock")
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(WAIT)
@@ -196,7 +196,7 @@ def sick(request, site):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
 def test_healthz_is_503_with_the_reason(site, sick):
-    """In one line, with the name of the clamd."""
+    """The reason is one line with the name of the clamd."""
     clamd, reason = sick
     answer = get(start(site, ClamAddress=clamd), "/healthz")
     assert answer.status == 503
@@ -226,7 +226,7 @@ def test_healthz_is_200_while_one_clamd_of_several_answers(site, sick):
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /healthz")
 @pytest.mark.parametrize("others", [0, 1])
 def test_healthz_of_a_clamd_that_hangs_is_503_after_five_seconds(site, clock, others):
-    """Five seconds are for all of them."""
+    """All clamds together have five seconds."""
     path, sock = silent(site)
     with sock:
         clamds = [path] + [site.clamd.address] * others
@@ -242,7 +242,7 @@ def test_healthz_of_a_clamd_that_hangs_is_503_after_five_seconds(site, clock, ot
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: valid for one second")
 def test_healthz_answer_is_valid_for_one_second(site, clock):
-    """Within a second of a health check /healthz makes no other one."""
+    """Within a second of a health check /healthz starts no other one."""
     address = start(site, **clock.settings())
     until(lambda: site.clamd.versions, "the check at the start is over")
     for seconds, checks in (1, 2), (0, 2), (1, 3):
@@ -257,8 +257,8 @@ def test_healthz_answer_is_valid_for_one_second(site, clock):
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: / asks no clamd")
 @pytest.mark.parametrize("page, more", [("/", 0), ("/metrics", 1)])
 def test_page_asks_each_clamd_or_none(site, clock, page, more):
-    """A request for /metrics sends PING and VERSION to each clamd, and one for /
-    nothing."""
+    """A request for /metrics sends PING and VERSION to each clamd.  A request for /
+    sends nothing."""
     clamds = [site.clamd, site.new_clamd()]
     address = start(site, ClamAddress=[one.address for one in clamds], **clock.settings())
     until(lambda: all(one.versions for one in clamds), "the check at the start is over")
@@ -272,7 +272,8 @@ def test_page_asks_each_clamd_or_none(site, clock, page, more):
 
 
 def test_healthz_needs_only_the_first_answer(site, clock):
-    """A clamd that answers is enough: the reply does not wait for the others."""
+    """One clamd that answers is enough, and the reply does not wait for the
+    others."""
     path, sock = silent(site)
     with sock:
         address = start(site, ClamAddress=[site.clamd.address, path], **clock.settings())
@@ -370,7 +371,7 @@ def test_request_of_each_form_is_understood(site, request_):
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/metrics"])
 def test_request_in_pieces_then_eof_is_answered(site, path):
-    """As `printf ... | nc` does."""
+    """`printf ... | nc' sends such a request."""
     address = start(site)
     request = b"GET %s HTTP/1.0\r\n\r\n" % path.encode()
     assert ask(address, request, half_close=True).status == 200
@@ -411,7 +412,7 @@ def test_request_of_another_method_is_405(site, method):
     b"GET /" + b"x" * 5000 + b" HTTP/1.0\r\n\r\n", b"x" * 4096,
     b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 200000 + b"\r\n"], ids=range(3))
 def test_request_without_end_is_400(site, request_):
-    """It is read all the same, so that the answer is not lost in a reset."""
+    """The daemon reads all of it, so that the answer is not lost in a reset."""
     assert ask(start(site), request_).status == 400
 
 
@@ -479,8 +480,8 @@ def test_metrics_count_sessions(site):
 
 
 def signatures(site, address):
-    """{clamd: (version of its signatures, their time)} in the metrics, None: none,
-    after a health check."""
+    """After a health check, {clamd: (version of its signatures, their time)} of the
+    metrics.  None means that there are none."""
     clamds = [clamd for clamd in site.servers if clamd.family == "clamd"]
     assert get(address, "/healthz").status == 200
     until(lambda: all(clamd.versions for clamd in clamds), "all have been asked")
@@ -509,7 +510,8 @@ def test_metrics_have_version_and_time_of_the_signatures(site, text):
 
 
 def test_metrics_have_the_signatures_of_each_clamd(site, clock):
-    """Each clamd has its own, and those of a clamd that has none any more go."""
+    """Each clamd has its own metrics, and a clamd that has no signatures any more
+    loses them."""
     site.clamd.version = "ClamAV 1.4.3/27800/Tue Nov 25 08:31:09 2026"
     other = site.new_clamd()
     other.version = "ClamAV 1.0.9/27790/Sat Nov 15 08:31:09 2026"
@@ -550,8 +552,8 @@ def test_signatures_that_clamd_does_not_give_have_no_metric(site, version, numbe
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
 def test_metrics_lost_log_lines_are_counted(site):
-    """Lines for which the log has no room are counted, whether or not a line of the
-    log tells of them."""
+    """Lines for which the log has no room are counted, whether or not the log has a
+    line about them."""
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     listen, status = site.path("in.sock"), site.path("status.sock")
@@ -629,8 +631,8 @@ def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: clamd_up")
 def test_clamd_up_is_1_when_it_answers_again(site, clock):
-    """A clamd that was down counts as up when it answers a health check, and the next
-    message goes there."""
+    """A clamd that was down counts as up when it answers a health check, and gets
+    the next message."""
     clamd = site.new_clamd()
     address = start(site, ClamAddress=[clamd.address, site.clamd.address],
                     **clock.settings())
@@ -651,8 +653,8 @@ def test_clamd_up_is_1_when_it_answers_again(site, clock):
 
 
 def test_clamd_up_stays_0_for_a_clamd_that_timed_out(site, clock):
-    """clamd answers a health check while all its threads hang: only a verdict shows
-    that they do not."""
+    """clamd answers a health check even while all its threads hang.  Only a verdict
+    shows that they work again."""
     hold = Hold()
     clamd = site.new_clamd(verdict=hold)
     address = start(site, ClamAddress=[clamd.address, site.clamd.address], ScanTimeOut="5",
@@ -682,8 +684,8 @@ def test_clamaddress_given_twice_has_one_series(site):
 
 
 def test_without_clamaddress_one_clamd_is_shown_through_outages(site, mounts):
-    """The log, the metrics, the page and /healthz name the socket that is used,
-    or all three when there is none; each outage and each end of it is logged."""
+    """The log, the metrics, the page and /healthz name the socket that is used, or
+    all three if none exists.  The start and the end of each outage are logged."""
     os.makedirs(site.path("run/clamav"))
     used = "/var/run/clamav/clamd.ctl"
     address = start(site, ClamAddress=None, level=3,
@@ -719,7 +721,7 @@ def test_without_clamaddress_one_clamd_is_shown_through_outages(site, mounts):
 
 
 def test_without_clamaddress_a_dead_socket_gives_way_to_a_live_one(site, mounts):
-    """Nobody listens on the first socket that exists: the second is used."""
+    """The first socket that exists has no listener, so the second is used."""
     os.makedirs(site.path("run/clamav"))
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(site.path("run/clamav/clamd.sock"))
@@ -774,13 +776,13 @@ def test_metrics_histogram_has_the_time_from_dot_to_verdict(site, clock):
 
 @pytest.fixture(scope="module")
 def promtool(debian_package):
-    """Since Debian 13 promtool is a package of its own."""
+    """The path of promtool, which is a package of its own since Debian 13."""
     return (real.find("promtool") or
             debian_package("promtool", "prometheus") + "/usr/bin/promtool")
 
 
 def test_metrics_are_accepted_by_promtool(site, promtool):
-    """An address that has to be quoted is among the labels."""
+    """One of the labels is an address that has to be quoted."""
     address = start(site, ClamAddress=['/a"b\\c\\', site.clamd.address])
     site.session().mail()
     text = get(address, "/metrics").text
@@ -817,7 +819,8 @@ HOSTILE = {
     "clamsmtpd.8 STATUS PAGE: further client")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_status_clients_hostile_delay_nobody(site, kind):
-    """PROMISES 5 and 6."""
+    """PROMISES 5 and 6: sessions continue, and the number of status clients is
+    limited."""
     address = start(site)
     get(address, "/metrics")            # whatever is got at the first visit
     before = site.daemon.rss()
@@ -837,7 +840,7 @@ def test_status_clients_hostile_delay_nobody(site, kind):
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: 8 clients")
 @pytest.mark.parametrize("kind", ["silent", "half a request", "never reads"])
 def test_status_client_stays_ten_seconds_at_most(site, clock, kind):
-    """A byte now and then buys no time."""
+    """A byte from time to time does not extend the ten seconds."""
     address = start(site, **clock.settings())
     with connect(address) as sock:
         HOSTILE[kind](sock)
@@ -857,7 +860,7 @@ def test_status_client_stays_ten_seconds_at_most(site, clock, kind):
 
 
 def test_status_crowd_in_one_turn_replaces_no_probe(site):
-    """They come in the same turn as the probe, and after it."""
+    """The crowd connects in the same turn as the probe, and after it."""
     address = start(site)
     site.daemon.pause()
     with connect(address) as probe:
@@ -888,8 +891,8 @@ def test_status_crowd_replaces_no_client_that_waits_for_clamd(site):
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("family", ["inet", "unix"])
 def test_status_clients_gone_while_waiting_take_no_room(site, clock, family, together):
-    """together: in one turn with the probe.  PROMISE 6: poll() tells of them,
-    asked or not, as long as they are there."""
+    """PROMISE 6: poll() reports clients that have gone as long as they have a
+    place.  With `together' they go in the same turn in which the probe connects."""
     path, sock = silent(site)
     status = {"inet": "127.0.0.1:%d" % site.port(), "unix": site.path("status")}[family]
     site.start(ClamAddress=path, StatusListen=status, **clock.settings())
@@ -915,7 +918,7 @@ def test_status_clients_gone_while_waiting_take_no_room(site, clock, family, tog
 
 
 def test_status_clients_gone_in_one_turn_take_no_room(site):
-    """Their requests are there to be read, and they are not."""
+    """These clients have sent requests that can be read, but have gone."""
     address = start(site)
     site.daemon.pause()
     for _ in range(2 * VISITORS):
@@ -1013,7 +1016,7 @@ def test_C_prints_the_reason_with_status_1(site, run):
 
 
 def test_C_tries_all_addresses_of_a_name(site, run, mounts):
-    """The first one of them is dead."""
+    """The first address is dead."""
     hosts = site.path("hosts")
     with open(hosts, "w") as file:
         file.write("127.0.0.1 status.example\n127.0.0.98 status.example\n")
@@ -1039,7 +1042,7 @@ def test_C_without_a_daemon_gives_the_reason(site, run, where, why):
 
 
 class Fake(Server):
-    """Something else at the address of StatusListen."""
+    """A server that is no clamsmtpd, at the address of StatusListen."""
 
     answer = b""
 

@@ -39,7 +39,8 @@ os.execv(%r, [%r] + sys.argv[1:])
 
 
 class Systemd:
-    """One unit: its descriptors by name, and all that the daemon has sent."""
+    """systemd's end of one unit: the stored descriptors by name, and all that the
+    daemon has sent."""
 
     def __init__(self, site, store=True):
         self.site = site
@@ -58,20 +59,21 @@ class Systemd:
         self.launch(CLAMSMTPD)
 
     def launch(self, program):
-        """What start() starts from now on."""
+        """Set the program that start() runs from now on."""
         with open(self.launcher, "w") as file:
             file.write(LAUNCHER % (sys.executable, self.site.path("hand"), program,
                                    program))
         os.chmod(self.launcher, 0o755)
 
     def launch_with(self, clock):
-        """The same, with a clock of the test's."""
+        """The same, with a clock that the test moves."""
         settings = clock.settings()
         self.launch(settings["binary"])
         self.env.update(settings["env"])
 
     def start(self, env=(), **settings):
-        """Start the daemon with the descriptors there are; it is ready then."""
+        """Start the daemon with the stored descriptors, and wait until it is
+        ready."""
         self.read()
         ready = self.said.count("READY=1")
         passing = threading.Thread(target=self.pass_on)
@@ -93,7 +95,8 @@ class Systemd:
         child.close()
 
     def read(self):
-        """Do what the daemon asks for; all that it has sent so far."""
+        """Do what the daemon has asked for.  Returns all that it has sent so
+        far."""
         while select.select([self.sock], [], [], 0)[0]:
             data, fds, _, _ = socket.recv_fds(self.sock, 4096, 64)
             lines = data.decode().split("\n")
@@ -119,7 +122,7 @@ class Systemd:
             os.close(fd)
 
     def sockets(self, *socks, name="clamsmtpd.socket"):
-        """A socket unit with these."""
+        """Add these sockets, as a socket unit does."""
         for sock in socks:
             self.fds.append((name, os.dup(sock.fileno())))
 
@@ -151,8 +154,8 @@ def end(daemon, number=signal.SIGTERM):
     "clamsmtpd.8 ENVIRONMENT: FDSTORE")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_restart_refuses_no_connection(site, systemd, number):
-    """Clients that connect while the daemon drains, or while none runs, wait, and
-    the next daemon serves them on each of its listeners."""
+    """Clients that connect while the daemon drains, or while none runs, wait.  The
+    next daemon serves them on each of its listeners."""
     path, port = site.path("in.sock"), site.port()
     other = site.port("::" if has_ipv6() else "127.0.0.1")
     listen = [path, "127.0.0.1:%d" % port] + ["[::]:%d" % other] * has_ipv6()
@@ -196,7 +199,7 @@ def test_restart_refuses_no_connection(site, systemd, number):
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: busy client")
 def test_restart_busy_session_sends_its_mail(site, systemd, clock):
     """A client that is about to send MAIL at SIGTERM sends its mail and then gets
-    the 421, while the next hop greets it or after EHLO."""
+    the 421.  This holds before the next hop's greeting and after EHLO."""
     hold = Hold("220 next.hop ESMTP ready")
     site.hop.on("greeting", [hold, None])
     systemd.launch_with(clock)
@@ -222,7 +225,7 @@ def test_restart_busy_session_sends_its_mail(site, systemd, clock):
 
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: busy client")
 def test_restart_idle_session_gets_421(site, systemd, clock):
-    """An idle session gets 421 at once; a session that was busy at SIGTERM and
+    """An idle session gets 421 at once.  A session that was busy at SIGTERM and
     begins no mail gets it after a second."""
     systemd.launch_with(clock)
     one = systemd.start()
@@ -251,8 +254,8 @@ def test_restart_keeps_a_port_of_the_kernels_choice(site, systemd):
 
 
 def test_restart_with_other_settings_closes_old_listeners(site, systemd):
-    """A stored listener that no line asks for goes from the store and leaves
-    nothing, and it is not in the way of one that overlaps with it."""
+    """A stored listener that no line has is removed from the store, with its path,
+    and does not keep an overlapping listener from opening."""
     port, path = site.port("0.0.0.0"), site.path("in.sock")
     systemd.start(Listen=["127.0.0.1:%d" % port, path])
     assert len(systemd.names()) == 2
@@ -267,8 +270,8 @@ def test_restart_with_other_settings_closes_old_listeners(site, systemd):
 
 
 def test_stored_ipv6_listener_is_opened_again_for_ipv4(site, systemd, places):  # noqa: F811
-    """IPV6_V6ONLY of a stored listener counts: without the line for IPv4 the
-    socket that leaves IPv4 alone is of no use."""
+    """IPV6_V6ONLY of a stored listener counts.  If the file has no line for IPv4, a
+    socket without IPv4 is opened again."""
     systemd.start(Listen=places("[::]:PORT 0.0.0.0:PORT"))
     end(site.daemon)
     two = systemd.start(Listen=places("[::]:PORT"))
@@ -282,7 +285,7 @@ def test_stored_ipv6_listener_is_opened_again_for_ipv4(site, systemd, places):  
 
 @pytest.mark.skipif("TEST_QEMU" in os.environ, reason="qemu has no IP_TRANSPARENT")
 def test_stored_listener_gets_ip_transparent(site, systemd, as_root):
-    """TransparentProxy counts for a stored listener, in both directions."""
+    """A stored listener gets or loses IP_TRANSPARENT with TransparentProxy."""
     port = site.port()
     listen = "127.0.0.1:%d" % port
     for on in "off", "on", "off":
@@ -294,7 +297,7 @@ def test_stored_listener_gets_ip_transparent(site, systemd, as_root):
 
 
 def test_stored_unix_listener_without_its_path_is_opened_again(site, systemd):
-    """systemd may have removed its directory, and nobody could connect."""
+    """systemd may have removed its directory, so that no client could connect."""
     path = site.path("in.sock")
     systemd.start(Listen=path)
     end(site.daemon)
@@ -307,8 +310,8 @@ def test_stored_unix_listener_without_its_path_is_opened_again(site, systemd):
 
 @pytest.mark.parametrize("name", ["in.sock", "a:b c\xe9.sock"])
 def test_reload_changes_the_store(site, systemd, name):
-    """The store has what is open: a listener that is closed is removed from it,
-    a new one is added, whatever its name."""
+    """A listener that is closed is removed from the store, and a new one is added,
+    whatever its name."""
     path, other = site.path(name), site.path("other.sock")
     one = systemd.start(Listen=path)
     first = systemd.names()
@@ -320,7 +323,8 @@ def test_reload_changes_the_store(site, systemd, name):
 
 
 def test_reload_that_fails_leaves_the_store_as_it_was(site, systemd):
-    """What was opened is removed, and what made room is stored again."""
+    """New listeners are removed, and those that were closed for them are stored
+    again."""
     port = site.port("0.0.0.0")
     listen, more = ("127.0.0.1:%d" % p for p in (port, site.port()))
     one = systemd.start(Listen=listen)
@@ -339,7 +343,8 @@ def test_reload_that_fails_leaves_the_store_as_it_was(site, systemd):
 
 @pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: FDSTORE")
 def test_without_a_store_nothing_is_stored_or_left(site):
-    """Only $FDSTORE says that there is one: OpenRC has NOTIFY_SOCKET alone."""
+    """Only $FDSTORE means that there is a store.  OpenRC has NOTIFY_SOCKET
+    alone."""
     systemd = Systemd(site, store=False)
     one = systemd.start(Listen=site.path("in.sock"))
     end(one)
@@ -360,8 +365,8 @@ def listener(family, address):
 @pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID")
 @pytest.mark.parametrize("store", [True, False])
 def test_sockets_of_a_unit_are_used_and_left_to_it(site, store):
-    """They are matched by address, never stored, and neither shut down nor
-    removed at the end: they are systemd's."""
+    """The sockets are matched by address and never stored.  At the end they are
+    neither shut down nor removed, since they are systemd's."""
     path, systemd = site.path("in.sock"), Systemd(site, store)
     with listener(socket.AF_INET, ("127.0.0.1", 0)) as inet, \
             listener(socket.AF_UNIX, path) as unix:
@@ -392,7 +397,8 @@ def test_socket_of_a_unit_that_no_line_has_is_left_to_it(site, systemd):
 
 
 def test_descriptor_passed_that_is_no_listener_is_closed_with_a_warning(site, systemd):
-    """A datagram socket, a socket that does not listen, and a file."""
+    """The descriptors are a datagram socket, a socket that does not listen, and a
+    file."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram, \
             socket.socket() as stream, open(os.devnull) as file:
         datagram.bind(("127.0.0.1", 0))
@@ -406,7 +412,7 @@ def test_descriptor_passed_that_is_no_listener_is_closed_with_a_warning(site, sy
 
 
 def test_virus_actions_have_no_variables_of_systemd(site, systemd):
-    """The variables are for this process alone."""
+    """The variables are for the daemon's process alone."""
     out = site.path("out")
     with listener(socket.AF_INET, ("127.0.0.1", 0)) as inet:
         systemd.sockets(inet)
@@ -445,8 +451,8 @@ def test_notify_socket_gets_no_ready_when_the_address_is_in_use(site, systemd):
 # ---------------------------------------------------------------- NOTIFY_SOCKET
 
 def test_notify_socket_of_roots_works_after_user(open_site):
-    """It is connected before the user changes, so that READY=1, the watchdog and
-    STOPPING=1 arrive as well."""
+    """The socket is connected before the daemon changes its user, so that READY=1,
+    the watchdog and STOPPING=1 all arrive."""
     os.chmod(open_site.dir, 0o755)
     systemd = Systemd(open_site)
     os.chmod(open_site.path("notify"), 0o700)
@@ -459,7 +465,7 @@ def test_notify_socket_of_roots_works_after_user(open_site):
 
 
 def test_notify_socket_that_is_gone_after_ready_is_no_warning(site, systemd):
-    """OpenRC reads READY=1 and closes it."""
+    """OpenRC reads READY=1 and closes the socket."""
     one = systemd.start()
     systemd.sock.close()
     systemd.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -468,7 +474,7 @@ def test_notify_socket_that_is_gone_after_ready_is_no_warning(site, systemd):
 
 
 def test_notify_socket_without_a_reader_is_a_warning(site):
-    """The start goes on."""
+    """The daemon still starts."""
     site.start(env={"NOTIFY_SOCKET": site.path("nobody")})
     assert site.daemon.log("^NOTIFY_SOCKET: %s: No such file" % site.path("nobody"))
     site.session().quit()
@@ -477,8 +483,8 @@ def test_notify_socket_without_a_reader_is_a_warning(site):
 @pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: WATCHDOG_USEC, WATCHDOG_PID")
 @pytest.mark.parametrize("own", [None, True, False])
 def test_watchdog_is_fed_twice_in_its_time(site, clock, own):
-    """WATCHDOG=1 comes at half of WATCHDOG_USEC, unless that is for another
-    process."""
+    """WATCHDOG=1 is sent at half of WATCHDOG_USEC, unless the variable is for
+    another process."""
     systemd = Systemd(site)
     systemd.launch_with(clock)
     with open(systemd.launcher) as file:
@@ -516,8 +522,8 @@ def journal(path):
 @pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: JOURNAL_STREAM")
 @pytest.mark.parametrize("here", [True, False])
 def test_journal_gets_levels_and_no_second_tag(tmp_path, here):
-    """Where standard error is the journal, a line begins with its level, which
-    journald takes off, and not with our name, which it puts in."""
+    """If standard error is the journal, a line begins with its level, which
+    journald removes.  It has no name, since journald adds it."""
     err = tmp_path / "err"
     err.write_text("")
     env = dict(os.environ, **journal(str(err if here else tmp_path)))
@@ -532,7 +538,8 @@ def test_journal_gets_levels_and_no_second_tag(tmp_path, here):
 
 @pytest.mark.covers("clamsmtpd.8 SECURITY: capabilities")
 def test_capabilities_of_a_unit_are_given_up(open_site):
-    """They are for the ports below 1024, and gone when those are open."""
+    """The capabilities are for ports below 1024, and are dropped when those are
+    open."""
     if not shutil.which("setpriv"):
         pytest.skip("no setpriv here")
     site, host = open_site, own_host(25)
@@ -551,7 +558,7 @@ def test_capabilities_of_a_unit_are_given_up(open_site):
 
 
 def test_capabilities_that_cannot_be_given_up_are_a_warning(open_site, faulty_build):
-    """A filter of system calls may refuse capset(); the start goes on."""
+    """A filter of system calls may refuse capset().  The daemon still starts."""
     site = open_site
     binary = site.path("faulty")
     shutil.copy(faulty_build, binary)

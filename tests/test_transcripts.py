@@ -17,7 +17,7 @@ ENDS = {r"\n": b"\n", r"\0": b"\0"}     # a line without one of these ends in CR
 
 
 class Line:
-    """A line of a transcript: with whom the dialogue is, who speaks, and what."""
+    """A line of a transcript: the peer, the direction, and the text."""
 
     def __init__(self, text):
         self.prefix, self.text = re.fullmatch("( *[CFNVL]:) ?(.*)", text).groups()
@@ -28,7 +28,7 @@ class Line:
 
 
 class Peer(Server):
-    """A next hop or a clamd, whose part the test plays."""
+    """A next hop or a clamd that the test plays."""
 
     def __init__(self, **kw):
         self.connections, self.pings = Queue(), 0
@@ -50,7 +50,8 @@ class Peer(Server):
 
 
 class Scanned(Stream):
-    """What clamd receives after its command, without the lengths of the pieces."""
+    """The bytes that clamd receives after its command, without the lengths of the
+    pieces."""
 
     def __init__(self, wire):
         super().__init__(wire.sock)
@@ -66,7 +67,8 @@ class Scanned(Stream):
 
 
 def line_of(stream):
-    """The next line, which ends in LF or NUL, or what there is of it."""
+    """Read the next line, which ends in LF or NUL, or the part of it that was
+    sent."""
     line = b""
     with contextlib.suppress(Gone):
         while line[-1:] not in (b"\n", b"\0"):
@@ -93,7 +95,7 @@ class Play:
         assert line_of(self.stream(peer)) == b"", "the %s received more" % peer
 
     def step(self, line):
-        """Play one line; return it as it was."""
+        """Play one line.  Returns it as it was received or sent."""
         got = line.text
         if line.speaker == "L":
             self.site.daemon.wait_log("^%s$" % re.escape(got))
@@ -115,8 +117,8 @@ class Play:
 @pytest.mark.parametrize("path", sorted(glob.glob(DIRECTORY + "/*.txt")),
                          ids=os.path.basename)
 def test_transcript_is_what_the_daemon_does(site, path):
-    """The daemon sends each line of the transcript to the peer that has it, and
-    nothing else."""
+    """The daemon sends each line of the transcript to the right peer, and nothing
+    else."""
     with open(path) as file:
         script = [line for line in file.read().splitlines()
                   if line and not line.startswith("#")]

@@ -91,7 +91,8 @@ def helo(site):
 
 @pytest.mark.core
 def test_xclient_after_helo_has_name_and_address(site):
-    """There is no list of attributes, so what most next hops take is sent."""
+    """HELO lists no attributes, so the daemon sends those that most next hops
+    accept."""
     site.start(XClient="on")
     client = helo(site)
     assert site.hop.commands == ["HELO my.name", HELO_XCLIENT, "HELO my.name"]
@@ -122,7 +123,8 @@ def test_xclient_after_helo_refused_with_501_twice_is_refused(site):
 
 @pytest.mark.core
 def test_xclient_refused_after_helo_is_sent_at_the_first_ehlo(site, xhop):
-    """Some next hops take it after EHLO only.  A second HELO tries nothing."""
+    """Some next hops accept XCLIENT only after EHLO.  A second HELO does not send
+    it again."""
     xhop.on("XCLIENT", ["503 5.5.1 EHLO first"])
     site.start(XClient="on")
     client = helo(site)
@@ -143,7 +145,8 @@ def test_xclient_refused_after_helo_is_sent_at_the_first_ehlo(site, xhop):
     "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "VRFY a", "EXPN a", "ETRN a",
     "AUTH PLAIN AA==", "XFORWARD ADDR=1.2.3.4", "STARTTLS"])
 def test_xclient_withheld_helo_gets_503(site, xhop, command):
-    """PROMISE 10: the next hop would take the client for the filter."""
+    """PROMISE 10: without XCLIENT the next hop would take the client for the
+    filter."""
     site.start(XClient="on")
     client = site.client()
     client.expect("220")
@@ -155,7 +158,7 @@ def test_xclient_withheld_helo_gets_503(site, xhop, command):
 
 
 def test_xclient_withheld_helo_discards_bdat(site, xhop):
-    """PROMISE 10: the octets of a chunk are no commands."""
+    """PROMISE 10: the octets of a chunk are not read as commands."""
     site.start(XClient="on")
     client = site.client()
     client.expect("220")
@@ -181,7 +184,7 @@ def test_xclient_withheld_lets_some_commands_pass(site, xhop):
 @pytest.mark.core
 @pytest.mark.parametrize("hello", ["EHLO", "HELO"])
 def test_xclient_withheld_while_hello_is_refused(site, xhop, hello):
-    """PROMISE 10: the 503s last until XCLIENT was accepted."""
+    """PROMISE 10: the 503s last until XCLIENT is accepted."""
     xhop.on(hello, ["501 5.5.4 Syntax: %s hostname" % hello])
     site.start(XClient="on")
     client = site.client()
@@ -207,7 +210,7 @@ def test_xclient_is_not_sent_at_a_later_ehlo(site, xhop):
 
 
 def test_xclient_offered_at_a_later_ehlo_is_not_sent(site):
-    """Later than the first EHLO it would wipe AUTH."""
+    """After a later EHLO, XCLIENT would undo AUTH."""
     site.start(XClient="on")
     client = site.session()
     site.hop.ehlo = ["DSN", XCLIENT]
@@ -244,7 +247,7 @@ def test_xclient_refused_goes_on_with_the_first_reply(site, xhop, reply):
 @pytest.mark.parametrize("hello", ["EHLO", "HELO"])
 def test_xclient_answered_with_a_refusal_of_the_client_ends_the_session(
         site, xhop, reply, hello):
-    """It is the greeting that the client would have had."""
+    """The reply is the greeting that this client would have received."""
     xhop.on("XCLIENT", reply)
     site.start(XClient="on")
     client = site.client()
@@ -259,8 +262,8 @@ def test_xclient_answered_with_a_refusal_of_the_client_ends_the_session(
 
 @pytest.mark.parametrize("which", range(1, 5))
 def test_xclient_without_memory_is_not_skipped(site, xhop, faulty_build, which):
-    """PROMISE 10: rather the session ends.  One allocation fails after the reply
-    to EHLO, when others have the buffers that were kept."""
+    """PROMISE 10: without memory the session ends.  One allocation fails after the
+    reply to EHLO, when other allocations use the kept buffers."""
     hello, greeting = Hold(), Hold()
     xhop.on("EHLO", [hello]).on("greeting", [None, greeting, greeting])
     counts = site.path("faults")

@@ -25,7 +25,7 @@ class Drawing:
 
 
 def bars(drawing, x, y, title, groups):
-    """Groups of bars, each group with its own scale.  Returns the lower end."""
+    """Draw groups of bars, each with its own scale.  Returns the lower end."""
     drawing.text(x, y, title, 14, weight="bold")
     y += 12
     for name, values in groups:

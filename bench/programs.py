@@ -61,7 +61,7 @@ def output(*command, **more):
 
 
 def listening(path=None):
-    """A listening socket, the standard input of one of our helpers."""
+    """Returns a listening socket, for the standard input of a helper."""
     sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
     sock.bind(path or ("127.0.0.1", 0))
     sock.listen(4096)
@@ -74,7 +74,7 @@ def free_port():
 
 
 def cpu(process):
-    """Seconds so far, those of children that have ended included."""
+    """Returns the CPU seconds of a process, with those of its ended children."""
     if not process:
         return 0
     with open("/proc/%d/stat" % process.pid) as file:
@@ -102,7 +102,8 @@ class Tools:
         return os.path.join(self.dir, str(name))
 
     def write_mail(self, size):
-        """A random attachment in base64; the first byte identifies the size."""
+        """Write a message with a random attachment.  Its first byte identifies the
+        size."""
         head = (b"%c: bench\r\nFrom: a@example.com\r\nSubject: %d\r\nMIME-Version: 1.0\r\n"
                 b"Content-Type: application/octet-stream\r\n"
                 b"Content-Transfer-Encoding: base64\r\n\r\n" % (
@@ -125,7 +126,7 @@ class Tools:
             return output("apt-get", "-q", *self.apt_options, *command, cwd=where)
 
         def wanted():
-            """The packages to install, missing libraries included."""
+            """Returns the packages to install, with missing libraries."""
             return re.findall(r"^Inst (\S+)", apt(
                 "-s", "--no-install-recommends", "--reinstall", "install", package), re.M)
 
@@ -142,7 +143,7 @@ class Tools:
         return shutil.which(program, path=where + "/usr/sbin")
 
     def original(self):
-        """ClamSMTP 1.10, or None."""
+        """Returns the path of ClamSMTP 1.10, or None."""
         for find in self.find, self.unpack:
             path = find("clamsmtp", "clamsmtpd")
             if path and "1.10" in output(path, "-v", env=self.env):
@@ -154,7 +155,7 @@ class Chain:
     """A sink, and a filter with its scanner or the proxy before it.  prefix is a
     command that runs the program."""
 
-    # 1,023 connections are the most that the original takes.
+    # The original accepts at most 1,023 connections.
     def __init__(self, tools, name, path, conns=1023, prefix=()):
         self.tools, self.name, self.path = tools, name, path
         self.conns, self.prefix = conns, list(prefix)
@@ -260,14 +261,14 @@ class Chain:
                              else "ends, exit status %d" % code)
 
     def seen(self):
-        """The sink's counts: good, bad, sessions."""
+        """Returns the sink's counts: good, bad, sessions."""
         return struct.unpack("3Q", os.pread(self.counts.fileno(), 24, 0))
 
     def settle(self, sessions=0):
         until(lambda: self.seen()[2] == sessions, "the sessions end")
 
     def memory(self, file, name):
-        """KiB, from a file in /proc/PID."""
+        """Returns KiB, from a file in /proc/PID."""
         with open("/proc/%d/%s" % (self.process.pid, file)) as lines:
             return sum(int(line.split()[1]) for line in lines if line.startswith(name))
 

@@ -31,7 +31,8 @@ alone. p50 and p99 are of the time from the final dot to the answer.
 # ---------------------------------------------------------------- figures
 
 def turns_of(result, *names):
-    """The turns of all these programs, or None if one has failed or is missing."""
+    """Returns the turns of all these programs, or None if one has failed or is
+    missing."""
     turns = [result.get(name) for name in names]
     return turns if all(isinstance(turn, list) for turn in turns) else None
 
@@ -48,7 +49,7 @@ def ratio(result, name, other, field):
 
 
 def number(value, factor=1):
-    """About three significant digits."""
+    """Returns the value with about three significant digits."""
     if value is None:
         return "-"
     if isinstance(value, Failed):
@@ -63,7 +64,7 @@ def number(value, factor=1):
 # ---------------------------------------------------------------- tables
 
 def table(head, rows):
-    """A Markdown table that reads well as text, too."""
+    """Returns a Markdown table that is also readable as text."""
     rows = [list(head)] + rows
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["| " + " | ".join(
@@ -144,8 +145,8 @@ def map_table(parts, members, size):
 # ---------------------------------------------------------------- goals
 
 def goal(what, values, shown, limit=None, reach="", holds=operator.le):
-    """A line of the first table.  values: what is compared with the limit, by
-    name; shown(name): the text for it."""
+    """Returns a line of the first table.  values: the values to compare with the
+    limit, by name.  shown(name): the text of a value."""
     value = values.get(OURS)
     if limit is None or OURS not in values:
         verdict = ""
@@ -201,7 +202,7 @@ def latency(result):
 
 
 def real_clamd(what, result, parts):
-    """parts(with a real clamd, without): seconds in all, and of clamd."""
+    """parts(with a real clamd, without) returns the seconds in all, and of clamd."""
     values = {}
     for name in ORIGINAL, OURS:
         turns = turns_of(result, name + CLAMD, name)
@@ -216,13 +217,13 @@ def plain(what, values, unit="", limit=None, reach="", holds=operator.le):
 
 
 def part_of(values, key):
-    """{name: {key: value} or Failed} without the key"""
+    """Returns {name: {key: value} or Failed} without the key."""
     return {name: one if isinstance(one, Failed) else one[key]
             for name, one in values.items()}
 
 
 def pair(what, results):
-    """Two sizes in one line.  results: [{name: number or Counter or Failed}, ...]"""
+    """Returns a line with two sizes.  results: [{name: number or Counter or Failed}, ...]"""
     def total(one):
         return one if isinstance(one, Failed) else round(
             sum(one.values()) if isinstance(one, dict) else one)

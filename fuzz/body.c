@@ -46,7 +46,7 @@ spool_text(struct session *s, struct text *t)
 	CHECK(p != NULL, "memory");
 	CHECK(spool_read(&s->msg.spool, p, s->msg.size + 1,
 	    scan_line_len) == s->msg.size,
-	    "the spool is not as long as the daemon thinks");
+	    "the spool differs in length from msg.size");
 	text_add(t, p, s->msg.size);
 	free(p);
 }

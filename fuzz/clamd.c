@@ -112,7 +112,7 @@ check_session(struct session *s, const struct stream *in, int early)
 		same("name", s->result.text, strlen(s->result.text), name, strlen(name));
 	CHECK(strlen(s->result.text) < NAMESZ, "the reason is too long");
 	clamd_cancel(s);
-	CHECK(c->running == 0, "a slot is lost");
+	CHECK(c->running == 0, "the slot is not released");
 	c->complaint[0] = '\0';
 	c->dead_until = 0;
 }

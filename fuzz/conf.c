@@ -49,7 +49,7 @@ check_target(const struct target *t, int lowest)
 		return;
 	CHECK((int)t->port >= lowest && t->port <= 65535, "port %u", t->port);
 	CHECK(t->naddr == 0 || addr_port(&t->addr[0]) == t->port,
-	    "the address has another port");
+	    "the address and the target differ in the port");
 }
 
 static void
@@ -57,7 +57,7 @@ check_header(const char *p)
 {
 	size_t i;
 
-	CHECK(*p != '\0', "an empty header is NULL");
+	CHECK(*p != '\0', "an empty header must be NULL");
 	for (i = 0; p[i] != '\0'; i++)
 		if (p[i] == '\r')
 			CHECK(p[i + 1] == '\n', "a bare CR");
@@ -103,7 +103,8 @@ check(const struct conf *c)
 	for (i = 0; i < c->nclamd && !c->clamd_default; i++)
 		check_target(c->clamd[i]->target, 1);
 	for (i = 1; i < c->nclamd; i++)
-		CHECK(c->clamd[i] != c->clamd[i - 1], "the same clamd twice");
+		CHECK(c->clamd[i] != c->clamd[i - 1],
+		    "one clamd is in the list twice");
 	if (c->header != NULL)
 		check_header(c->header);
 	(void)conf_action(c, "Eicar-Test-Signature");

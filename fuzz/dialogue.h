@@ -459,11 +459,13 @@ exchange(struct session *s, struct text *out, int flags)
 		CHECK(n >= 2 && memcmp(p + n - 2, "\r\n", 2) == 0 &&
 		    memchr(p, '\n', n) == p + n - 1 &&
 		    memchr(p, '\r', n) == p + n - 2 &&
-		    memchr(p, '\0', n) == NULL, "not one line to the next hop");
+		    memchr(p, '\0', n) == NULL,
+		    "the output to the next hop is not one line");
 		text_add(out, "> ", 2);
 		text_add(out, p, n - 2);
 		text_add(out, "\n", 1);
-		CHECK(buf_len(&s->server.peer.in) == 0, "not in lock-step");
+		CHECK(buf_len(&s->server.peer.in) == 0,
+		    "a command is sent before the last reply is read");
 		r = hop_reply(p, n - 2, auth, flags);
 		buf_free(b);
 		feed(&s->server.peer.in, r, strlen(r));
@@ -491,7 +493,7 @@ scan(struct session *s, struct text *out)
 	CHECK(p != NULL, "memory");
 	CHECK(spool_read(&s->msg.spool, p, s->msg.size + 1,
 	    scan_line_len) == s->msg.size,
-	    "the spool is not as long as the daemon thinks");
+	    "the spool differs in length from msg.size");
 	snprintf(head, sizeof head, "M %zu ", (size_t)s->msg.size);
 	text_puts(out, head);
 	text_add(out, p, s->msg.size);
@@ -569,7 +571,8 @@ dialogue(const uint8_t *data, size_t size)
 	same("dialogue", out.p, out.n, m.out.p, m.out.n);
 	if (!m.closed && m.mail)
 		same("sender", s->env.from.s, s->env.from.len, m.from.p, m.from.n);
-	CHECK(m.closed == (s->state == S_LINGER), "closed: %d", m.closed);
+	CHECK(m.closed == (s->state == S_LINGER), "reference: closed %d",
+	    m.closed);
 	if (!m.closed)
 		s->client.eof = 1;
 	run(s, &out, flags);

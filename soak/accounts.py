@@ -129,7 +129,7 @@ class Accounts:
             m = messages.get(int(number) if number.isdigit() else None)
             if m is None or m.reply_to == "body" and \
                     not m.reply.startswith(line["reply"].encode()):
-                self.fail("unexplained", "the log says %s: %s" % (line, m))
+                self.fail("unexplained", "the log has %s: %s" % (line, m))
 
     def judge(self, m, copies):
         """Judge a message.  copies: the numbers of the messages in quarantine."""

@@ -17,26 +17,26 @@ class NextHop(Server):
         m, mail, rcpts = None, False, 0
         if s and any(m.leave == "replay" or "body" in m.hop for m in s.messages):
             c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        self.say(c, s, m, "greeting", b"220 next.hop ESMTP\r\n")
+        self.reply(c, s, m, "greeting", b"220 next.hop ESMTP\r\n")
         while True:
             line = c.line()
             verb = line[:4].upper()
             if verb in (b"EHLO", b"HELO"):
                 s = self.world.sessions[int(re.search(rb" s(\d+)\.", line)[1])]
-                self.say(c, s, m, "EHLO", hello(s, verb))
+                self.reply(c, s, m, "EHLO", hello(s, verb))
             elif verb == b"MAIL" and not mail:
                 m = self.message(line)
-                mail = self.say(c, s, m, "MAIL", b"250 2.1.0 ok\r\n")
+                mail = self.reply(c, s, m, "MAIL", b"250 2.1.0 ok\r\n")
             elif line == b"RCPT TO:<b@soak>\r\n":
                 if mail:
-                    rcpts += self.say(c, s, m, "RCPT", b"250 2.1.5 ok\r\n")
+                    rcpts += self.reply(c, s, m, "RCPT", b"250 2.1.5 ok\r\n")
                 else:
                     c.send(b"503 5.5.1 no MAIL\r\n")
             elif verb in (b"DATA", b"BDAT") and m and rcpts:
                 self.receive_message(c, s, m, line)
                 m, mail, rcpts = None, False, 0
             elif verb in (b"RSET", b"NOOP"):
-                self.say(c, s, m, verb.decode(), b"250 2.0.0 ok\r\n")
+                self.reply(c, s, m, verb.decode(), b"250 2.0.0 ok\r\n")
                 if verb == b"RSET":
                     m, mail, rcpts = None, False, 0
             elif verb == b"QUIT":
@@ -57,7 +57,7 @@ class NextHop(Server):
 
     # -- replies
 
-    def say(self, c, s, m, stage, usual):
+    def reply(self, c, s, m, stage, usual):
         """Send a reply, or do what is planned instead.  Returns whether the reply was
         sent."""
         kind = (m.hop if m else s.hop if s else {}).get(stage)
@@ -111,7 +111,7 @@ class NextHop(Server):
             # In one piece with 354, the reply comes early for small messages, too.
             self.misbehave(c, s, m, "body", kind, b"354 go ahead\r\n")
             early, kind = kind, None
-        elif size is None and not self.say(c, s, m, "DATA", b"354 go ahead\r\n"):
+        elif size is None and not self.reply(c, s, m, "DATA", b"354 go ahead\r\n"):
             return
         content, later = self.body(c, s, m, size, kind)
         if size is None:
@@ -122,7 +122,7 @@ class NextHop(Server):
             m.answered = kind is None
             m.taken.append(header)
         if not (early or later):
-            self.say(c, s, m, "dot", b"250 2.0.0 soak %d took\r\n" % m.number)
+            self.reply(c, s, m, "dot", b"250 2.0.0 soak %d took\r\n" % m.number)
 
     def body(self, c, s, m, size, kind):
         """Returns the content without the dot, and the reply sent before its end."""

@@ -453,6 +453,8 @@ def test_fault_none_all_mail_arrives(scene):
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_fault_of_each_call_once_loses_no_mail(scene, kind):
+    if kind == "getaddrinfo" and harness.localhost() != "localhost":
+        pytest.skip("/etc/hosts has no name for 127.0.0.1")
     scene.run_all(kind, FAULTS[kind].split()[0])
 
 

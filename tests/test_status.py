@@ -620,6 +620,7 @@ def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
     address = start(site, ClamAddress=[clamd.address, site.clamd.address],
                     **clock.settings())
     up = 'clamd_up{address="%s"}' % clamd.address
+    until(lambda: clamd.versions, "the check at the start is over")
     clamd.down()
     site.session().mail()
     clock.go(site.daemon, 60)
@@ -637,6 +638,7 @@ def test_clamd_up_is_1_when_it_answers_again(site, clock):
     address = start(site, ClamAddress=[clamd.address, site.clamd.address],
                     **clock.settings())
     up = 'clamd_up{address="%s"}' % clamd.address
+    until(lambda: clamd.versions, "the check at the start is over")
     clamd.down()
     site.session().mail()
     assert metrics(address)[up] == 0

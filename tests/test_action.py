@@ -1,5 +1,4 @@
-"""What happens to a virus: Action, Quarantine, VirusAction; and to a spool
-that cannot be written."""
+"""Action, Quarantine and VirusAction, and a spool that cannot be written."""
 
 import contextlib
 import ctypes
@@ -251,7 +250,7 @@ def test_quarantine_copy_whose_client_is_gone_is_logged(site, start_halting):
     client.begin(BAD + b".\r\n")
     with copy_halted(site):
         client.reset()
-        turns(site)                     # the daemon has seen it
+        turns(site)                     # the daemon has noticed
     until(lambda: not site.daemon.children(), "the copy is done")
     until(lambda: len(os.listdir(site.spool)) ==
           len(site.daemon.log("quarantined virus file as: ")),
@@ -316,7 +315,7 @@ def test_copies_more_than_eight_wait(site, faulty_build):
     """PROMISE 6: eight children make copies; the others start after those."""
     site.start(Quarantine="on", binary=faulty_build, env={"FAULT": "link:1:1:-1"})
     clients = [site.session() for _ in range(COPIES + 3)]
-    for i, client in enumerate(clients):    # the last one is to wait
+    for i, client in enumerate(clients):    # the last one has to wait
         client.begin(BAD + b".\r\n")
         until(lambda: len(halted(site)) == min(i + 1, COPIES), "the first copies")
     never(lambda: len(site.daemon.children()) > COPIES, "one more")
@@ -623,7 +622,7 @@ def test_action_descriptors_signals_and_group(site):
     rest = [l for l in links.values() if not re.match(r"/proc/\d+/fd", l)]
     assert rest == []
     assert re.search(r"SigBlk:\s0+\n", text)
-    # 32 and 33 are libc's own: nobody can set them back
+    # 32 and 33 are libc's own, and no program can reset them
     ignored = int(re.search(r"SigIgn:\s(\w+)\n", text).group(1), 16)
     assert ignored & 0x7fffffff == 0
     fields = re.search(r"\n\d+ \(cat\) (.*)", text).group(1).split()

@@ -1,4 +1,4 @@
-"""CHUNKING: BDAT in, one BDAT (or DATA) out."""
+"""CHUNKING: the client sends BDAT, and the next hop gets one BDAT (or DATA)."""
 
 
 import pytest
@@ -388,9 +388,9 @@ def test_bdat_unexpected_reply_is_not_that_of_the_message(site, chunky, reply):
     site.hop.on("RCPT", [reply])
     chunky.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
                 b"BDAT %d LAST\r\n" % len(BODY) + BODY)
-    heard = chunky.rest()
+    received = chunky.rest()
     assert site.hop.messages == []
-    assert heard.count(b"250") == 2, "2xx for a message that nobody has: %r" % heard
+    assert received.count(b"250") == 2, "2xx for a lost message: %r" % received
 
 
 def test_bdat_chunk_that_ends_while_a_noop_is_out_waits_for_its_reply(site):

@@ -1,4 +1,4 @@
-"""What happens to a message on its way (DATA).
+"""How a message passes (DATA).
 
 PROMISE 2: what clamd judged is what the recipient gets, plus our one header.
 PROMISE 3: one message in, at most one out.

@@ -1,4 +1,4 @@
-"""test.sh and demo.sh, mostly with stand-ins for what takes long in them."""
+"""test.sh and demo.sh, mostly with stubs for their slow parts."""
 
 import os
 import re

@@ -650,7 +650,7 @@ def connected(site, path):
             return site.client(address=path)
         except OSError:
             return None
-    return until(attempt, "somebody listens on " + path)
+    return until(attempt, "a listener on " + path)
 
 
 def test_log_lines_begin_with_the_name(site):

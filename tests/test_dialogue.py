@@ -665,7 +665,7 @@ def test_reply_limit_does_not_depend_on_packets(site, size, fits, whole):
         try:
             for at in range(0, len(lines) - 500, 500):
                 s.sock.sendall(lines[at:at + 500])
-                turn.cmd("NOOP", "250")     # by then the daemon has read it
+                turn.cmd("NOOP", "250")     # the daemon has read it by then
         except OSError:
             pass                            # it has given up, as it may
         finally:
@@ -852,12 +852,12 @@ def test_auth_broken_off_gets_no_quit_as_answer(site, clock, ending):
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: input with DATA")
 @pytest.mark.core
-@pytest.mark.parametrize("behind", [BODY + b".\r\n", b"x", b"\r\n", b"QUIT\r\n"], ids=repr)
+@pytest.mark.parametrize("more", [BODY + b".\r\n", b"x", b"\r\n", b"QUIT\r\n"], ids=repr)
 @pytest.mark.parametrize("data", [b"DATA\r\n", b"data \n", b"DATA x\r\n"], ids=repr)
-def test_input_after_data_is_554_and_ends_the_session(site, data, behind):
+def test_input_after_data_is_554_and_ends_the_session(site, data, more):
     """PROMISE 10: DATA is the last command of a group (RFC 2920 3.1)."""
     client = site.session()
-    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n" + data + behind)
+    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n" + data + more)
     for want in ("250 2.1.0", "250 2.1.5", "554 5.5.0"):
         client.expect(want)
     client.eof()

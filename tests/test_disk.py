@@ -1,5 +1,5 @@
-"""The disk, the kernel and their limits: who meets one gets an error, all
-others go on, and when there is room again so does everything."""
+"""Limits of the disk and the kernel.  A session that reaches a limit gets an error,
+and all others continue.  When there is room again, new sessions work."""
 
 import ctypes
 import errno
@@ -232,7 +232,7 @@ def no_tmpfile():
     if platform.machine() not in calls:
         pytest.skip("no numbers of open() and openat() for this machine")
     load, is_equal, has_bits, ret = 0x20, 0x15, 0x45, 0x06
-    program = [(load, 0, 0, 0)]                     # the number of the call
+    program = [(load, 0, 0, 0)]                     # the number of the system call
     for number, flags in calls[platform.machine()]:
         program += [(is_equal, 0, 4, number), (load, 0, 0, 16 + 8 * flags),
                     (has_bits, 0, 1, 0o20000000),
@@ -347,7 +347,7 @@ def test_out_of_descriptors_for_a_quarantine_gives_451(site):
     client = site.session()
     client.submit(GOOD)
     hold.reached()
-    leave_descriptors(site.daemon, 0)       # clamd's own is free again, then
+    leave_descriptors(site.daemon, 0)       # the descriptor for clamd is free again by then
     hold.go()
     client.expect("451 4.3.0 Local Error")
     leave_descriptors(site.daemon, 100)

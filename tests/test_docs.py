@@ -177,7 +177,7 @@ SOURCES = {name: open(os.path.join(real.TOP, name)).read()
 LEVELS = {"LOG_ERR": "error", "LOG_WARNING": "warning", "LOG_NOTICE": "notice",
           "LOG_INFO": "info"}
 STRING = r'"(?:[^"\\\n]|\\.)*"'
-# These pass a text on to one of the functions that log it.
+# These functions pass a text on to a function that logs it.
 CARRIERS = ("server_lost", "server_drop", "connect_failed", "scan_failed",
             "scan_errno", "ping_why")
 HOLE = re.compile(r"%(?:0?\d+|\.\*)?(?:ll|l)?[sduxXc]")
@@ -229,7 +229,7 @@ def logged():
             for text in formats(args[1 if first is None else first + 1]):
                 found |= {(text, LEVELS[level]) for level in levels
                           if level in LEVELS}
-    # These are put together first.
+    # The sources build this line of two parts.
     found.remove(("%.*s, status=%s%s", "info"))
     found.add(("from=%s, to=%s, status=%s", "info"))
     return found

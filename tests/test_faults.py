@@ -15,8 +15,8 @@ import pytest
 import harness
 from harness import EICAR, HEADER, Failed, Gone, until
 
-# How a call may fail; 0: it moves a single byte.  The first way is tried
-# always, the others in the long cases.
+# The errors with which a call may fail.  0 means that it moves a single byte.  The
+# first one is always tried, the others in the long cases.
 FAULTS = {
     "accept4": "EMFILE ECONNABORTED EINTR ENOMEM",
     "bind": "EADDRINUSE",
@@ -56,20 +56,21 @@ FAULTS = {
     "waitpid": "EINTR",
     "write": "ENOSPC 0 EAGAIN EINTR",
 }
-# In the background, as another user, in the sandbox.
+# Calls in the background, as another user, in the sandbox.
 AT_START = {
     "chdir": "EACCES", "dup2": "EBUSY", "fork": "EAGAIN", "getaddrinfo": "EAGAIN",
     "getpwnam": "ENOENT", "initgroups": "EPERM", "open": "EMFILE",
     "pipe2": "EMFILE", "prctl": "EINVAL", "read": "EINTR", "setgid": "EPERM",
     "setuid": "EAGAIN", "syscall": "ENOSYS", "waitpid": "EINTR",
 }
-# What any signal may do to what talks to others, again and again.
+# EINTR, EAGAIN and short calls, again and again, as signals and full sockets can
+# cause them.
 STORMS = {
     "EINTR": "accept4 poll pwritev recv send sendfile waitpid",
     "EAGAIN": "accept4 recv send sendfile",
     "0": "pread pwritev recv send sendfile",
 }
-# What may go on for a while.
+# Errors that can last for a while.
 LASTING = {
     "accept4": "EMFILE", "connect": "ECONNREFUSED", "fork": "EAGAIN",
     "fsync": "EIO", "link": "ENOSPC", "malloc": "ENOMEM", "open": "EMFILE",
@@ -79,10 +80,10 @@ LASTING = {
 
 STATE = struct.Struct("Q" + "8sQ" * 255)     # struct faults
 IDLE = 9        # descriptors: 0 to 2, signals (2), listeners (3), pid file
-MANY = 20000    # calls of poll(); a daemon that spins soon has them
+MANY = 20000    # calls of poll(); a daemon that spins soon reaches this
 LOST = "lines of the log were lost"
 
-# With the copy's path, if its descriptors are as they should be.
+# Writes the copy's path, if the descriptors are right.
 ACTION = "[ /proc/self/fd/2 -ef /dev/null ] || EMAIL=open; echo $EMAIL >>%s"
 
 
@@ -278,7 +279,7 @@ class Run:
         until(lambda: not self.daemon.children(), "children are reaped")
         until(lambda: self.daemon.fds() <= IDLE, "descriptors are closed")
         self.idle = self.daemon.fds()
-        if self.fault.startswith("unlink"):     # then something must stay
+        if self.fault.startswith("unlink"):     # then a file must stay
             self.daemon.spool, self.daemon.own = None, set()
         self.daemon.allowed = set(map(os.path.basename, self.copies()))
         self.daemon.stop()
@@ -310,7 +311,7 @@ class Run:
                 else:
                     self.judge_clean(attempt)
             except AssertionError as error:
-                raise Failed("mail %s, told %r: %s" % (
+                raise Failed("mail %s, reply %r: %s" % (
                     attempt.token, attempt.said, error)) from None
 
     def judge_clean(self, attempt):
@@ -324,7 +325,7 @@ class Run:
             assert len(got) == 1, "is at the next hop %d times" % len(got)
         elif attempt.said and not self.daemon.log("it may have accepted the message"):
             assert not got, "is at the next hop"
-        else:           # nobody could know
+        else:           # the client cannot know
             assert len(got) <= 1, "is at the next hop %d times" % len(got)
 
     def judge_virus(self, attempt):
@@ -487,8 +488,8 @@ def test_fault_of_each_fsync_of_a_copy_gives_451(scene):
     """Both fsync() of a quarantine copy must succeed."""
     for n in 1, 2, 3, 4:
         run = scene.run("fsync:%d:0:%d" % (n, errno.EIO))
-        told = [a.said for a in run.attempts if a.mail.infected]
-        assert sorted(told) == ["250", "250", "451"]
+        replies = [a.said for a in run.attempts if a.mail.infected]
+        assert sorted(replies) == ["250", "250", "451"]
 
 
 class Replay(Run):

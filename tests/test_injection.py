@@ -1,5 +1,5 @@
-"""PROMISE 8: what a peer said is text, wherever it gets to; and nothing that
-was learnt from a peer is trusted when it should not be any more."""
+"""PROMISE 8: text of a peer is harmless wherever the daemon puts it, and the daemon
+does not use what it has learnt from a peer after this has changed."""
 
 import os
 import re
@@ -71,28 +71,28 @@ def test_text_in_commands_is_harmless(site, text):
     result = environment(site, Action="pass", Header="X-Scan: %i %l 100%% %s")
     client = site.client()
     client.expect("220 smtp.passthru")
-    told = [b"EHLO " + text, b"XFORWARD NAME=" + text, b"XFORWARD HELO=" +
-            xtext(remote), b"XFORWARD ADDR=" + xtext(remote),
-            b"MAIL FROM:<" + text + b">", b"RCPT TO:<" + text + b">",
-            b"RCPT TO:<b@example.com>"]
-    for command in told:
+    commands = [b"EHLO " + text, b"XFORWARD NAME=" + text,
+                b"XFORWARD HELO=" + xtext(remote), b"XFORWARD ADDR=" + xtext(remote),
+                b"MAIL FROM:<" + text + b">", b"RCPT TO:<" + text + b">",
+                b"RCPT TO:<b@example.com>"]
+    for command in commands:
         client.cmd(command, "250")
     client.data(BAD, "250 2.0.0 queued")
-    for command in told[-3:]:
+    for command in commands[-3:]:
         client.cmd(command, "250")
     client.data(GOOD, "250 2.0.0 queued")
     client.quit()
 
-    # the next hop: as it came
+    # the next hop gets it unchanged
     sent = [c.encode("latin-1") for c in site.hop.commands]
-    assert [c for c in sent if c != b"DATA"] == told + told[-3:] + [b"QUIT"]
-    # the header: ours, and nothing of theirs
+    assert [c for c in sent if c != b"DATA"] == commands + commands[-3:] + [b"QUIT"]
+    # the header is ours, without any text of theirs
     first, second = site.hop.messages
     same(first.body, BAD.replace(b"\r\n\r\n", b"\r\nX-Virus-Infected: " +
                                  VIRUS.encode() + b"\r\n\r\n", 1))
     same(second.body, GOOD.replace(
         b"\r\n\r\n", b"\r\nX-Scan: 127.0.0.1 127.0.0.1 100% %s\r\n\r\n", 1))
-    # the variables: the nine, and those that were there before
+    # the variables are the nine, and those that existed before
     env = result()
     assert set(env) - set(NINE) <= {*os.environ, "TESTMARK", "PWD", "OLDPWD",
                                     "SHLVL", "_"}
@@ -358,14 +358,14 @@ def test_auth_broken_off_leaves_no_state(site, ending):
     else:
         client.send(b"abc\0def\r\n" if ending == "NUL" else b"x" * 20000 + b"\r\n")
         client.expect("5")
-        client.eof()            # the next hop still waits for an answer: no QUIT
+        client.eof()            # no QUIT, since the next hop still waits for an answer
         assert site.hop.session.wait_end() != "quit"
         assert len(site.hop.session.commands) == 3
         client = site.session()
     client.mail()
     client.quit()
     site.daemon.wait_log("SERVER > QUIT")
-    # the mask of the secrets is off again
+    # secrets are no longer masked
     assert site.daemon.log(r"CLIENT < MAIL FROM:<a@example.com>$")
     assert len(site.hop.messages) == 1
     assert "STARTTLS" not in site.hop.commands

@@ -1,4 +1,4 @@
-"""LogFormat: json; what reads the classic log: fail2ban, logcheck."""
+"""LogFormat: json, and the programs that read the classic log: fail2ban, logcheck."""
 
 import codecs
 import contextlib
@@ -20,7 +20,7 @@ from vectors import TEXTS
 
 LOGS = os.path.join(TOP, "packaging", "logs")
 LEVELS = ("error", "warning", "notice", "info", "debug")
-PIPE_BUF = 4096             # what is written to a pipe in one piece
+PIPE_BUF = 4096             # written to a pipe in one piece
 
 codecs.register_error("latin-1", lambda error: (
     error.object[error.start:error.start + 1].decode("latin-1"), error.start + 1))
@@ -368,12 +368,12 @@ def test_log_lines_lost_are_counted(site):
         found = [parsed(line)["message"] for line in bytes(data).split(b"\n")[:-1]
                  if b"were lost" in line]
         return sum(int(message.split()[0]) for message in found)
-    until(lambda: lost() > 50, "it tells of lost lines, though nothing happens")
+    until(lambda: lost() > 50, "the log counts lost lines, though nothing happens")
     count = lost()
     for _ in range(3):
         client.cmd("NOOP", "250")
     client.quit()
-    assert lost() == count, "and tells it once"
+    assert lost() == count, "and there is one line about them"
     os.close(read)
 
 
@@ -428,7 +428,7 @@ def test_log_without_a_reader_neither_spins_nor_waits(site):
     os.close(write)
     wait_listener(listen)
     client = site.session(address=listen)
-    for _ in range(100):                # some wait, when the reader goes
+    for _ in range(100):                # some lines wait when the reader goes
         client.mail()
     os.close(read)
     for _ in range(100):
@@ -482,9 +482,9 @@ def test_classic_lines_are_the_originals(site, settings):
 PREFIXES = ["Nov  2 13:14:15 mail ", "2026-11-22T13:14:15.123456+01:00 mail.example.com "]
 
 
-# The tag is without a number from the daemon itself, with one in the journal.
+# The daemon's own tag has no number; the journal adds one.
 TAGS = ["clamsmtpd: ", "clamsmtpd[4711]: "]
-# No prefix: the log of a container.
+# The log of a container has no prefix.
 ALL = [prefix + tag for prefix in PREFIXES for tag in TAGS]
 
 

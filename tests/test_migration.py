@@ -1,10 +1,10 @@
-"""Configurations as the distributions shipped them with ClamSMTP 1.10: -n reads
-them, and with their addresses replaced by ones of ours each relays mail.
+"""Configurations as the distributions shipped them with ClamSMTP 1.10.  -n reads
+each of them.  With addresses of the test, each relays mail.
 
-Where the settings are from: Debian's is in its package; Alpine's APKBUILD puts
-two into the sample of the original; Fedora's file was seen in a Puppet module
-for it only, its directories in the spec; the FreeBSD port has the sample as it
-is, and -p in its start script.
+Debian's configuration is that of its package.  Alpine's APKBUILD adds two settings
+to the sample of ClamSMTP.  Fedora's file is known only from a Puppet module, and
+its directories from the spec file.  The FreeBSD port has the sample unchanged, and
+-p in its start script.
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 from harness import BAD, GOOD, HEADER, VIRUS, complaints, effective
 
 
-# What the sample of the original offers in comments.
+# The settings that the sample of ClamSMTP has in comments.
 SAMPLE = {
     "MaxConnections": "64", "TimeOut": "180", "KeepAlives": "0", "XClient": "off",
     "Listen": "0.0.0.0:10025", "ClamAddress": "/var/run/clamav/clamd",
@@ -23,7 +23,7 @@ SAMPLE = {
     "VirusAction": "/path/to/some/script.sh",
 }
 
-# name: (settings, those in comments, command line)
+# name: (settings, settings in comments, command line)
 FILES = {
     "Debian": (
         {"OutAddress": "10025", "Listen": "127.0.0.1:10026",
@@ -45,7 +45,7 @@ FILES = {
     "FreeBSD": (
         {"OutAddress": "10026"},
         SAMPLE, ["-p", "/var/run/clamav/clamsmtpd.pid"]),
-    # names that came before Header and Action
+    # the older names of Header and Action
     "older": (
         {"OutAddress": "127.0.0.1:10026", "ClamAddress": "127.0.0.1:3310",
          "ScanHeader": "X-AV-Checked: ClamAV using ClamSMTP", "Bounce": "on"},
@@ -83,11 +83,12 @@ def test_old_configuration_n_prints_the_settings(run, tmp_path, shipped, all_of_
         assert shown[OLD_NAMES.get(name, name).lower()] == [want], name
     if args:
         assert shown["pidfile"] == [args[1]]
-    told = complaints(got)
+    warnings = complaints(got)
     used = [name for name in OLD_NAMES if name in settings]
-    assert len(told) == len(used)
+    assert len(warnings) == len(used)
     for name in used:
-        line, = (l for l in told if " %s is deprecated, use %s" % (name, OLD_NAMES[name]) in l)
+        line, = (l for l in warnings
+                 if " %s is deprecated, use %s" % (name, OLD_NAMES[name]) in l)
         line_number = text_of(settings).split("\n").index(
             "%s: %s" % (name, settings[name])) + 3
         assert "%s:%d: " % (file, line_number) in line

@@ -1,5 +1,5 @@
-"""The Alpine package.  There is no Alpine here: busybox sh runs the functions
-of APKBUILD and of the init script, abuild and OpenRC are stood in for."""
+"""The Alpine package, without Alpine.  busybox sh runs the functions of APKBUILD and
+of the init script, with stubs for abuild and OpenRC."""
 
 import os
 import re
@@ -196,7 +196,7 @@ def test_package_configuration_has_no_error(packaged, run):
 
 # ---------------------------------------------------------------- init script
 
-# openrc-run in small: conf.d, the script, X_pre before X, X_post after.
+# A small openrc-run: it reads conf.d and the script, and runs X_pre, X and X_post.
 OPENRC = r'''
 initd=$1 confd=$2 RC_CMD=$3
 export RC_SVCNAME=${RC_SVCNAME:-clamsmtpd}

@@ -1,4 +1,4 @@
-"""The container.  There is no engine here: crun runs the program as the
+"""The container, without a container engine.  crun runs the program as the
 Containerfile says, in a bundle that this file makes."""
 
 import json
@@ -356,7 +356,7 @@ def test_health_is_well_while_clamd_answers(container):
     well = one.health()
     assert (well.returncode, well.stdout, well.stderr) == (0, "", "")
     container.site.clamd.down()
-    # An answer is good for a second.
+    # An answer is valid for a second.
     ill = until(lambda: (lambda got: got.returncode and got)(one.health()),
                 "it is no longer well")
     assert ill.returncode == 1
@@ -399,7 +399,7 @@ def busy(container):
 def test_container_sigterm_lets_the_message_under_way_finish(container, busy):
     one, client, scan = busy
     one.terminate()
-    until(lambda: one.log("stopping when"), "SIGTERM is heard")
+    until(lambda: one.log("stopping when"), "SIGTERM has arrived")
     scan.go()
     client.expect("250")
     client.close()
@@ -452,8 +452,8 @@ def test_compose_filter_has_a_tmpfs_and_nothing_else():
 def test_compose_postfix_trusts_the_network_of_the_file():
     compose = load("compose.yaml")[0]
     subnet = compose["networks"]["filter"]["ipam"]["config"][0]["subnet"]
-    told = dict(instructions("Containerfile.postfix")[-1])["ARG"]
-    assert subnet in told
+    argument = dict(instructions("Containerfile.postfix")[-1])["ARG"]
+    assert subnet in argument
     assert compose["services"]["clamsmtpd"]["networks"] == ["filter"]
     assert compose["services"]["postfix"]["ports"] == ["25:2525"]
 

@@ -1,5 +1,5 @@
-"""The systemd unit, by systemd's own tools, and the Debian package, by dpkg on a copy
-of this machine.  tests/vm runs both in a machine of its own."""
+"""The systemd unit, checked by systemd's own tools, and the Debian package, installed
+on a copy of this machine.  tests/vm runs both in a virtual machine."""
 
 import glob
 import os
@@ -48,7 +48,7 @@ def test_unit_passes_systemd_analyze(tmp_path, drop_in):
     with open(UNIT) as file:
         unit = file.read().replace("/usr/sbin/clamsmtpd", CLAMSMTPD)
     path = tmp_path / "clamsmtpd.service"
-    # It looks whether manual pages are installed, too.
+    # systemd-analyze also checks that the manual pages are installed.
     path.write_text(re.sub(r"(?m)^Documentation=.*\n", "", unit))
     if drop_in:
         os.mkdir(tmp_path / "clamsmtpd.service.d")
@@ -102,7 +102,7 @@ def test_unit_user_and_spool_are_created(tmp_path):
     spool = os.stat(str(tmp_path) + home)
     assert (spool.st_uid, spool.st_gid) == (int(uid), int(gid))
     assert spool.st_mode & 0o7777 == 0o700
-    # Without it the daemon is to start and say so, not systemd to fail.
+    # If it is missing, the daemon must start and log it, and not systemd fail.
     assert ["-" + home] == values("ReadWritePaths")
 
 
@@ -166,7 +166,7 @@ def test_unit_allows_each_system_call_of_the_daemon(site, action):
         file.write("#!/bin/sh\nexec strace -D -f -qq -e signal=none -o %s %s \"$@\"\n"
                    % (calls, CLAMSMTPD))
     os.chmod(program, 0o755)
-    # A sanitizer looks for leaks by ptrace(2), which is taken.
+    # A sanitizer finds leaks by ptrace(2), which strace already uses.
     one = site.start(binary=program, env={"ASAN_OPTIONS": "detect_leaks=0"},
                      Quarantine="on", VirusAction=action,
                      ClamAddress=[site.clamd.address, site.new_clamd(tcp=True).address],

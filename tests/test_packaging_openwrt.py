@@ -1,6 +1,6 @@
-"""The init script of the OpenWrt package, under busybox sh: what it does with
-every setting and every fault of the UCI file.  Functions replace OpenWrt's shell
-library and procd; README.md of the package says what the real ones did."""
+"""The init script of the OpenWrt package, run by busybox sh with each setting and
+each fault of the UCI file.  Functions replace OpenWrt's shell library and procd.
+README.md of the package records a run with the real ones."""
 
 import os
 import re
@@ -21,8 +21,8 @@ CONFIG = os.path.join(OPENWRT, "files", "clamsmtpd.config")
 pytestmark = pytest.mark.skipif(not shutil.which("busybox"),
                                 reason="no busybox here")
 
-# rc.common, /lib/functions.sh, procd.sh and validate_data in small.  What procd
-# is told goes to $CALLS.
+# Small versions of rc.common, /lib/functions.sh, procd.sh and validate_data.  The
+# calls of procd are written to $CALLS.
 LIBRARY = r'''
 note() { printf '%s\037' "$@"; echo; } >>"$CALLS"
 for word in open_instance close_instance set_param add_jail add_jail_mount \
@@ -221,17 +221,17 @@ def test_option_header_keeps_its_quotes_and_escapes(router, effective, value):
     assert shown == "Header: " + value.replace(r"'\''", "'")
 
 
-@pytest.mark.parametrize("line, told", [
+@pytest.mark.parametrize("line, message", [
     ("config clamsmtpd 'other'", "section clamsmtpd other: not read"),
     ("config clamsmtpd", "section clamsmtpd without a name: not read"),
     ("config clamd 'main2'", "section clamd main2: not read")])
 def test_section_of_another_name_is_reported_and_not_read(
-        router, effective, line, told):
+        router, effective, line, message):
     """A setting without effect is logged."""
     router.configure(line, "\toption MaxScans '9'")
     done = router.run("start")
-    assert done.returncode == 0 and told in done.stderr
-    assert told in router.log.read_text()
+    assert done.returncode == 0 and message in done.stderr
+    assert message in router.log.read_text()
     assert "MaxScans: 4" in effective()
 
 
@@ -364,7 +364,7 @@ def test_reload_of_a_bad_value_changes_nothing(router):
     before = router.conf.read_text()
     router.configure(MaxScans="many")
     assert router.run("reload").returncode != 0
-    assert not router.calls("close_service")    # procd hears nothing
+    assert not router.calls("close_service")    # no call of procd
     assert router.conf.read_text() == before
     assert 'MaxScans: "many"' in router.log.read_text()
 

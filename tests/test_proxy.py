@@ -1,5 +1,5 @@
-"""ProxyFrom: PROXY headers, made by hand and by a real haproxy; and the recipe
-of docs/haproxy.md."""
+"""ProxyFrom, with PROXY headers of the test and of a real haproxy, and the recipe of
+docs/haproxy.md."""
 
 import collections
 import os
@@ -189,7 +189,7 @@ def test_proxy_header_invalid_closes_the_connection(site, header):
     client = site.client()
     client.send(header)
     if header in (b"", b"\r\n", v1()[:-1], v2()[:-1], SIGNATURE[:-1]):
-        client.half_close()             # else there might be more to come
+        client.half_close()             # otherwise the daemon would wait for more
     assert client.rest() == b""
     site.daemon.wait_log(r"^100000: 127\.0\.0\.1: no valid PROXY header")
     assert site.hop.accepted == 0 and accepted(site) == []
@@ -317,7 +317,7 @@ def test_proxy_header_missing_for_five_seconds_closes_the_connection(site, clock
     site.start(ProxyFrom="127.0.0.1", **clock.settings())
     silent, slow, late = site.client(), site.client(), site.client()
     slow.send(v1()[:9])
-    proxied(site, v1())                 # whatever was sent has been read
+    proxied(site, v1())                 # all that was sent has been read
     clock.go(site.daemon, 4)
     slow.send(v1()[9:20])
     late.send(v1())

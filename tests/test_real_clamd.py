@@ -1,4 +1,4 @@
-"""With a real clamd: that it finds in a mail what it finds in a file."""
+"""A real clamd, which must find in a mail what it finds in a file."""
 
 import itertools
 import os
@@ -277,7 +277,7 @@ def test_second_clamd_scans_while_the_first_is_dead(site, own_clamd, clamd):
 
 # ---------------------------------------------------------------- limits
 
-# 700 KiB, and what a scanner would find is in the first line of the text
+# 700 KiB.  The virus is in the first line of the text.
 BIG = EICAR_MAILS["plain"] + b"x" * 76 + (b"\r\n" + b"x" * 76) * 9000 + b"\r\n"
 
 
@@ -412,7 +412,7 @@ def talk(address, kind, big):
             client.begin(big[:100000])
             client.reset()
             return 0
-        elif kind == 3:     # gone without a word
+        elif kind == 3:     # gone without QUIT
             client.envelope()
             return 0
         for _ in range(3):

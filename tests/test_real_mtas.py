@@ -1,6 +1,6 @@
-"""The recipes for other mail servers than Postfix, as docs/examples has them; and
-the vectors of vectors.py through the daemon into all: as many messages must be in
-their queues as were sent, from those who sent them.
+"""The recipes of docs/examples for mail servers other than Postfix, and the vectors of
+vectors.py, sent through the daemon to all servers.  The queue of a server must then
+have as many messages as were sent, with the senders of these messages.
 
 Postfix runs as in test_real_postfix.py.  Exim and OpenSMTPD, which cannot be on
 one machine with it, are installed in an overlay over the machine (overlay.sh),
@@ -126,7 +126,8 @@ def test_postfix_default_is_not_smuggled(site, bare_newline):
 
 # ---------------------------------------------------------------- in an overlay
 
-# Does what it is told, a line each; at the end all in the namespace ends.
+# Runs each line of its input.  At the end of the input all processes of the
+# namespace end.
 SERVE = """
 exec 3>&1 >out 2>&1
 {start}
@@ -264,7 +265,7 @@ anything:
   accept
 """
 
-# The scheduler keeps what it has when it may not relay.
+# The scheduler keeps its mail while it may not relay.
 OPENSMTPD = """
 listen on 127.0.0.1 port %d
 action "keep" relay host smtp://127.0.0.1:9

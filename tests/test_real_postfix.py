@@ -1,8 +1,8 @@
-"""With a real Postfix, before and behind us, in the set-ups people use.
+"""A real Postfix before and after us, in the usual set-ups.
 
-Its configuration (that of docs/examples, behind what any Postfix has), queue,
-data and log are in a private directory; it listens on free ports of the loopback.
-What the machine's own Postfix has is left alone.
+Its configuration is that of docs/examples, added to what any Postfix has.  Its
+configuration, queue, data and log are in a private directory, and it listens on
+free ports of the loopback interface.  The machine's own Postfix is left alone.
 """
 
 import os
@@ -186,7 +186,7 @@ def test_after_queue_bytes_arrive(open_site, postfix):
     client.mail(body=body)
     client.quit()
     check(postfix.wait_delivered(b"after Postfix")[0], body)
-    # Postfix knows the client behind us from XFORWARD.
+    # Postfix knows our client from XFORWARD.
     postfix.wait_log(r"client=\S*\[127.0.0.1\], .*orig_client=\S*\[127.0.0.5\]")
     site.daemon.wait_log("status=CLEAN$")
 
@@ -369,7 +369,7 @@ def test_xclient_not_allowed_by_postfix_delivers(site, postfix):
     postfix.wait_log(r"%s: client=\S*\[127.0.0.1\]" % queued)
 
 
-# Only this host may relay, as by Postfix's own default; and who may send XCLIENT.
+# Only this host may relay, as in Postfix's default, and only these may send XCLIENT.
 RELAY = """mynetworks = 127.0.0.1/32
 smtpd_authorized_xclient_hosts = 127.0.0.1
 smtpd_relay_restrictions = permit_mynetworks, reject_unauth_destination

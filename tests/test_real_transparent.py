@@ -1,7 +1,7 @@
-"""TransparentProxy behind the rules of docs/examples.
+"""TransparentProxy with the packet filter rules of docs/examples.
 
-Three network namespaces, held by nothing but our descriptors, so that they
-are gone when we are, however we end:
+There are three network namespaces.  Only our descriptors hold them, so that they
+always end with this process:
 
     client  10.9.1.2  ---  10.9.1.1  gateway  10.9.2.1  ---  10.9.2.2  server
         fd09:1::2     ---  fd09:1::1          fd09:2::1 ---  fd09:2::2
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NEWNET = 0x40000000
-PORT = 10025            # in a namespace of its own it is free
+PORT = 10025            # free, since the namespace is new
 SERVER = {4: "10.9.2.2", 6: "fd09:2::2"}
 CLIENT = {4: "10.9.1.2", 6: "fd09:1::2"}
 GATEWAY = {4: "10.9.1.1", 6: "fd09:1::1"}

@@ -263,7 +263,7 @@ def test_unix_listener_stale_is_replaced(site):
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(path)
     stale.listen(1)
-    stale.close()                       # the file stays, nobody listens
+    stale.close()                       # the file stays without a listener
     site.start(Listen=path)
     client = site.session()
     client.mail()
@@ -891,7 +891,7 @@ def test_sighup_with_another_temp_directory_uses_it(site):
     site.clamd.verdict = [None, scan]
     other, listen = site.path("other"), site.path("in.sock")
     os.mkdir(other)
-    site.start(Listen=listen, VirusAction="true")       # so there is no sandbox
+    site.start(Listen=listen, VirusAction="true")       # then there is no sandbox
     old = site.session()
     old.begin(LARGE + b".\r\n")
     final.reached()
@@ -1665,7 +1665,7 @@ def test_log_burst_for_a_slow_syslog_arrives_whole(site, background, syslog):
     log, preexec = syslog
     one = background(preexec=preexec)
     client = site.session(address=one.socket)
-    want = clean_lines(client, 100)     # nobody reads the other end
+    want = clean_lines(client, 100)     # the other end is not read
     while next_line(log) != want[0]:
         pass
     assert [next_line(log) for _ in want[1:]] == want[1:]
@@ -1694,12 +1694,12 @@ def test_syslog_that_is_full_blocks_nobody(site, background, syslog):
     log, preexec = syslog
     one = background(preexec=preexec)
     client = site.session(address=one.socket)
-    want = clean_lines(client, 600)     # nobody reads the other end
+    want = clean_lines(client, 600)     # the other end is not read
     assert len(site.hop.messages) == 600
     while next_line(log) != want[0]:
         pass
     got = want[:1] + [next_line(log) for _ in range(50)]
-    want += clean_lines(client, 1, 600)         # there is room, but it is late
+    want += clean_lines(client, 1, 600)         # there is room, but too late
     while not re.search(r"^\d+ lines of the log were lost$", got[-1]):
         got.append(next_line(log))
     assert 200 < len(got) and got[:-1] == want[:len(got) - 1]
@@ -1741,7 +1741,7 @@ def test_foreground_with_syslog_has_severities_and_a_silent_standard_error(
     client.mail()
     client.mail(body=BAD, want="250 2.0.0 Virus")
     client.cmd("XCLIENT ADDR=192.0.2.1", "554")
-    lines = received(log)           # it takes no more than ten
+    lines = received(log)           # the socket holds no more than ten
     client.quit()
     daemon.allowed.update(os.listdir(site.spool))
     assert processes(daemon.mark) == [daemon.pid]

@@ -424,7 +424,7 @@ def test_clamd_that_answers_nobody_is_logged_once(site, clock, scans):
     site.clamd.verdict = hold
     site.start(level=3, MaxScans=scans, **clock.settings())
     clients = [site.session() for _ in range(4)]
-    for i in 0, 2, 1, 3:                # those that wait are between the others
+    for i in 0, 2, 1, 3:                # the waiting ones are between the others
         clients[i].submit(BODY)
         turns(site)
     clock.go(site.daemon, 180)
@@ -445,34 +445,34 @@ def test_clamd_restarted_under_load(site):
     the restart all sessions continue."""
     site.start()
     clients = [site.session() for _ in range(8)]
-    heard, threads = [], []
+    codes, threads = [], []
     over = threading.Event()
 
     def work(client):
         while not over.is_set():
             client.submit(BODY)
-            heard.append(client.reply().code)
+            codes.append(client.reply().code)
     for client in clients:
         threads.append(threading.Thread(target=work, args=(client,)))
         threads[-1].start()
 
-    def told(code, count):
-        before = heard.count(code)
-        until(lambda: heard.count(code) >= before + count,
+    def wait_more(code, count):
+        before = codes.count(code)
+        until(lambda: codes.count(code) >= before + count,
               "%d more replies %s" % (count, code))
     try:
-        told("250", 20)
+        wait_more("250", 20)
         site.clamd.down()
         site.clamd.hang_up()
-        told("451", 20)
+        wait_more("451", 20)
         site.clamd.up()
-        told("250", 20)
+        wait_more("250", 20)
     finally:
         over.set()
         for thread in threads:
             thread.join()
-    assert set(heard) == {"250", "451"}
-    assert len(site.hop.messages) == heard.count("250")
+    assert set(codes) == {"250", "451"}
+    assert len(site.hop.messages) == codes.count("250")
     for client in clients:
         client.mail()
 
@@ -866,7 +866,7 @@ def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
     before = site.daemon.proc("voluntary_ctxt_switches")
     until(lambda: site.daemon.proc("voluntary_ctxt_switches") != before,
           "it has woken, and has no spare buffers to wake for again")
-    clock.monotonic += 1                # no signal: it wakes by itself
+    clock.monotonic += 1                # no signal: the daemon wakes by itself
     clock.set()
     waiting.expect("250 2.0.0 queued")
     hold.go()

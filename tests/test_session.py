@@ -1,4 +1,4 @@
-"""Whole sessions: limits, times, several messages, peers that go away."""
+"""Whole sessions: limits, deadlines, several messages, peers that go away."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from harness import (BAD, CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, St
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
-# 1 MB; less where each byte is a system call.
+# 1 MB, or less if each byte is a system call.
 LONG = b"Subject: x\r\n\r\n" + (b"y" * 98 + b"\r\n") * (
     2000 if os.environ.get("TEST_BYTES") else 10000)
 
@@ -491,7 +491,7 @@ def test_client_that_never_reads_is_closed_at_time_out(site, clock, size):
     until(stuck, "the daemon waits for the client")
     assert site.daemon.grown(before) < 512
     site.daemon.rests()
-    for _ in range(2):      # for the client to go on, and to take our last line
+    for _ in range(2):      # so that the client continues, and receives our last line
         clock.go(site.daemon, 100)
         turns(site)
     site.daemon.settle()
@@ -990,7 +990,8 @@ def test_spool_cut_short_is_451_at_once(site):
 # ---------------------------------------------------------------- client gone
 
 ENDINGS = ["reset", "close", "half_close"]
-# So many seconds after its dot a client is gone; or has closed its side only.
+# Endings that count as gone, so many seconds after the dot, and endings after which
+# the client is still served.
 GONE = [("reset", 0), ("reset", 60), ("close", 6), ("half_close", 6)]
 SERVED = [("close", 0), ("half_close", 0), ("half_close", 5)]
 

@@ -1,8 +1,8 @@
-"""PROMISE 3: one message in, at most one out, whatever stands around a dot.
+"""PROMISE 3: one message in, at most one out, whatever bytes are around a dot.
 
-The daemon's next hop here is strict and keeps the bytes; what lax ones would
-make of them is asked of the models in vectors.py.  Beside that: nothing is
-altered but the newlines, as the manual page says.
+The next hop in these tests is strict and keeps the bytes.  The models in vectors.py
+then show how lax next hops would read them.  The tests also check that the daemon
+changes nothing but the newlines, as the manual page says.
 """
 
 import fcntl
@@ -27,9 +27,9 @@ class Talk:
     def __init__(self, site, way):
         self.site, self.way = site, way
         site.hop = site.new_hop(chunking=way != "BDAT to DATA")
-        # as servers do; the reference counts on it
+        # as servers do; the model relies on it
         site.hop.on("RCPT", lambda s, line: None if s.mail else "503 5.5.1 no")
-        # A unix socket tells when its other end has read all that was sent.
+        # TIOCOUTQ of a unix socket is 0 when the other end has read all.
         site.start(level=3, Listen=site.path("listen"))
         self.client = site.session()
         self.hop = site.hop.session
@@ -94,7 +94,7 @@ class Talk:
             assert message.mail == sender.decode()
             want = body if self.way == "BDAT" else vectors.normal(body)
             assert message.how == ("BDAT" if self.way == "BDAT" else "DATA")
-            # A server that reads by count has one message, and these are all
+            # A server that counts octets has one message, and these are all
             # of its bytes.  Every other one:
             if message.how == "DATA":
                 found = vectors.smuggled(message.wire + b".\r\n")
@@ -133,7 +133,7 @@ def try_all(talk, cases):
             bad.append("%s: %s" % (name, str(error).split("\n")[0]))
             if isinstance(error, Failed) and "nothing came" in str(error):
                 break
-            talk.again()            # from here in step
+            talk.again()            # in step with the model again
         if len(bad) > 20:
             break
     assert not bad, "%d vectors:\n%s" % (len(bad), "\n".join(bad))

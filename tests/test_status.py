@@ -1,4 +1,4 @@
-"""StatusListen: the page, /healthz, /metrics; and -C, which asks for it."""
+"""StatusListen with the page, /healthz and /metrics, and -C, which requests /healthz."""
 
 import calendar
 import contextlib
@@ -142,7 +142,7 @@ def test_statuslisten_of_each_form_is_opened(site, form, where):
 def test_statuslisten_unix_socket_is_removed_at_the_end(site):
     path = site.path("status")
     site.start(StatusListen=path)
-    site.daemon.own.add(path)           # stop() looks whether it is gone
+    site.daemon.own.add(path)           # stop() checks that it is gone
     assert status_on(site.daemon) == path
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
     assert get(path, "/healthz").text == "ok\n"
@@ -169,10 +169,10 @@ def silent(site):
     return path, sock
 
 
-# Without ClamAddress, when none is there.
+# Without ClamAddress, if none of the sockets exists.
 USUAL = "/run/clamav/clamd.sock, /var/run/clamav/clamd.ctl, /var/run/clamav/clamd"
 
-# name: (address, clamd's answer, the reason that is given)
+# name: (address, clamd's answer, the reason)
 SICK = {
     "no socket": ("/no/such/socket", None, "No such file"),
     "nobody listens": ("127.0.0.1:PORT", None, "cannot be reached|refused"),
@@ -568,11 +568,11 @@ def test_metrics_lost_log_lines_are_counted(site):
     lost = metrics(status)["log_lines_lost_total"]
     assert lost > 50
     with open(read, "rb") as log:
-        told = 0
-        while not told:
-            told = int((re.findall(rb"(\d+) lines of the log were lost", log.readline()) or
-                        [0])[0])
-    assert told == metrics(status)["log_lines_lost_total"] >= lost
+        logged = 0
+        while not logged:
+            logged = int((re.findall(rb"(\d+) lines of the log were lost",
+                                     log.readline()) or [0])[0])
+    assert logged == metrics(status)["log_lines_lost_total"] >= lost
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")
@@ -799,7 +799,7 @@ def megabyte(sock):
     try:
         sock.sendall(b"x" * (1 << 20))
     except OSError:
-        pass                # it was turned out for the next one
+        pass                # it was closed for the next client
 
 
 def asks_and_goes(sock):
@@ -831,7 +831,7 @@ def test_status_clients_hostile_delay_nobody(site, kind):
         socks.append(connect(address))
         HOSTILE[kind](socks[-1])
     assert get(address, "/healthz").status == 200
-    turns(site)             # two sessions may be on their way out, and a health check
+    turns(site)             # two sessions and a health check may still be about to end
     assert site.daemon.fds() <= site.daemon.idle + VISITORS + 5
     assert site.daemon.grown(before) < 512
     site.session().mail()

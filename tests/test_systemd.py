@@ -1,5 +1,5 @@
-"""What systemd offers: its store for listeners, socket units, readiness, watchdog,
-journal, capabilities.  A stand-in is systemd's end of NOTIFY_SOCKET."""
+"""Features of systemd: its store for listeners, socket units, readiness, watchdog,
+journal, capabilities.  The test plays systemd's end of NOTIFY_SOCKET."""
 
 import os
 import re
@@ -22,8 +22,8 @@ BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
 OURS = "clamsmtpd_"
 
-# Takes the descriptors from the stand-in and becomes the daemon, as systemd's
-# child does between fork() and exec().
+# Takes the descriptors from the test and becomes the daemon, as systemd's child
+# does between fork() and exec().
 LAUNCHER = """#!%s
 import os, socket, sys
 hand = socket.socket(socket.AF_UNIX)

@@ -1,5 +1,5 @@
 """The dialogues of tests/transcripts, played with the daemon line by line.  The
-README there says how to read one."""
+README there explains their format."""
 
 import contextlib
 import glob

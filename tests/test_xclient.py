@@ -1,4 +1,4 @@
-"""XCLIENT to the next hop, XFORWARD through us."""
+"""XCLIENT to the next hop, and XFORWARD from the client to the next hop."""
 
 import re
 import struct

@@ -88,7 +88,7 @@ aa_of()
 	tr -d '\0' <"/proc/$(pidof "$1")/attr/current"
 }
 
-# with_unit DROP_IN CONFIGURATION: restarts with these; without: as before
+# with_unit [DROP_IN [CONFIGURATION]]: restarts with these files, or the usual ones
 with_unit()
 {
 	rm -f "$drop_in"

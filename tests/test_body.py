@@ -20,7 +20,10 @@ NEAR = range(-3, 4)
 
 
 def model(wire):
-    """What must arrive for the bytes a client sent after 354 (up to the dot)."""
+    """The body that must arrive for the bytes that a client sent after 354 (up to
+    the dot).  First come the rules of a strict server: lines end in CRLF, and a dot
+    at the start of a line is removed.  Then come the newline rules of the manual
+    page."""
     return vectors.normal(unstuff(wire))
 
 

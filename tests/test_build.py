@@ -66,7 +66,7 @@ def test_paths_in_the_environment_are_used(built, tmp_path):
 
 
 def test_compiler_default_is_musl_gcc_or_cc(tmp_path):
-    """Without CC the Makefile takes musl-gcc, and cc where there is none."""
+    """The Makefile uses musl-gcc by default, or cc if there is no musl-gcc."""
     (tmp_path / "tools").mkdir()
     for tool in ("make", "sh", "cc", "gcc", "grep", "printf", "as", "ld"):
         if shutil.which(tool):

@@ -97,8 +97,8 @@ def test_scratch_directory_is_open_and_its_path_short(prefix, mode):
 
 
 def test_scratch_directory_is_not_mounted_noexec(mounts):
-    """Where /tmp and /var/tmp are mounted noexec, /dev/shm is used.  Where that is
-    noexec, too, the message says what to set."""
+    """If /tmp and /var/tmp are mounted noexec, /dev/shm is used.  If that is
+    mounted noexec, too, the message says what to set."""
     flag = 8                                                    # MS_NOEXEC
     noexec = [("tmpfs", path, "tmpfs", flag, "mode=1777")
               for path in ("/tmp", "/var/tmp", "/dev/shm")]

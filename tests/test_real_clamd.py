@@ -124,7 +124,7 @@ def test_virus_across_chunks_is_found(site, address):
 
 @pytest.mark.parametrize("name", real.test_files())
 def test_file_of_each_type_is_found_in_mail(site, clamd, name):
-    """What clamd finds in the file it finds in the mail with the file."""
+    """If clamd finds a file, it also finds a mail with this file."""
     path = os.path.join(real.FILES, name)
     if FILES_NAME + " FOUND" not in clamd.scan_path(path):
         pytest.skip("this clamd does not find it in the file either")

@@ -22,7 +22,7 @@ VISITORS = 8                # that are served at once
 
 
 class Answer:
-    """What was received over HTTP until the daemon closed."""
+    """The bytes received over HTTP until the daemon closed."""
 
     def __init__(self, raw):
         head, blank, body = raw.partition(b"\r\n\r\n")

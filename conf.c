@@ -946,7 +946,7 @@ static void
 read_environment(struct conf *c, struct place *at)
 {
 	static const char prefix[] = "CLAMSMTPD_";
-	char line[MAXCONFLINE + 2], name[64];
+	char line[MAXCONFLINE + 8], name[64];
 	const char *v;
 	size_t i, n, len = sizeof prefix - 1;
 

@@ -446,6 +446,16 @@ def test_missing_file_is_only_a_warning(run, tmp_path):
 
 # ---------------------------------------------------------------- the environment
 
+@pytest.mark.parametrize("end", ["x", "\xe9", "\u20ac", "\U0001f40c"])
+def test_environment_value_that_is_too_long_is_an_error(check, end):
+    """Wherever it is cut: a part of it is never used."""
+    for size in range(4078, 4090):
+        value = "a" * size + end + "b" * 20
+        result = check(MINIMAL, env={"CLAMSMTPD_VIRUSACTION": value})
+        assert result.returncode == 2
+        assert "VIRUSACTION" in result.stderr or "4096" in result.stderr
+
+
 @pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: CLAMSMTPD_NAME",
     "clamsmtpd.conf.5 DESCRIPTION: environment")
 @pytest.mark.parametrize("name", ["CLAMSMTPD_TIMEOUT", "CLAMSMTPD_TimeOut",

@@ -105,7 +105,7 @@ check_session(struct session *s, const struct stream *in, int early)
 		want = FAILED;
 	if (early && want == CLEAN)
 		want = FAILED;
-	if (n > ANSWERSZ && s->result.verdict == FAILED)
+	if (sent > ANSWERSZ && s->result.verdict == FAILED)
 		want = FAILED;		/* may be refused for its length */
 	CHECK(s->result.verdict == want, "verdict %d, reference %d", s->result.verdict, want);
 	if (want == VIRUS)

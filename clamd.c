@@ -838,6 +838,7 @@ ping_step(struct target *t)
 	if (ping.peer.fd == -1) {
 		if ((r = ping_address(t)) != 1)
 			return r;
+		buf_free(&ping.peer.out);	/* socket(2) failed before */
 		if (buf_ready(&ping.peer.out, strlen(command) + 1))
 			buf_put(&ping.peer.out, command, strlen(command) + 1);
 	}

@@ -1009,9 +1009,10 @@ http_page(struct http_client *v)
 		    c->complaint[0] != '\0' ? c->complaint :
 		    "well, as far as is known");
 		if (c->signatures > 0)
-			http_print(v, ", signatures %lld of %s",
-			    (long long)c->signatures,
-			    rfc3339_date(c->signatures_at));
+			http_print(v, ", signatures %lld",
+			    (long long)c->signatures);
+		if (c->signatures_at > 0)
+			http_print(v, " of %s", rfc3339_date(c->signatures_at));
 	}
 	http_print(v, "\nscans: %llu running, %llu waiting\n",
 	    count.scans_running, count.scans_waiting);

@@ -3,8 +3,10 @@
 import calendar
 import contextlib
 import fcntl
+import functools
 import os
 import re
+import resource
 import socket
 import stat
 import subprocess
@@ -332,6 +334,30 @@ def test_healthz_requests_at_once_share_one_ping(site):
             sock.accept()
 
 
+def test_healthz_after_a_check_without_descriptors_begins_with_a_ping(site, clock):
+    """A command that could not leave is not sent with the next one."""
+    path, sock = silent(site)
+    address = start(site, ClamAddress=path, **clock.settings())
+    limit = functools.partial(resource.prlimit, site.daemon.pid, resource.RLIMIT_NOFILE)
+    usual = limit()
+    with sock:
+        with sock.accept()[0] as clamd:
+            assert clamd.recv(100) == b"zPING\0"
+            limit((3, usual[1]))
+            clamd.sendall(b"PONG\0")
+            assert clamd.recv(100) == b""
+        site.daemon.rests()
+        limit(usual)
+        clock.go(site.daemon, 2)
+        turns(site)
+        with connect(address) as probe:
+            probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            with sock.accept()[0] as clamd:
+                assert clamd.recv(100) == b"zPING\0"
+                clamd.sendall(b"PONG\0")
+                assert answer_on(probe).status == 200
+
+
 def test_healthz_of_a_real_clamd_follows_it(site, real_clamd):
     for where in (real_clamd.path, real_clamd.tcp):
         address = start(site, ClamAddress=where)
@@ -548,6 +574,7 @@ def test_signatures_that_clamd_does_not_give_have_no_metric(site, version, numbe
     assert signatures(site, address) == {site.clamd: (number, None)}
     for page in "/", "/metrics":
         assert re.fullmatch(r"[ -~\n]+", get(address, page).text)
+        assert "1970-" not in get(address, page).text
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: /metrics")

@@ -307,15 +307,21 @@ log_put(const char *p, size_t n)
 static int
 log_flush(void)
 {
+	static int64_t connect_at;	/* there was no syslog daemon before */
 	struct pollfd room = { -1, POLLOUT, 0 };
 	int connects = 1, failed = 0;
 	size_t len;
 	ssize_t n;
 
 	while (buf_len(&log_buf) > 0 && !log_held) {
-		if (log_syslog && log_fd == -1 &&
-		    (connects-- == 0 || (log_fd = syslog_connect()) == -1))
-			break;
+		if (log_syslog && log_fd == -1) {
+			if (connects-- == 0 || now < connect_at)
+				break;
+			if ((log_fd = syslog_connect()) == -1) {
+				connect_at = now + IDLE_TIME;
+				break;
+			}
+		}
 		/* In a stream a NUL ends a line, as with syslog(3). */
 		len = strlen(buf_head(&log_buf)) + 1;
 		n = log_put(buf_head(&log_buf), len - !log_stream);
@@ -848,20 +854,21 @@ int
 peer_settle(struct peer *p)
 {
 	struct buf *in = &p->in, keep = { NULL, 0, 0, 0 };
+	size_t n = buf_len(in);
 
 	if (buf_len(&p->out) == 0)
 		buf_free(&p->out);
-	if (buf_len(in) == 0)
+	if (n == 0)
 		buf_free(in);
 	if (in->b == NULL || in->b != shared)
 		return 0;
-	if (buf_len(in) > BUFSZ && (keep.b = malloc(BODYSZ)) != NULL)
-		keep.size = BODYSZ;
-	if (!buf_ready(&keep, buf_len(in))) {
+	keep.size = n > BUFSZ ? BODYSZ : BUFSZ;
+	keep.b = n > BUFSZ ? malloc(BODYSZ) : mem_get();
+	if (keep.b == NULL) {
 		buf_free(in);
 		return -1;
 	}
-	buf_put(&keep, in->b + in->r, buf_len(in));
+	buf_put(&keep, in->b + in->r, n);
 	buf_free(in);
 	*in = keep;
 	return 0;

@@ -209,7 +209,7 @@ def real_clamd(what, result, parts):
         values[name] = result.get(name + CLAMD) if turns is None else [
             statistics.median(part) for part in zip(*map(parts, *turns))]
     return goal(what, values, lambda name: "%s ms, clamd %.0f %%" % (
-        number(values[name][0], 1e3), 100 * values[name][1] / values[name][0]))
+        number(values[name][0], 1e3), 100 * max(0, values[name][1]) / values[name][0]))
 
 
 def plain(what, values, unit="", limit=None, reach="", holds=operator.le):

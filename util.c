@@ -226,8 +226,9 @@ static int log_stream;			/* which is a stream socket */
 
 /*
  * The lines that wait, the oldest first.  Each is in its final form, or while
- * log_held is set a digit for the level and the text.  A NUL follows.  When there is no room for a line, it is lost, and so are those after
- * it until all others are written.  Then a line says how many were lost.
+ * log_held is set a digit for the level and the text.  A NUL follows.  A line for
+ * which there is no room is lost, and so are those after it until all others are
+ * written.  Then a line says how many were lost.
  */
 static char log_lines[BUFSZ];
 static struct buf log_buf = { log_lines, 0, 0, sizeof log_lines };

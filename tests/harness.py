@@ -7,6 +7,7 @@ limit WAIT.  No test sleeps for a fixed time: it waits until a condition is true
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import mmap
 import os
@@ -1564,6 +1565,19 @@ class Site:
                 self.wait_check(settings, checks)
                 daemon.idle = daemon.fds()
         return daemon
+
+    def start_on_pipe(self, **settings):
+        """Start a daemon whose standard error is a pipe that holds 4 KiB.  Returns
+        the descriptor from which the test reads the log."""
+        read, write = os.pipe()
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        listen = self.path("in.sock")
+        daemon = self.start(wait=False, Listen=listen,
+                            preexec=lambda: os.dup2(write, 2), **settings)
+        os.close(write)
+        wait_listener(listen)
+        daemon.address = listen
+        return read
 
     def checks(self, settings):
         """How many health checks of the usual clamd have ended.  A health check is a

@@ -116,6 +116,21 @@ def test_message_up_to_a_buffer_needs_no_file(site, size, files, how):
     client.quit()
 
 
+def files_after(site, clients, body):
+    """Have each of these clients send a message without its end.  Returns the number
+    of files that all messages then use."""
+    for client in clients:
+        client.begin(body)
+    turns(site)
+    return spool_files(site)
+
+
+def end_messages(clients):
+    for client in clients:
+        client.send(b".\r\n")
+        client.expect("250 2.0.0 queued")
+
+
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: 32 KiB in memory")
 def test_memory_for_messages_full_uses_files(site):
     """All messages have at most 4 MiB of memory.  The one that would pass the
@@ -124,36 +139,19 @@ def test_memory_for_messages_full_uses_files(site):
     body = b"A: b\r\n\r\n" + b"x" * (MEMORY - 11) + b"\r\n"
     fit = (4 << 20) // (32768 - 64)
     clients = [site.session() for _ in range(fit + 3)]
-    for client in clients[:fit]:
-        client.begin(body)
-    turns(site)
-    assert spool_files(site) == 0
-    for client in clients[fit:]:
-        client.begin(body)
-    turns(site)
-    assert spool_files(site) == 3
-    for client in clients:
-        client.send(b".\r\n")
-        client.expect("250 2.0.0 queued")
-    again = clients[0]
-    again.begin(body)
-    turns(site)
-    assert spool_files(site) == 0
-    again.send(b".\r\n")
-    again.expect("250 2.0.0 queued")
+    assert files_after(site, clients[:fit], body) == 0
+    assert files_after(site, clients[fit:], body) == 3
+    end_messages(clients)
+    assert files_after(site, clients[:1], body) == 0
+    end_messages(clients[:1])
 
 
 def test_memory_for_messages_is_shared_by_their_sizes(site):
     """Small messages use no more of the memory than their bytes."""
     site.start(MaxConnections="400", MaxScans="400")
     clients = [site.session() for _ in range(300)]
-    for client in clients:
-        client.begin(GOOD)
-    turns(site)
-    assert spool_files(site) == 0
-    for client in clients:
-        client.send(b".\r\n")
-        client.expect("250 2.0.0 queued")
+    assert files_after(site, clients, GOOD) == 0
+    end_messages(clients)
 
 
 @pytest.mark.covers("clamsmtpd.8 When something fails: disk full")

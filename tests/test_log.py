@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import pytest
 
 import real
 from harness import (BAD, CLOSE, GOOD, Hold, READ_AGAIN, Site, TOP, VIRUS, WAIT, since,
-                     until, wait_listener)
+                     until)
 from vectors import TEXTS
 
 LOGS = os.path.join(TOP, "packaging", "logs")
@@ -346,21 +345,11 @@ def test_json_set_by_sighup_counts(site):
 def test_log_lines_lost_are_counted(site):
     """PROMISE 5: the reader stops for a while.  The log still has only whole
     lines."""
-    read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
-    listen = site.path("in.sock")
-    site.start(wait=False, Listen=listen, LogFormat="json",
-               preexec=lambda: os.dup2(write, 2))
-    os.close(write)
-    data = bytearray()
-
-    def drain():
-        data.extend(os.read(read, 1 << 16))
-        return b"listening on" in data
-    until(drain, "it listens")
-    client = site.session(address=listen)
+    read = site.start_on_pipe(LogFormat="json")
+    client = site.session()
     client.mail(to=["%d@example.com" % i for i in range(100)])
     os.set_blocking(read, False)
+    data = bytearray()
 
     def lost():
         with contextlib.suppress(BlockingIOError):
@@ -380,13 +369,8 @@ def test_log_lines_lost_are_counted(site):
 def test_log_burst_for_a_slow_pipe_arrives_whole(site):
     """Lines that the reader of standard error does not take at once wait in their
     order, and none is lost."""
-    read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
-    listen = site.path("in.sock")
-    site.start(wait=False, level=3, Listen=listen, preexec=lambda: os.dup2(write, 2))
-    os.close(write)
-    wait_listener(listen)
-    client = site.session(address=listen)
+    read = site.start_on_pipe(level=3)
+    client = site.session()
     senders = ["%d@example.com" % n for n in range(200)]
     for sender in senders:
         client.mail(sender=sender)
@@ -401,13 +385,8 @@ def test_log_burst_for_a_slow_pipe_arrives_whole(site):
 
 def test_log_at_the_end_is_written_for_a_slow_pipe(site):
     """The daemon waits for the reader before it ends, so that no line is lost."""
-    read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
-    listen = site.path("in.sock")
-    site.start(wait=False, level=3, Listen=listen, preexec=lambda: os.dup2(write, 2))
-    os.close(write)
-    wait_listener(listen)
-    client = site.session(address=listen)
+    read = site.start_on_pipe(level=3)
+    client = site.session()
     for _ in range(200):
         client.mail()
     client.quit()
@@ -421,13 +400,8 @@ def test_log_at_the_end_is_written_for_a_slow_pipe(site):
 def test_log_without_a_reader_neither_spins_nor_waits(site):
     """If the reader of standard error has gone, only the lines of the log are
     lost."""
-    read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BUF)
-    listen = site.path("in.sock")
-    site.start(wait=False, level=3, Listen=listen, preexec=lambda: os.dup2(write, 2))
-    os.close(write)
-    wait_listener(listen)
-    client = site.session(address=listen)
+    read = site.start_on_pipe(level=3)
+    client = site.session()
     for _ in range(100):                # some lines wait when the reader goes
         client.mail()
     os.close(read)

@@ -1823,11 +1823,11 @@ class StreamSyslog(Server):
         until(lambda: [line for line in self.lines() if text in line],
               "a line with %r in %r" % (text, self.lines()[-5:]))
 
-    def restart(self):
+    def stop(self):
+        """End as a syslogd does that is stopped.  up() starts it again."""
         self.down()
         self.hang_up()
         until(lambda: not self.socks, "it is gone")
-        self.up()
 
 
 @pytest.fixture
@@ -1836,6 +1836,19 @@ def stream_syslog(site, own_dev):
     syslogd = StreamSyslog(dev)
     site.servers.append(syslogd)
     return syslogd, preexec
+
+
+@pytest.fixture
+def stream_logged(site, background, stream_syslog):
+    """A stream_syslog that has received a line of a daemon, and a client of this
+    daemon."""
+    syslogd, preexec = stream_syslog
+    one = background(preexec=preexec)
+    client = site.session(address=one.socket)
+    client.mail()
+    syslogd.wait_line(b"status=CLEAN")
+    yield syslogd, client
+    client.quit()
 
 
 def all_whole(lines):
@@ -1907,36 +1920,25 @@ def test_syslog_with_a_stream_socket_that_is_full_blocks_nobody(
     all_whole(syslogd.lines())
 
 
-def test_syslog_with_a_stream_socket_may_restart(site, background, stream_syslog):
+def test_syslog_with_a_stream_socket_may_restart(stream_logged):
     """The lines after a restart go to the new syslogd."""
-    syslogd, preexec = stream_syslog
-    one = background(preexec=preexec)
-    client = site.session(address=one.socket)
-    client.mail()
-    syslogd.wait_line(b"status=CLEAN")
-    syslogd.restart()
+    syslogd, client = stream_logged
+    syslogd.stop()
+    syslogd.up()
     client.mail(sender="after@example.com")
     syslogd.wait_line(b"from=after@example.com")
-    client.quit()
 
 
-def test_log_for_a_syslog_that_is_away_waits(site, background, stream_syslog):
+def test_log_for_a_syslog_that_is_away_waits(stream_logged):
     """When a syslog daemon that was down is up again, it gets the lines, even if no
     new ones follow."""
-    syslogd, preexec = stream_syslog
-    one = background(preexec=preexec)
-    client = site.session(address=one.socket)
-    client.mail()
-    syslogd.wait_line(b"status=CLEAN")
-    syslogd.down()
-    syslogd.hang_up()
-    until(lambda: not syslogd.socks, "it is gone")
+    syslogd, client = stream_logged
+    syslogd.stop()
     want = clean_lines(client, 50)
     syslogd.up()
     syslogd.wait_line(want[-1].encode())
     lines = [line.split(b": ", 2)[-1].decode() for line in syslogd.lines()]
     assert lines[-len(want):] == want
-    client.quit()
 
 
 def test_syslog_missing_at_start_is_reported_on_standard_error(site, background, own_dev):

@@ -844,9 +844,11 @@ def test_scan_tried_again_goes_before_later_ones(site):
     assert [scan.mail[9:10] for scan in second.scans] == [b"1", b"0", b"3"]
 
 
-def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
-    """A is dead, B is full, and one message waits.  A gets it after half a minute,
-    even if nothing else happens in the daemon."""
+@pytest.fixture
+def one_full_one_dead(site, clock):
+    """The only free clamd is up, but counts as dead for half a minute.  The other one
+    scans a message as long as the Hold lasts.  Returns the client of this message, the
+    Hold, and a client whose message waits."""
     hold = Hold("OK")
     first, second = site.new_clamd(), site.new_clamd()
     first.verdict = ["Broken ERROR", hold]
@@ -860,6 +862,13 @@ def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
     hold.reached()
     waiting.submit(BODY)
     turns(site)
+    return running, hold, waiting
+
+
+def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock, one_full_one_dead):
+    """The message that waits gets the clamd after half a minute, even if nothing else
+    happens in the daemon."""
+    running, hold, waiting = one_full_one_dead
     clock.go(site.daemon, 29)
     turns(site)
     site.daemon.rests()
@@ -873,22 +882,11 @@ def test_clamd_dead_for_half_a_minute_wakes_the_loop(site, clock):
     running.expect("250 2.0.0 queued")
 
 
-def test_waiting_scan_gets_a_clamd_that_is_no_longer_dead(site, clock):
+def test_waiting_scan_gets_a_clamd_that_is_no_longer_dead(
+        site, clock, one_full_one_dead):
     """It gets this clamd even if no other scan ends and no other message
     arrives."""
-    hold = Hold("OK")
-    first, second = site.new_clamd(), site.new_clamd()
-    first.verdict = ["Broken ERROR", hold]
-    second.down()
-    site.start(ClamAddress=[first.address, second.address], MaxScans="1",
-               **clock.settings())
-    running, waiting = site.session(), site.session()
-    running.mail(want="451")            # the second is found dead
-    second.up()
-    running.submit(BODY)
-    hold.reached()
-    waiting.submit(BODY)
-    turns(site)
+    running, hold, waiting = one_full_one_dead
     clock.go(site.daemon, 30)
     waiting.expect("250 2.0.0 queued")
     hold.go()

@@ -553,33 +553,33 @@ def test_keepalives_while_clamd_is_slow_are_sent(site):
     client.quit()
 
 
-def test_verdict_while_a_noop_is_out_waits_for_its_reply(site):
+@pytest.fixture
+def noop_out(site):
+    """A client whose message has its verdict while the next hop still owes the reply
+    to a NOOP, and the Hold of this reply."""
     verdict, noop = Hold("OK"), Hold()
     site.clamd.verdict = [verdict]
     site.hop.on("NOOP", [noop])
     site.start(KeepAlives="1")
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     noop.reached()
     verdict.go()
     turns(site)
+    return client, noop
+
+
+def test_verdict_while_a_noop_is_out_waits_for_its_reply(site, noop_out):
+    client, noop = noop_out
     assert "DATA" not in site.hop.sessions[0].verbs()
     noop.go()
     client.expect("250 2.0.0 queued")
     client.quit()
 
 
-def test_client_gone_while_a_noop_is_out_sends_no_data(site):
+def test_client_gone_while_a_noop_is_out_sends_no_data(site, noop_out):
     """PROMISE 1: the next hop gets no DATA for a message that it will not get."""
-    verdict, noop = Hold("OK"), Hold()
-    site.clamd.verdict = [verdict]
-    site.hop.on("NOOP", [noop])
-    site.start(KeepAlives="1")
-    client = site.session()
-    client.begin(BODY + b".\r\n")
-    noop.reached()
-    verdict.go()
-    turns(site)
+    client, noop = noop_out
     client.reset()
     turns(site)
     noop.go()

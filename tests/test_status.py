@@ -2,7 +2,6 @@
 
 import calendar
 import contextlib
-import fcntl
 import functools
 import os
 import re
@@ -17,7 +16,7 @@ import pytest
 import real
 from harness import (BAD, CLOSE, Failed, GOOD, Hold, Server, WAIT,
                      bind, connect, full_listener, localhost, mounting, own_host,
-                     reset, since, turns, until, wait_listener)
+                     reset, since, turns, until)
 
 VERDICTS = ("clean", "virus", "unscanned", "oversize", "clamd_error", "error")
 VISITORS = 8                # that are served at once
@@ -581,14 +580,9 @@ def test_signatures_that_clamd_does_not_give_have_no_metric(site, version, numbe
 def test_metrics_lost_log_lines_are_counted(site):
     """Lines for which the log has no room are counted, whether or not the log has a
     line about them."""
-    read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    listen, status = site.path("in.sock"), site.path("status.sock")
-    site.start(wait=False, Listen=listen, StatusListen=status,
-               preexec=lambda: os.dup2(write, 2))
-    os.close(write)
-    wait_listener(listen)
-    client = site.session(address=listen)
+    status = site.path("status.sock")
+    read = site.start_on_pipe(StatusListen=status)
+    client = site.session()
     client.mail()
     assert metrics(status)["log_lines_lost_total"] == 0
     client.mail(to=["%d@example.com" % n for n in range(200)])
@@ -642,7 +636,10 @@ def test_metrics_have_the_health_of_each_clamd(site):
     assert got['clamd_failures_total{address="%s"}' % site.clamd.address] == 0
 
 
-def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
+def start_with_clamd_down(site, clock):
+    """Start a daemon whose first clamd answers the check at the start and is down when
+    a message arrives.  Returns this clamd, the address of the status page, and the
+    name of the metric."""
     clamd = site.new_clamd()
     address = start(site, ClamAddress=[clamd.address, site.clamd.address],
                     **clock.settings())
@@ -650,6 +647,12 @@ def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
     until(lambda: clamd.versions, "the check at the start is over")
     clamd.down()
     site.session().mail()
+    assert metrics(address)[up] == 0
+    return clamd, address, up
+
+
+def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
+    clamd, address, up = start_with_clamd_down(site, clock)
     clock.go(site.daemon, 60)
     assert metrics(address)[up] == 0
     clamd.up()
@@ -661,14 +664,7 @@ def test_metrics_clamd_is_up_again_after_a_scan(site, clock):
 def test_clamd_up_is_1_when_it_answers_again(site, clock):
     """A clamd that was down counts as up when it answers a health check, and gets
     the next message."""
-    clamd = site.new_clamd()
-    address = start(site, ClamAddress=[clamd.address, site.clamd.address],
-                    **clock.settings())
-    up = 'clamd_up{address="%s"}' % clamd.address
-    until(lambda: clamd.versions, "the check at the start is over")
-    clamd.down()
-    site.session().mail()
-    assert metrics(address)[up] == 0
+    clamd, address, up = start_with_clamd_down(site, clock)
     clamd.up()
 
     def is_up():

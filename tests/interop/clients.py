@@ -39,6 +39,32 @@ my $mail = do { local $/; <$file> };
 """ + text
 
 
+def go(imports, text):
+    return """package main
+
+import (
+	"log"
+	"os"
+	"strings"
+
+	%s
+)
+
+func check(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}
+
+func main() {
+	server, from := "127.0.0.1:"+os.Getenv("PORT"), os.Getenv("FROM")
+	to := strings.Fields(os.Getenv("TO"))
+	mail, err := os.Open(os.Getenv("MAIL"))
+	check(err)
+%s}
+""" % (imports, text)
+
+
 def unpacked(name):
     """Unpacks a Debian package that conflicts with others."""
     return """
@@ -66,54 +92,18 @@ export HELOHOST=client.example
 /usr/lib/nullmailer/smtp <nullmailer.conf 3<nullmailer.mail
 """
 
-GO = """package main
+GO = go('"io"\n\t"net/smtp"', """
+	text, err := io.ReadAll(mail)
+	check(err)
+	check(smtp.SendMail(server, nil, from, to, text))
+""")
 
-import (
-	"log"
-	"net/smtp"
-	"os"
-	"strings"
-)
-
-func main() {
-	mail, err := os.ReadFile(os.Getenv("MAIL"))
-	if err != nil {
-		log.Fatal(err)
-	}
-	err = smtp.SendMail("127.0.0.1:"+os.Getenv("PORT"), nil, os.Getenv("FROM"),
-		strings.Fields(os.Getenv("TO")), mail)
-	if err != nil {
-		log.Fatal(err)
-	}
-}
-"""
-
-GO_SMTP = """package main
-
-import (
-	"log"
-	"os"
-	"strings"
-
-	"github.com/emersion/go-smtp"
-)
-
-func main() {
-	mail, err := os.Open(os.Getenv("MAIL"))
-	if err != nil {
-		log.Fatal(err)
-	}
-	client, err := smtp.Dial("127.0.0.1:" + os.Getenv("PORT"))
-	if err != nil {
-		log.Fatal(err)
-	}
-	err = client.SendMail(os.Getenv("FROM"), strings.Fields(os.Getenv("TO")), mail)
-	if err != nil {
-		log.Fatal(err)
-	}
+GO_SMTP = go('"github.com/emersion/go-smtp"', """
+	client, err := smtp.Dial(server)
+	check(err)
+	check(client.SendMail(from, to, mail))
 	client.Quit()
-}
-"""
+""")
 
 JAVA = """
 import java.io.FileInputStream;

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from harness import TOP
+from harness import TOP, WAIT
 
 FLAGS = ("CC", "CPPFLAGS", "CFLAGS", "LDFLAGS", "PREFIX", "SYSCONFDIR", "HARDEN",
          "STATIC", "DESTDIR", "MAKEFLAGS", "MAKELEVEL")
@@ -168,3 +168,21 @@ def test_mutations_change_a_text_of_the_sources():
     done = subprocess.run([os.path.join(TOP, "tests", "mutants"), "-q", "no such word"],
                           capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout
+
+
+@pytest.mark.parametrize("number, others", [
+    ("-1", "8, 9, 10, 11, 12, 13, 14, 15"), ("0", "8, 9, 10, 11, 12, 13, 14, 15"),
+    ("17", "16")])
+def test_soak_show_of_a_message_that_no_plan_has_is_an_error(number, others):
+    """The error names messages that exist.  A run begins with message 8, and each
+    session has eight numbers, but not always eight messages."""
+    def show(message):
+        return subprocess.run([os.path.join(TOP, "soak", "run"), "--seed", "1",
+                               "--show", message], capture_output=True, text=True,
+                              timeout=WAIT)
+    done = show(number)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("error: --show: seed 1 has no message %s; it has %s and "
+                                "others\n" % (number, others))
+    for other in others.split(", "):
+        assert show(other).stdout.startswith("message %s (" % other)

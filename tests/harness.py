@@ -700,7 +700,7 @@ class NextHop(Server):
         until(lambda: self.sessions, "a connection to the next hop")
         return self.sessions[-1]
 
-    def told(self, verb):
+    def received(self, verb):
         """The commands with this verb, as they were received."""
         return [c for c in self.commands if c.split(" ")[0].upper() == verb]
 

@@ -46,7 +46,7 @@ def test_any_split_arrives_as_one_bdat_last(site, chunky, chunks):
     message, = site.hop.messages
     assert message.how == "BDAT"
     same(message.body, with_header(BODY))
-    assert site.hop.told("BDAT") == ["BDAT %d LAST" % len(with_header(BODY))]
+    assert site.hop.received("BDAT") == ["BDAT %d LAST" % len(with_header(BODY))]
     same(site.clamd.scans[0].mail, BODY, "what clamd saw")
     chunky.quit()
 
@@ -67,7 +67,7 @@ def test_header_of_chunks_stands_below_mbox_lines(site, chunky, before, after):
     send_chunks(chunky, [before[:3], before[3:] + after])
     message, = site.hop.messages
     same(message.body, before + HEADER + after)
-    assert site.hop.told("BDAT") == ["BDAT %d LAST" % len(message.body)]
+    assert site.hop.received("BDAT") == ["BDAT %d LAST" % len(message.body)]
     chunky.quit()
 
 
@@ -77,7 +77,7 @@ def test_first_line_of_chunks_with_a_blank_in_front_stays_text(site, chunky, mbo
     send_chunks(chunky, [mbox, b" ", b"text"])
     message, = site.hop.messages
     same(message.body, mbox + HEADER + b"\r\n text")
-    assert site.hop.told("BDAT") == ["BDAT %d LAST" % len(message.body)]
+    assert site.hop.received("BDAT") == ["BDAT %d LAST" % len(message.body)]
     chunky.quit()
 
 
@@ -119,7 +119,7 @@ def test_bdat_chunk_is_answered_before_the_message_is_complete(site, chunky):
     for i in range(3):
         chunky.chunk(b"A: %d\r\n" % i)
         chunky.expect("250")
-    assert site.hop.told("BDAT") == [] and site.clamd.scans == []
+    assert site.hop.received("BDAT") == [] and site.clamd.scans == []
     chunky.chunk(b"\r\nx", last=True)
     chunky.expect("250")
     same(site.hop.messages[0].body, b"A: 0\r\nA: 1\r\nA: 2\r\n" + HEADER + b"\r\nx")
@@ -262,7 +262,7 @@ def test_rset_between_chunks_forgets_them(site, chunky):
     chunky.chunk(b"Subject: forgotten\r\n")
     chunky.expect("250")
     chunky.cmd("RSET", "250")
-    assert site.hop.messages == [] and site.hop.told("BDAT") == []
+    assert site.hop.messages == [] and site.hop.received("BDAT") == []
     send_chunks(chunky, [BODY])
     same(site.hop.messages[0].body, with_header(BODY))
     chunky.quit()
@@ -336,7 +336,7 @@ def test_bdat_chunk_above_the_limit_is_skipped_with_552(site):
     client.expect("503")
     client.cmd("RSET", "250")
     send_chunks(client, [BODY])
-    assert len(site.hop.messages) == 1 and site.hop.told("BDAT") != []
+    assert len(site.hop.messages) == 1 and site.hop.received("BDAT") != []
     client.quit()
 
 
@@ -365,7 +365,7 @@ def test_bdat_virus_across_chunks_is_found(site, action, want):
     site.start(Action=action)
     client = site.session()
     send_chunks(client, [b"A: b\r\n\r\nEI", b"CA", b"R"], want)
-    assert site.hop.messages == [] and site.hop.told("BDAT") == []
+    assert site.hop.messages == [] and site.hop.received("BDAT") == []
     site.daemon.wait_log("status=VIRUS:" + VIRUS)
     send_chunks(client, [BODY])
     assert len(site.hop.messages) == 1
@@ -454,7 +454,7 @@ def test_client_gone_between_chunks_delivers_nothing(site, chunky, how):
     chunky.expect("250")
     getattr(chunky, how)()
     site.hop.session.wait_end()
-    assert site.hop.messages == [] and site.hop.told("BDAT") == []
+    assert site.hop.messages == [] and site.hop.received("BDAT") == []
 
 
 @pytest.mark.parametrize("how", ["half_close", "close"])
@@ -474,4 +474,4 @@ def test_client_gone_within_a_chunk_delivers_nothing(site, chunky, how):
     chunky.send(b"BDAT 1000 LAST\r\n" + BODY)
     getattr(chunky, how)()
     site.hop.session.wait_end()
-    assert site.hop.messages == [] and site.hop.told("BDAT") == []
+    assert site.hop.messages == [] and site.hop.received("BDAT") == []

@@ -56,7 +56,7 @@ def lines(daemon):
         return [parsed(line) for line in file.read().split(b"\n")[:-1]]
 
 
-def told(daemon, text):
+def lines_with(daemon, text):
     """The lines whose message contains this text."""
     return [line for line in lines(daemon) if text in line.get("message", "")]
 
@@ -72,7 +72,7 @@ def start(site, **settings):
     settings["LogFormat"] = "json"
     daemon = site.start(wait=False, **settings)
     daemon.listening = lambda: [line["message"].split(" on ")[1]
-                                for line in told(daemon, "listening on ")]
+                                for line in lines_with(daemon, "listening on ")]
     daemon.wait_listening()
     return daemon
 
@@ -191,7 +191,7 @@ def test_json_line_of_each_kind_has_level_and_message(site):
     client.cmd("XCLIENT ADDR=192.0.2.1", "554")
     client.begin(b"x\r\n")
     client.reset()
-    until(lambda: told(daemon, "CLIENT: "), "it is gone")
+    until(lambda: lines_with(daemon, "CLIENT: "), "it is gone")
     found = {(line["level"], line.get("session"), line["message"])
              for line in lines(daemon) if "message" in line}
     for level, session, message in (
@@ -307,12 +307,12 @@ def test_json_recipients_too_many_end_in_dots(site, size):
 def test_json_warning_about_settings_is_json(site, settings, env, message):
     """A log collector of a container can read each line from the first one on."""
     daemon = start(site, env=env, **settings)
-    assert told(daemon, message)
+    assert lines_with(daemon, message)
 
 
 def test_json_start_that_fails_is_json(site):
     daemon = site.refused(LogFormat="json", Listen=site.hop.address)
-    assert told(daemon, "Listen: %s: Address" % site.hop.address)
+    assert lines_with(daemon, "Listen: %s: Address" % site.hop.address)
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 LogFormat: errors at start")
@@ -325,7 +325,7 @@ def test_configuration_error_at_start_is_classic(site):
 
 def test_json_set_by_the_environment_counts(site):
     daemon = site.start(wait=False, env={"CLAMSMTPD_LOGFORMAT": "JSON"})
-    until(lambda: told(daemon, "listening on "), "it listens")
+    until(lambda: lines_with(daemon, "listening on "), "it listens")
 
 
 def test_json_set_by_sighup_counts(site):

@@ -110,7 +110,7 @@ def test_proxy_client_is_named_in_log_header_and_xclient(site, name, said):
     client = proxied(site, v2(name))
     client.mail()
     client.mail(body=BAD, want="250 2.0.0 Virus")
-    assert site.hop.told("XCLIENT") == [
+    assert site.hop.received("XCLIENT") == [
         "XCLIENT NAME=[UNAVAILABLE] ADDR=%s PORT=%d" % (said, PORT)]
     assert b"\r\nX-From: %s to 127.0.0.1\r\n" % name.encode() in \
         site.hop.messages[0].body
@@ -139,7 +139,7 @@ def test_proxy_header_without_a_client_leaves_the_peer(site, header):
     client = proxied(site, header, source="127.0.0.9")
     client.mail()
     assert accepted(site) == ["127.0.0.9"]
-    assert site.hop.told("XCLIENT") == ["XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9 PORT=%d"
+    assert site.hop.received("XCLIENT") == ["XCLIENT NAME=[UNAVAILABLE] ADDR=127.0.0.9 PORT=%d"
                               % client.sock.getsockname()[1]]
     client.quit()
 
@@ -441,7 +441,7 @@ def test_haproxy_names_the_client(site, haproxy, options, source):
     client.mail()
     port = client.sock.getsockname()[1]
     assert source in accepted(site)     # the fixture looked at the port, too
-    assert site.hop.told("XCLIENT")[-1] == "XCLIENT NAME=[UNAVAILABLE] ADDR=%s%s PORT=%d" % (
+    assert site.hop.received("XCLIENT")[-1] == "XCLIENT NAME=[UNAVAILABLE] ADDR=%s%s PORT=%d" % (
         "IPV6:" if ":" in source else "", source, port)
     client.quit()
 
@@ -606,7 +606,7 @@ def test_haproxy_recipe_one_of_three_ends_and_no_mail_is_lost(site, recipe, numb
 def test_haproxy_recipe_names_the_client_to_the_next_hop(site, recipe):
     client = site.session(address=recipe.address, source="127.0.0.42")
     client.mail()
-    sent, = site.hop.told("XCLIENT")
+    sent, = site.hop.received("XCLIENT")
     assert " ADDR=127.0.0.42 " in sent
 
 

@@ -43,7 +43,7 @@ def test_xclient_has_only_attributes_that_the_next_hop_lists(site, offer, want):
     site.hop.ehlo = ["DSN", offer]
     site.start(XClient="on")
     client = site.session()
-    sent, = site.hop.told("XCLIENT")
+    sent, = site.hop.received("XCLIENT")
     assert re.fullmatch(want, sent)
     client.quit()
 
@@ -53,7 +53,7 @@ def test_xclient_address_of_an_ipv6_client_has_a_prefix(site, xhop):
         pytest.skip("no IPv6 loopback here")
     site.start(XClient="on", Listen="[::1]:0")
     client = site.session()
-    sent, = site.hop.told("XCLIENT")
+    sent, = site.hop.received("XCLIENT")
     assert re.search(r" ADDR=IPV6:::1( |$)", sent)
     client.quit()
 
@@ -136,7 +136,7 @@ def test_xclient_refused_after_helo_is_sent_at_the_first_ehlo(site, xhop):
     client.quit()
     verbs = [v for v in site.hop.session.verbs() if v in ("HELO", "EHLO", "XCLIENT")]
     assert verbs == ["HELO", "XCLIENT", "HELO", "EHLO", "XCLIENT", "EHLO", "EHLO"]
-    assert "PORT=" in site.hop.told("XCLIENT")[1]
+    assert "PORT=" in site.hop.received("XCLIENT")[1]
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 XClient: 503 until then")
@@ -204,7 +204,7 @@ def test_xclient_is_not_sent_at_a_later_ehlo(site, xhop):
     client = site.session()
     client.cmd("EHLO again", "250")
     client.cmd("HELO again", "250")
-    assert len(site.hop.told("XCLIENT")) == 1
+    assert len(site.hop.received("XCLIENT")) == 1
     client.mail()
     client.quit()
 
@@ -215,7 +215,7 @@ def test_xclient_offered_at_a_later_ehlo_is_not_sent(site):
     client = site.session()
     site.hop.ehlo = ["DSN", XCLIENT]
     client.cmd("EHLO again", "250")
-    assert site.hop.told("XCLIENT") == []
+    assert site.hop.received("XCLIENT") == []
     client.quit()
 
 
@@ -236,7 +236,7 @@ def test_xclient_refused_goes_on_with_the_first_reply(site, xhop, reply):
     client.cmd("EHLO me", "250")
     client.mail()
     client.quit()
-    assert len(site.hop.told("XCLIENT")) == 1
+    assert len(site.hop.received("XCLIENT")) == 1
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 XClient: other refusal")

@@ -291,7 +291,7 @@ main(int argc, char **argv)
 	CHECK(buf_ready(&s->server.peer.out, 1), "memory");
 	for (length = 0; length <= longest; length++)
 		all(s, 0, length, 0);
-	/* line_end() looks at eight bytes at once. */
+	/* line_end() examines eight bytes at once. */
 	for (length = 0; length <= longest - 2; length++)
 		for (before = 1; before <= 9; before++)
 			all(s, before, length, before % 3 * 4);

@@ -535,7 +535,7 @@ class Server:
     def _run(self, sock):
         try:
             self.serve(sock)
-        except Exception as error:           # a test looks at self.errors
+        except Exception as error:           # finish() checks self.errors
             if not self.closing:
                 self.errors.append("%s: %s: %s" % (
                     self.family, type(error).__name__, error))
@@ -682,7 +682,7 @@ class NextHop(Server):
         self.replies[verb] = list(reply) if isinstance(reply, list) else reply
         return self
 
-    # -- what tests look at
+    # -- what tests check
 
     @property
     def messages(self):
@@ -1250,7 +1250,7 @@ class Clock:
         self.monotonic += seconds
         self.real += seconds if real is None else real
         self.set()
-        daemon.send_signal(signal.SIGUSR1)      # it looks at its clock again
+        daemon.send_signal(signal.SIGUSR1)      # it reads its clock again
 
 
 class Daemon:

@@ -274,7 +274,7 @@ def insist(action, condition, what):
     return until(helped, what)
 
 
-def behind_a_queue(site, clamd, server):
+def check_after_queue(site, clamd, server):
     """Check a recipe for a filter after the queue, from a client of the mail server
     to the mailbox.  A clean mail arrives and is scanned once.  A virus is not
     delivered, and no sender or recipient gets a message about it.  Mail waits while
@@ -503,7 +503,7 @@ class Postfix:
             found.append((head + b"\n", body))
         return found
 
-    # -- for behind_a_queue()
+    # -- for check_after_queue()
 
     def arrived(self):
         return [b"\n".join(message) for message in self.delivered()]

@@ -310,7 +310,7 @@ def recipe(site, clamd, name, server, start, table, mailbox):
     with server(port, "useradd -m alice\n" + start, files) as server:
         server.arrived = lambda: [real.unix(m.body) for m in site.hop.messages]
         real.start_example(site, name, ports, ClamAddress=clamd.path)
-        real.behind_a_queue(site, clamd, server)
+        real.check_after_queue(site, clamd, server)
 
         client = real.speak(site, server.address(), "127.0.0.5")
         client.cmd("MAIL FROM:<a@example.com>", "250")

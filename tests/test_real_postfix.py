@@ -175,7 +175,7 @@ def start(site, postfix, **settings):
 @pytest.mark.covers("clamsmtpd.8 Postfix, after the queue")
 def test_after_queue_mail_is_filtered_and_delivered(open_site, postfix, real_clamd):
     start(open_site, postfix, ClamAddress=real_clamd.path)
-    real.behind_a_queue(open_site, real_clamd, postfix)
+    real.check_after_queue(open_site, real_clamd, postfix)
 
 
 def test_after_queue_bytes_arrive(open_site, postfix):

@@ -35,15 +35,15 @@ class Vector:
         self.start = len(head)                  # where the end of data begins
         between = ENDS[before] + dot + ENDS[after]
         self.dot = self.start + len(ENDS[before])
-        self.behind = self.dot + len(dot)
+        self.dot_end = self.dot + len(dot)
         self.end = self.start + len(between)    # and where it ends
         self.body = head + between + tail
 
     def cuts(self):
         """Eight ways to send the body in pieces, each as the offsets of its cuts.  The
         last one sends single bytes around the dot and at the end."""
-        return [(self.start,), (self.start + 1,), (self.dot,), (self.behind,),
-                (self.end - 1,), (self.end,), (self.dot, self.behind),
+        return [(self.start,), (self.start + 1,), (self.dot,), (self.dot_end,),
+                (self.end - 1,), (self.end,), (self.dot, self.dot_end),
                 (*range(self.start, self.end + 2),
                  *range(len(self.body), len(self.body) + 5))]
 
@@ -157,7 +157,7 @@ def strict(stream):
 LAX = [(a, b) for a in (b"\r\n", b"\n", b"\r") for b in (b"\r\n", b"\n", b"\r")]
 
 
-def behind(text, ends):
+def after_end(text, ends):
     """The text after the first end of data, or None if there is no end.  An end is a
     dot between one of the pairs in `ends'."""
     found = []
@@ -170,7 +170,7 @@ def behind(text, ends):
     return text[min(found):] if found else None
 
 
-def behind_line(text, is_end):
+def after_end_line(text, is_end):
     """The same for a server that reads lines and tests each with is_end()."""
     while text:
         line, _, text = text.partition(b"\n")
@@ -199,26 +199,26 @@ BARE = [(b"\n", b"\n")]
 
 # Each returns the bytes after the first message, which it would read as commands.
 NEXT_HOPS = {
-    "strict": lambda d: behind(d, [(b"\r\n", b"\r\n")]),
-    "LF.LF": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\n", b"\n")]),
-    "LF.CRLF": lambda d: behind(d, [(b"\n", b"\r\n")]),
-    "CRLF.LF": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\r\n", b"\n")]),
-    "CR.CR": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\r", b"\r")]),
-    "CRLF.CR": lambda d: behind(d, [(b"\r\n", b"\r\n"), (b"\r\n", b"\r")]),
-    "any of them": lambda d: behind(d, LAX),
-    "CR becomes LF": lambda d: behind(cr_is_lf(d), BARE),
-    "CRLF, then CR become LF": lambda d: behind(crlf_is_lf_then_cr(d), BARE),
-    "drops CR": lambda d: behind(no_cr(d), BARE),
-    "drops NUL": lambda d: behind(no_nul(d), LAX),
-    "drops NUL, CR becomes LF": lambda d: behind(cr_is_lf(no_nul(d)), BARE),
-    "drops NUL and CR": lambda d: behind(no_cr(no_nul(d)), BARE),
-    "C strings": lambda d: behind_line(
+    "strict": lambda d: after_end(d, [(b"\r\n", b"\r\n")]),
+    "LF.LF": lambda d: after_end(d, [(b"\r\n", b"\r\n"), (b"\n", b"\n")]),
+    "LF.CRLF": lambda d: after_end(d, [(b"\n", b"\r\n")]),
+    "CRLF.LF": lambda d: after_end(d, [(b"\r\n", b"\r\n"), (b"\r\n", b"\n")]),
+    "CR.CR": lambda d: after_end(d, [(b"\r\n", b"\r\n"), (b"\r", b"\r")]),
+    "CRLF.CR": lambda d: after_end(d, [(b"\r\n", b"\r\n"), (b"\r\n", b"\r")]),
+    "any of them": lambda d: after_end(d, LAX),
+    "CR becomes LF": lambda d: after_end(cr_is_lf(d), BARE),
+    "CRLF, then CR become LF": lambda d: after_end(crlf_is_lf_then_cr(d), BARE),
+    "drops CR": lambda d: after_end(no_cr(d), BARE),
+    "drops NUL": lambda d: after_end(no_nul(d), LAX),
+    "drops NUL, CR becomes LF": lambda d: after_end(cr_is_lf(no_nul(d)), BARE),
+    "drops NUL and CR": lambda d: after_end(no_cr(no_nul(d)), BARE),
+    "C strings": lambda d: after_end_line(
         d, lambda l: l.rstrip(b"\r").split(b"\0")[0] == b"."),
-    "C strings, CR gone later": lambda d: behind_line(
+    "C strings, CR gone later": lambda d: after_end_line(
         d, lambda l: l.split(b"\0")[0].rstrip(b"\r") == b"."),
-    "C strings, CR is LF": lambda d: behind_line(
+    "C strings, CR is LF": lambda d: after_end_line(
         cr_is_lf(d), lambda l: l.split(b"\0")[0] == b"."),
-    "trims line ends": lambda d: behind_line(
+    "trims line ends": lambda d: after_end_line(
         d, lambda l: l.rstrip(b" \t\r\0") == b"."),
 }
 

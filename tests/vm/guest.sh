@@ -259,12 +259,12 @@ check "and the next one serves" greets 127.0.0.1 10025
 
 # ----------------------------------------------------------------- drop-ins
 
-printf 'VirusAction: /usr/local/bin/tell\n' | cat /etc/clamsmtpd.test - >"$results/conf"
-cat >/usr/local/bin/tell <<'E'
+printf 'VirusAction: /usr/local/bin/report\n' | cat /etc/clamsmtpd.test - >"$results/conf"
+cat >/usr/local/bin/report <<'E'
 #!/bin/sh
 printf 'Subject: virus\n\n%s %s\n' "$VIRUS" "$EMAIL" | /usr/sbin/sendmail -f '<>' you@vm.example
 E
-chmod 755 /usr/local/bin/tell
+chmod 755 /usr/local/bin/report
 check "virusaction.conf" with_unit /usr/share/doc/clamsmtp/examples/virusaction.conf "$results/conf"
 mail --attach "@$exe" >/dev/null
 soon "sendmail in a VirusAction" 120 grep -q '^Subject: virus' /var/mail/you

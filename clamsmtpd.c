@@ -82,7 +82,7 @@ static int
 is_over(void)
 {
 	return stopping > 1 || (stopping && count.open == 0 &&
-	    (now >= drain_until || !virusaction_left()));
+	    (now >= drain_until || virusactions == 0));
 }
 
 static void

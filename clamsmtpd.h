@@ -735,18 +735,13 @@ void session_rest(struct session *);
 /* The child's caller is gone: it gets no answer. */
 void child_forget(struct child *);
 
-/* Returns 1 when one more child may make a copy, 0 when MAXCOPIES do.  All
- * sessions run when that has changed. */
-int child_room(void);
-
 /*
- * Run the shell command with env (NAME=value strings, and a NULL) for at most
- * ms, after those that wait already.  Takes env, which is freed with
- * env_free().
+ * Run the shell command for at most ms, after those that wait already.  env has
+ * variables for it: name, NUL, value, NUL, and after the last one more NUL.  A
+ * variable without a value is unset.  Takes env, which is freed with free().
  */
-void virusaction_start(unsigned id, const char *command, char **env, int64_t ms);
-int virusaction_left(void);	/* 1 while one runs or waits, else 0 */
-void env_free(char **env);
+void virusaction_start(unsigned id, const char *command, char *env, int64_t ms);
+extern int virusactions;	/* how many run or wait */
 
 void children_reap(void);	/* after SIGCHLD */
 void children_kill(void);	/* the daemon ends: kill and reap them all */
@@ -780,7 +775,8 @@ void spool_close(struct spool *);
  * Start a child that copies the message to dir.  done is called as for
  * child_start().  The answer is the path of the copy, which begins with a
  * slash, or the reason of a failure, or empty.  Returns NULL and errno when the
- * child cannot be started.
+ * child cannot be started: EBUSY when MAXCOPIES run.  All sessions run when one
+ * has ended.
  */
 struct child *spool_quarantine(const struct spool *, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);

@@ -2571,85 +2571,46 @@ forward(struct session *s)
 	enter(s, S_DATA);
 }
 
-/* Promise 8: add a variable for the VirusAction.  Bytes that are not text
- * become question marks, except sep, which separates values.  A variable
- * without a value is not set.  Returns 0, or -1 without memory. */
+/* Promise 8: append a variable for the VirusAction, its name and its value, each
+ * with a NUL.  Bytes that are not text become question marks, except sep, which
+ * separates values.  Returns 0, or -1 without memory. */
 static int
-env_add(char **env, size_t *n, const char *name, const char *value, char sep)
+env_add(struct str *env, const char *name, const char *value, char sep)
 {
-	size_t size, len;
-	char *p, *v;
+	size_t len, n = value == NULL ? 0 : strlen(value);
+	char *v;
 
-	if (value == NULL || *value == '\0')
-		return 0;
-	size = strlen(name) + strlen(value) + 2;
-	if ((p = malloc(size)) == NULL)
+	if (n > 0 && value[n - 1] == sep)
+		n--;
+	if (str_add(env, name, strlen(name) + 1) == -1 ||
+	    str_add(env, value, n) == -1 || str_add(env, "", 1) == -1)
 		return -1;
-	format(p, size, "%s=%s", name, value);
-	for (v = p; *v != '\0'; v += len)
+	for (v = env->s + env->len - n - 1; *v != '\0'; v += len)
 		if ((len = text_char(v, strlen(v))) == 0) {
 			len = 1;
 			if (*v != sep)
 				*v = '?';
 		}
-	if (v[-1] == sep)
-		v[-1] = '\0';
-	env[(*n)++] = p;
 	return 0;
 }
 
-extern char **environ;
-
-static const char *const env_names[] = {
-	"CLIENT", "EMAIL", "RECIPIENTS", "REMOTE", "REMOTE_HELO", "SENDER",
-	"SERVER", "TMPDIR", "VIRUS",
-};
-#define NENV	(sizeof env_names / sizeof env_names[0])
-
-static int
-env_is_ours(const char *var)
-{
-	size_t i, n = strcspn(var, "=");
-
-	for (i = 0; i < NENV; i++)
-		if (mem_equal(var, n, env_names[i]))
-			return 1;
-	return 0;
-}
-
-/* Returns the daemon's environment with our nine variables, or NULL without
- * memory. */
-static char **
+/* Returns our nine variables for virusaction_start(), or NULL without memory. */
+static char *
 virus_env(struct session *s)
 {
-	const char *values[NENV];
-	size_t n = 0, i, size = NENV + 1;
-	char **env;
-	int bad = 0;
+	struct str env = { NULL, 0, 0 };
 
-	/* In the order of env_names. */
-	values[0] = addr_text(&s->client_addr);
-	values[1] = s->result.quarantined.s;
-	values[2] = s->env.rcpt_list.s;
-	values[3] = s->xforward.addr.s;
-	values[4] = s->xforward.helo.s;
-	values[5] = s->env.from.s;
-	values[6] = addr_text(&s->server.addr);
-	values[7] = s->conf->tempdir;
-	values[8] = s->result.text;
-	for (i = 0; environ[i] != NULL; i++)
-		size++;
-	if ((env = calloc(size, sizeof *env)) == NULL)
-		return NULL;
-	for (i = 0; environ[i] != NULL && !bad; i++)
-		if (!env_is_ours(environ[i]))
-			bad = (env[n++] = strdup(environ[i])) == NULL;
-	for (i = 0; i < NENV && !bad; i++)
-		bad = env_add(env, &n, env_names[i], values[i],
-		    values[i] == s->env.rcpt_list.s ? '\n' : '\0');
-	if (!bad)
-		return env;
-	env_free(env);
+	if (env_add(&env, "CLIENT", addr_text(&s->client_addr), 0) == 0 &&
+	    env_add(&env, "EMAIL", s->result.quarantined.s, 0) == 0 &&
+	    env_add(&env, "RECIPIENTS", s->env.rcpt_list.s, '\n') == 0 &&
+	    env_add(&env, "REMOTE", s->xforward.addr.s, 0) == 0 &&
+	    env_add(&env, "REMOTE_HELO", s->xforward.helo.s, 0) == 0 &&
+	    env_add(&env, "SENDER", s->env.from.s, 0) == 0 &&
+	    env_add(&env, "SERVER", addr_text(&s->server.addr), 0) == 0 &&
+	    env_add(&env, "TMPDIR", s->conf->tempdir, 0) == 0 &&
+	    env_add(&env, "VIRUS", s->result.text, 0) == 0)
+		return env.s;
+	str_free(&env);
 	return NULL;
 }
 
@@ -2657,7 +2618,7 @@ virus_env(struct session *s)
 static void
 virus_found(struct session *s)
 {
-	char **env;
+	char *env;
 
 	if (s->conf->virusaction != NULL) {
 		if ((env = virus_env(s)) == NULL)
@@ -2742,14 +2703,18 @@ st_scan(struct session *s)
  * QUARANTINE.
  */
 
-static void
+/* Returns 1, or 0 when MAXCOPIES other copies are being made. */
+static int
 copy_start(struct session *s)
 {
-	s->result.copying = 1;
 	s->result.child = spool_quarantine(&s->msg.spool, s->conf->tempdir,
 	    on_quarantined, s, s->deadline - now);
+	if (s->result.child == NULL && errno == EBUSY)
+		return 0;
 	if (s->result.child == NULL)
 		slog(s, LOG_ERR, "quarantine in %s:", s->conf->tempdir);
+	s->result.copying = 1;
+	return 1;
 }
 
 /* The loss of the next hop does not matter: the virus is handled first. */
@@ -2760,9 +2725,8 @@ st_quarantine(struct session *s)
 	if (!s->result.copying) {
 		if (client_gone(s))
 			return abort_transaction(s);
-		if (!child_room())
+		if (!copy_start(s))
 			return 0;
-		copy_start(s);
 	}
 	if (s->result.child != NULL)	/* wait, for each copy is logged */
 		return 0;

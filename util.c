@@ -1222,11 +1222,12 @@ struct child {
 
 	/* A VirusAction. */
 	char	*command;		/* NULL: a worker */
-	char	**env;
+	char	*env;
 	unsigned id;			/* of its session, for the log */
 	int64_t	 ms;			/* that it may take */
 };
 static struct child *children;		/* the oldest first */
+int virusactions;
 
 static void
 close_between(int first, int last)
@@ -1328,16 +1329,6 @@ child_add(struct child *c)
 	*p = c;
 }
 
-void
-env_free(char **env)
-{
-	size_t i;
-
-	for (i = 0; env != NULL && env[i] != NULL; i++)
-		free(env[i]);
-	free(env);
-}
-
 static void
 child_free(struct child *c)
 {
@@ -1347,9 +1338,10 @@ child_free(struct child *c)
 		;
 	if (*p == c)
 		*p = c->next;
+	virusactions -= c->command != NULL;
 	free(c->files);
 	free(c->command);
-	env_free(c->env);
+	free(c->env);
 	free(c);
 }
 
@@ -1360,17 +1352,6 @@ child_signal(struct child *c, int sig)
 	kill(c->command != NULL ? -c->pid : c->pid, sig);
 	c->signalled = 1;
 	c->deadline = now + KILL_TIME;
-}
-
-int
-child_room(void)
-{
-	struct child *c;
-	int n = 0;
-
-	for (c = children; c != NULL; c = c->next)
-		n += c->files != NULL;
-	return n < MAXCOPIES;
 }
 
 /*
@@ -1489,10 +1470,15 @@ static void virusaction_exec(const struct child *) __attribute__((noreturn));
 static void
 virusaction_exec(const struct child *c)
 {
-	static char sh[] = "sh", option[] = "-c";
-	char *argv[] = { sh, option, c->command, NULL };
+	const char *name, *value;
 	int none;
 
+	for (name = c->env; *name != '\0'; name = value + strlen(value) + 1) {
+		value = name + strlen(name) + 1;
+		unsetenv(name);
+		if (*value != '\0' && setenv(name, value, 1) == -1)
+			_exit(127);
+	}
 	setpgid(0, 0);
 	close_all_but(NULL, 0);		/* leaves room for one more */
 	none = open("/dev/null", O_RDWR);
@@ -1502,7 +1488,7 @@ virusaction_exec(const struct child *c)
 		dup2(none, 2);
 		close(none);
 	}
-	execve("/bin/sh", argv, c->env);
+	execl("/bin/sh", "sh", "-c", c->command, (char *)NULL);
 	_exit(127);
 }
 
@@ -1512,10 +1498,9 @@ virusactions_run(void)
 	struct child *c, *next;
 	int running = 0;
 
-	for (c = children; c != NULL; c = c->next)
-		running += c->command != NULL && c->pid != 0;
 	for (c = children; c != NULL && running < MAXACTIONS; c = next) {
 		next = c->next;
+		running += c->command != NULL;
 		if (c->command == NULL || c->pid != 0)
 			continue;
 		switch (c->pid = fork_blocked()) {
@@ -1523,54 +1508,42 @@ virusactions_run(void)
 			logmsg(LOG_ERR, "%06X: VirusAction: fork: %s: %s",
 			    c->id, strerror(errno), command_text(c));
 			child_free(c);
+			running--;
 			break;
 		case 0:
 			virusaction_exec(c);
 		default:
 			setpgid(c->pid, c->pid);	/* as the child does */
 			c->deadline = now + c->ms;
-			running++;
 		}
 	}
 }
 
 void
-virusaction_start(unsigned id, const char *command, char **env, int64_t ms)
+virusaction_start(unsigned id, const char *command, char *env, int64_t ms)
 {
-	struct child *c;
-	int waiting = 0;
+	struct child *c = calloc(1, sizeof *c);
+	char *text = strdup(command);
 
-	for (c = children; c != NULL; c = c->next)
-		waiting += c->command != NULL && c->pid == 0;
-	if (waiting >= MAXWAITING) {
+	if (virusactions >= MAXACTIONS + MAXWAITING)
 		logmsg(LOG_ERR, "%06X: VirusAction: not run, %d are waiting: "
-		    "%s", id, waiting, printable(command, strlen(command)));
-		env_free(env);
-		return;
-	}
-	c = calloc(1, sizeof *c);
-	if (c == NULL || (c->command = strdup(command)) == NULL) {
+		    "%s", id, MAXWAITING, printable(command, strlen(command)));
+	else if (c == NULL || text == NULL)
 		logmsg(LOG_ERR, "%06X: VirusAction: not run: %s: %s", id,
 		    strerror(errno), printable(command, strlen(command)));
-		free(c);
-		env_free(env);
+	else {
+		c->command = text;
+		c->id = id;
+		c->env = env;
+		c->ms = ms;
+		virusactions++;
+		child_add(c);
+		virusactions_run();
 		return;
 	}
-	c->id = id;
-	c->env = env;
-	c->ms = ms;
-	child_add(c);
-	virusactions_run();
-}
-
-int
-virusaction_left(void)
-{
-	struct child *c;
-
-	for (c = children; c != NULL && c->command == NULL; c = c->next)
-		;
-	return c != NULL;
+	free(c);
+	free(text);
+	free(env);
 }
 
 static void
@@ -2144,11 +2117,17 @@ struct child *
 spool_quarantine(const struct spool *sp, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
 {
-	struct quarantine *q = calloc(1, sizeof *q);
-	struct child *c = NULL;
-	int err;
+	struct quarantine *q;
+	struct child *c;
+	int err, n = 0;
 
-	if (q == NULL)
+	for (c = children; c != NULL; c = c->next)
+		n += c->files != NULL;
+	if (n >= MAXCOPIES) {
+		errno = EBUSY;
+		return NULL;
+	}
+	if ((q = calloc(1, sizeof *q)) == NULL)
 		return NULL;
 	q->from = sp;
 	q->dir = dir;

@@ -456,6 +456,7 @@ scan_send(struct session *s)
 		peer_fill(p, 0);
 	/* An early answer, or the end of the connection, is the result. */
 	if (p->err || p->eof || buf_len(&p->in) > 0) {
+		buf_free(&p->out);
 		c->phase = SC_ANSWER;
 		return 1;
 	}
@@ -603,27 +604,6 @@ clamd_scan(struct session *s)
 		if (s->scan.phase == SC_QUEUE || !step[s->scan.phase](s))
 			return 0;	/* queue_run() ends SC_QUEUE */
 	return 1;
-}
-
-int
-clamd_events(const struct session *s)
-{
-	switch (s->scan.phase) {
-	case SC_CONNECT:
-		return POLLOUT;
-	case SC_SEND:
-		return POLLIN | POLLOUT;
-	case SC_ANSWER:
-		return s->scan.peer.eof ? 0 : POLLIN;
-	default:
-		return 0;
-	}
-}
-
-int64_t
-clamd_deadline(const struct session *s)
-{
-	return s->scan.phase == SC_CONNECT ? s->scan.deadline : 0;
 }
 
 void

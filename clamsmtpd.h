@@ -352,8 +352,8 @@ struct message {
 	int64_t	 dot_at;		/* when the end of data came */
 };
 
-/* The scan of a message: from clamd_begin() to the verdict.  Private to
- * clamd.c, but for SC_QUEUE. */
+/* The scan of a message: from clamd_begin() to the verdict.  The session polls
+ * it, so smtp.c knows phase, peer and deadline. */
 struct scan {
 	/* queue_run() ends SC_QUEUE when a clamd has a free slot. */
 	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
@@ -497,8 +497,6 @@ struct clamd *clamd_get(struct target *);
 void clamd_put(struct clamd *);
 void clamd_begin(struct session *);		/* queue a complete message */
 int clamd_scan(struct session *);		/* 1: there is a verdict; 0: wait */
-int clamd_events(const struct session *);	/* poll events of s->scan.peer */
-int64_t clamd_deadline(const struct session *);	/* of the connection; 0: none */
 void clamd_timeout(struct session *);		/* at ScanTimeOut: no verdict */
 void clamd_cancel(struct session *);		/* abandon the scan, if any */
 void clamd_poll(void);				/* abandoned scans, checks */
@@ -649,11 +647,9 @@ void peer_close(struct peer *);
  * Returns true when the connection has failed, as far as the kernel knows now.
  */
 int peer_reset(struct peer *);
-/* Returns 1 when bytes, EOF or an error wait to be read, else 0.  Reads nothing
- * and needs no memory. */
-int peer_unread(struct peer *);
-/* Returns 1 when there is input, in the buffer or in the kernel, else 0. */
-int peer_waiting(const struct peer *);
+/* Returns 1 when the kernel has bytes that were not read, -1 at EOF or after an
+ * error, or 0.  Reads nothing and needs no memory. */
+int peer_peek(const struct peer *);
 
 /* Returns a text such as a.b.c.d, v6, path or "local" in one of a few static
  * buffers that are used in turn. */

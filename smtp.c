@@ -109,7 +109,7 @@ static void greeting_reply(struct session *, const struct reply *),
     reset_reply(struct session *, const struct reply *);
 
 /* RESET: only a reset of the client's connection is noticed. */
-enum { CLIENT = 1, SERVER = 2, RESET = 4 };
+enum { CLIENT = 1, SERVER = 2, RESET = 4, CLAMD = 8 };
 
 /* The time limit of a state. */
 enum clock {
@@ -139,7 +139,8 @@ static const struct {
 	[S_AUTH] =	{ "auth", CLIENT | SERVER, C_IDLE, st_auth, NULL },
 	[S_BODY] =	{ "body", CLIENT | SERVER, C_IDLE, st_body, NULL },
 	[S_CHUNK] =	{ "chunk", CLIENT | SERVER, C_IDLE, st_chunk, NULL },
-	[S_SCAN] =	{ "scan", CLIENT | SERVER, C_OTHER, st_scan, NULL },
+	[S_SCAN] =	{ "scan", CLIENT | SERVER | CLAMD, C_OTHER, st_scan,
+			    NULL },
 	[S_QUARANTINE] = { "quarantine", CLIENT | SERVER, C_TOTAL,
 			    st_quarantine, NULL },
 	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data,
@@ -1852,7 +1853,8 @@ command(struct session *s, char *line, size_t n)
 	/* Promise 10:  DATA is the last command of a group (RFC 2920 3.1).  A
 	 * body that comes with it would be read as commands if DATA is
 	 * refused. */
-	if (verb_is(v, "DATA") && peer_waiting(&s->client)) {
+	if (verb_is(v, "DATA") && (buf_len(&s->client.in) > 0 ||
+	    peer_peek(&s->client) > 0)) {
 		slog(s, LOG_WARNING, "CLIENT: sent input after DATA without "
 		    "waiting for the reply, session ends");
 		client_reply(s, r_early_body);
@@ -2913,7 +2915,7 @@ recheck_peers(struct session *s)
 	if (!s->client.eof)
 		client_fill(s);
 	peer_reset(&s->client);
-	if (!s->server.peer.eof && peer_unread(&s->server.peer))
+	if (!s->server.peer.eof && peer_peek(&s->server.peer) != 0)
 		s->server.peer.err = 1;
 }
 
@@ -3188,17 +3190,23 @@ on_client(void *arg, int revents)
 }
 
 static void
+on_peer(struct session *s, struct peer *p, int revents)
+{
+	if (s->state == S_DEAD || p->fd == -1)
+		return;
+	if (p->connecting)
+		p->connecting = 0;
+	else if (revents & POLLIN)
+		peer_fill(p, 0);
+	session_run(s);
+}
+
+static void
 on_server(void *arg, int revents)
 {
 	struct session *s = arg;
 
-	if (s->state == S_DEAD || s->server.peer.fd == -1)
-		return;
-	if (s->server.peer.connecting)
-		s->server.peer.connecting = 0;
-	else if (revents & POLLIN)
-		peer_fill(&s->server.peer, 0);
-	session_run(s);
+	on_peer(s, &s->server.peer, revents);
 }
 
 static void
@@ -3206,13 +3214,7 @@ on_clamd(void *arg, int revents)
 {
 	struct session *s = arg;
 
-	if (s->state == S_DEAD || s->scan.peer.fd == -1)
-		return;
-	if (s->scan.peer.connecting)
-		s->scan.peer.connecting = 0;
-	else if (revents & POLLIN)
-		peer_fill(&s->scan.peer, 0);
-	session_run(s);
+	on_peer(s, &s->scan.peer, revents);
 }
 
 static int
@@ -3220,6 +3222,8 @@ wants(const struct session *s, const struct peer *p, int who)
 {
 	int events = 0;
 
+	if (p->fd == -1)
+		return 0;
 	if ((states[s->state].from & who) && !p->eof &&
 	    buf_len(&p->in) < BUFSZ)
 		events |= POLLIN;
@@ -3250,19 +3254,21 @@ static void
 session_poll(struct session *s)
 {
 	int client = wants(s, &s->client, CLIENT);
-	int server = s->server.peer.fd == -1 ? 0 :
-	    wants(s, &s->server.peer, SERVER);
+	int server = wants(s, &s->server.peer, SERVER);
+	int clamd = wants(s, &s->scan.peer, CLAMD);
 
 	if (s->state == S_REPLAY && buf_len(&s->server.peer.in) == 0)
 		server |= POLLOUT;
+	if (s->scan.phase == SC_SEND)
+		clamd |= POLLOUT;
 	if (client != 0 || wants_reset(s))
 		poll_add(s->client.fd, client, on_client, s);
 	if (server != 0)
 		poll_add(s->server.peer.fd, server, on_server, s);
-	if (s->scan.peer.fd != -1 && clamd_events(s) != 0)
-		poll_add(s->scan.peer.fd, clamd_events(s), on_clamd, s);
+	if (clamd != 0)
+		poll_add(s->scan.peer.fd, clamd, on_clamd, s);
 	s->next_time = s->deadline;
-	sooner(s, clamd_deadline(s));
+	sooner(s, s->scan.deadline);
 	if (is_body(s))
 		sooner(s, s->msg.rate_check_at);
 	sooner(s, keep_alive_at(s));

@@ -981,21 +981,12 @@ peer_reset(struct peer *p)
 }
 
 int
-peer_unread(struct peer *p)
+peer_peek(const struct peer *p)
 {
 	char c;
+	ssize_t n = recv(p->fd, &c, 1, MSG_PEEK);
 
-	return recv(p->fd, &c, 1, MSG_PEEK) != -1 ||
-	    (errno != EAGAIN && errno != EINTR);
-}
-
-int
-peer_waiting(const struct peer *p)
-{
-	char c;
-
-	return buf_len(&p->in) > 0 ||
-	    recv(p->fd, &c, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
+	return n == 1 ? 1 : n == -1 && (errno == EAGAIN || errno == EINTR) ? 0 : -1;
 }
 
 /*

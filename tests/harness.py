@@ -956,7 +956,7 @@ class Clamd(Server):
     def check(self, sock, answer):
         if self.deny_all is None:
             self.send(sock, answer + b"\0")
-            self.get(sock)
+            self.error("after the command came %r" % self.get(sock))
         else:
             self.send(sock, self.deny_all)
 
@@ -1251,6 +1251,37 @@ class Clock:
         self.real += seconds if real is None else real
         self.set()
         daemon.send_signal(signal.SIGUSR1)      # it reads its clock again
+
+
+class Faults:
+    """The faults of a daemon that was built with faults.h.  The test turns them on and
+    off, and counts the calls."""
+
+    STATE = struct.Struct("Q" + "8sQ" * 255)        # struct faults
+
+    def __init__(self, path, faults, on=True):
+        self.file = path
+        self.env = {"FAULT": faults, "FAULTS": path}
+        with open(path, "wb") as file:
+            file.write(bytes(self.STATE.size))
+        self.switch(on)
+
+    def switch(self, on):
+        with open(self.file, "r+b") as file:
+            file.write(struct.pack("Q", not on))
+
+    def calls(self, kind):
+        """How often the daemon has made such a call."""
+        with open(self.file, "rb") as file:
+            slots = self.STATE.unpack(file.read())[1:]
+        counts = dict(zip(slots[::2], slots[1::2]))
+        return counts.get(kind.encode()[:8].ljust(8, b"\0"), 0)
+
+    def count(self, kind, calls):
+        """Have the daemon continue as if it had made so many such calls."""
+        with open(self.file, "r+b") as file:
+            file.seek(file.read().index(kind.encode()[:8].ljust(8, b"\0")) + 8)
+            file.write(struct.pack("Q", calls))
 
 
 class Daemon:

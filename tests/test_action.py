@@ -10,8 +10,8 @@ import signal
 
 import pytest
 
-from harness import (CLOSE, EICAR, GOOD, HEADER, Hold, LARGE, NINE, VIRUS, environment, finish_file,
-                     never, processes, same, turns, until, wait_file)
+from harness import (CLOSE, EICAR, Faults, GOOD, HEADER, Hold, LARGE, NINE, VIRUS,
+                     environment, finish_file, never, processes, same, turns, until, wait_file)
 
 BAD = b"Subject: x\r\n\r\nEICAR is in here\r\n.dot\r\n"
 
@@ -392,12 +392,11 @@ def test_quarantine_without_link_killed_halfway_leaves_nothing(site, faulty_buil
 
 
 def test_quarantine_killed_between_link_and_unlink_leaves_nothing(
-        site, faulty_build, tmp_path):
+        site, faulty_build):
     """PROMISE 7: both names of the copy are removed."""
-    calls = tmp_path / "calls"      # of the daemon and its child together
-    calls.write_bytes(bytes(8192))
+    # With Faults the calls of the daemon and of its child are counted together.
     site.start(Quarantine="on", TimeOut="1", binary=faulty_build,
-               env={"FAULT": "unlink:1:0:-1", "FAULTS": str(calls)})
+               env=Faults(site.path("faults"), "unlink:1:0:-1").env)
     client = site.session()
     client.begin(BAD + b".\r\n")
     until(lambda: halted(site), "a copy is made")

@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 import signal
-import struct
 from concurrent import futures
 
 import pytest
@@ -78,7 +77,6 @@ LASTING = {
     "send": "EPIPE", "sendfile": "EIO", "socket": "EMFILE",
 }
 
-STATE = struct.Struct("Q" + "8sQ" * 255)     # struct faults
 IDLE = 9        # descriptors: 0 to 2, signals (2), listeners (3), pid file
 MANY = 20000    # calls of poll(); a daemon that spins soon reaches this
 LOST = "lines of the log were lost"
@@ -134,22 +132,13 @@ class Run:
         self.attempts = []
         self.client = self.daemon = None
         os.makedirs(self.spool)
-        with open(self.path("faults"), "wb") as file:
-            file.write(bytes(STATE.size))
+        self.faults = harness.Faults(self.path("faults"), fault)
+        self.calls = self.faults.calls
         for seen in scene.hop.sessions, scene.clamd.scans, scene.tcp.scans:
             seen.clear()
 
     def path(self, name):
         return os.path.join(self.dir, name)
-
-    def calls(self, kind):
-        slots = STATE.unpack(read(self.path("faults")))[1:]
-        counts = dict(zip(slots[::2], slots[1::2]))
-        return counts.get(kind.encode()[:8].ljust(8, b"\0"), 0)
-
-    def switch(self, off):
-        with open(self.path("faults"), "r+b") as file:
-            file.write(struct.pack("Q", off))
 
     # -- the daemon
 
@@ -165,7 +154,7 @@ class Run:
     def launch(self, level):
         self.daemon = harness.Daemon(
             self.dir, binary=self.scene.program, level=level, wait=False,
-            env={"FAULT": self.fault, "FAULTS": self.path("faults")},
+            env=self.faults.env,
             **self.settings())
 
     def start(self):
@@ -372,19 +361,19 @@ class Lasting(Run):
 
     def live(self):
         kind = self.fault.split(":")[0]
-        self.switch(off=True)
+        self.faults.switch(on=False)
         self.start()
         self.address = self.path("listen")
         self.deliver(PLAIN)
         met, turns = self.calls(kind), self.calls("poll")
-        self.switch(off=False)
+        self.faults.switch(on=True)
         with futures.ThreadPoolExecutor() as pool:
             attempts = pool.submit(self.attempt_both)
             try:
                 until(lambda: self.calls(kind) > met, "the fault is met")
                 harness.never(lambda: self.calls("poll") > turns + 1000, "it spins")
             finally:
-                self.switch(off=True)
+                self.faults.switch(on=False)
         attempts.result()
         self.deliver(DOTS, CHUNK, VIRUS)
         self.finish()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import pwd
 import re
@@ -17,9 +18,10 @@ import threading
 
 import pytest
 
-from harness import (BAD, CLAMSMTPD, CLOSE, HEADER, Hold, LARGE, Names, READ_AGAIN,
+from harness import (BAD, CLAMSMTPD, CLOSE, Faults, HEADER, Hold, LARGE, Names, READ_AGAIN,
                      Server, VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
-                     mounting, processes, turns, until, wait_file, wait_listener)
+                     mounting, processes, sanitized, turns, until, wait_file,
+                     wait_listener)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -1959,6 +1961,45 @@ def test_syslog_missing_at_start_is_reported_on_standard_error(site, background,
         one.end()
 
 
+def test_syslog_missing_is_tried_once_a_second(
+        site, background, own_dev, faulty_clock):
+    """Without a syslog daemon the lines cost no connect(2) each, and a syslogd that
+    starts gets the log after a second."""
+    preexec, dev = own_dev
+    settings = faulty_clock.settings()
+    faults = Faults(site.path("faults"), "")
+    settings["env"].update(faults.env)
+    one = background(preexec=preexec, **settings)
+
+    def connects():
+        """The calls of connect(2) during ten sessions, without their own."""
+        before, peers = faults.calls("connect"), site.hop.accepted + site.clamd.accepted
+        for _ in range(10):
+            client = site.session(address=one.socket)
+            client.mail()
+            client.quit()
+        return faults.calls("connect") - before - (
+            site.hop.accepted + site.clamd.accepted - peers)
+
+    def wait():
+        """Move the clock to the next second."""
+        faulty_clock.monotonic += 1
+        faulty_clock.set()
+
+    connects()                  # the health check at the start
+    assert connects() == 0
+    wait()
+    assert connects() == 1
+    assert connects() == 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(os.path.join(dev, "log"))
+        log.settimeout(WAIT)
+        wait()
+        assert connects() == 1
+        while b"status=CLEAN" not in log.recv(65536):
+            pass
+
+
 def test_standard_error_that_is_a_file_is_shared_with_the_starter(site):
     """The file is not open for appending.  Still no line overwrites another."""
     path, sock = site.path("log"), site.path("in.sock")
@@ -2016,6 +2057,32 @@ def test_out_of_memory_waits_and_uses_no_cpu(site):
     client = site.session()
     client.mail()
     client.quit()
+
+
+@pytest.mark.skipif("TEST_QEMU" in os.environ or bool(os.environ.get("TEST_BYTES")),
+                    reason="qemu has memory of its own, and single bytes need no buffer")
+def test_out_of_memory_for_commands_after_a_message_leaks_no_buffer(site, faulty_build):
+    """Commands after a message need a buffer of four times the usual size.  Without
+    memory for it the session ends, and no other buffer stays in use."""
+    faults = Faults(site.path("faults"), "malloc:1:1:%d" % errno.ENOMEM, on=False)
+    site.start(Listen=site.path("in.sock"), binary=faulty_build, env=faults.env)
+
+    def memory_after(sessions):
+        """The size of the daemon's data in KiB after so many such sessions."""
+        for _ in range(sessions):
+            client = site.session()
+            client.begin()
+            site.daemon.pause()                 # it reads all in one turn
+            client.send(b"Subject: x\r\n\r\nx\r\n.\r\n" + b"NOOP\r\n" * 8000)
+            faults.switch(on=True)
+            site.daemon.resume()
+            client.rest()
+            faults.switch(on=False)
+        return int(site.daemon.proc("VmData").split()[0])
+    before = memory_after(5)
+    grown = memory_after(15) - before
+    assert sanitized() or grown < 8 * 32        # 15 buffers would be 480 KiB
+    assert len(site.daemon.log("out of memory: session ends")) == 20
 
 
 def test_next_hop_that_answers_no_connect_delays_nobody(site):

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from harness import (BAD, CLOSE, Client, Early, HEADER, Hold, NextHop, RESET, Stream, Then, VIRUS,
-                     WAIT, at_once, full_listener, has_ipv6, never, same, turns, until)
+from harness import (BAD, CLOSE, Client, Early, Faults, HEADER, Hold, NextHop, RESET, Stream,
+                     Then, VIRUS, WAIT, at_once, full_listener, has_ipv6, never, same, turns, until)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -879,16 +879,9 @@ class Clogged:
     to go() each send() fails with EAGAIN, as on a full socket."""
 
     def __init__(self, site, program, fault="send:1:1:11"):
-        self.site, self.file = site, site.path("faults")
-        with open(self.file, "wb") as file:
-            file.truncate(8 + 255 * 16)         # struct faults of faults.h
-        self.switch(off=1)
-        site.start(binary=program,
-                   env={"FAULTS": self.file, "FAULT": fault})
-
-    def switch(self, off):
-        with open(self.file, "r+b") as file:
-            file.write(struct.pack("Q", off))
+        self.site = site
+        self.faults = Faults(site.path("faults"), fault, on=False)
+        site.start(binary=program, env=self.faults.env)
 
     def start(self, client, body):
         hold = Hold()
@@ -897,7 +890,7 @@ class Clogged:
         hold.reached()
         until(lambda: self.site.daemon.proc("State").startswith("S"),
               "the daemon sleeps in poll()")
-        self.switch(off=0)
+        self.faults.switch(on=True)
         hold.go()
         until(lambda: self.site.hop.sessions[0].replies[-1:] == [b"354 go ahead\r\n"],
               "the next hop says 354")
@@ -915,7 +908,7 @@ class Clogged:
         until(lambda: not unread(), "the daemon reads what the next hop says")
 
     def go(self):
-        self.switch(off=1)
+        self.faults.switch(on=False)
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """XCLIENT to the next hop, and XFORWARD from the client to the next hop."""
 
 import re
-import struct
 
 import pytest
 
-from harness import BAD, CLOSE, Hold, XCLIENT, environment, has_ipv6
+from harness import BAD, CLOSE, Faults, Hold, XCLIENT, environment, has_ipv6
 
 @pytest.fixture
 def xhop(site):
@@ -266,11 +265,8 @@ def test_xclient_without_memory_is_not_skipped(site, xhop, faulty_build, which):
     reply to EHLO, when other allocations use the kept buffers."""
     hello, greeting = Hold(), Hold()
     xhop.on("EHLO", [hello]).on("greeting", [None, greeting, greeting])
-    counts = site.path("faults")
-    with open(counts, "wb") as file:
-        file.truncate(8 + 255 * 16)                 # struct faults
-    site.start(XClient="on", binary=faulty_build,
-               env={"FAULT": "malloc:1000000:0:12", "FAULTS": counts})
+    faults = Faults(site.path("faults"), "malloc:1000000:0:12")
+    site.start(XClient="on", binary=faulty_build, env=faults.env)
     client = site.client()
     client.send("EHLO me\r\nMAIL FROM:<a@b>\r\n")
     client.half_close()
@@ -280,10 +276,7 @@ def test_xclient_without_memory_is_not_skipped(site, xhop, faulty_build, which):
         other.send("EHLO")
     greeting.reached(2)
     site.daemon.rests()
-    with open(counts, "rb+") as file:
-        at = file.read().index(b"malloc\0\0")
-        file.seek(at + 8)
-        file.write(struct.pack("Q", 1000000 - which))
+    faults.count("malloc", 1000000 - which)
     hello.go()
     client.rest()
     verbs = site.hop.sessions[0].verbs()

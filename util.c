@@ -1190,8 +1190,12 @@ peer_connect(struct peer *p, const struct addr *a, int64_t *deadline,
  * own; MAXACTIONS run at once, and the others wait.
  */
 
+/* All descriptors of a worker.  Text that libc writes to standard error before
+ * it aborts makes the answer wrong, and not the copy. */
+enum { FROM, TO, ANSWER };
+
 struct quarantine {
-	const struct spool *from;	/* for the child only, as is dir */
+	struct spool from;		/* for the child only, as is dir */
 	const char *dir;
 	int	 to;
 	char	 scratch[PATH_MAX], copy[PATH_MAX];
@@ -1220,8 +1224,9 @@ struct child {
 static struct child *children;		/* the oldest first */
 int virusactions;
 
+/* Close the descriptors from first on. */
 static void
-close_between(int first, int last)
+close_from(int first)
 {
 	struct dirent *entry;
 	struct rlimit r;
@@ -1229,41 +1234,22 @@ close_between(int first, int last)
 	int64_t fd;
 
 #ifdef SYS_close_range
-	if (syscall(SYS_close_range, first, last, 0) == 0)
+	if (syscall(SYS_close_range, first, ~0U, 0) == 0)
 		return;
 #endif
 	/* RLIMIT_NOFILE may be a billion, so close those that are open. */
 	if ((open_ones = opendir("/proc/self/fd")) != NULL) {
 		while ((entry = readdir(open_ones)) != NULL) {
 			if (parse_number(entry->d_name, "", &fd) == 1 &&
-			    fd >= first && fd <= last &&
-			    fd != dirfd(open_ones))
+			    fd >= first && fd != dirfd(open_ones))
 				close(fd);
 		}
 		closedir(open_ones);
 		return;
 	}
 	getrlimit(RLIMIT_NOFILE, &r);
-	for (; first <= last && (rlim_t)first < r.rlim_cur; first++)
+	for (; (rlim_t)first < r.rlim_cur; first++)
 		close(first);
-}
-
-/* Close every descriptor above 2 but the n in keep. */
-static void
-close_all_but(const int *keep, int n)
-{
-	int first, next, i;
-
-	for (first = 3; ; first = next + 1) {
-		next = INT_MAX;
-		for (i = 0; i < n; i++)
-			if (keep[i] >= first && keep[i] < next)
-				next = keep[i];
-		if (next > first)
-			close_between(first, next - 1);
-		if (next == INT_MAX)
-			return;
-	}
 }
 
 /* Handle, ignore and block no signal. */
@@ -1289,7 +1275,7 @@ process_begin(int nkept)
 	do
 		fd = open("/dev/null", O_RDWR);
 	while (fd >= 0 && fd <= 2);
-	close_between(3 + nkept, INT_MAX);
+	close_from(3 + nkept);
 }
 
 /* Signals are blocked during fork(), or the child would write those that all of
@@ -1336,6 +1322,13 @@ child_free(struct child *c)
 	free(c);
 }
 
+static void
+child_descriptor(int fd, int as)
+{
+	if (fd != -1 && dup2(fd, as) == -1)
+		_exit(127);
+}
+
 /* A VirusAction gets the signal with all of its process group. */
 static void
 child_signal(struct child *c, int sig)
@@ -1346,15 +1339,14 @@ child_signal(struct child *c, int sig)
 }
 
 /*
- * Run work(out, arg) in a child that keeps only the descriptors out and those of
- * the files.  When it has ended, done(ctx, answer, n) is called in the loop with
- * the n bytes that it wrote to out, and a NUL; n is 0 if it failed or took longer
- * than ms.  Then the files are removed, unless the answer is the name of the copy
- * and done was called.  Takes the files (NULL: none).  Returns NULL and sets errno
- * if there can be no child.
+ * Run work(arg) in a child.  When it has ended, done(ctx, answer, n) is called in
+ * the loop with the n bytes that it wrote to ANSWER, and a NUL; n is 0 if it
+ * failed or took longer than ms.  Then the files are removed, unless the answer is
+ * the name of the copy and done was called.  Takes the files (NULL: none).
+ * Returns NULL and sets errno if there can be no child.
  */
 static struct child *
-child_start(void (*work)(int, void *), void *arg, struct quarantine *files,
+child_start(void (*work)(void *), void *arg, struct quarantine *files,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
 {
 	struct child *c = calloc(1, sizeof *c);
@@ -1374,14 +1366,13 @@ child_start(void (*work)(int, void *), void *arg, struct quarantine *files,
 		return NULL;
 	}
 	if (c->pid == 0) {
-		int keep[3] = { p[1], -1, -1 };
-
+		child_descriptor(p[1], ANSWER);
 		if (files != NULL) {
-			keep[1] = files->from->fd;
-			keep[2] = files->to;
+			child_descriptor(files->from.fd, FROM);
+			child_descriptor(files->to, TO);
 		}
-		close_all_but(keep, 3);
-		work(p[1], arg);
+		close_from(3);
+		work(arg);
 		_exit(0);
 	}
 	close(p[1]);
@@ -1461,8 +1452,8 @@ static void virusaction_exec(const struct child *) __attribute__((noreturn));
 static void
 virusaction_exec(const struct child *c)
 {
-	const char *name, *value;
 	int none;
+	const char *name, *value;
 
 	for (name = c->env; *name != '\0'; name = value + strlen(value) + 1) {
 		value = name + strlen(name) + 1;
@@ -1471,14 +1462,11 @@ virusaction_exec(const struct child *c)
 			_exit(127);
 	}
 	setpgid(0, 0);
-	close_all_but(NULL, 0);		/* leaves room for one more */
-	none = open("/dev/null", O_RDWR);
-	if (none != -1) {
-		dup2(none, 0);
-		dup2(none, 1);
-		dup2(none, 2);
-		close(none);
-	}
+	close_from(3);			/* leaves room for one more */
+	none = open("/dev/null", O_RDWR | O_CLOEXEC);
+	child_descriptor(none, 0);
+	child_descriptor(none, 1);
+	child_descriptor(none, 2);
 	execl("/bin/sh", "sh", "-c", c->command, (char *)NULL);
 	_exit(127);
 }
@@ -1693,14 +1681,14 @@ target_put(struct target *t)
 }
 
 static void
-lookup_work(int out, void *arg)
+lookup_work(void *arg)
 {
 	struct target *t = arg;
 	struct addr addr[MAXADDRS];
 	int n;
 
 	n = addr_lookup(t->name, t->port, addr);
-	if (write(out, addr, n * sizeof addr[0]) == -1)
+	if (write(ANSWER, addr, n * sizeof addr[0]) == -1)
 		_exit(1);
 }
 
@@ -2018,13 +2006,14 @@ spool_read(const struct spool *sp, void *to, size_t n, off_t at)
 }
 
 static int
-copy_file(const struct spool *from, int to)
+copy_file(struct spool *from)
 {
 	off_t at = scan_line_len;
 	ssize_t n;
 
+	from->fd = FROM;
 	while ((n = spool_read(from, shared, sizeof shared, at)) > 0) {
-		if ((n = write(to, shared, n)) == -1)
+		if ((n = write(TO, shared, n)) == -1)
 			return -1;
 		at += n;
 	}
@@ -2064,14 +2053,14 @@ directory_sync(const char *path)
 
 /* Promise 5: runs in a child, since fsync() may take long. */
 static void
-quarantine_work(int out, void *arg)
+quarantine_work(void *arg)
 {
 	struct quarantine *q = arg;
 	const char *failed = NULL;
 
-	if (copy_file(q->from, q->to) == -1)
+	if (copy_file(&q->from) == -1)
 		failed = "copy";
-	else if (fsync(q->to) == -1)
+	else if (fsync(TO) == -1)
 		failed = "fsync";
 	else if (copy_name(q) == -1)
 		failed = "link or rename";
@@ -2079,7 +2068,7 @@ quarantine_work(int out, void *arg)
 		failed = "fsync of the directory";
 	if (failed != NULL)		/* the answer is the reason, then */
 		format(q->copy, NOTESZ / 4, "%s: %s", failed, strerror(errno));
-	(void)!write(out, q->copy, strlen(q->copy));
+	(void)!write(ANSWER, q->copy, strlen(q->copy));
 }
 
 /* Create the scratch file and choose a free name for the copy: virus. and the
@@ -2120,7 +2109,7 @@ spool_quarantine(const struct spool *sp, const char *dir,
 	}
 	if ((q = calloc(1, sizeof *q)) == NULL)
 		return NULL;
-	q->from = sp;
+	q->from = *sp;
 	q->dir = dir;
 	if (quarantine_names(q) == -1) {
 		err = errno;

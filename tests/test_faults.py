@@ -21,7 +21,7 @@ FAULTS = {
     "bind": "EADDRINUSE",
     "connect": "ECONNREFUSED EAGAIN ENOENT",
     "dup2": "EBUSY",
-    "execve": "ENOMEM",
+    "execl": "ENOMEM",
     "fcntl": "ENOLCK EAGAIN",
     "fork": "EAGAIN ENOMEM",
     "fstat": "EIO",

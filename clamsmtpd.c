@@ -1247,14 +1247,15 @@ http_poll(void)
  * -C: ask the running daemon for its health.
  */
 
-/* Returns the length of the reply, or -1 and sets errno. */
+/* Returns the length of the whole reply, or -1 and sets errno. */
 static ssize_t
 health_ask(const struct addr *a, char *reply, size_t size)
 {
 	static const char request[] = "GET /healthz HTTP/1.0\r\n\r\n";
 	struct timeval limit = { HTTP_TIME / SECOND, 0 };
 	int err, fd = socket(a->u.sa.sa_family, SOCK_STREAM, 0);
-	ssize_t n = -1;
+	ssize_t n = -1, more;
+	char c;
 
 	if (fd == -1)
 		return -1;
@@ -1263,6 +1264,12 @@ health_ask(const struct addr *a, char *reply, size_t size)
 	if (connect(fd, &a->u.sa, a->len) == 0 &&
 	    send(fd, request, sizeof request - 1, MSG_NOSIGNAL) != -1)
 		n = recv(fd, reply, size, MSG_WAITALL);
+	/* The limit, too, ends a recv(); the reply ends at EOF. */
+	if (n != -1 && (more = recv(fd, &c, 1, MSG_DONTWAIT)) != 0) {
+		if (more == 1)
+			errno = EMSGSIZE;
+		n = -1;
+	}
 	err = errno == EAGAIN || errno == EINPROGRESS ? ETIMEDOUT : errno;
 	close(fd);
 	errno = err;
@@ -1274,7 +1281,7 @@ static int
 check_health(const struct conf *c)
 {
 	struct target *t = c->status;
-	char answer[NOTESZ];
+	char answer[2 * NOTESZ];
 	const char *why;
 	ssize_t n = -1;
 	int i;
@@ -1293,10 +1300,10 @@ check_health(const struct conf *c)
 		return 1;
 	}
 	answer[n] = '\0';
-	if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
-		return 0;
 	if ((why = http_body(answer)) == NULL)
 		why = "invalid answer from StatusListen";
+	else if (strncmp(answer, "HTTP/1.0 200", 12) == 0)
+		return 0;
 	logmsg(LOG_ERR, "%s", printable(why, strcspn(why, "\n")));
 	return 1;
 }

@@ -1078,7 +1078,8 @@ class Fake(Server):
 
 @pytest.mark.parametrize("answer", [
     b"", b"220 smtp.passthru\r\n", b"HTTP/1.1 500 Oops\r\n\r\n\x1b[2Jbad\r\nthings\n",
-    b"HTTP/1.0 2", b"x" * 100000], ids=range(5))
+    b"HTTP/1.0 2", b"x" * 100000, b"HTTP/1.0 200 OK\r\n",
+    b"HTTP/1.0 200 OK\r\n\r\n" + b"x" * 100000], ids=range(7))
 def test_C_at_another_server_gives_the_reason(tmp_path, run, answer):
     file = tmp_path / "conf"
     with contextlib.closing(Fake()) as server:
@@ -1096,14 +1097,39 @@ def test_C_at_a_full_listener_gives_up(site, run):
         one_line_and(1, run("-C", "-f", file))
 
 
+class Stalled(Fake):
+    """A server that sends the start of a reply and then nothing, or a reset."""
+
+    answer = b"HTTP/1.0 200 OK\r\n\r\n"
+    broken = False
+
+    def serve(self, sock):
+        super().serve(sock)
+        if self.broken:
+            reset(sock)
+        else:
+            sock.recv(4096)
+
+
+def stalled_at(tmp_path, run, **more):
+    """The result of -C at a Stalled server with these attributes."""
+    file = tmp_path / "conf"
+    with contextlib.closing(Stalled()) as server:
+        vars(server).update(more)
+        file.write_text("OutAddress: 25\nStatusListen: %s\n" % server.address)
+        return run("-C", "-f", str(file), timeout=max(WAIT, 60))
+
+
+def test_C_at_a_server_that_resets_a_good_reply_is_status_1(tmp_path, run):
+    assert "reset" in one_line_and(1, stalled_at(tmp_path, run, broken=True))
+
+
 @pytest.mark.long
-def test_C_at_a_silent_server_gives_up(site, run):
-    path, sock = silent(site)
-    with sock:
-        file = site.path("conf")
-        with open(file, "w") as conf:
-            conf.write("OutAddress: 25\nStatusListen: %s\n" % path)
-        one_line_and(1, run("-C", "-f", file, timeout=max(WAIT, 60)))
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 200 OK\r\n", Stalled.answer],
+                         ids=range(3))
+def test_C_at_a_server_that_stalls_is_status_1(tmp_path, run, answer):
+    """A reply is whole at its EOF only."""
+    assert "timed out" in one_line_and(1, stalled_at(tmp_path, run, answer=answer))
 
 
 @pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2")

@@ -250,8 +250,11 @@ struct conf {
 	char	*virusaction;
 	int	 xclient;
 	unsigned long long waiting;	/* sessions in the scan queue (clamd.c) */
-	unsigned char seen[40];		/* conf.c's: who set a keyword last, */
-	unsigned char action_seen;	/* and who the action of all viruses */
+	/* conf.c's, while it reads the settings. */
+	unsigned char source;		/* of the setting that is being read */
+	unsigned char seen[40];		/* the last source of each keyword, */
+	unsigned char action_seen;	/* and of the action of all viruses */
+	int	 line, errors;
 };
 
 /* FAILED: clamd gave no verdict, or none that counts. */

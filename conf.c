@@ -1,9 +1,8 @@
 /*
- * The settings.  One table describes all `Name: value' lines and has the
- * defaults, which pass through the same setters.
+ * The settings.  One table describes all `Name: value' lines.  The defaults are
+ * such lines, too.
  */
 
-#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -16,31 +15,74 @@
 #define MAXCONFLINE	4096
 
 /* Without a ClamAddress the first of these that exists is used. */
-static const char *const clamd_paths[] = {
+static const char clamd_paths[][26] = {
 	"/run/clamav/clamd.sock",	/* upstream, Alpine */
 	"/var/run/clamav/clamd.ctl",	/* Debian */
 	"/var/run/clamav/clamd",	/* the default of ClamSMTP 1.10 */
 };
 #define NPATHS	((int)(sizeof clamd_paths / sizeof clamd_paths[0]))
 
-/*
- * A setter returns NULL, or the end of the message `"value" is not ...'.  The
- * value has no blanks around it, and is not empty unless may_be_empty is set.
- */
-struct keyword {
-	const char *name;
-	const char *(*set)(struct conf *, const struct keyword *, const char *);
-	void	 (*show)(const struct conf *, const struct keyword *);
-	const char *def;		/* if it is not set; NULL: 0 */
-	void	 (*clear)(struct conf *);	/* lists; may be repeated */
-	const char *now_called;		/* of an old name: the new one */
-	const char *const *words;	/* what set_word() takes */
-	unsigned short off;
-	short	 may_be_empty;
-	int	 min, max;		/* numbers: as in the file; BYTES */
-	int	 unit;			/* numbers: stored as a multiple */
+/* The kind of a value. */
+enum kind {
+	K_ON_OFF, K_FAILURE, K_FORMAT,		/* a word, stored as an int */
+	K_COUNT, K_SECONDS, K_SIZE,		/* int64_t; K_SECONDS: in ms */
+	K_TEXT, K_PATH, K_HEADER,		/* char *; NULL: none */
+	K_TARGET,				/* struct target *; NULL: none */
+	K_ACTION, K_LISTEN, K_CLAMD, K_NETWORKS	/* lists, may be repeated */
 };
-#define BYTES	(-1)			/* no maximum, and suffixes as in 25M */
+
+/* Arrays, since pointers would need relocations. */
+struct keyword {
+	char	 name[17];
+	unsigned char kind;
+	unsigned short off;		/* of the field; lists do not need it */
+	char	 now_called[7];		/* of an old name: the new one */
+	char	 host[10];		/* an address: for a port alone */
+	int	 min, max;		/* an address: lowest and default port */
+};
+
+/* Promise 9: the defaults of the original. */
+static const char defaults[] =
+	"Listen: 10025\n"
+	"Header: X-Virus-Scanned: ClamAV using ClamSMTP\n"
+	"MaxScans: 10\n"
+	"MaxConnections: 64\n"
+	"TimeOut: 180\n"
+	"TempDirectory: /tmp\n";
+
+#define OFF(field)	.off = offsetof(struct conf, field)
+
+/* Promise 9: all settings of the original. */
+static const struct keyword keywords[] = {
+	{ "OutAddress", K_TARGET, OFF(out), .min = 1, .max = 25 },
+	{ "Listen", K_LISTEN, .max = 10025, .host = "0.0.0.0" },
+	{ "ClamAddress", K_CLAMD, .min = 1, .max = 3310, .host = "127.0.0.1" },
+	{ "Action", K_ACTION, OFF(action) },
+	{ "Header", K_HEADER, OFF(header) },
+	{ "Quarantine", K_ON_OFF, OFF(quarantine) },
+	{ "VirusAction", K_TEXT, OFF(virusaction) },
+	{ "ScanFailure", K_FAILURE, OFF(failopen) },
+	{ "ScanTimeOut", K_SECONDS, OFF(scantimeout), .min = 1, .max = 86400 },
+	{ "MaxScans", K_COUNT, OFF(maxscans), .min = 1, .max = 1000 },
+	{ "MaxScanSize", K_SIZE, OFF(maxscansize) },
+	{ "MaxConnections", K_COUNT, OFF(maxconn), .min = 2, .max = 65535 },
+	{ "TimeOut", K_SECONDS, OFF(timeout), .min = 1, .max = 86400 },
+	{ "KeepAlives", K_SECONDS, OFF(keepalives), .max = 86400 },
+	{ "XClient", K_ON_OFF, OFF(xclient) },
+	{ "TransparentProxy", K_ON_OFF, OFF(transparent) },
+	{ "TempDirectory", K_PATH, OFF(tempdir) },
+	{ "PidFile", K_PATH, OFF(pidfile) },
+	{ "User", K_TEXT, OFF(user) },
+	{ "ProxyFrom", K_NETWORKS, OFF(proxies) },
+	{ "StatusListen", K_TARGET, OFF(status), .min = 1, .max = 10080,
+	  .host = "127.0.0.1" },
+	{ "LogFormat", K_FORMAT, OFF(json) },
+	{ "DebugFiles", K_ON_OFF, OFF(debug_files) },
+	{ "ScanHeader", K_HEADER, OFF(header), .now_called = "Header" },
+	/* Off is DROP, and on is BOUNCE. */
+	{ "Bounce", K_ON_OFF, OFF(action), .now_called = "Action" },
+};
+#define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
 
 static void *
 field(const struct conf *c, const struct keyword *k)
@@ -48,120 +90,92 @@ field(const struct conf *c, const struct keyword *k)
 	return (char *)(uintptr_t)c + k->off;
 }
 
-static const char no_memory[] = "kept: out of memory";
-static const char blanks[] = " \t";
-
-static void put(const char *, ...) __attribute__((format(printf, 1, 2)));
-
-/* Print to standard output, for -n. */
-static void
-put(const char *fmt, ...)
-{
-	char line[MAXCONFLINE + 64];
-	va_list ap;
-	size_t n;
-
-	va_start(ap, fmt);
-	n = vformat(line, sizeof line, fmt, ap);
-	va_end(ap);
-	if (write(1, line, n) == -1)
-		exit(1);
-}
-
-static void
-show_value(const struct keyword *k, const char *v)
-{
-	if (v == NULL)
-		put("# %s:\n", k->name);
-	else
-		put("%s: %s\n", k->name, v);
-}
-
 /*
- * Values of one word.
+ * Setters.  Each returns NULL, or the end of the message `"value" is not ...'.
+ * The value has no blanks around it, and is not empty unless it is a header.
  */
 
-/* The text for an error message, then words for 0 and 1 in turn. */
-static const char *const on_off[] = {
-	"on or off", "off", "on", "no", "yes", "false", "true", "0", "1", NULL
-};
-static const char *const failures[] = {
-	"tempfail or pass", "tempfail", "pass", NULL
-};
-static const char *const formats[] = {
-	"classic or json", "classic", "json", NULL
-};
+static const char no_memory[] = "kept: out of memory";
+static const char too_many[] = "allowed: 32 is the maximum";
+static const char blanks[] = " \t";
 
+/* Returns the first word of *text, advances *text past it, and sets *n to its
+ * length, which is 0 at the end. */
 static const char *
-set_word(struct conf *c, const struct keyword *k, const char *v)
+next_word(const char **text, size_t *n)
 {
+	const char *word = *text + strspn(*text, blanks);
+
+	*n = strcspn(word, blanks);
+	*text = word + *n;
+	return word;
+}
+
+/* Returns the index of the n bytes at v in a list of words, or -1. */
+static int
+find_word(const char *words, const char *v, size_t n)
+{
+	const char *word;
+	size_t len;
 	int i;
 
-	for (i = 1; k->words[i] != NULL; i++)
-		if (strcasecmp(v, k->words[i]) == 0) {
-			*(int *)field(c, k) = (i - 1) & 1;
-			return NULL;
-		}
-	return k->words[0];
-}
-
-static void
-show_word(const struct conf *c, const struct keyword *k)
-{
-	show_value(k, k->words[1 + *(int *)field(c, k)]);
-}
-
-/* Read a number, with a suffix when a size is wanted.  Returns -1 when v is
- * none. */
-static int64_t
-number(const char *v, int is_size)
-{
-	static const char suffixes[] = "KkMmGg";
-	const char *end = v + strspn(v, "0123456789"), *suffix;
-	int64_t n;
-	int shift = 0;
-
-	if (parse_number(v, is_size ? suffixes : "", &n) != 1)
-		return -1;
-	if (*end != '\0') {
-		suffix = strchr(suffixes, *end);
-		shift = 10 + (suffix - suffixes) / 2 * 10;
-		if (end[1] != '\0' || n > INT64_MAX >> shift)
-			return -1;
-	}
-	return n << shift;
+	for (i = 0; word = next_word(&words, &len), len > 0; i++)
+		if (len == n && strncasecmp(word, v, n) == 0)
+			return i;
+	return -1;
 }
 
 static const char *
-set_number(struct conf *c, const struct keyword *k, const char *v)
+set_word(int *to, const struct keyword *k, const char *v)
+{
+	static const char wanted[][17] = {
+		"on or off", "tempfail or pass", "classic or json"
+	};
+	/* They stand for 0 and 1 in turn. */
+	static const char words[][29] = {
+		"off on no yes false true 0 1", "tempfail pass", "classic json"
+	};
+	int i = find_word(words[k->kind], v, strlen(v));
+
+	*to = i & 1;
+	return i == -1 ? wanted[k->kind] : NULL;
+}
+
+static const char *
+set_number(int64_t *to, const struct keyword *k, const char *v)
 {
 	static char range[96];
-	int64_t n = number(v, k->max == BYTES);
 
-	if (k->max == BYTES && n == -1)
-		return "a number of bytes, such as 25M, or 0 for no limit";
 	format(range, sizeof range, "a number from %d to %d", k->min, k->max);
-	if (k->max != BYTES && (n < k->min || n > k->max))
+	if (parse_number(v, "", to) != 1 || *to < k->min || *to > k->max)
 		return range;
-	*(int64_t *)field(c, k) = n * k->unit;
+	if (k->kind == K_SECONDS)
+		*to *= SECOND;
 	return NULL;
 }
 
-static void
-show_number(const struct conf *c, const struct keyword *k)
+static const char *
+set_size(int64_t *to, const char *v)
 {
-	put("%s: %lld\n", k->name,
-	    (long long)(*(int64_t *)field(c, k) / k->unit));
+	static const char suffixes[] = "KkMmGg";
+	const char *end = v + strspn(v, "0123456789"), *suffix;
+	int shift = 0;
+
+	suffix = *end != '\0' ? strchr(suffixes, *end) : NULL;
+	if (suffix != NULL && end[1] == '\0')
+		shift = 10 + (suffix - suffixes) / 2 * 10;
+	if (parse_number(v, shift > 0 ? suffixes : "", to) != 1 ||
+	    *to > INT64_MAX >> shift)
+		return "a number of bytes, such as 25M, or 0 for no limit";
+	*to <<= shift;
+	return NULL;
 }
 
 static const char *
-set_text(struct conf *c, const struct keyword *k, const char *v)
+set_text(char **to, const char *v)
 {
-	char **p = field(c, k);
-
-	free(*p);
-	*p = strdup(v);
-	return *p == NULL ? no_memory : NULL;
+	*to = strdup(v);
+	return *to == NULL ? no_memory : NULL;
 }
 
 /* Write the path from the root to full.  A relative path means the directory of
@@ -182,7 +196,7 @@ absolute(const char *path, char full[2 * PATH_MAX])
 }
 
 static const char *
-set_path(struct conf *c, const struct keyword *k, const char *v)
+set_path(char **to, const char *v)
 {
 	char path[2 * PATH_MAX];
 	size_t n;
@@ -193,84 +207,42 @@ set_path(struct conf *c, const struct keyword *k, const char *v)
 		return "a path of this system: it is too long";
 	for (n = strlen(path); n > 1 && path[n - 1] == '/'; n--)
 		path[n - 1] = '\0';
-	return set_text(c, k, path);
-}
-
-static void
-show_text(const struct conf *c, const struct keyword *k)
-{
-	show_value(k, *(char **)field(c, k));
+	return set_text(to, path);
 }
 
 /*
  * Action.
  */
 
-static const char *const actions[] = { "drop", "bounce", "pass", "reject" };
-#define NACTIONS	(sizeof actions / sizeof actions[0])
-
-static void
-clear_action(struct conf *c)
-{
-	struct rule *r;
-
-	while ((r = c->rules) != NULL) {
-		c->rules = r->next;
-		free(r);
-	}
-	c->action = DROP;
-}
-
-static const char *
-add_rule(struct conf *c, enum action action, const char *word, size_t n)
-{
-	struct rule *r, **last;
-
-	if ((r = calloc(1, sizeof *r + n + 1)) == NULL)
-		return no_memory;
-	memcpy(r->pattern, word, n);
-	r->action = action;
-	for (last = &c->rules; *last != NULL; last = &(*last)->next)
-		;
-	*last = r;
-	return NULL;
-}
-
 /* The value is an action and patterns of virus names.  Without a pattern the
  * action is for all viruses. */
 static const char *
-set_action(struct conf *c, const struct keyword *k, const char *v)
+set_action(struct conf *c, const char *v)
 {
-	const char *why = NULL;
-	size_t i, n = strcspn(v, blanks);
-	enum action action;
+	struct rule *r, **last = &c->rules;
+	const char *word;
+	size_t n;
+	int i;
 
-	(void)k;
-	for (i = 0; i < NACTIONS && !word_equal(v, n, actions[i]); i++)
-		;
-	if (i == NACTIONS)
+	word = next_word(&v, &n);
+	if ((i = find_word("drop bounce pass reject", word, n)) == -1)
 		return "bounce, drop or pass (with patterns of virus names, "
 		    "if only for those)";
-	action = i <= PASS ? i : BOUNCE;
-	v += n;
-	v += strspn(v, blanks);
+	if (i > PASS)
+		i = BOUNCE;
 	if (*v == '\0')
-		c->action = action;
-	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, blanks)) {
-		n = strcspn(v, blanks);
-		why = add_rule(c, action, v, n);
+		c->action = i;
+	while (*last != NULL)
+		last = &(*last)->next;
+	while (word = next_word(&v, &n), n > 0) {
+		if ((r = calloc(1, sizeof *r + n + 1)) == NULL)
+			return no_memory;
+		memcpy(r->pattern, word, n);
+		r->action = i;
+		*last = r;
+		last = &r->next;
 	}
-	return why;
-}
-
-static void
-show_action(const struct conf *c, const struct keyword *k)
-{
-	const struct rule *r;
-
-	for (r = c->rules; r != NULL; r = r->next)
-		put("%s: %s %s\n", k->name, actions[r->action], r->pattern);
-	show_value(k, actions[c->action]);
+	return NULL;
 }
 
 /* Match c against the set at *p, which is a '[', and advance *p past it.  A '['
@@ -374,13 +346,12 @@ is_header(const char *h)
 }
 
 static const char *
-set_header(struct conf *c, const struct keyword *k, const char *v)
+set_header(char **to, const char *v)
 {
 	char *h = malloc(2 * strlen(v) + 1), *w = h;
 	size_t room = BUFSZ / 4;	/* for the % sequences, too */
 	const char *wrong = NULL;
 
-	(void)k;
 	if (h == NULL)
 		return no_memory;
 	for (; *v != '\0' && room > 64; v++) {
@@ -404,33 +375,11 @@ set_header(struct conf *c, const struct keyword *k, const char *v)
 		wrong = "short enough for a header";
 	else if (*h != '\0' && !is_header(h))
 		wrong = "header lines of the form Name: text";
-	if (wrong != NULL || *h == '\0') {
+	if (wrong == NULL && *h != '\0')
+		*to = h;
+	else
 		free(h);
-		h = NULL;
-	}
-	if (wrong == NULL) {
-		free(c->header);
-		c->header = h;
-	}
 	return wrong;
-}
-
-static void
-show_header(const struct conf *c, const struct keyword *k)
-{
-	const char *p;
-
-	put("%s: ", k->name);
-	for (p = c->header; p != NULL && *p != '\0'; p++)
-		if (*p == '\r')
-			put("\\r");
-		else if (*p == '\n')
-			put("\\n");
-		else if (*p == '\t')
-			put("\\t");
-		else
-			put("%c", *p);
-	put("\n");
 }
 
 /*
@@ -440,40 +389,52 @@ show_header(const struct conf *c, const struct keyword *k)
 static const char not_address[] = "an address: /path, port, address, name, "
     "address:port, [IPv6]:port or name:port";
 
-/* Returns the port, or -1. */
-static int
-port_number(const char *v)
-{
-	int64_t n = number(v, 0);
-
-	return n > 65535 ? -1 : n;
-}
-
 static int
 is_host_name(const char *p)
 {
-	int letters = 0;
+	static const char digits[] = "0123456789.", all[] = "-_"
+	    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.";
 
-	if (*p == '\0' || strlen(p) > 253)
-		return 0;
-	for (; *p != '\0'; p++) {
-		if (!isalnum((unsigned char)*p) && strchr("-._", *p) == NULL)
-			return 0;
-		if (!isdigit((unsigned char)*p) && *p != '.')
-			letters = 1;
-	}
-	return letters;
+	return p[strspn(p, all)] == '\0' && p[strspn(p, digits)] != '\0';
 }
 
-/* Set the host (NULL: none) and the port of t. */
 static const char *
-target_host(struct target *t, const char *host, int port)
+target_parse(struct target *t, const struct keyword *k, const char *v)
 {
-	if (port == -1)
+	const char *first = strchr(v, ':'), *last = strrchr(v, ':');
+	const char *digits = NULL;
+	char host[254];
+	size_t n = strlen(v);
+	int64_t port = k->max;
+
+	if (*v == '/') {
+		t->naddr = 1;
+		if (addr_path(&t->addr[0], v) == -1)
+			return "a path of at most 107 characters";
+		return NULL;
+	}
+	/* An IPv6 address has more colons, and brackets if a port follows. */
+	if (v[strspn(v, "0123456789")] == '\0') {
+		digits = v;
+		v = k->host;
+		n = strlen(v);
+	} else if (last != NULL && (last == first || last[-1] == ']')) {
+		digits = last + 1;
+		n = last - v;
+	}
+	if (digits != NULL &&
+	    (parse_number(digits, "", &port) == -1 || port > 65535))
 		return not_address;
 	t->port = port;
-	if (host == NULL)
+	if (v == k->host && n == 0)
 		return NULL;
+	if (*v == '[' && first != NULL && first < v + n && v[n - 1] == ']') {
+		v++;
+		n -= 2;
+	}
+	if (n >= sizeof host)
+		return not_address;
+	format(host, sizeof host, "%.*s", (int)n, v);
 	if (addr_ip(&t->addr[0], host, port) == 0) {
 		t->naddr = 1;
 		return NULL;
@@ -485,41 +446,7 @@ target_host(struct target *t, const char *host, int port)
 }
 
 static const char *
-target_parse(struct target *t, const char *v, int port)
-{
-	char host[256], *name = host, *rest;
-	size_t n = strlen(v);
-
-	if (*v == '/') {
-		t->naddr = 1;
-		if (addr_path(&t->addr[0], v) == -1)
-			return "a path of at most 107 characters";
-		return NULL;
-	}
-	if (n >= sizeof host)
-		return not_address;
-	if (v[strspn(v, "0123456789")] == '\0')
-		return target_host(t, NULL, port_number(v));
-	memcpy(host, v, n + 1);
-	rest = strchr(host, ':');
-	if (*host == '[') {
-		name++;
-		if (rest == NULL || (rest = strchr(rest, ']')) == NULL)
-			return not_address;
-		*rest++ = '\0';
-	} else if (rest == NULL || strchr(rest + 1, ':') != NULL)
-		rest = host + n;	/* no port, but maybe IPv6 */
-	if (*rest == ':') {
-		*rest = '\0';
-		port = port_number(rest + 1);
-	} else if (*rest != '\0')
-		return not_address;
-	return target_host(t, name, port);
-}
-
-/* k->min is the lowest port that is allowed, k->max the default. */
-static const char *
-target_new(struct target **tp, const struct keyword *k, const char *v)
+set_target(struct target **tp, const struct keyword *k, const char *v)
 {
 	struct target *t = calloc(1, sizeof *t);
 	const char *why;
@@ -528,7 +455,7 @@ target_new(struct target **tp, const struct keyword *k, const char *v)
 		return no_memory;
 	t->refs = 1;
 	t->text = strdup(v);
-	why = t->text == NULL ? no_memory : target_parse(t, v, k->max);
+	why = t->text == NULL ? no_memory : target_parse(t, k, v);
 	if (why == NULL && *v != '/' && (int)t->port < k->min)
 		why = "an address with a port from 1 to 65535";
 	if (why != NULL) {
@@ -540,68 +467,6 @@ target_new(struct target **tp, const struct keyword *k, const char *v)
 }
 
 static const char *
-set_target(struct conf *c, const struct keyword *k, const char *v)
-{
-	struct target **t = field(c, k);
-
-	target_put(*t);
-	*t = NULL;
-	return target_new(t, k, v);
-}
-
-static void
-show_target(const struct conf *c, const struct keyword *k)
-{
-	const struct target *t = *(struct target **)field(c, k);
-
-	show_value(k, t != NULL ? t->text : NULL);
-}
-
-/* Give a target that is only a port this host. */
-static void
-target_default_host(struct target *t, const char *host)
-{
-	if (t->naddr == 0 && t->name == NULL)
-		target_host(t, host, t->port);
-}
-
-static void
-clear_listen(struct conf *c)
-{
-	while (c->nlisten > 0)
-		target_put(c->listen[--c->nlisten]);
-}
-
-static const char *
-set_listen(struct conf *c, const struct keyword *k, const char *v)
-{
-	const char *why;
-
-	if (c->nlisten == MAXLISTEN)
-		return "allowed: 32 is the maximum";
-	why = target_new(&c->listen[c->nlisten], k, v);
-	if (why == NULL)
-		target_default_host(c->listen[c->nlisten++], "0.0.0.0");
-	return why;
-}
-
-static void
-show_listen(const struct conf *c, const struct keyword *k)
-{
-	int i;
-
-	for (i = 0; i < c->nlisten; i++)
-		show_value(k, c->listen[i]->text);
-}
-
-static void
-clear_clamd(struct conf *c)
-{
-	while (c->nclamd > 0)
-		clamd_put(c->clamd[--c->nclamd]);
-}
-
-static const char *
 set_clamd(struct conf *c, const struct keyword *k, const char *v)
 {
 	struct target *t;
@@ -610,10 +475,9 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 	int i;
 
 	if (c->nclamd == MAXCLAMDS)
-		return "allowed: 32 is the maximum";
-	if ((why = target_new(&t, k, v)) != NULL)
+		return too_many;
+	if ((why = set_target(&t, k, v)) != NULL)
 		return why;
-	target_default_host(t, "127.0.0.1");
 	if ((new = clamd_get(t)) == NULL)
 		return no_memory;
 	for (i = 0; i < c->nclamd; i++)
@@ -627,28 +491,9 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 	return NULL;
 }
 
-static void
-show_clamd(const struct conf *c, const struct keyword *k)
-{
-	int i;
-
-	if (c->clamd_default)
-		put("# %s: the first of these that exists\n", k->name);
-	for (i = 0; c->clamd_default && i < NPATHS; i++)
-		put("# %s: %s\n", k->name, clamd_paths[i]);
-	for (i = 0; !c->clamd_default && i < c->nclamd; i++)
-		show_value(k, c->clamd[i]->target->text);
-}
-
 /*
  * ProxyFrom: networks such as 10.0.0.0/8, or the word unix.
  */
-
-static void
-clear_proxy(struct conf *c)
-{
-	c->nproxies = 0;
-}
 
 static const char *
 add_network(struct conf *c, const char *word, size_t n)
@@ -657,15 +502,16 @@ add_network(struct conf *c, const char *word, size_t n)
 	struct network *net = &c->proxies[c->nproxies];
 	char text[64], *slash;
 	int64_t bits = -1;
+	int most;
 
 	if (c->nproxies == MAXNETWORKS)
-		return "allowed: 32 is the maximum";
+		return too_many;
 	if (n >= sizeof text)
 		return not;
 	format(text, sizeof text, "%.*s", (int)n, word);
 	if ((slash = strchr(text, '/')) != NULL) {
 		*slash = '\0';
-		if ((bits = number(slash + 1, 0)) == -1)
+		if (parse_number(slash + 1, "", &bits) == -1)
 			return not;
 	}
 	if (strcasecmp(text, "unix") == 0 && slash == NULL) {
@@ -673,108 +519,226 @@ add_network(struct conf *c, const char *word, size_t n)
 		net->addr.u.sa.sa_family = AF_UNIX;
 	} else if (addr_ip(&net->addr, text, 0) == -1)
 		return not;
-	net->bits = net->addr.u.sa.sa_family == AF_INET ? 32 : 128;
-	if (bits > net->bits)
+	most = net->addr.u.sa.sa_family == AF_INET ? 32 : 128;
+	if (bits > most)
 		return not;
-	if (bits != -1)
-		net->bits = bits;
+	net->bits = bits == -1 ? most : bits;
 	c->nproxies++;
 	return NULL;
 }
 
+/*
+ * All kinds.
+ */
+
 static const char *
-set_proxy(struct conf *c, const struct keyword *k, const char *v)
+set_value(struct conf *c, const struct keyword *k, const char *v)
 {
-	const char *why = NULL;
+	void *to = field(c, k);
+	const char *why = NULL, *word;
 	size_t n;
 
-	(void)k;
-	for (; *v != '\0' && why == NULL; v += n, v += strspn(v, blanks)) {
-		n = strcspn(v, blanks);
-		why = add_network(c, v, n);
+	switch (k->kind) {
+	case K_ON_OFF:
+	case K_FAILURE:
+	case K_FORMAT:
+		return set_word(to, k, v);
+	case K_COUNT:
+	case K_SECONDS:
+		return set_number(to, k, v);
+	case K_SIZE:
+		return set_size(to, v);
+	case K_TEXT:
+		return set_text(to, v);
+	case K_PATH:
+		return set_path(to, v);
+	case K_HEADER:
+		return set_header(to, v);
+	case K_TARGET:
+		return set_target(to, k, v);
+	case K_ACTION:
+		return set_action(c, v);
+	case K_CLAMD:
+		return set_clamd(c, k, v);
+	case K_LISTEN:
+		if (c->nlisten == MAXLISTEN)
+			return too_many;
+		why = set_target(&c->listen[c->nlisten], k, v);
+		c->nlisten += why == NULL;
+		break;
+	case K_NETWORKS:
+		while (why == NULL && (word = next_word(&v, &n), n > 0))
+			why = add_network(c, word, n);
 	}
 	return why;
 }
 
+/* Free the value of a setting, which has none then.  Words and numbers are only
+ * overwritten. */
 static void
-show_proxy(const struct conf *c, const struct keyword *k)
+clear_value(struct conf *c, const struct keyword *k)
 {
-	const struct network *net;
+	struct target **t = field(c, k);
+	char **text = field(c, k);
+	struct rule *r;
 
-	if (c->nproxies == 0)
-		show_value(k, NULL);
-	for (net = c->proxies; net < c->proxies + c->nproxies; net++)
-		if (net->addr.u.sa.sa_family == AF_UNIX)
-			show_value(k, "unix");
-		else
-			put("%s: %s/%d\n", k->name, addr_text(&net->addr),
-			    net->bits);
+	switch (k->kind) {
+	case K_TEXT:
+	case K_PATH:
+	case K_HEADER:
+		free(*text);
+		*text = NULL;
+		break;
+	case K_TARGET:
+		target_put(*t);
+		*t = NULL;
+		break;
+	case K_ACTION:
+		while ((r = c->rules) != NULL) {
+			c->rules = r->next;
+			free(r);
+		}
+		c->action = DROP;
+		break;
+	case K_LISTEN:
+		while (c->nlisten > 0)
+			target_put(c->listen[--c->nlisten]);
+		break;
+	case K_CLAMD:
+		while (c->nclamd > 0)
+			clamd_put(c->clamd[--c->nclamd]);
+		break;
+	case K_NETWORKS:
+		c->nproxies = 0;
+	}
 }
 
-#define OFF(field)	.off = offsetof(struct conf, field)
-#define TEXT		.set = set_text, .show = show_text
-#define PATH		.set = set_path, .show = show_text
-#define TARGET		.set = set_target, .show = show_target
-#define WORD(w)		.set = set_word, .show = show_word, .words = w
-#define NUMBER(u)	.set = set_number, .show = show_number, .unit = u
-#define LIST(name)	.set = set_##name, .show = show_##name, \
-			.clear = clear_##name
+static void put(const char *, ...) __attribute__((format(printf, 1, 2)));
 
-/* Promise 9: all settings of the original, with its defaults. */
-static const struct keyword keywords[] = {
-	{ "OutAddress", TARGET, OFF(out), .min = 1, .max = 25 },
-	{ "Listen", LIST(listen), .max = 10025, .def = "10025" },
-	{ "ClamAddress", LIST(clamd), .min = 1, .max = 3310 },
-	{ "Action", LIST(action) },
-	{ "Header", .set = set_header, .show = show_header,
-	  .def = "X-Virus-Scanned: ClamAV using ClamSMTP", .may_be_empty = 1 },
-	{ "Quarantine", WORD(on_off), OFF(quarantine) },
-	{ "VirusAction", TEXT, OFF(virusaction) },
-	{ "ScanFailure", WORD(failures), OFF(failopen) },
-	{ "ScanTimeOut", NUMBER(SECOND), OFF(scantimeout), .min = 1, .max = 86400 },
-	{ "MaxScans", NUMBER(1), OFF(maxscans), .min = 1, .max = 1000, .def = "10" },
-	{ "MaxScanSize", NUMBER(1), OFF(maxscansize), .max = BYTES },
-	{ "MaxConnections", NUMBER(1), OFF(maxconn), .min = 2, .max = 65535,
-	  .def = "64" },
-	{ "TimeOut", NUMBER(SECOND), OFF(timeout), .min = 1, .max = 86400,
-	  .def = "180" },
-	{ "KeepAlives", NUMBER(SECOND), OFF(keepalives), .max = 86400 },
-	{ "XClient", WORD(on_off), OFF(xclient) },
-	{ "TransparentProxy", WORD(on_off), OFF(transparent) },
-	{ "TempDirectory", PATH, OFF(tempdir), .def = "/tmp" },
-	{ "PidFile", PATH, OFF(pidfile) },
-	{ "User", TEXT, OFF(user) },
-	{ "ProxyFrom", LIST(proxy) },
-	{ "StatusListen", TARGET, OFF(status), .min = 1, .max = 10080 },
-	{ "LogFormat", WORD(formats), OFF(json) },
-	{ "DebugFiles", WORD(on_off), OFF(debug_files) },
-	{ "ScanHeader", .set = set_header, .now_called = "Header",
-	  .may_be_empty = 1 },
-	/* Off is DROP, and on is BOUNCE. */
-	{ "Bounce", .set = set_word, .words = on_off, OFF(action),
-	  .now_called = "Action" },
-};
-#define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
+/* Print to standard output, for -n. */
+static void
+put(const char *fmt, ...)
+{
+	char line[MAXCONFLINE + 64];
+	va_list ap;
+	size_t n;
+
+	va_start(ap, fmt);
+	n = vformat(line, sizeof line, fmt, ap);
+	va_end(ap);
+	if (write(1, line, n) == -1)
+		exit(1);
+}
+
+static void
+show_text(const struct keyword *k, const char *v)
+{
+	if (v == NULL)
+		put("# %s:\n", k->name);
+	else
+		put("%s: %s\n", k->name, v);
+}
+
+static void
+show_header(const struct keyword *k, const char *h)
+{
+	static const char raw[] = "\r\n\t";
+	const char *p;
+
+	put("%s: ", k->name);
+	for (; h != NULL && *h != '\0'; h++)
+		if ((p = strchr(raw, *h)) != NULL)
+			put("\\%c", "rnt"[p - raw]);
+		else
+			put("%c", *h);
+	put("\n");
+}
+
+static void
+show_value(const struct conf *c, const struct keyword *k)
+{
+	static const char words[][2][9] = {
+		{ "off", "on" }, { "tempfail", "pass" }, { "classic", "json" }
+	};
+	static const char actions[][7] = { "drop", "bounce", "pass" };
+	void *p = field(c, k);
+	struct target *t;
+	const struct network *net;
+	const struct rule *r;
+	int i;
+
+	switch (k->kind) {
+	case K_ON_OFF:
+	case K_FAILURE:
+	case K_FORMAT:
+		show_text(k, words[k->kind][*(int *)p]);
+		break;
+	case K_COUNT:
+	case K_SECONDS:
+	case K_SIZE:
+		put("%s: %lld\n", k->name, (long long)*(int64_t *)p /
+		    (k->kind == K_SECONDS ? SECOND : 1));
+		break;
+	case K_TEXT:
+	case K_PATH:
+		show_text(k, *(char **)p);
+		break;
+	case K_HEADER:
+		show_header(k, *(char **)p);
+		break;
+	case K_TARGET:
+		t = *(struct target **)p;
+		show_text(k, t != NULL ? t->text : NULL);
+		break;
+	case K_ACTION:
+		for (r = c->rules; r != NULL; r = r->next)
+			put("%s: %s %s\n", k->name, actions[r->action],
+			    r->pattern);
+		show_text(k, actions[c->action]);
+		break;
+	case K_LISTEN:
+		for (i = 0; i < c->nlisten; i++)
+			show_text(k, c->listen[i]->text);
+		break;
+	case K_CLAMD:
+		if (c->clamd_default)
+			put("# %s: the first of these that exists\n", k->name);
+		for (i = 0; c->clamd_default && i < NPATHS; i++)
+			put("# %s: %s\n", k->name, clamd_paths[i]);
+		for (i = 0; !c->clamd_default && i < c->nclamd; i++)
+			show_text(k, c->clamd[i]->target->text);
+		break;
+	case K_NETWORKS:
+		if (c->nproxies == 0)
+			show_text(k, NULL);
+		for (net = c->proxies; net < c->proxies + c->nproxies; net++)
+			if (net->addr.u.sa.sa_family == AF_UNIX)
+				show_text(k, "unix");
+			else
+				put("%s: %s/%d\n", k->name,
+				    addr_text(&net->addr), net->bits);
+	}
+}
+
+/*
+ * Reading.
+ */
 
 /* The source of a setting.  A later one overrides an earlier one. */
-enum source { BY_NOBODY, BY_FLAG, BY_FILE, BY_ENVIRONMENT };
+enum source { BY_DEFAULT, BY_FLAG, BY_FILE, BY_ENVIRONMENT };
 
-/* The place of a setting, for messages. */
-struct place {
-	const char *where;
-	int	 line;			/* 0: no line number */
-	enum source source;
-	int	 errors;
-};
-
+/* Returns the place of the setting that is being read, for messages. */
 static const char *
-place_text(const struct place *at)
+place(const struct conf *c)
 {
+	static const char names[][13] = {
+		"defaults", "command line", "", "environment"
+	};
 	static char text[PATH_MAX + 16];
 
-	if (at->line == 0)
-		return at->where;
-	format(text, sizeof text, "%s:%d", at->where, at->line);
+	if (c->source != BY_FILE)
+		return names[c->source];
+	format(text, sizeof text, "%s:%d", c->path, c->line);
 	return text;
 }
 
@@ -790,69 +754,64 @@ find_keyword(const char *name)
 	return NULL;
 }
 
-/* Returns the source of OutAddress, whether its value was good or not. */
-static enum source
-out_source(const struct conf *c)
-{
-	return c->seen[find_keyword("OutAddress") - keywords];
-}
-
 /*
- * Record that at->source sets keyword k.  The first line of a list discards the
+ * Record that c->source sets keyword k.  The first line of a list discards the
  * lines of earlier sources.  A setting that is no list is warned about when it
  * is set twice.
  */
 static void
-note_source(struct conf *c, const struct place *at, const struct keyword *k,
-    const char *value)
+note_source(struct conf *c, const struct keyword *k, const char *value)
 {
 	unsigned char *seen = &c->seen[k - keywords];
+	int is_list = k->kind >= K_ACTION;
 
-	if (k->clear != NULL && *seen != at->source) {
-		k->clear(c);
-		*seen = at->source;
+	if (is_list && *seen != c->source) {
+		clear_value(c, k);
+		*seen = c->source;
 	}
-	if (k->set == set_action) {	/* a line with patterns adds rules */
+	if (k->kind == K_ACTION) {	/* a line with patterns adds rules */
 		if (value[strcspn(value, blanks)] != '\0')
 			return;
 		seen = &c->action_seen;
-	} else if (k->clear != NULL)
+	} else if (is_list)
 		return;
-	if (*seen == at->source && at->source != BY_NOBODY)
+	if (*seen == c->source && c->source != BY_DEFAULT)
 		logmsg(LOG_WARNING, "%s: %s is set twice; the last one counts",
-		    place_text(at), k->name);
-	*seen = at->source;
+		    place(c), k->name);
+	*seen = c->source;
 }
 
 static void
-assign(struct conf *c, struct place *at, const char *name, const char *value)
+assign(struct conf *c, const char *name, const char *value)
 {
 	const struct keyword *k = find_keyword(name);
 	const char *why;
 
 	if (k == NULL) {
 		/* Kubernetes defines variables with this prefix. */
-		int warn = at->source == BY_ENVIRONMENT;
+		int warn = c->source == BY_ENVIRONMENT;
 
 		logmsg(warn ? LOG_WARNING : LOG_ERR, "%s: \"%s\" is not the "
 		    "name of a setting; clamsmtpd.conf(5) has them all",
-		    place_text(at), printable(name, strlen(name)));
-		at->errors += !warn;
+		    place(c), printable(name, strlen(name)));
+		c->errors += !warn;
 		return;
 	}
-	if (k->now_called != NULL)
-		logmsg(LOG_INFO, "%s: %s is deprecated, use %s",
-		    place_text(at), k->name, k->now_called);
-	note_source(c, at, k->now_called == NULL ? k :
+	if (*k->now_called != '\0')
+		logmsg(LOG_INFO, "%s: %s is deprecated, use %s", place(c),
+		    k->name, k->now_called);
+	note_source(c, *k->now_called == '\0' ? k :
 	    find_keyword(k->now_called), value);
-	if (*value == '\0' && !k->may_be_empty) {
-		logmsg(LOG_ERR, "%s: %s: the value is missing", place_text(at),
+	if (k->kind < K_ACTION)
+		clear_value(c, k);
+	if (*value == '\0' && k->kind != K_HEADER) {
+		logmsg(LOG_ERR, "%s: %s: the value is missing", place(c),
 		    k->name);
-		at->errors++;
-	} else if ((why = k->set(c, k, value)) != NULL) {
-		logmsg(LOG_ERR, "%s: %s: \"%s\" is not %s", place_text(at),
-		    k->name, printable(value, strlen(value)), why);
-		at->errors++;
+		c->errors++;
+	} else if ((why = set_value(c, k, value)) != NULL) {
+		logmsg(LOG_ERR, "%s: %s: \"%s\" is not %s", place(c), k->name,
+		    printable(value, strlen(value)), why);
+		c->errors++;
 	}
 }
 
@@ -868,7 +827,7 @@ trim(char *p)
 }
 
 static void
-read_line(struct conf *c, struct place *at, char *line, size_t n)
+read_line(struct conf *c, char *line, size_t n)
 {
 	const char *why = NULL;
 	char *colon, *p;
@@ -887,70 +846,71 @@ read_line(struct conf *c, struct place *at, char *line, size_t n)
 	if (why == NULL && colon == NULL)
 		why = "has no colon; it should read Name: value";
 	if (why != NULL) {
-		logmsg(LOG_ERR, "%s: \"%.*s\" %s", place_text(at), 40,
+		logmsg(LOG_ERR, "%s: \"%.*s\" %s", place(c), 40,
 		    printable(line, strlen(line)), why);
-		at->errors++;
+		c->errors++;
 		return;
 	}
 	*colon = '\0';
-	assign(c, at, trim(line), trim(colon + 1));
+	assign(c, trim(line), trim(colon + 1));
 }
 
-/* Returns up to size bytes of a file in *text, and their number, or -1. */
-static ssize_t
-slurp(const char *path, char **text, size_t size)
+/* Read n bytes of lines, which are changed; text[n] is written to as well. */
+static void
+read_text(struct conf *c, char *text, size_t n)
 {
-	ssize_t n = 0, r = -1;
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	char *p, *nl;
 
-	*text = NULL;
-	if (fd == -1)
-		return -1;
-	if ((*text = malloc(size)) != NULL)
-		while ((r = read(fd, *text + n, size - n)) > 0)
-			n += r;
-	close(fd);
-	return r == -1 ? -1 : n;
+	for (p = text; p < text + n; p = nl + 1) {
+		c->line++;
+		if ((nl = memchr(p, '\n', text + n - p)) == NULL)
+			nl = text + n;
+		*nl = '\0';
+		read_line(c, p, nl - p);
+	}
 }
 
 /* Returns 1, 0 when there is no such file, or -1 when it cannot be read. */
 static int
-read_file(struct conf *c, struct place *at, const char *path)
+read_file(struct conf *c)
 {
 	static const char mark[] = "\xEF\xBB\xBF";	/* UTF-8 */
-	char *text, *p, *nl;
-	ssize_t n = slurp(path, &text, MAXFILE);
-	int there = n == -1 && errno == ENOENT ? 0 :
-	    n == -1 || n == MAXFILE ? -1 : 1;
+	char *text = NULL;
+	size_t n = 0, skip;
+	ssize_t r = -1;
+	int fd = open(c->path, O_RDONLY | O_CLOEXEC);
 
-	if (there == -1) {
-		logmsg(LOG_ERR, n == -1 ? "%s:" : "%s: larger than 1 MiB", path);
-		at->errors++;
+	if (fd == -1 && errno == ENOENT)
+		return 0;
+	if (fd != -1 && (text = malloc(MAXFILE)) != NULL)
+		while ((r = read(fd, text + n, MAXFILE - n)) > 0)
+			n += r;
+	if (r == -1 || n == MAXFILE) {
+		logmsg(LOG_ERR, r == -1 ? "%s:" : "%s: larger than 1 MiB",
+		    c->path);
+		c->errors++;
+		r = -1;
+	} else {
+		c->line = 0;
+		skip = n >= 3 && memcmp(text, mark, 3) == 0 ? 3 : 0;
+		read_text(c, text + skip, n - skip);
+		r = 1;
 	}
-	*at = (struct place){ path, 0, BY_FILE, at->errors };
-	p = n >= 3 && memcmp(text, mark, 3) == 0 ? text + 3 : text;
-	for (; there == 1 && p < text + n; p = nl + 1) {
-		at->line++;
-		if ((nl = memchr(p, '\n', text + n - p)) == NULL)
-			nl = text + n;
-		*nl = '\0';
-		read_line(c, at, p, nl - p);
-	}
+	close(fd);
 	free(text);
-	return there;
+	return r;
 }
 
 /* Read CLAMSMTPD_NAME=value.  A list has one value per line.  An empty value
  * counts only for Header, which may be empty. */
 static void
-read_environment(struct conf *c, struct place *at)
+read_environment(struct conf *c)
 {
 	static const char prefix[] = "CLAMSMTPD_";
 	char line[MAXCONFLINE + 8], name[64];
 	const char *v;
 	size_t i, n, len = sizeof prefix - 1;
 
-	*at = (struct place){ "environment", 0, BY_ENVIRONMENT, at->errors };
 	for (i = 0; environ[i] != NULL; i++) {
 		if (strncmp(environ[i], prefix, len) != 0 ||
 		    (v = strchr(environ[i], '=')) == NULL)
@@ -961,7 +921,7 @@ read_environment(struct conf *c, struct place *at)
 			n = strcspn(++v, "\n");
 			format(line, sizeof line, "%s: %.*s", name, (int)n, v);
 			if (n > 0 || strcasecmp(name, "Header") == 0)
-				read_line(c, at, line, strlen(line));
+				read_line(c, line, strlen(line));
 			v += n;
 		} while (*v != '\0');
 	}
@@ -969,52 +929,20 @@ read_environment(struct conf *c, struct place *at)
 
 /* Without a ClamAddress there is one clamd, which has the usual paths. */
 static void
-usual_clamd(struct conf *c, struct place *at)
+usual_clamd(struct conf *c)
 {
 	char text[ADDRTEXT];
 	struct target *t;
-	size_t n = 0;
-	int i;
 
-	for (i = 0; i < NPATHS; i++)
-		n += format(text + n, sizeof text - n, "%s%s",
-		    i > 0 ? ", " : "", clamd_paths[i]);
-	assign(c, at, "ClamAddress", text);
+	format(text, sizeof text, "%s, %s, %s", clamd_paths[0], clamd_paths[1],
+	    clamd_paths[2]);
+	assign(c, "ClamAddress", text);
 	if (c->nclamd == 0)
 		return;			/* out of memory, already logged */
 	c->clamd_default = 1;
 	t = c->clamd[0]->target;
-	for (i = 0; i < NPATHS; i++)
-		addr_path(&t->addr[i], clamd_paths[i]);
-	t->naddr = NPATHS;
-}
-
-/*
- * Set the defaults, and check OutAddress.  there is the result of read_file():
- * an unreadable file (-1) may have an OutAddress.
- */
-static void
-complete(struct conf *c, struct place *at, const char *path, int there)
-{
-	const struct keyword *k;
-
-	*at = (struct place){ "defaults", 0, BY_NOBODY, at->errors };
-	for (k = keywords; k < keywords + NKEYWORDS; k++)
-		if (k->def != NULL && c->seen[k - keywords] == BY_NOBODY)
-			assign(c, at, k->name, k->def);
-	if (c->nclamd == 0)
-		usual_clamd(c, at);
-	if (c->scantimeout == 0)
-		c->scantimeout = c->timeout;
-	if (c->status != NULL)
-		target_default_host(c->status, "127.0.0.1");
-	c->listen[c->nlisten] = c->status;
-	c->listen[c->nlisten + 1] = NULL;
-	if (out_source(c) == BY_NOBODY && !c->transparent && there != -1) {
-		logmsg(LOG_ERR, "%s: OutAddress is missing; set it to the mail "
-		    "server that gets the mail, such as 127.0.0.1:10026", path);
-		at->errors++;
-	}
+	for (t->naddr = 0; t->naddr < NPATHS; t->naddr++)
+		addr_path(&t->addr[t->naddr], clamd_paths[t->naddr]);
 }
 
 struct conf *
@@ -1022,8 +950,8 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile)
 {
 	struct conf *c = calloc(1, sizeof *c);
-	struct place at = { "command line", 0, BY_FLAG, 0 };
-	char full[2 * PATH_MAX];
+	char full[2 * PATH_MAX], text[sizeof defaults];
+	const unsigned char *out_seen;
 	int n, there;
 
 	if (absolute(path, full) == 0)
@@ -1034,17 +962,34 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		return NULL;
 	}
 	c->refs = 1;
+	memcpy(text, defaults, sizeof text);
+	read_text(c, text, sizeof text - 1);
+	c->source = BY_FLAG;
 	for (n = 0; n < nflags; n++)
-		assign(c, &at, flags[n][0], flags[n][1]);
-	there = read_file(c, &at, path);
-	read_environment(c, &at);
-	if (there == 0 && out_source(c) != BY_ENVIRONMENT)
+		assign(c, flags[n][0], flags[n][1]);
+	c->source = BY_FILE;
+	there = read_file(c);
+	c->source = BY_ENVIRONMENT;
+	read_environment(c);
+	/* An unreadable file may have an OutAddress, and its value may be bad. */
+	out_seen = &c->seen[find_keyword("OutAddress") - keywords];
+	if (there == 0 && *out_seen != BY_ENVIRONMENT)
 		logmsg(LOG_WARNING, "%s: no such file", path);
-	complete(c, &at, path, there);
-	at.where = "command line";
+	if (there != -1 && *out_seen == BY_DEFAULT && !c->transparent) {
+		logmsg(LOG_ERR, "%s: OutAddress is missing; set it to the mail "
+		    "server that gets the mail, such as 127.0.0.1:10026", path);
+		c->errors++;
+	}
+	c->source = BY_FLAG;
 	if (pidfile != NULL)
-		assign(c, &at, "PidFile", pidfile);
-	if (at.errors > 0) {
+		assign(c, "PidFile", pidfile);
+	if (c->nclamd == 0)
+		usual_clamd(c);
+	if (c->scantimeout == 0)
+		c->scantimeout = c->timeout;
+	c->listen[c->nlisten] = c->status;
+	c->listen[c->nlisten + 1] = NULL;
+	if (c->errors > 0) {
 		conf_put(c);
 		return NULL;
 	}
@@ -1057,25 +1002,19 @@ conf_show(const struct conf *c)
 	size_t i;
 
 	for (i = 0; i < NKEYWORDS; i++)
-		if (keywords[i].show != NULL)
-			keywords[i].show(c, &keywords[i]);
+		if (*keywords[i].now_called == '\0')
+			show_value(c, &keywords[i]);
 }
 
 void
 conf_put(struct conf *c)
 {
+	size_t i;
+
 	if (c == NULL || --c->refs > 0)
 		return;
-	clear_action(c);
-	clear_listen(c);
-	clear_clamd(c);
-	target_put(c->out);
-	target_put(c->status);
+	for (i = 0; i < NKEYWORDS; i++)
+		clear_value(c, &keywords[i]);
 	free(c->path);
-	free(c->header);
-	free(c->virusaction);
-	free(c->tempdir);
-	free(c->pidfile);
-	free(c->user);
 	free(c);
 }

@@ -21,6 +21,7 @@
 #include "fuzz.h"
 
 #include <arpa/inet.h>
+#include <ctype.h>
 #include <fnmatch.h>
 
 /* Returns a number with any sign and any number of digits. */
@@ -177,14 +178,12 @@ ref_port(const char *p)
 static int
 ref_target(const char *v, struct addr *ip, char *name, int *port)
 {
-	char text[256], *host = text, *colon, *end;
+	char text[400], *host = text, *colon, *end;
 	size_t i;
 
 	*port = 77;
 	if (*v == '/')
 		return strlen(v) < 108 ? 4 : 0;
-	if (strlen(v) > 255)
-		return 0;
 	strcpy(text, v);
 	if (strspn(v, "0123456789") == strlen(v))
 		return (*port = ref_port(v)) == -1 ? 0 : 3;
@@ -221,9 +220,10 @@ ref_target(const char *v, struct addr *ip, char *name, int *port)
 static void
 check_target(const uint8_t *p, size_t n)
 {
+	static const struct keyword k77 = { .max = 77 };
 	struct target *t = calloc(1, sizeof *t);
 	struct addr ip;
-	char v[400], name[256];
+	char v[400], name[400];
 	const char *why;
 	size_t i, k;
 	int kind, port;
@@ -236,7 +236,7 @@ check_target(const uint8_t *p, size_t n)
 	v[k] = '\0';
 	kind = k == 0 ? 0 : ref_target(v, &ip, name, &port);
 	if (k > 0) {
-		why = target_parse(t, v, 77);
+		why = target_parse(t, &k77, v);
 		CHECK((why == NULL) == (kind != 0), "\"%s\": %s, reference: %d",
 		    v, why != NULL ? why : "accepted", kind);
 	}

@@ -92,65 +92,11 @@ static const char
 /* Attributes of XCLIENT that we can send. */
 enum { X_NAME = 1, X_ADDR = 2, X_PORT = 4 };
 
-struct reply;
-
-static int st_proxy(struct session *), st_connect(struct session *),
-    st_greeting(struct session *), st_command(struct session *),
-    st_reply(struct session *), st_auth(struct session *),
-    st_body(struct session *), st_chunk(struct session *),
-    st_scan(struct session *), st_quarantine(struct session *),
-    st_data(struct session *), st_replay(struct session *),
-    st_reset(struct session *), st_linger(struct session *),
-    await_reply(struct session *);
-static void greeting_reply(struct session *, const struct reply *),
-    command_reply(struct session *, const struct reply *),
-    data_reply(struct session *, const struct reply *),
-    final_reply(struct session *, const struct reply *),
-    reset_reply(struct session *, const struct reply *);
-
-/* RESET: only a reset of the client's connection is noticed. */
-enum { CLIENT = 1, SERVER = 2, RESET = 4, CLAMD = 8 };
-
-/* The time limit of a state. */
-enum clock {
-	C_IDLE,		/* TimeOut since the client last read or wrote */
-	C_TOTAL,	/* TimeOut in all */
-	C_OTHER		/* set where the state is entered or makes progress */
-};
-
-/* A step returns 1 when it made progress and is to be called again (the state
- * may be another one), 0 when the session must wait. */
-static const struct {
-	const char *name;
-	int	 from;			/* the peers that it reads from */
-	enum clock clock;
-	int	(*step)(struct session *);
-	void	(*on_reply)(struct session *, const struct reply *);
-} states[] = {
-	[S_PROXY] =	{ "proxy", CLIENT, C_OTHER, st_proxy, NULL },
-	[S_CONNECT] =	{ "connect", CLIENT | RESET, C_OTHER, st_connect,
-			    NULL },
-	[S_GREETING] =	{ "greeting", CLIENT | SERVER | RESET, C_TOTAL,
-			    st_greeting, greeting_reply },
-	[S_COMMAND] =	{ "command", CLIENT | SERVER, C_IDLE, st_command,
-			    NULL },
-	[S_REPLY] =	{ "reply", SERVER | RESET, C_TOTAL, st_reply,
-			    command_reply },
-	[S_AUTH] =	{ "auth", CLIENT | SERVER, C_IDLE, st_auth, NULL },
-	[S_BODY] =	{ "body", CLIENT | SERVER, C_IDLE, st_body, NULL },
-	[S_CHUNK] =	{ "chunk", CLIENT | SERVER, C_IDLE, st_chunk, NULL },
-	[S_SCAN] =	{ "scan", CLIENT | SERVER | CLAMD, C_OTHER, st_scan,
-			    NULL },
-	[S_QUARANTINE] = { "quarantine", CLIENT | SERVER, C_TOTAL,
-			    st_quarantine, NULL },
-	[S_DATA] =	{ "data", CLIENT | SERVER, C_TOTAL, st_data,
-			    data_reply },
-	[S_REPLAY] =	{ "replay", CLIENT | SERVER, C_OTHER, st_replay, NULL },
-	[S_FINAL] =	{ "final", SERVER, C_OTHER, await_reply, final_reply },
-	[S_RESET] =	{ "reset", SERVER | RESET, C_TOTAL, st_reset,
-			    reset_reply },
-	[S_LINGER] =	{ "linger", CLIENT, C_OTHER, st_linger, NULL },
-	[S_DEAD] =	{ "dead", 0, C_OTHER, NULL, NULL },
+struct reply {
+	const struct verb *verb;	/* the command, or NULL */
+	int	 code, class;		/* 250 and 2 */
+	const char *text;		/* in server.peer.in: all lines */
+	size_t	 len;
 };
 
 /*
@@ -170,12 +116,12 @@ struct verb {
 static int is_own_connection(const struct addr *, const struct addr *);
 static void session_activate(struct session *);
 
+/* A state lasts for TimeOut, unless s->deadline is changed after this. */
 static void
 enter(struct session *s, enum state state)
 {
 	s->state = state;
-	if (states[state].clock != C_OTHER)
-		s->deadline = now + s->conf->timeout;
+	s->deadline = now + s->conf->timeout;
 }
 
 /*
@@ -398,7 +344,6 @@ start_linger(struct session *s)
 	clamd_cancel(s);
 	result_reset(&s->result);
 	enter(s, S_LINGER);
-	s->deadline = now + s->conf->timeout;
 }
 
 /* Refuse a command.  Promise 10: a client that does not speak SMTP must not go
@@ -421,13 +366,6 @@ refuse(struct session *s, const char *reply)
  * the reply that the client gets.  The log, the counters and the client get it
  * from there.
  */
-
-struct reply {
-	const struct verb *verb;	/* the command, or NULL */
-	int	 code, class;		/* 250 and 2 */
-	const char *text;		/* in server.peer.in: all lines */
-	size_t	 len;
-};
 
 const char *const outcome_names[NOUTCOMES] = {
 	"clean", "virus", "clamd_error", "unscanned", "oversize", "error"
@@ -744,16 +682,10 @@ reply_code(const char *p, size_t n)
 	return (p[0] - '0') * 100 + (p[1] - '0') * 10 + p[2] - '0';
 }
 
-/* The state of a reply. */
-enum got {
-	WAIT,				/* the rest is still to come */
-	LOST,				/* it will not come: server.why */
-	REPLY				/* it is complete */
-};
-
 /* Look for a complete reply in the input from the next hop.  reply_eat()
- * removes it from there. */
-static enum got
+ * removes it from there.  Returns 1 with the reply, 0 when the rest is still to
+ * come, -1 when it will not come: server.why. */
+static int
 server_reply(struct session *s, struct reply *r)
 {
 	struct buf *in = &s->server.peer.in;
@@ -771,7 +703,7 @@ server_reply(struct session *s, struct reply *r)
 		r->class = r->code / 100;
 		if (code == 0 || code != r->code) {
 			s->server.why = "not an SMTP reply";
-			return LOST;
+			return -1;
 		}
 		s->server.reply_seen = nl + 1 - r->text;
 		if (line[3] != '-' && s->server.reply_seen <= REPLYSZ) {
@@ -779,7 +711,7 @@ server_reply(struct session *s, struct reply *r)
 			r->verb = s->server.verb;
 			s->server.verb = NULL;
 			log_dialogue(s, "SERVER <", r->text, r->len);
-			return REPLY;
+			return 1;
 		}
 	}
 	if (buf_len(in) > REPLYSZ)		/* promise 6 */
@@ -787,8 +719,8 @@ server_reply(struct session *s, struct reply *r)
 	else if (s->server.peer.eof)
 		s->server.why = "connection closed";
 	else
-		return WAIT;
-	return LOST;
+		return 0;
+	return -1;
 }
 
 static void
@@ -854,70 +786,67 @@ relay_and_close(struct session *s, const struct reply *r)
 	start_linger(s);
 }
 
-/* The step of a state that waits for a reply and has an on_reply. */
+/* Pass the reply of the next hop to on_reply().  Returns 1, or 0 when it is not
+ * complete. */
 static int
-await_reply(struct session *s)
+await_reply(struct session *s,
+    void (*on_reply)(struct session *, const struct reply *))
 {
 	struct reply r;
+	int got;
 
 	if (!client_ready(s))
 		return 0;
-	switch (server_reply(s, &r)) {
-	case WAIT:
-		return 0;
-	case LOST:
-		return server_lost(s, s->server.why);
-	case REPLY:
-		break;
-	}
-	states[s->state].on_reply(s, &r);
+	if ((got = server_reply(s, &r)) != 1)
+		return got == -1 && server_lost(s, s->server.why);
+	on_reply(s, &r);
 	reply_eat(s, &r);
 	return 1;
 }
 
 static const struct verb verb_noop = { "NOOP", NULL, NULL, 1, 1 };
 
-/* Whether the next hop can take a command. */
-enum idle {
-	READY,
-	WAITING,			/* it owes us a reply */
-	GONE				/* server.why, server.farewell */
-};
+/* Returns 1 when input from the next hop, or its EOF, has been read. */
+static int
+server_spoke(const struct session *s)
+{
+	return buf_len(&s->server.peer.in) > 0 || s->server.peer.eof;
+}
 
 /*
  * Read what the next hop sends while the session waits for the client or clamd:
- * the reply to a NOOP.  Anything else ends the connection.
+ * the reply to a NOOP.  Anything else ends the connection.  Returns 1 when the
+ * next hop can take a command, 0 when it owes us a reply, -1 when the
+ * connection has ended: server.why, server.farewell.
  */
-static enum idle
+static int
 server_idle(struct session *s)
 {
 	struct reply r;
+	int got;
 
-	while (s->server.peer.fd != -1 &&
-	    (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof))
-		switch (server_reply(s, &r)) {
-		case WAIT:
-			return WAITING;
-		case LOST:
+	while (s->server.peer.fd != -1 && server_spoke(s)) {
+		if ((got = server_reply(s, &r)) == 0)
+			return 0;
+		if (got == -1) {
 			server_drop(s, s->server.why);
 			break;
-		case REPLY:
-			if (r.verb == &verb_noop && r.class == 2) {
-				s->server.noop_at = now + s->conf->keepalives;
-				reply_eat(s, &r);
-				break;
-			}
-			slog(s, LOG_NOTICE, "SERVER: unexpected reply during a message: %s",
-			    first_line(&r));
-			if (r.class == 4 && str_set(&s->server.farewell, clean,
-			    reply_clean(&r)) == -1)
-				client_nomem(s);
-			server_drop(s, "NOOP refused");
-			break;
 		}
+		if (r.verb == &verb_noop && r.class == 2) {
+			s->server.noop_at = now + s->conf->keepalives;
+			reply_eat(s, &r);
+			continue;
+		}
+		slog(s, LOG_NOTICE, "SERVER: unexpected reply during a "
+		    "message: %s", first_line(&r));
+		if (r.class == 4 && str_set(&s->server.farewell, clean,
+		    reply_clean(&r)) == -1)
+			client_nomem(s);
+		server_drop(s, "NOOP refused");
+	}
 	if (s->server.peer.fd == -1)
-		return GONE;
-	return s->server.verb == NULL ? READY : WAITING;
+		return -1;
+	return s->server.verb == NULL;
 }
 
 /* Returns the time at which a NOOP is to be sent, or 0 when none is.  NOOPs are
@@ -932,13 +861,14 @@ keep_alive_at(const struct session *s)
 	return s->server.noop_at;
 }
 
-static enum idle
+/* As server_idle(), but also send a NOOP when it is due. */
+static int
 keep_alive(struct session *s)
 {
-	enum idle idle = server_idle(s);
+	int idle = server_idle(s);
 	int64_t at = keep_alive_at(s);
 
-	if (idle == READY && at != 0 && now >= at) {
+	if (at != 0 && now >= at) {
 		server_command(s, &verb_noop, "NOOP\r\n", 6);
 		s->server.noop_at = now + s->conf->keepalives;
 	}
@@ -1078,7 +1008,6 @@ session_connect(struct session *s)
 	slog(s, LOG_INFO, "accepted connection from: %s",
 	    addr_text(&s->client_addr));
 	enter(s, S_CONNECT);
-	s->deadline = now + s->conf->timeout;
 	if (!is_loop(s->client.fd, &s->peer_addr, &s->local_addr))
 		return;
 	slog(s, LOG_ERR, "mail loop: %s is our own connection to a next hop; "
@@ -1224,12 +1153,6 @@ st_connect(struct session *s)
  * GREETING.
  */
 
-static int
-st_greeting(struct session *s)
-{
-	return gone_early(s) ? 1 : await_reply(s);
-}
-
 static void
 greeting_reply(struct session *s, const struct reply *r)
 {
@@ -1254,6 +1177,12 @@ greeting_reply(struct session *s, const struct reply *r)
 		server_close(s);
 		enter(s, S_COMMAND);
 	}
+}
+
+static int
+st_greeting(struct session *s)
+{
+	return gone_early(s) || await_reply(s, greeting_reply);
 }
 
 /*
@@ -1902,25 +1831,15 @@ client_ended(struct session *s)
 	return 1;
 }
 
-/* The next hop sent a reply without a command: it ends the session. */
-static int
-server_spoke(struct session *s)
+/* A reply without a command ends the session. */
+static void
+unasked_reply(struct session *s, const struct reply *r)
 {
-	struct reply r;
-
-	switch (server_reply(s, &r)) {
-	case WAIT:
-		return client_ended(s);
-	case LOST:
-		return server_lost(s, s->server.why);
-	case REPLY:
-		break;
-	}
-	slog(s, LOG_NOTICE, "SERVER: unexpected reply: %s", first_line(&r));
-	if (r.code < 400)	/* the client must not get it as a reply */
-		return server_lost(s, "reply without a command");
-	relay_and_close(s, &r);
-	return 1;
+	slog(s, LOG_NOTICE, "SERVER: unexpected reply: %s", first_line(r));
+	if (r->code < 400)	/* the client must not get it as a reply */
+		server_lost(s, "reply without a command");
+	else
+		relay_and_close(s, r);
 }
 
 static int
@@ -1932,8 +1851,8 @@ st_command(struct session *s)
 
 	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
 		return 0;
-	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof)
-		return server_spoke(s);
+	if (server_spoke(s))
+		return await_reply(s, unasked_reply) || client_ended(s);
 	if (is_not_smtp(s))
 		return not_smtp(s);
 	r = client_line(s, &line, &n);
@@ -1948,16 +1867,6 @@ st_command(struct session *s)
 /*
  * REPLY.
  */
-
-static int
-st_reply(struct session *s)
-{
-	if (!s->client.err)
-		return await_reply(s);
-	log_closed(s);
-	session_kill(s);
-	return 1;
-}
 
 static void
 command_reply(struct session *s, const struct reply *r)
@@ -1980,6 +1889,16 @@ command_reply(struct session *s, const struct reply *r)
 	enter(s, auth ? S_AUTH : S_COMMAND);
 }
 
+static int
+st_reply(struct session *s)
+{
+	if (!s->client.err)
+		return await_reply(s, command_reply);
+	log_closed(s);
+	session_kill(s);
+	return 1;
+}
+
 /*
  * AUTH: the line is a response to a 334, whatever it looks like.
  */
@@ -1992,8 +1911,8 @@ st_auth(struct session *s)
 
 	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
 		return 0;
-	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof)
-		return server_spoke(s);
+	if (server_spoke(s))
+		return await_reply(s, unasked_reply) || client_ended(s);
 	switch (client_line(s, &line, &n)) {
 	case 1:
 		slog(s, LOG_DEBUG, "CLIENT < ***");
@@ -2368,7 +2287,7 @@ st_body(struct session *s)
 	size_t n;
 	int end = 0;
 
-	if (keep_alive(s) == GONE)
+	if (keep_alive(s) == -1)
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
@@ -2463,7 +2382,7 @@ st_chunk(struct session *s)
 	struct buf *in = &s->client.in;
 	size_t n = buf_len(in);
 
-	if (keep_alive(s) == GONE && !s->msg.discard)
+	if (keep_alive(s) == -1 && !s->msg.discard)
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
@@ -2690,7 +2609,7 @@ st_scan(struct session *s)
 {
 	if (client_gone(s))
 		return abort_transaction(s);
-	if (keep_alive(s) == GONE) {
+	if (keep_alive(s) == -1) {
 		fail_server_lost(s);
 		clamd_cancel(s);
 		return reject_message(s);
@@ -2790,25 +2709,6 @@ data_send(struct session *s)
 	return 1;
 }
 
-static int
-st_data(struct session *s)
-{
-	if (s->server.verb == &verb_data)
-		return await_reply(s);
-	if (client_gone(s))
-		return abort_transaction(s);
-	switch (server_idle(s)) {
-	case WAITING:
-		return 0;
-	case GONE:
-		fail_server_lost(s);
-		return reject_message(s);
-	case READY:
-		break;
-	}
-	return data_send(s);
-}
-
 static void
 data_reply(struct session *s, const struct reply *r)
 {
@@ -2826,32 +2726,39 @@ data_reply(struct session *s, const struct reply *r)
 	}
 }
 
+static int
+st_data(struct session *s)
+{
+	int idle;
+
+	if (s->server.verb == &verb_data)
+		return await_reply(s, data_reply);
+	if (client_gone(s))
+		return abort_transaction(s);
+	if ((idle = server_idle(s)) == -1) {
+		fail_server_lost(s);
+		return reject_message(s);
+	}
+	return idle && data_send(s);
+}
+
 /*
  * REPLAY.
  */
 
 /* The next hop replies before it has the whole message, and gets no more of it.
  * An early 4xx or 5xx is final.  An early 2xx or 3xx is a protocol error. */
-static int
-early_reply(struct session *s)
+static void
+early_reply(struct session *s, const struct reply *r)
 {
-	struct reply r;
-
-	switch (server_reply(s, &r)) {
-	case WAIT:
-		return 0;
-	case LOST:
-		return server_lost(s, s->server.why);
-	case REPLY:
-		break;
+	if (r->code < 400) {
+		server_lost(s, "early 2xx, before the end of the message");
+		return;
 	}
-	if (r.code < 400)
-		return server_lost(s, "early 2xx, before the end of the message");
-	log_refusal(s, &r);
-	settle_relay(s, verdict_outcome(s), &r);
+	log_refusal(s, r);
+	settle_relay(s, verdict_outcome(s), r);
 	message_log(s);
-	relay_and_close(s, &r);
-	return 1;
+	relay_and_close(s, r);
 }
 
 /*
@@ -2971,13 +2878,12 @@ st_replay(struct session *s)
 	if (client_gone(s))
 		return abort_transaction(s);
 	if (s->server.peer.err == PEER_LOCAL || (s->server.peer.err &&
-	    buf_len(&s->server.peer.in) == 0 && !s->server.peer.eof &&
-	    !peer_fill(&s->server.peer, 0)))
+	    !server_spoke(s) && !peer_fill(&s->server.peer, 0)))
 		return server_lost(s, s->server.peer.err == PEER_LOCAL ?
 		    "no memory, or TempDirectory cannot be read" : "write failed");
-	if (buf_len(&s->server.peer.in) > 0 || s->server.peer.eof) {
+	if (server_spoke(s)) {
 		s->server.peer.err = 1;	/* send nothing more */
-		return client_ready(s) ? early_reply(s) : 0;
+		return await_reply(s, early_reply);
 	}
 	return replay_queued(s) ? 0 : replay_next(s);
 }
@@ -3006,35 +2912,17 @@ final_reply(struct session *s, const struct reply *r)
 		enter(s, S_COMMAND);
 }
 
+static int
+st_final(struct session *s)
+{
+	return await_reply(s, final_reply);
+}
+
 /*
  * RESET: the next hop forgets the transaction, then the client gets the reply.
  */
 
 static const struct verb verb_rset = { "RSET", NULL, NULL, 1, 1 };
-
-static int
-st_reset(struct session *s)
-{
-	if (s->client.err) {
-		session_kill(s);
-		return 1;
-	}
-	if (s->server.verb == &verb_rset)
-		return await_reply(s);
-	if (!client_ready(s))
-		return 0;
-	switch (server_idle(s)) {
-	case WAITING:
-		return 0;
-	case GONE:
-		result_send(s);
-		start_linger(s);
-		return 1;
-	case READY:
-		break;
-	}
-	return server_command(s, &verb_rset, "RSET\r\n", 6);
-}
 
 static void
 reset_reply(struct session *s, const struct reply *r)
@@ -3045,6 +2933,27 @@ reset_reply(struct session *s, const struct reply *r)
 		enter(s, S_COMMAND);
 	else
 		start_linger(s);
+}
+
+static int
+st_reset(struct session *s)
+{
+	int idle;
+
+	if (s->client.err) {
+		session_kill(s);
+		return 1;
+	}
+	if (s->server.verb == &verb_rset)
+		return await_reply(s, reset_reply);
+	if (!client_ready(s))
+		return 0;
+	if ((idle = server_idle(s)) == -1) {
+		result_send(s);
+		start_linger(s);
+		return 1;
+	}
+	return idle && server_command(s, &verb_rset, "RSET\r\n", 6);
 }
 
 /*
@@ -3074,8 +2983,40 @@ st_linger(struct session *s)
 }
 
 /*
- * Deadlines, and the work of one iteration of the loop.
+ * The table of the states, deadlines, and the work of one iteration of the
+ * loop.
  */
+
+enum {
+	CLIENT = 1, SERVER = 2, CLAMD = 4,	/* the state reads from it */
+	RESET = 8,	/* only a reset of the client's connection is noticed */
+	IDLE = 16	/* its TimeOut begins again when the client reads */
+};
+
+/* A step returns 1 when it made progress and is to be called again (the state
+ * may be another one), 0 when the session must wait. */
+static const struct {
+	char	 name[12];
+	int	 flags;
+	int	(*step)(struct session *);
+} states[] = {
+	[S_PROXY] =	{ "proxy", CLIENT, st_proxy },
+	[S_CONNECT] =	{ "connect", CLIENT | RESET, st_connect },
+	[S_GREETING] =	{ "greeting", CLIENT | SERVER | RESET, st_greeting },
+	[S_COMMAND] =	{ "command", CLIENT | SERVER | IDLE, st_command },
+	[S_REPLY] =	{ "reply", SERVER | RESET, st_reply },
+	[S_AUTH] =	{ "auth", CLIENT | SERVER | IDLE, st_auth },
+	[S_BODY] =	{ "body", CLIENT | SERVER | IDLE, st_body },
+	[S_CHUNK] =	{ "chunk", CLIENT | SERVER | IDLE, st_chunk },
+	[S_SCAN] =	{ "scan", CLIENT | SERVER | CLAMD, st_scan },
+	[S_QUARANTINE] = { "quarantine", CLIENT | SERVER, st_quarantine },
+	[S_DATA] =	{ "data", CLIENT | SERVER, st_data },
+	[S_REPLAY] =	{ "replay", CLIENT | SERVER, st_replay },
+	[S_FINAL] =	{ "final", SERVER, st_final },
+	[S_RESET] =	{ "reset", SERVER | RESET, st_reset },
+	[S_LINGER] =	{ "linger", CLIENT, st_linger },
+	[S_DEAD] =	{ "dead", 0, NULL },
+};
 
 static void
 timed_out(struct session *s)
@@ -3141,7 +3082,7 @@ flush(struct session *s)
 		peer_drain(&s->server.peer, more);
 	if (buf_len(&s->client.out) == c && buf_len(&s->server.peer.out) == h)
 		return 0;
-	if (states[s->state].clock == C_IDLE && buf_len(&s->client.out) < c)
+	if ((states[s->state].flags & IDLE) && buf_len(&s->client.out) < c)
 		s->deadline = now + s->conf->timeout;
 	if (s->state == S_REPLAY)
 		replay_extend(s);
@@ -3184,7 +3125,7 @@ on_client(void *arg, int revents)
 		if (is_body(s))
 			s->deadline = now + s->conf->timeout;
 	}
-	if ((states[s->state].from & RESET) && (revents & POLLERR))
+	if ((states[s->state].flags & RESET) && (revents & POLLERR))
 		peer_reset(&s->client);
 	session_run(s);
 }
@@ -3222,9 +3163,7 @@ wants(const struct session *s, const struct peer *p, int who)
 {
 	int events = 0;
 
-	if (p->fd == -1)
-		return 0;
-	if ((states[s->state].from & who) && !p->eof &&
+	if ((states[s->state].flags & who) && !p->eof &&
 	    buf_len(&p->in) < BUFSZ)
 		events |= POLLIN;
 	if (buf_len(&p->out) > 0 || p->connecting)
@@ -3238,7 +3177,7 @@ wants(const struct session *s, const struct peer *p, int who)
 static int
 wants_reset(const struct session *s)
 {
-	return (states[s->state].from & RESET) &&
+	return (states[s->state].flags & RESET) &&
 	    s->peer_addr.u.sa.sa_family != AF_UNIX;
 }
 

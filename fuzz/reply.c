@@ -62,8 +62,8 @@ ref_is_line(const char *p, size_t n)
 	return n == 3 || p[3] == ' ' || p[3] == '-' || p[3] == '\r';
 }
 
-/* Returns what server_reply() must return for p.  For REPLY it sets the length
- * and the code. */
+/* Returns what server_reply() must return for p.  For 1 it sets the length and
+ * the code. */
 static int
 ref_reply(const char *p, size_t len, size_t *n, int *code)
 {
@@ -75,12 +75,12 @@ ref_reply(const char *p, size_t len, size_t *n, int *code)
 		if (k == len)
 			return 0;
 		if (!ref_is_line(p + i, k - i) || memcmp(p, p + i, 3) != 0)
-			return 1;
+			return -1;
 		if (k - i < 4 || p[i + 3] != '-') {
 			*n = k + 1;
 			*code = (p[0] - '0') * 100 + (p[1] - '0') * 10 +
 			    p[2] - '0';
-			return REPLY;
+			return 1;
 		}
 	}
 }
@@ -243,15 +243,15 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		if (i + 1 == in.ncut && (flags & 16))
 			s->server.peer.eof = eof = 1;
 		do {
-			got = (int)server_reply(s, &r);
+			got = server_reply(s, &r);
 			want = ref_reply(in.p + at, sent - at, &n, &code);
-			if (want == REPLY && n > REPLYSZ)
-				want = 1;
+			if (want == 1 && n > REPLYSZ)
+				want = -1;
 			if (want == 0 && (sent - at > REPLYSZ || eof))
-				want = 1;
+				want = -1;
 			CHECK(got == want, "server_reply: %d, reference: %d", got,
 			    want);
-			if (got == REPLY) {
+			if (got == 1) {
 				CHECK(r.code == code, "code %d", r.code);
 				check_reply(s, &r, in.p + at, n, flags);
 				reply_eat(s, &r);
@@ -259,8 +259,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				CHECK(buf_len(&s->server.peer.in) == sent - at,
 				    "the reply was not removed completely");
 			}
-			lost = got == 1;
-		} while (got == REPLY);
+			lost = got == -1;
+		} while (got == 1);
 	}
 	session_free(s);
 	return 0;

@@ -162,6 +162,22 @@ def test_dashboard_has_every_metric_that_there_is(site):
     assert asked <= there
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def has_all_curves(picture):
+    """Whether the picture has the panels with a curve, in the dashboard's order."""
+    titles = [text.text.partition(" (")[0] for text in picture.iter(SVG + "text")
+              if text.get("class") == "title"]
+    return titles == [panel["title"] for panel in dashboard()["panels"]
+                      if panel["type"] == "timeseries"]
+
+
+def test_picture_has_the_panels_of_the_dashboard():
+    """dashboard.svg, which the page shows, is not older than the dashboard."""
+    assert has_all_curves(xml.etree.ElementTree.parse(path("dashboard.svg")))
+
+
 def test_curves_are_drawn_from_prometheus(site, prometheus):
     """curves makes a picture of each panel with a curve."""
     client = site.session()
@@ -174,9 +190,6 @@ def test_curves_are_drawn_from_prometheus(site, prometheus):
                                stdin=file, capture_output=True, text=True)
     assert drawn.returncode == 0, drawn.stderr
     picture = xml.etree.ElementTree.fromstring(drawn.stdout)
-    titles = [text.text.partition(" (")[0] for text in picture.iter("{http://www.w3.org/2000/svg}text")
-              if text.get("class") == "title"]
-    assert titles == [panel["title"] for panel in dashboard()["panels"]
-                      if panel["type"] == "timeseries"]
-    lines = list(picture.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert has_all_curves(picture)
+    lines = list(picture.iter(SVG + "polyline"))
     assert any(line.get("points") for line in lines)

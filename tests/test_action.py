@@ -294,7 +294,8 @@ def test_daemon_end_while_a_copy_is_made_leaves_none(site, start_halting):
     assert os.listdir(site.spool) == []
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 TimeOut")
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut",
+    "clamsmtpd.8 FILES: /tmp/clamsmtpd.XXXXXX")
 def test_copy_that_takes_longer_than_time_out_is_killed(site, start_halting):
     """A child that never continues is killed after TimeOut, and none of its files
     is left."""
@@ -302,6 +303,8 @@ def test_copy_that_takes_longer_than_time_out_is_killed(site, start_halting):
     client = site.session()
     client.begin(BAD + b".\r\n")
     until(lambda: halted(site), "a copy is made")
+    name, = os.listdir(site.spool)
+    assert re.fullmatch(r"clamsmtpd\.\w{6}", name)
     client.expect("451 4.3.0 Local Error")
     until(lambda: not site.daemon.children(), "the child is killed")
     until(lambda: os.listdir(site.spool) == [], "its file is removed")
@@ -488,10 +491,10 @@ def test_spool_that_cannot_be_made_gives_the_error_at_the_dot(site):
     os.rename(site.spool, site.spool + ".away")
     client.cmd("DATA", "354")
     client.send(LARGE + b"NOOP\r\nRSET\r\nQUIT\r\n")
-    site.daemon.wait_log("message will be refused: 451")
+    line, = site.daemon.wait_log("^100000: message will be refused: 451")
     os.rename(site.spool + ".away", site.spool)
     client.send(b"NOOP\r\n.\r\n")
-    client.expect("451 4.3.0 Local Error")
+    assert client.expect("451 4.3.0 Local Error").text == line.split(": ", 2)[2]
     verbs = site.hop.sessions[0].verbs()
     assert verbs[:3] == ["EHLO", "MAIL", "RCPT"] and "NOOP" not in verbs
     client.mail(body=GOOD)

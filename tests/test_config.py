@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 
-from harness import CLAMSMTPD, effective, has_ipv6, localhost, own_host, until
+from harness import (CLAMSMTPD, bind, effective, has_ipv6, localhost, mounting, own_host,
+                     until)
 
 MINIMAL = "OutAddress: 10026\n"
 
@@ -222,10 +223,12 @@ def test_bad_value_error_names_file_line_setting_and_value(check, name, value):
     result = check("# one\n" + MINIMAL * (name != "OutAddress") +
                    "%s: %s\n" % (name, value))
     assert result.returncode == 2, (result.stdout, result.stderr)
-    line = 2 if name == "OutAddress" else 3
-    want = '%s:%d: %s: "%s"' % (check.file, line, name, value)
-    assert want in result.stderr or (
-        not value and "%s:%d: %s" % (check.file, line, name) in result.stderr)
+    want = "%s:%d: %s: " % (check.file, 2 if name == "OutAddress" else 3, name)
+    want += '"%s" is not ' % value if value else "the value is missing\n"
+    assert want in result.stderr
+    right = {"MaxConnections": "a number from 2 to 65535", "XClient": "on or off",
+             "Action": "bounce, drop or pass", "Header": "lines of the form Name: text"}
+    assert not value or right.get(name, "") in result.stderr.partition(want)[2]
 
 
 @pytest.mark.parametrize("escape", ["%d", "%i", "%l"])
@@ -527,14 +530,23 @@ def test_old_names_still_work(check, old, name, value):
 
 # ------------------------------------------------------------ command line
 
-@pytest.mark.covers("clamsmtpd.8 OPTIONS: -v", "clamsmtpd.8 FILES: /etc/clamsmtpd.conf",
-    "clamsmtpd.conf.5 FILES: /etc/clamsmtpd.conf")
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -v")
 def test_v_prints_version_and_default_file(run):
     result = run("-v")
     assert result.returncode == 0
     assert re.search(r"\d+\.\d+", result.stdout)
     assert "clamsmtpd.conf" in result.stdout
     assert result.stderr == ""
+
+
+@pytest.mark.covers("clamsmtpd.8 FILES: /etc/clamsmtpd.conf",
+    "clamsmtpd.conf.5 FILES: /etc/clamsmtpd.conf")
+def test_configuration_without_f_is_the_default_file(run, mounts, tmp_path):
+    """The file is the one that -v prints.  In a usual build it is in /etc."""
+    path = re.search(r"/\S*clamsmtpd\.conf", run("-v").stdout)[0]
+    (tmp_path / "clamsmtpd.conf").write_text(MINIMAL + "TimeOut: 71\n")
+    result = run("-n", preexec_fn=mounting(bind(str(tmp_path), os.path.dirname(path))))
+    assert effective(result)["timeout"] == ["71"]
 
 
 @pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2")

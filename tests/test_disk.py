@@ -5,6 +5,7 @@ import ctypes
 import errno
 import os
 import platform
+import re
 import resource
 import signal
 import struct
@@ -254,12 +255,12 @@ def all_works(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
-    client.submit(GOOD)
+    client.submit(LARGE)
     hold.reached()
-    assert os.listdir(site.spool) == [], "the spool has no name"
+    assert spool_files(site) == 1 and os.listdir(site.spool) == [], "it has no name"
     hold.go()
     client.expect("250 2.0.0 queued")
-    same(site.clamd.scans[0].mail, GOOD)
+    same(site.clamd.scans[0].mail, LARGE)
     client.mail(body=BAD, want="250 2.0.0 Virus Detected")
     name, = os.listdir(site.spool)
     with open(os.path.join(site.spool, name), "rb") as file:
@@ -273,6 +274,22 @@ def all_works(site):
 def test_file_system_without_o_tmpfile_serves(site):
     site.start(Quarantine="on", preexec=no_tmpfile())
     all_works(site)
+
+
+@pytest.mark.covers("clamsmtpd.8 FILES: /tmp/clamsmtpd.XXXXXX")
+def test_file_system_without_o_tmpfile_has_a_name_for_a_moment(site, faulty_build):
+    """The daemon halts before it removes the name of the message's file.  At the start
+    it made and removed another one."""
+    site.start(preexec=no_tmpfile(), binary=faulty_build, env={"FAULT": "unlink:2:0:-1"})
+    client = site.session()
+    client.begin(LARGE)
+    until(lambda: site.daemon.proc("State").startswith("T"), "the daemon halts")
+    name, = os.listdir(site.spool)
+    assert re.fullmatch(r"clamsmtpd\.\w{6}", name)
+    site.daemon.resume()
+    client.send(b".\r\n")
+    client.expect("250 2.0.0 queued")
+    assert os.listdir(site.spool) == []
 
 
 def test_start_without_proc_serves(site, mounts):

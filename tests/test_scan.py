@@ -346,7 +346,7 @@ def test_clamd_unreachable_is_an_error(site, clamd):
 
 @pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: clamd ADDRESS: ...")
 @pytest.mark.parametrize("verdict, reason", [
-    (None, "connect: No such file"),
+    (None, "connect: No such file or directory$"),
     (CLOSE, "connection closed without an answer"),
     (Then(b"stream: O", CLOSE), 'unexpected answer .*O" .incomplete.'),
     (b"COMMAND READ TIMED OUT\n", 'unexpected answer "COMMAND READ TIMED OUT"'),
@@ -376,6 +376,21 @@ def test_clamd_failure_and_its_end_are_logged_once(site, verdict, reason):
     assert site.daemon.log(about) == [line, "clamd %s: works again"
                                       % site.clamd.address]
     client.quit()
+
+
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: clamd ADDRESS: ...")
+@pytest.mark.parametrize("tcp", [True, False])
+def test_clamd_that_listens_no_more_is_connection_refused(site, tcp):
+    """The address is a port, or a unix socket whose path is still there."""
+    clamd = site.new_clamd(tcp=tcp)
+    site.start(ClamAddress=clamd.address)
+    clamd.down()
+    with socket.socket(socket.AF_UNIX) as stale:
+        if not tcp:
+            stale.bind(clamd.path)
+        site.session().mail(want="451 4.3.0 Local Error")
+    assert site.daemon.log("^clamd %s: connect: Connection refused$"
+                           % re.escape(clamd.address))
 
 
 @pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: clamd ADDRESS: ...")

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import struct
@@ -50,8 +51,27 @@ def test_log_lines_of_a_message_are_the_originals(site):
         "100000: from=<>, to=d@example.com, status=CLEAN"]
 
 
-@pytest.mark.covers("clamsmtpd.8 LOGGING: session number",
-    "clamsmtpd.8 DIAGNOSTICS: session number")
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: session number")
+def test_log_lines_with_the_number_of_a_session_have_its_reason(site):
+    """Of two sessions at the same time, the lines with the number of one have the
+    address of its client, the status, and the reason for its failure."""
+    site.hop.on(".", ["452 4.3.1 full"])
+    site.start(level=3)
+    clients = [site.session(source="127.0.0.%d" % n) for n in (2, 3)]
+    for client, want in zip(clients, ("452", "250")):
+        client.mail(sender=want + "@example.com", want=want)
+        client.quit()
+    log = "\n".join(site.daemon.log())
+    by_address = re.findall(r"(?m)^(\w+): accepted connection from: 127\.0\.0\.2$", log)
+    by_status = re.findall("(?m)^(.*): from=452@example.com, .*, status=CLEAN$", log)
+    assert by_address == by_status == ["100000"]
+    assert site.daemon.log("^100000: ") == [
+        "100000: accepted connection from: 127.0.0.2",
+        "100000: from=452@example.com, to=b@example.com, status=CLEAN",
+        "100000: SERVER: refused the message: 452 4.3.1 full"]
+
+
+@pytest.mark.covers("clamsmtpd.8 LOGGING: session number")
 def test_connections_are_numbered_in_hexadecimal(site):
     for _ in range(11):
         site.session().quit()
@@ -244,6 +264,7 @@ def test_client_silent_in_the_body_gets_421(site, clock):
 LF_ALONE = ": client ends lines with LF alone"
 
 
+@pytest.mark.covers("clamsmtpd.8 DIAGNOSTICS: CLIENT: ...")
 @pytest.mark.parametrize("wire, why", [
     (b"Subject: x\n\nbody\n.\n", LF_ALONE), (b".\n", LF_ALONE), (b"\n", LF_ALONE),
     (b"Subject: x\r\n\r\nbody\r\n.\nQUIT\n", LF_ALONE),
@@ -1044,7 +1065,8 @@ def test_client_gone_in_the_body_delivers_nothing(site, ending, sent):
     assert "DATA" not in site.hop.commands
 
 
-@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the last bytes")
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: client gone before the last bytes",
+    "clamsmtpd.8 DIAGNOSTICS: CLIENT: ...")
 @pytest.mark.core
 @pytest.mark.parametrize("ending, seconds", GONE)
 @pytest.mark.parametrize("tail", [b"", b"QUI"])

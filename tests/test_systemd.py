@@ -65,6 +65,14 @@ class Systemd:
                                    program))
         os.chmod(self.launcher, 0o755)
 
+    def change_launcher(self, old, new):
+        with open(self.launcher, "r+") as file:
+            text = file.read()
+            assert old in text
+            file.seek(0)
+            file.truncate()
+            file.write(text.replace(old, new))
+
     def launch_with(self, clock):
         """The same, with a clock that the test moves."""
         settings = clock.settings()
@@ -191,6 +199,7 @@ def test_restart_refuses_no_connection(site, systemd, number):
         client.quit()
     assert os.stat(path).st_ino == inode
     assert systemd.names() == stored and len(stored) == len(listen)
+    assert all(name.startswith(OURS) for name in stored)
     assert not two.log("in use|stays")
     end(two)
     assert os.path.exists(path)
@@ -342,11 +351,13 @@ def test_reload_that_fails_leaves_the_store_as_it_was(site, systemd):
 
 
 @pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: FDSTORE")
-def test_without_a_store_nothing_is_stored_or_left(site):
-    """Only $FDSTORE means that there is a store.  OpenRC has NOTIFY_SOCKET
+@pytest.mark.parametrize("fdstore", [None, "0"])
+def test_without_a_store_nothing_is_stored_or_left(site, fdstore):
+    """Only $FDSTORE above 0 means that there is a store.  OpenRC has NOTIFY_SOCKET
     alone."""
     systemd = Systemd(site, store=False)
-    one = systemd.start(Listen=site.path("in.sock"))
+    one = systemd.start(env={"FDSTORE": fdstore} if fdstore else (),
+                        Listen=site.path("in.sock"))
     end(one)
     assert systemd.read() == ["READY=1", "STOPPING=1"]
     assert not os.path.exists(site.path("in.sock"))
@@ -369,19 +380,40 @@ def test_sockets_of_a_unit_are_used_and_left_to_it(site, store):
     neither shut down nor removed, since they are systemd's."""
     path, systemd = site.path("in.sock"), Systemd(site, store)
     with listener(socket.AF_INET, ("127.0.0.1", 0)) as inet, \
+            listener(socket.AF_INET, ("127.0.0.1", 0)) as status, \
             listener(socket.AF_UNIX, path) as unix:
         addresses = ["127.0.0.1:%d" % inet.getsockname()[1], path]
+        status_address = "127.0.0.1:%d" % status.getsockname()[1]
         early = [site.client(address=address) for address in addresses]
-        systemd.sockets(inet, unix)
+        systemd.sockets(inet, unix, status)
         for _ in range(2):
-            systemd.start(Listen=addresses)
+            systemd.start(Listen=addresses, StatusListen=status_address)
             for client in early:
                 client.expect("220")
                 client.quit()
+            with connect(status_address) as visitor:
+                visitor.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert visitor.recv(13) == b"HTTP/1.0 200 "
             end(site.daemon)
             early = [site.client(address=address) for address in addresses]
     assert "FDSTORE=1" not in systemd.read() and os.path.exists(path)
     systemd.close()
+
+
+@pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID")
+def test_sockets_for_another_process_are_not_used(site, systemd):
+    """With another LISTEN_PID the descriptors are closed like all that are
+    inherited."""
+    systemd.change_launcher("LISTEN_PID=str(os.getpid())", "LISTEN_PID='1'")
+    with listener(socket.AF_INET, ("127.0.0.1", 0)) as inet:
+        address = "127.0.0.1:%d" % inet.getsockname()[1]
+        systemd.sockets(inet)
+        one = systemd.start(Listen=site.path("in.sock"))
+        assert not one.log(address)
+        inode = "socket:[%d]" % os.fstat(inet.fileno()).st_ino
+        fds = "/proc/%d/fd" % one.pid
+        assert inode not in [os.readlink(os.path.join(fds, fd)) for fd in os.listdir(fds)]
+        end(one)
 
 
 @pytest.mark.covers("clamsmtpd.8 ENVIRONMENT: LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID")
@@ -487,13 +519,9 @@ def test_watchdog_is_fed_twice_in_its_time(site, clock, own):
     another process."""
     systemd = Systemd(site)
     systemd.launch_with(clock)
-    with open(systemd.launcher) as file:
-        launcher = file.read()
     if own is not None:
-        launcher = launcher.replace("if fds:", "os.environ['WATCHDOG_PID'] = str(%s)"
-                                    "\nif fds:" % ("os.getpid()" if own else "1"))
-    with open(systemd.launcher, "w") as file:
-        file.write(launcher)
+        systemd.change_launcher("if fds:", "os.environ['WATCHDOG_PID'] = str(%s)"
+                                "\nif fds:" % ("os.getpid()" if own else "1"))
     one = systemd.start(env={"WATCHDOG_USEC": "20000000"})
 
     def fed():
@@ -506,6 +534,8 @@ def test_watchdog_is_fed_twice_in_its_time(site, clock, own):
         for _ in range(3):
             before = fed()
             clock.go(one, 9)
+            site.session().quit()
+            assert fed() == before
             clock.go(one, 1)
             until(lambda: fed() == before + 1, "the watchdog is fed")
     end(one)

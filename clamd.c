@@ -739,6 +739,32 @@ ping_address(struct target *t)
 	return 1;
 }
 
+/* Two digits; the first may be a blank. */
+static int
+two_digits(const char *p)
+{
+	return (p[0] & 15) * 10 + (p[1] & 15);
+}
+
+/* Returns the time that asctime(3) writes like this, in UTC, or 0. */
+static int64_t
+asctime_parse(const char *p)
+{
+	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	struct tm t = { 0 };
+
+	if (strlen(p) != 24)		/* Tue Nov 25 08:31:09 2026 */
+		return 0;
+	while (t.tm_mon < 12 && memcmp(month + t.tm_mon * 3, p + 4, 3) != 0)
+		t.tm_mon++;
+	t.tm_mday = two_digits(p + 8);
+	t.tm_hour = two_digits(p + 11);
+	t.tm_min = two_digits(p + 14);
+	t.tm_sec = two_digits(p + 17);
+	t.tm_year = two_digits(p + 20) * 100 + two_digits(p + 22) - 1900;
+	return t.tm_mon == 12 || t.tm_year < 70 ? 0 : timegm(&t);
+}
+
 /*
  * Read the signatures from an answer such as "ClamAV 1.4.3/27800/Tue Nov 25
  * 08:31:09 2026".  Without a database clamd names its version only, and clamd 1.5

@@ -610,8 +610,6 @@ const char *escape(const char *, size_t n, int lowest);
 #define printable_word(p, n)	escape(p, n, ' ' + 1)	/* and a blank \x20 */
 const char *rfc5322_date(void);			/* now; in a static buffer */
 const char *rfc3339_date(time_t);		/* the same */
-/* Returns the time that asctime(3) writes like this, in UTC, or 0. */
-int64_t asctime_parse(const char *);
 
 static inline size_t
 buf_len(const struct buf *p)

@@ -636,12 +636,11 @@ rfc3339_date(time_t t)
 	return text;
 }
 
-static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-
 const char *
 rfc5322_date(void)
 {
 	static const char day[] = "SunMonTueWedThuFriSat";
+	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	static char text[64];
 	time_t t = time(NULL);
 	struct tm tm;
@@ -651,31 +650,6 @@ rfc5322_date(void)
 	    day + tm.tm_wday * 3, tm.tm_mday, 3, month + tm.tm_mon * 3,
 	    tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
 	return text;
-}
-
-/* Two digits; the first may be a blank. */
-static int
-two_digits(const char *p)
-{
-	return (p[0] & 15) * 10 + (p[1] & 15);
-}
-
-int64_t
-asctime_parse(const char *p)
-{
-	int m, y;
-	int64_t days;
-
-	if (strlen(p) != 24)		/* Tue Nov 25 08:31:09 2026 */
-		return 0;
-	for (m = 0; m < 12 && memcmp(month + m * 3, p + 4, 3) != 0; m++)
-		;
-	/* The years begin in March, so that the leap day is their last. */
-	y = two_digits(p + 20) * 100 + two_digits(p + 22) - (m < 2);
-	days = y * 365 + y / 4 - y / 100 + y / 400 +
-	    ((m + 10) % 12 * 153 + 2) / 5 + two_digits(p + 8) - 719469;
-	return m == 12 || y < 1970 ? 0 : ((days * 24 + two_digits(p + 11)) * 60 +
-	    two_digits(p + 14)) * 60 + two_digits(p + 17);
 }
 
 /*

@@ -186,6 +186,46 @@ text_char(const char *p, size_t n)
 	    (len == 2 && p[0] == '\xc2' && (unsigned char)p[1] < 0xa0) ? 0 : len;
 }
 
+/*
+ * Promise 8: copy n bytes as text, for escape(), or for a string of JSON if
+ * lowest is 0.  If a character would begin after last, "..." ends the copy.
+ * Returns its end.
+ */
+static char *
+text_copy(char *to, const char *last, const char *p, size_t n, int lowest)
+{
+	size_t len;
+
+	for (; n > 0; p += len, n -= len) {
+		if (to > last)
+			return to + format(to, 4, "...");
+		len = text_char(p, n);
+		if (len == 0 || (len == 1 && *p < lowest)) {
+			/* JSON has a control character of two bytes as one. */
+			len = lowest == 0 && utf8_length(p, n) == 2 ? 2 : 1;
+			to += format(to, 8, lowest == 0 ? "\\u%04x" : "\\x%02X",
+			    (unsigned char)p[len - 1]);
+			continue;
+		}
+		if (lowest == 0 && (*p == '"' || *p == '\\'))
+			*to++ = '\\';
+		memcpy(to, p, len);
+		to += len;
+	}
+	return to;
+}
+
+const char *
+escape(const char *p, size_t n, int lowest)
+{
+	static char ring[4][LOGSZ];
+	static int turn;
+	char *b = ring[turn++ & 3];
+
+	*text_copy(b, b + LOGSZ - 8, p, n, lowest) = '\0';
+	return b;
+}
+
 int
 parse_number(const char *p, const char *ends, int64_t *n)
 {
@@ -428,31 +468,12 @@ log_poll(void)
 static char json[JSONSZ];
 static size_t json_n;
 
-/* Promise 8: append p as a JSON string that ends before json[end].  A longer
- * text is cut and ends in "...". */
+/* Append p as a JSON string that ends before json[end]. */
 static void
 json_string(const char *p, size_t n, size_t end)
 {
-	size_t len;
-
 	json[json_n++] = '"';
-	for (; n > 0; p += len, n -= len) {
-		if (json_n > end - 12) {
-			json_n += format(json + json_n, 4, "...");
-			break;
-		}
-		len = utf8_length(p, n);
-		if (text_char(p, n) == 0) {
-			len += len == 0;	/* a byte that is no UTF-8 */
-			json_n += format(json + json_n, 8, "\\u%04x",
-			    (unsigned char)p[len - 1]);
-			continue;
-		}
-		if (*p == '"' || *p == '\\')
-			json[json_n++] = '\\';
-		memcpy(json + json_n, p, len);
-		json_n += len;
-	}
+	json_n = text_copy(json + json_n, json + end - 12, p, n, 0) - json;
 	json[json_n++] = '"';
 }
 
@@ -593,34 +614,6 @@ monotonic(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return t.tv_sec * SECOND + t.tv_nsec / 1000000;
-}
-
-/* Promise 8.  Characters below lowest are escaped, too. */
-const char *
-escape(const char *p, size_t n, int lowest)
-{
-	static char ring[4][LOGSZ];
-	static int turn;
-	char *b = ring[turn++ & 3], *w = b;
-	size_t len;
-
-	for (; n > 0; p += len, n -= len) {
-		if (w - b > LOGSZ - 8) {
-			memcpy(w, "...", 3);
-			w += 3;
-			break;
-		}
-		len = text_char(p, n);
-		if (len == 0 || (len == 1 && *p < lowest)) {
-			w += format(w, 5, "\\x%02X", (unsigned char)*p);
-			len = 1;
-		} else {
-			memcpy(w, p, len);
-			w += len;
-		}
-	}
-	*w = '\0';
-	return b;
 }
 
 const char *

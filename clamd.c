@@ -17,6 +17,8 @@
 #define CHUNKSZ		(1 << 30)	/* INSTREAM; clamd has its own limit */
 #define TAILSZ		(BUFSZ / 2)	/* bytes of a message that are copied */
 
+static const char no_address[] = "no address found for this name";
+
 static struct clamd *clamds;		/* of all confs and scans */
 
 /* Sessions that wait for a slot, the oldest first. */
@@ -215,7 +217,7 @@ queue_run(void)
 		}
 		queue_leave(s);
 		session_wake(s);
-		s->scan.phase = c != NULL ? SC_LOOKUP : SC_NONE;
+		s->scan.phase = c != NULL ? SC_CONNECT : SC_NONE;
 		if (c != NULL)
 			slot_take(s, c);
 		else
@@ -305,21 +307,6 @@ clamd_begin(struct session *s)
 	queue_join(s, 0);
 }
 
-static int
-scan_lookup(struct session *s)
-{
-	struct target *t = s->scan.clamd->target;
-
-	target_resolve(t, 0);
-	if (t->naddr == 0) {
-		if (t->resolving)
-			return 0;
-		return scan_failed(s, 1, "no address found for this name");
-	}
-	s->scan.phase = SC_CONNECT;
-	return 1;
-}
-
 /* Detect a host that has vanished within a minute, and not after
  * ABANDON_LIMIT.  If the kernel refuses an option, its own times stay. */
 static void
@@ -356,13 +343,16 @@ scan_connect(struct session *s)
 {
 	struct scan *c = &s->scan;
 	struct target *t = c->clamd->target;
-	int i, err;
+	int err;
 
 	if (c->peer.fd == -1) {
 		if (now < c->deadline)
 			return 0;
-		i = target_next(t, c->addrs_tried);
-		c->addr = i != -1 ? i : 0;	/* -1: the list has changed */
+		c->addr = target_next(t, c->addrs_tried);
+		if (c->addr == RESOLVING)
+			return 0;
+		if (c->addr == NO_ADDR)
+			return scan_failed(s, 1, no_address);
 	}
 	switch (peer_connect(&c->peer, &t->addr[c->addr], &c->deadline,
 	    CONNECT_TIME)) {
@@ -378,7 +368,7 @@ scan_connect(struct session *s)
 	}
 	c->deadline = 0;
 	c->addrs_tried |= 1U << c->addr;
-	if (target_next(t, c->addrs_tried) != -1)
+	if (target_next(t, c->addrs_tried) != NO_ADDR)
 		return 1;
 	errno = err;
 	return scan_errno(s, "connect");
@@ -596,8 +586,8 @@ int
 clamd_scan(struct session *s)
 {
 	static int (*const step[])(struct session *) = {
-		[SC_LOOKUP] = scan_lookup, [SC_CONNECT] = scan_connect,
-		[SC_SEND] = scan_send, [SC_ANSWER] = scan_read,
+		[SC_CONNECT] = scan_connect, [SC_SEND] = scan_send,
+		[SC_ANSWER] = scan_read,
 	};
 
 	while (s->scan.phase != SC_NONE)
@@ -722,16 +712,16 @@ ping_clamd(int n)
 static int
 ping_address(struct target *t)
 {
-	target_resolve(t, 0);
 	ping.until = ping.clamd_until;
 	if (ping.version)
 		return 1;
-	if (t->naddr == 0 && t->resolving && now < ping.until)
+	ping.addr = target_next(t, ping.addrs_tried);
+	if (ping.addr == RESOLVING && now < ping.until)
 		return 0;
-	if (t->naddr == 0)
-		ping_why(t->resolving ? "the name is still being resolved" :
-		    "no address found for this name");
-	if ((ping.addr = target_next(t, ping.addrs_tried)) == -1) {
+	if (ping.addr < 0) {
+		if (t->naddr == 0)
+			ping_why(t->resolving ?
+			    "the name is still being resolved" : no_address);
 		ping_clamd(ping.which + 1);
 		return -1;
 	}

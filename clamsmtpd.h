@@ -359,7 +359,7 @@ struct message {
  * it, so smtp.c knows phase, peer and deadline. */
 struct scan {
 	/* queue_run() ends SC_QUEUE when a clamd has a free slot. */
-	enum { SC_NONE, SC_QUEUE, SC_LOOKUP, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
+	enum { SC_NONE, SC_QUEUE, SC_CONNECT, SC_SEND, SC_ANSWER } phase;
 	struct peer peer;
 	struct clamd *clamd;		/* the scan has a slot of it; or NULL */
 	int	 addr;			/* index of its address */
@@ -682,15 +682,16 @@ int addr_path(struct addr *, const char *path);	/* -1: too long */
  * addr[MAXADDRS]. */
 int addr_lookup(const char *name, unsigned port, struct addr *addr);
 /*
- * Returns the index of the address to try next, or -1 when none is left.  The
- * one that worked last comes first, then those that follow it.  Those whose bit
- * is set in tried are skipped, and paths that do not exist.  If no path exists,
- * returns the first, for the error of its connect().
+ * Returns the index of the address to try next, RESOLVING while there is none
+ * yet, or NO_ADDR.  The one that worked last comes first, then those that
+ * follow it.  Those whose bit is set in tried are skipped, and paths that do not
+ * exist.  If no path exists, returns the first, for the error of its connect().
  */
-int target_next(const struct target *, unsigned tried);
+enum { NO_ADDR = -1, RESOLVING = -2 };
+int target_next(struct target *, unsigned tried);
 /* Returns the name of a target for messages: its text, or of several paths the
  * one that is in use, if there is one. */
-const char *target_text(const struct target *);
+const char *target_text(struct target *);
 /*
  * Record that this address works, so that it is tried first from now on, and
  * log a change.  Does nothing when the target does not have the address any

@@ -1111,12 +1111,9 @@ server_next_addr(struct session *s)
 		addr_set_port(&s->server.addr, t->port);
 		return 1;
 	}
-	target_resolve(t, 0);
-	if (t->naddr == 0)
-		return t->resolving ? 0 : -1;
 	s->server.addr_index = target_next(t, s->server.addrs_tried);
-	if (s->server.addr_index == -1)
-		return -1;
+	if (s->server.addr_index < 0)
+		return s->server.addr_index == RESOLVING ? 0 : -1;
 	s->server.addr = t->addr[s->server.addr_index];
 	return 1;
 }
@@ -1182,7 +1179,7 @@ st_connect(struct session *s)
 		err = errno;
 		s->server.addrs_tried |= 1U << s->server.addr_index;
 		if (s->conf->transparent ||
-		    target_next(s->conf->out, s->server.addrs_tried) == -1)
+		    target_next(s->conf->out, s->server.addrs_tried) < 0)
 			return connect_failed(s, strerror(err));
 		return 1;
 	}

@@ -1588,31 +1588,6 @@ socket_exists(const struct addr *a)
 	    stat(a->u.un.sun_path, &st) == 0;
 }
 
-int
-target_next(const struct target *t, unsigned tried)
-{
-	int i, n;
-
-	for (n = 0; n < t->naddr; n++) {
-		i = (t->first + n) % t->naddr;
-		if ((tried & 1U << i) == 0 &&
-		    (t->naddr == 1 || socket_exists(&t->addr[i])))
-			return i;
-	}
-	return t->naddr > 0 && tried == 0 ? t->first : -1;
-}
-
-const char *
-target_text(const struct target *t)
-{
-	const struct addr *a;
-
-	if (t->name != NULL || t->naddr <= 1)
-		return t->text;
-	a = &t->addr[target_next(t, 0)];
-	return socket_exists(a) ? a->u.un.sun_path : t->text;
-}
-
 /* Returns the index of the address, or naddr if the target does not have it. */
 static int
 target_index(const struct target *t, const struct addr *a)
@@ -1697,6 +1672,34 @@ target_resolve(struct target *t, int force)
 	    t->text);
 	t->resolving = 0;
 	t->refs--;
+}
+
+int
+target_next(struct target *t, unsigned tried)
+{
+	int i, n;
+
+	target_resolve(t, 0);
+	if (t->naddr == 0)
+		return t->resolving ? RESOLVING : NO_ADDR;
+	for (n = 0; n < t->naddr; n++) {
+		i = (t->first + n) % t->naddr;
+		if ((tried & 1U << i) == 0 &&
+		    (t->naddr == 1 || socket_exists(&t->addr[i])))
+			return i;
+	}
+	return tried == 0 ? t->first : NO_ADDR;
+}
+
+const char *
+target_text(struct target *t)
+{
+	const struct addr *a;
+
+	if (t->name != NULL || t->naddr <= 1)
+		return t->text;
+	a = &t->addr[target_next(t, 0)];
+	return socket_exists(a) ? a->u.un.sun_path : t->text;
 }
 
 /*

@@ -1636,10 +1636,11 @@ static const struct verb verbs[] = {
 	{ "STARTTLS", starttls_command, NULL, 1, 0 },
 };
 
+/* The line may end in CRLF. */
 static const struct verb *
 verb_find(const char *line)
 {
-	size_t i, n = strcspn(line, " \t");
+	size_t i, n = strcspn(line, " \t\r");
 
 	for (i = 0; i < sizeof verbs / sizeof verbs[0]; i++)
 		if (word_equal(line, n, verbs[i].name))

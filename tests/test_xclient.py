@@ -32,6 +32,19 @@ def test_xclient_is_sent_and_ehlo_is_repeated(site, xhop):
     client.quit()
 
 
+@pytest.mark.parametrize("hello", ["EHLO", "HELO"])
+def test_xclient_after_hello_without_a_name_repeats_it(site, xhop, hello):
+    """A next hop may accept EHLO without a name, which is then sent again."""
+    site.start(XClient="on")
+    client = site.client()
+    client.expect("220")
+    client.cmd(hello, "250")
+    assert [line.split(" ")[0] for line in site.hop.commands] == [
+        hello, "XCLIENT", hello]
+    client.mail()
+    client.quit()
+
+
 @pytest.mark.parametrize("offer, want", [
     ("XCLIENT ADDR", r"XCLIENT ADDR=127\.0\.0\.1"),
     ("XCLIENT NAME ADDR", r"XCLIENT NAME=\[UNAVAILABLE\] ADDR=127\.0\.0\.1"),

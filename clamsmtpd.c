@@ -104,12 +104,12 @@ loop(void)
  * Listeners.
  */
 
-typedef void serve_fn(int fd, const struct addr *, struct conf *);
+enum use { NONE, SESSIONS, STATUS };
 
 struct listener {
 	int	 fd;			/* -1: shut to make room for another */
-	serve_fn *serve;		/* by the settings in effect; NULL: new */
-	serve_fn *wanted;		/* by new settings; NULL: to be closed */
+	enum use use;			/* by the settings in effect; NONE: new */
+	enum use wanted;		/* by new settings; NONE: to be closed */
 	struct addr asked;		/* of the setting; its port may be 0 */
 	struct addr addr;
 	int	 v6only;		/* [::], and IPv4 has a line of its own */
@@ -119,7 +119,7 @@ struct listener {
 static struct listener *listeners;
 static int64_t paused_until;		/* no accept() before this */
 
-static void http_accept(int, const struct addr *, struct conf *);
+static void http_accept(int);
 static void notify(const char *, int);
 static int listen_fds(void);
 static int has_store;			/* systemd keeps descriptors for us */
@@ -144,7 +144,10 @@ on_accept(void *arg, int revents)
 		if (a.u.sa.sa_family == AF_UNIX)	/* its path is not used */
 			a.len = offsetof(struct sockaddr_un, sun_path);
 		addr_unmap(&a);
-		l->serve(fd, &a, conf);
+		if (l->use == STATUS)
+			http_accept(fd);
+		else
+			session_accept(fd, &a, conf);
 	}
 	if (i == ACCEPTS || errno == EAGAIN || errno == ECONNABORTED ||
 	    errno == EINTR)
@@ -302,7 +305,7 @@ listeners_close(int ending)
 	struct listener *l, **p = &listeners;
 
 	while ((l = *p) != NULL)
-		if (ending || l->wanted == NULL) {
+		if (ending || l->wanted == NONE) {
 			*p = l->next;
 			listener_free(l, ending);
 		} else
@@ -314,11 +317,11 @@ listeners_close(int ending)
 static int
 listener_inherit(struct listener *l)
 {
-	int is = 0, type = 0, mode = fcntl(l->fd, F_GETFL);
+	int is = 0, type = 0;
 	socklen_t len = sizeof is, n = sizeof type;
 
 	l->addr.len = sizeof l->addr.u;
-	if (mode == -1 || fcntl(l->fd, F_SETFL, mode | O_NONBLOCK) == -1 ||
+	if (fcntl(l->fd, F_SETFL, O_NONBLOCK) == -1 ||
 	    fcntl(l->fd, F_SETFD, FD_CLOEXEC) == -1 ||
 	    getsockopt(l->fd, SOL_SOCKET, SO_ACCEPTCONN, &is, &len) == -1 ||
 	    getsockopt(l->fd, SOL_SOCKET, SO_TYPE, &type, &n) == -1 ||
@@ -374,7 +377,7 @@ listeners_inherit(void)
 			listener_free(l, 0);
 			continue;
 		}
-		l->serve = session_accept;
+		l->use = SESSIONS;
 		l->next = listeners;
 		listeners = l;
 	}
@@ -383,10 +386,10 @@ listeners_inherit(void)
 	unsetenv("LISTEN_FDNAMES");
 }
 
-static serve_fn *
-serve_for(const struct conf *c, const struct target *t)
+static enum use
+use_of(const struct conf *c, const struct target *t)
 {
-	return t == c->status ? http_accept : session_accept;
+	return t == c->status ? STATUS : SESSIONS;
 }
 
 /*
@@ -458,7 +461,7 @@ listeners_make_room(const struct addr *a)
 	int n = 0;
 
 	for (l = listeners; l != NULL; l = l->next)
-		if (l->wanted == NULL && l->fd != -1 && !l->foreign &&
+		if (l->wanted == NONE && l->fd != -1 && !l->foreign &&
 		    a->u.sa.sa_family != AF_UNIX &&
 		    l->addr.u.sa.sa_family != AF_UNIX &&
 		    addr_port(&l->addr) == addr_port(a)) {
@@ -470,12 +473,12 @@ listeners_make_room(const struct addr *a)
 
 /* Open a listener unless it is open.  Returns 0, or -1 with errno set. */
 static int
-listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
+listener_open(const struct conf *c, enum use use, const struct addr *a)
 {
 	struct listener *l = listener_find(c, a);
 	int err;
 
-	if (l != NULL && l->wanted == serve)
+	if (l != NULL && l->wanted == use)
 		return 0;
 	if (l != NULL) {
 		errno = EADDRINUSE;
@@ -483,7 +486,7 @@ listener_open(const struct conf *c, serve_fn *serve, const struct addr *a)
 	}
 	if ((l = calloc(1, sizeof *l)) == NULL)
 		return -1;
-	l->wanted = serve;
+	l->wanted = use;
 	l->asked = l->addr = *a;
 	l->v6only = is_v6only(c, a);
 	l->fd = socket_listen(a, c->transparent, l->v6only);
@@ -516,7 +519,7 @@ listen_on(const struct conf *c, const struct target *t, int starting)
 		    "no address found for this name" :
 		    "names are resolved at start only; use an address");
 	for (i = 0; i < t->naddr; i++)
-		if (listener_open(c, serve_for(c, t), &t->addr[i]) == 0)
+		if (listener_open(c, use_of(c, t), &t->addr[i]) == 0)
 			opened++;
 		else
 			logmsg(t->naddr > 1 ? LOG_WARNING : LOG_ERR,
@@ -539,7 +542,7 @@ listeners_restore(void)
 	struct listener *l;
 
 	for (l = listeners; l != NULL; l = l->next)
-		l->wanted = l->serve;
+		l->wanted = l->use;
 	listeners_close(0);
 	for (l = listeners; l != NULL; l = l->next) {
 		if (l->fd != -1)
@@ -548,7 +551,7 @@ listeners_restore(void)
 		if (l->fd == -1) {
 			logmsg(LOG_ERR, "%s: cannot reopen the listener:",
 			    addr_full(&l->addr));
-			l->wanted = NULL;
+			l->wanted = NONE;
 		} else
 			listener_store(l, 1);
 	}
@@ -565,27 +568,27 @@ listeners_open(const struct conf *c, int starting)
 	int i, warned = 0;
 
 	for (l = listeners; l != NULL; l = l->next)
-		l->wanted = NULL;
+		l->wanted = NONE;
 	for (t = c->listen; *t != NULL; t++)
 		listen_resolve(*t, starting);
 	for (t = c->listen; *t != NULL; t++)
 		for (i = 0; i < (*t)->naddr; i++)
 			if ((l = listener_find(c, &(*t)->addr[i])) != NULL &&
-			    l->wanted == NULL)
-				l->wanted = serve_for(c, *t);
+			    l->wanted == NONE)
+				l->wanted = use_of(c, *t);
 	for (t = c->listen; *t != NULL; t++)
 		if (listen_on(c, *t, starting) == -1) {
 			listeners_restore();
 			return -1;
 		}
 	for (l = listeners; starting && l != NULL; l = l->next)
-		if (l->wanted == NULL)
+		if (l->wanted == NONE)
 			logmsg(LOG_NOTICE, "%s: systemd passed this listener, "
 			    "but no Listen line asks for it; it is closed",
 			    addr_full(&l->addr));
 	listeners_close(0);
 	for (l = listeners; l != NULL; l = l->next) {
-		l->serve = l->wanted;
+		l->use = l->wanted;
 		/* An old listener, or socket_listen() could not set it. */
 		if (set_transparent(l->fd, &l->addr, c->transparent) == -1 &&
 		    !warned++)
@@ -611,7 +614,7 @@ listeners_log(const struct conf *c)
 	struct listener *l;
 
 	for (l = listeners; l != NULL; l = l->next) {
-		if (l->serve == http_accept) {
+		if (l->use == STATUS) {
 			logmsg(LOG_INFO, "status on %s", addr_full(&l->addr));
 			continue;
 		}
@@ -895,50 +898,48 @@ listen_fds(void)
  * The status page: HTTP/1.0, one request per connection.
  */
 
-struct http_client {
+static struct http_client {
 	struct peer peer;
-	int64_t	 deadline;
+	int64_t	 deadline;		/* 0: no client */
 	int	 awaits_ping;		/* /healthz: clamd has not answered yet */
 	int	 head;			/* HEAD: the reply has no body */
 	int	 answered;		/* the reply is in peer.out */
-	struct http_client *next;
-};
-static struct http_client *http_clients;	/* the newest first */
+} http_clients[MAXHTTP];
+#define HTTP_END	(http_clients + MAXHTTP)
 
 static void on_http(void *, int);
 
+static void
+http_close(struct http_client *v)
+{
+	peer_close(&v->peer);
+	memset(v, 0, sizeof *v);
+}
+
 /* Promise 6: at the limit, the oldest client goes that does not wait for clamd. */
 static void
-http_accept(int fd, const struct addr *a, struct conf *c)
+http_accept(int fd)
 {
-	struct http_client *v, *oldest = NULL;
+	struct http_client *v, *place = NULL;
 	struct pollfd p = { 0 };
-	int n = 0;
 
-	(void)a;
-	(void)c;
-	for (v = http_clients; v != NULL; v = v->next) {
+	for (v = http_clients; v < HTTP_END; v++) {
 		p.fd = v->peer.fd;
-		if (poll(&p, 1, 0) == 1)	/* reset or closed by it */
-			v->deadline = now;
-		if (now >= v->deadline)
-			continue;
-		n++;
-		if (!v->awaits_ping)
-			oldest = v;
+		if (v->deadline != 0 && poll(&p, 1, 0) == 1)
+			http_close(v);		/* reset or closed by it */
+		if (!v->awaits_ping &&
+		    (place == NULL || v->deadline < place->deadline))
+			place = v;
 	}
-	if ((n >= MAXHTTP && oldest == NULL) ||
-	    (v = calloc(1, sizeof *v)) == NULL) {
+	if (place == NULL) {
 		close(fd);
 		return;
 	}
-	if (n >= MAXHTTP)
-		oldest->deadline = now;
-	v->peer.fd = fd;
-	v->deadline = now + HTTP_TIME;
-	v->next = http_clients;
-	http_clients = v;
-	on_http(v, POLLIN);		/* most requests are here already */
+	if (place->deadline != 0)
+		http_close(place);
+	place->peer.fd = fd;
+	place->deadline = now + HTTP_TIME;
+	on_http(place, POLLIN);		/* most requests are here already */
 }
 
 static void http_print(struct http_client *, const char *, ...)
@@ -1073,9 +1074,9 @@ http_scans(struct http_client *v)
 		    "%llu\n", ms / 1000, ms % 1000 / 10, n);
 	}
 	n += count.scans[i];
-	http_print(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n", n);
-	http_print(v, "clamsmtpd_scan_seconds_sum %llu.%03d\n"
-	    "clamsmtpd_scan_seconds_count %llu\n", count.scan_ms / 1000,
+	http_print(v, "clamsmtpd_scan_seconds_bucket{le=\"+Inf\"} %llu\n"
+	    "clamsmtpd_scan_seconds_sum %llu.%03d\n"
+	    "clamsmtpd_scan_seconds_count %llu\n", n, count.scan_ms / 1000,
 	    (int)(count.scan_ms % 1000), n);
 }
 
@@ -1134,7 +1135,7 @@ on_pong(int well, const char *why)
 {
 	struct http_client *v;
 
-	for (v = http_clients; v != NULL; v = v->next)
+	for (v = http_clients; v < HTTP_END; v++)
 		if (v->awaits_ping) {
 			v->awaits_ping = 0;
 			http_head(v, well ? "200 OK" : "503 Service Unavailable");
@@ -1142,25 +1143,11 @@ on_pong(int well, const char *why)
 		}
 }
 
-static void
-http_health(struct http_client *v)
-{
-	v->awaits_ping = 1;
-	clamd_ping(conf, 0, on_pong);
-}
-
 /* Reply to a request, of which only the first line matters. */
 static void
 http_reply(struct http_client *v, const char *line)
 {
-	static const struct {
-		const char *path;
-		void	(*reply)(struct http_client *);
-	} pages[] = {
-		{ "/", http_page }, { "/healthz", http_health },
-		{ "/metrics", http_metrics },
-	};
-	size_t i, n;
+	size_t n;
 
 	v->head = strncmp(line, "HEAD ", 5) == 0;
 	if (!v->head && strncmp(line, "GET ", 4) != 0) {
@@ -1169,12 +1156,15 @@ http_reply(struct http_client *v, const char *line)
 	}
 	line += v->head ? 5 : 4;
 	n = strcspn(line, " ?\r\n");
-	for (i = 0; i < sizeof pages / sizeof pages[0]; i++)
-		if (mem_equal(line, n, pages[i].path)) {
-			pages[i].reply(v);
-			return;
-		}
-	http_head(v, "404 Not Found");
+	if (mem_equal(line, n, "/"))
+		http_page(v);
+	else if (mem_equal(line, n, "/metrics"))
+		http_metrics(v);
+	else if (mem_equal(line, n, "/healthz")) {
+		v->awaits_ping = 1;
+		clamd_ping(conf, 0, on_pong);
+	} else
+		http_head(v, "404 Not Found");
 }
 
 /* Returns the start of the body, after the empty line, or NULL if the head has no
@@ -1192,11 +1182,14 @@ http_body(const char *p)
 }
 
 static void
-http_serve(struct http_client *v)
+on_http(void *arg, int revents)
 {
+	struct http_client *v = arg;
 	struct buf *in = &v->peer.in;
 	char request[REQUESTSZ];
 
+	if (revents & POLLIN)
+		peer_fill(&v->peer, 0);
 	if (!v->answered && !v->awaits_ping) {
 		format(request, sizeof request, "%.*s", (int)buf_len(in),
 		    buf_head(in));
@@ -1213,33 +1206,24 @@ http_serve(struct http_client *v)
 }
 
 static void
-on_http(void *arg, int revents)
-{
-	struct http_client *v = arg;
-
-	if (revents & POLLIN)
-		peer_fill(&v->peer, 0);
-	http_serve(v);
-}
-
-static void
 http_poll(void)
 {
-	struct http_client *v, **p = &http_clients;
+	struct http_client *v;
+	struct buf *out;
 
-	while ((v = *p) != NULL) {
-		if (now >= v->deadline || v->peer.err || (v->peer.eof &&
-		    !v->awaits_ping && buf_len(&v->peer.out) == 0)) {
-			*p = v->next;
-			peer_close(&v->peer);
-			free(v);
+	for (v = http_clients; v < HTTP_END; v++) {
+		if (v->deadline == 0)
+			continue;
+		out = &v->peer.out;
+		if (now >= v->deadline || v->peer.err ||
+		    (v->peer.eof && !v->awaits_ping && buf_len(out) == 0)) {
+			http_close(v);
 			continue;
 		}
 		if (!v->awaits_ping)
-			poll_add(v->peer.fd, buf_len(&v->peer.out) > 0 ? POLLOUT :
-			    POLLIN, on_http, v);
+			poll_add(v->peer.fd, buf_len(out) > 0 ? POLLOUT : POLLIN,
+			    on_http, v);
 		poll_deadline(v->deadline);
-		p = &v->next;
 	}
 }
 
@@ -1460,7 +1444,12 @@ drop_capabilities(void)
 #define LL_TRUNCATE	(1 << 14)	/* since version 3 */
 #define LL_ALL_WRITES	(0x1ff2)	/* those, and all other makes and removes */
 
-#if defined(SYS_landlock_create_ruleset)
+#ifndef SYS_landlock_create_ruleset	/* old headers; -1 is no system call */
+#define SYS_landlock_create_ruleset	-1
+#define SYS_landlock_add_rule		-1
+#define SYS_landlock_restrict_self	-1
+#endif
+
 static int
 landlock_allow(int ruleset, uint64_t access, const char *path, int is_dir)
 {
@@ -1507,14 +1496,6 @@ landlock(const struct conf *c)
 	close(set);
 	return r;
 }
-#else
-static int
-landlock(const struct conf *c)
-{
-	(void)c;
-	return -1;
-}
-#endif
 
 /* There is no sandbox with a VirusAction, whose script may run setgid programs. */
 static void
@@ -1561,13 +1542,13 @@ old_flag(const char *setting, const char *value)
 	flags[nflags++][1] = value;
 }
 
-/* The flags of the original that are settings now; NULL: the value is the
- * argument. */
-static const struct { char flag; const char *setting, *value; } old_flags[] = {
-	{ 'b', "Action", "bounce" }, { 'c', "ClamAddress", NULL },
-	{ 'D', "TempDirectory", NULL }, { 'h', "Header", NULL },
-	{ 'l', "Listen", NULL }, { 'm', "MaxConnections", NULL },
-	{ 'q', "Quarantine", "on" }, { 't', "TimeOut", NULL },
+/* The flags of the original that are settings now; "": the value is the
+ * argument.  Pointers would need relocations. */
+static const struct { char flag, setting[15], value[7]; } old_flags[] = {
+	{ 'b', "Action", "bounce" }, { 'c', "ClamAddress", "" },
+	{ 'D', "TempDirectory", "" }, { 'h', "Header", "" },
+	{ 'l', "Listen", "" }, { 'm', "MaxConnections", "" },
+	{ 'q', "Quarantine", "on" }, { 't', "TimeOut", "" },
 	{ 'X', "DebugFiles", "on" },
 };
 #define NOLD	(sizeof old_flags / sizeof old_flags[0])

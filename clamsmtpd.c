@@ -17,6 +17,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <libgen.h>
 #include <limits.h>
 #include <poll.h>
 #include <pwd.h>
@@ -242,8 +243,6 @@ socket_listen(const struct addr *a, int transparent, int v6only)
 	if (r == 0 && listen(fd, BACKLOG) == 0)
 		return fd;
 	err = errno;
-	if (r == 0 && a->u.sa.sa_family == AF_UNIX)
-		unlink(a->u.un.sun_path);
 	close(fd);
 	errno = err;
 	return -1;
@@ -478,11 +477,9 @@ listener_open(const struct conf *c, enum use use, const struct addr *a)
 	struct listener *l = listener_find(c, a);
 	int err;
 
-	if (l != NULL && l->wanted == use)
-		return 0;
 	if (l != NULL) {
 		errno = EADDRINUSE;
-		return -1;
+		return l->wanted == use ? 0 : -1;
 	}
 	if ((l = calloc(1, sizeof *l)) == NULL)
 		return -1;
@@ -1454,15 +1451,13 @@ static int
 landlock_allow(int ruleset, uint64_t access, const char *path, int is_dir)
 {
 	struct { uint64_t access; int32_t fd; } __attribute__((packed)) rule;
-	char dir[PATH_MAX], *slash;
+	char dir[PATH_MAX];
 	int r;
 
 	format(dir, sizeof dir, "%s", path);
-	if (!is_dir && (slash = strrchr(dir, '/')) != NULL)
-		slash[slash == dir] = '\0';
 	rule.access = access & (LL_WRITE_FILE | LL_REMOVE_FILE | LL_MAKE_REG |
 	    LL_TRUNCATE | (is_dir ? 0 : LL_MAKE_SOCK));
-	rule.fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	rule.fd = open(is_dir ? dir : dirname(dir), O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (rule.fd == -1)
 		return -1;
 	r = syscall(SYS_landlock_add_rule, ruleset, 1, &rule, 0);
@@ -1561,19 +1556,19 @@ option(char flag, const char *arg)
 	    "configuration file: " CONFFILE "\n";
 	size_t i;
 
-	for (i = 0; i < NOLD && old_flags[i].flag != flag; i++)
-		;
-	if (i < NOLD)
-		old_flag(old_flags[i].setting,
-		    arg != NULL ? arg : old_flags[i].value);
-	else if (flag == 'v')
+	for (i = 0; i < NOLD; i++)
+		if (old_flags[i].flag == flag) {
+			old_flag(old_flags[i].setting,
+			    arg != NULL ? arg : old_flags[i].value);
+			return;
+		}
+	if (flag == 'v')
 		exit(write(1, version, sizeof version - 1) == -1);
-	else if (strchr("CFndfp", flag) != NULL)
-		given[(int)flag] = arg != NULL ? arg : "";
-	else {
+	if (strchr("CFndfp", flag) == NULL) {
 		logmsg(LOG_ERR, "-%c: no such option", flag);
 		usage();
 	}
+	given[(int)flag] = arg != NULL ? arg : "";
 }
 
 static void
@@ -1643,7 +1638,6 @@ detach(void)
 {
 	int p[2], status;
 	char ready;
-	ssize_t n;
 	pid_t pid;
 
 	if (pipe2(p, O_CLOEXEC) == -1)
@@ -1656,10 +1650,7 @@ detach(void)
 		return p[1];
 	}
 	close(p[1]);
-	do
-		n = read(p[0], &ready, 1);
-	while (n == -1 && errno == EINTR);
-	if (n == 1)
+	if (read(p[0], &ready, 1) == 1)
 		_exit(0);
 	if (waitpid(pid, &status, 0) == pid && WIFEXITED(status))
 		_exit(WEXITSTATUS(status));
@@ -1677,8 +1668,7 @@ attach_nothing(int ready, int level)
 	dup2(none, 0);
 	dup2(none, 1);
 	dup2(none, 2);
-	if (none > 2)
-		close(none);
+	close(none);
 	if (write(ready, "", 1) == -1)
 		logmsg(LOG_WARNING, "cannot notify the parent process");
 	close(ready);

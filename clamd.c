@@ -14,7 +14,6 @@
 #include "clamsmtpd.h"
 
 #define ANSWERSZ	2048		/* bytes; an answer is one line */
-#define CHUNKSZ		(1 << 30)	/* INSTREAM; clamd has its own limit */
 #define TAILSZ		(BUFSZ / 2)	/* bytes of a message that are copied */
 
 static const char no_address[] = "no address found for this name";
@@ -320,20 +319,23 @@ keep_alive(int fd)
 	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
 }
 
-/* Queue the command.  It leaves together with the data that follows. */
+/* Queue the command and the length of the only chunk.  They leave together with
+ * the data that follows. */
 static int
 scan_command(struct session *s)
 {
 	static const char command[] = "zINSTREAM";
 	struct target *t = s->scan.clamd->target;
+	uint32_t length = htonl(scan_line_len + s->msg.size);
 
 	s->scan.deadline = 0;
-	if (!buf_ready(&s->scan.peer.out, sizeof command))
+	if (!buf_ready(&s->scan.peer.out, sizeof command + sizeof length))
 		return 0;
 	if (t->addr[s->scan.addr].u.sa.sa_family != AF_UNIX)
 		keep_alive(s->scan.peer.fd);
 	slog(s, LOG_DEBUG, "CLAMAV > %s (%s)", command, target_text(t));
 	buf_put(&s->scan.peer.out, command, sizeof command);
+	buf_put(&s->scan.peer.out, &length, sizeof length);
 	s->scan.phase = SC_SEND;
 	return 1;
 }
@@ -374,19 +376,6 @@ scan_connect(struct session *s)
 	return scan_errno(s, "connect");
 }
 
-/* Queue the length of the next chunk, n bytes. */
-static int
-send_length(struct session *s, off_t n)
-{
-	uint32_t length = htonl(n);
-
-	if (!buf_ready(&s->scan.peer.out, sizeof length))
-		return 0;
-	buf_put(&s->scan.peer.out, &length, sizeof length);
-	s->scan.chunk_end += n;
-	return 1;
-}
-
 /*
  * Copy the last n bytes of the message to `out' and append the empty chunk that
  * ends the stream.  A small message leaves in one write with everything before
@@ -420,18 +409,12 @@ static int
 send_next(struct session *s)
 {
 	struct scan *c = &s->scan;
-	off_t end = scan_line_len + s->msg.size, n = c->chunk_end - c->sent;
-	off_t tail = s->msg.spool.mem != NULL ? MEMSPOOL :
-	    c->chunk_end == end ? TAILSZ : 0;
+	off_t n = scan_line_len + s->msg.size - c->sent;
 
-	if (n == 0)
-		return send_length(s, end - c->sent < CHUNKSZ ?
-		    end - c->sent : CHUNKSZ);
-	if (n <= tail)
+	if (s->msg.spool.mem != NULL || n <= TAILSZ)
 		return send_tail(s, n);
-	return peer_drain(&s->scan.peer, 1) &&
-	    peer_sendfile(&s->scan.peer, s->msg.spool.fd, &c->sent,
-	    n - tail) &&
+	return peer_drain(&c->peer, 1) &&
+	    peer_sendfile(&c->peer, s->msg.spool.fd, &c->sent, n - TAILSZ) &&
 	    --s->io_budget > 0;
 }
 

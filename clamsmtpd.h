@@ -100,6 +100,12 @@
 #endif
 #define MAXMEMORY	(4 << 20)	/* of all messages in memory */
 
+/* The longest message that clamd gets, in one chunk of INSTREAM, which has a
+ * length of 32 bits like clamd's own limits.  A test build has less. */
+#ifndef MAXSTREAM
+#define MAXSTREAM	(UINT32_MAX - 64)
+#endif
+
 #define MAXADDRS	8		/* addresses of one name */
 #define MAXLISTEN	32
 #define MAXNETWORKS	32
@@ -368,7 +374,6 @@ struct scan {
 	int64_t	 deadline;		/* of the connection, or without a */
 					/* socket when to try again; 0: none */
 	off_t	 sent;			/* bytes of the spool */
-	off_t	 chunk_end;		/* end of the current chunk */
 	int	 queued;		/* the end is in peer.out */
 	int	 scanning;		/* clamd has the whole message */
 	struct session *next;		/* in the queue */

@@ -2277,7 +2277,7 @@ message_end(struct session *s)
 	}
 	enter(s, S_SCAN);
 	s->deadline = s->msg.dot_at + s->conf->scantimeout;
-	if (max > 0 && s->msg.size > max)
+	if ((max > 0 && s->msg.size > max) || s->msg.size > MAXSTREAM)
 		s->result.verdict = TOOBIG;
 	else
 		clamd_begin(s);

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, bind,
+from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, bind, build,
                      full_listener, mounting, same, turns, until)
 
 LINE = 28       # bytes of the line before the message
@@ -37,6 +37,17 @@ def test_clamd_on_any_socket_gets_a_stream(site, clamd):
     assert clamd.commands == [b"zINSTREAM\0"]
     same(scan.mail, BODY)
     client.quit()
+
+
+@pytest.mark.parametrize("size, want", [(2000, "250"), (2001, "552 5.3.4 Message too big")])
+def test_message_longer_than_a_chunk_is_too_big(site, tmp_path, size, want):
+    """clamd gets no message whose length has more than 32 bits.  The limit of this
+    build is 2000 bytes."""
+    site.start(binary=build(str(tmp_path / "small"), CPPFLAGS="-DMAXSTREAM=2000"))
+    client = site.session()
+    client.mail(body=b"A: b\r\n\r\n" + b"x" * (size - 10) + b"\r\n", want=want)
+    client.quit()
+    assert len(site.clamd.commands) == (want == "250")
 
 
 @pytest.mark.skipif(bool(os.environ.get("TEST_BYTES")), reason="each byte is a segment")

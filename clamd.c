@@ -278,21 +278,6 @@ scan_failed(struct session *s, int dead, const char *why)
 	return 1;
 }
 
-static int
-scan_errno(struct session *s, const char *what)
-{
-	char why[NOTESZ / 4];
-	int ours = errno == EMFILE || errno == ENFILE || errno == ENOMEM ||
-	    errno == ENOBUFS;
-
-	if (errno == EACCES)
-		format(why, sizeof why, "%s: %s for user %s", what,
-		    strerror(errno), user_name());
-	else
-		format(why, sizeof why, "%s: %s", what, strerror(errno));
-	return scan_failed(s, !ours, why);
-}
-
 /*
  * The steps of a scan.  Each returns 1 to go on at once, or 0 to wait.
  */
@@ -345,6 +330,7 @@ scan_connect(struct session *s)
 {
 	struct scan *c = &s->scan;
 	struct target *t = c->clamd->target;
+	char why[NOTESZ / 4];
 	int err;
 
 	if (c->peer.fd == -1) {
@@ -372,8 +358,11 @@ scan_connect(struct session *s)
 	c->addrs_tried |= 1U << c->addr;
 	if (target_next(t, c->addrs_tried) != NO_ADDR)
 		return 1;
-	errno = err;
-	return scan_errno(s, "connect");
+	format(why, sizeof why, "connect: %s%s%s", strerror(err),
+	    err == EACCES ? " for user " : "",
+	    err == EACCES ? user_name() : "");
+	return scan_failed(s, err != EMFILE && err != ENFILE &&
+	    err != ENOMEM && err != ENOBUFS, why);
 }
 
 /*
@@ -444,17 +433,6 @@ scan_send(struct session *s)
 	return 1;
 }
 
-static int
-mem_contains(const char *p, size_t n, const char *text)
-{
-	size_t len = strlen(text);
-
-	for (; n >= len; p++, n--)
-		if (memcmp(p, text, len) == 0)
-			return 1;
-	return 0;
-}
-
 /*
  * Promise 4: returns CLEAN only when the n bytes of the answer (without
  * terminator) are exactly an OK.  VIRUS: name has it.  Anything not understood
@@ -464,11 +442,12 @@ static enum verdict
 clamd_parse(const char *p, size_t n, char name[NAMESZ])
 {
 	static const char stream[] = "stream: ", found[] = " FOUND";
+	static const char too_big[] = "INSTREAM size limit exceeded";
 	size_t label = sizeof stream - 1, len = sizeof found - 1;
 
 	if (memchr(p, '\n', n) != NULL)
 		return FAILED;		/* several lines */
-	if (mem_contains(p, n, "INSTREAM size limit exceeded"))
+	if (memmem(p, n, too_big, sizeof too_big - 1) != NULL)
 		return TOOBIG;
 	if (n <= label || memcmp(p, stream, label) != 0)
 		return FAILED;

@@ -179,7 +179,7 @@ LEVELS = {"LOG_ERR": "error", "LOG_WARNING": "warning", "LOG_NOTICE": "notice",
 STRING = r'"(?:[^"\\\n]|\\.)*"'
 # These functions pass a text on to a function that logs it.
 CARRIERS = ("server_lost", "server_drop", "connect_failed", "scan_failed",
-            "scan_errno", "ping_why")
+            "ping_why")
 HOLE = re.compile(r"%(?:0?\d+|\.\*)?(?:ll|l)?[sduxXc]")
 
 

@@ -628,7 +628,6 @@ on_abandoned(void *arg, int revents)
 static struct {
 	const struct conf *conf;	/* NULL: none is under way */
 	int	 report;		/* log a warning if none answers */
-	void	(*done)(int, const char *);	/* receives the result */
 	int	 which;			/* index of the clamd, */
 	int64_t	 clamd_until;		/* its deadline, */
 	int	 addr;			/* index of its address, */
@@ -639,18 +638,7 @@ static struct {
 	int64_t	 ended;			/* when the last check ended; 0: never */
 	int	 well;			/* a clamd has answered */
 	char	 why[NOTESZ / 4];
-} ping;
-
-static void
-ping_end(void)
-{
-	if (!ping.well && ping.report)
-		logmsg(LOG_WARNING, "no clamd answers, and no message can be "
-		    "scanned until one does: %s", ping.why);
-	ping.conf = NULL;
-	ping.ended = now;
-	ping.done(ping.well, ping.why);
-}
+} ping = { .peer.fd = -1 };
 
 static void
 ping_why(const char *why)
@@ -667,28 +655,6 @@ ping_clamd(int n)
 	ping.clamd_until = now + PING_TIME / ping.conf->nclamd;
 	ping.addrs_tried = 0;
 	ping.version = 0;
-}
-
-/* Choose the next address of the clamd.  Returns 1 when there is one, 0 when
- * its name is being looked up, or -1 and the next clamd when there is none. */
-static int
-ping_address(struct target *t)
-{
-	ping.until = ping.clamd_until;
-	if (ping.version)
-		return 1;
-	ping.addr = target_next(t, ping.addrs_tried);
-	if (ping.addr == RESOLVING && now < ping.until)
-		return 0;
-	if (ping.addr < 0) {
-		if (t->naddr == 0)
-			ping_why(t->resolving ?
-			    "the name is still being resolved" : no_address);
-		ping_clamd(ping.which + 1);
-		return -1;
-	}
-	ping.addrs_tried |= 1U << ping.addr;
-	return 1;
 }
 
 /* Two digits; the first may be a blank. */
@@ -745,17 +711,20 @@ ping_pong(struct clamd *c)
 		queue_run();
 	}
 	ping.well = 1;
-	ping.done(1, ping.why);
 	if (ping.conf->status != NULL)
 		ping.version = 1;
 	else
 		ping_clamd(ping.conf->nclamd);
 }
 
+/*
+ * The steps of a check.  Each returns 0 to wait, or 1 to go on with the command,
+ * address and clamd that are next.
+ */
+
 static int
-ping_answer(void)
+ping_answer(struct clamd *c)
 {
-	struct clamd *c = ping.conf->clamd[ping.which];
 	struct peer *p = &ping.peer;
 	const char *answer, *end;
 	char why[NOTESZ / 4];
@@ -782,46 +751,62 @@ ping_answer(void)
 		    "no answer to PING in time");
 	}
 	peer_close(p);
-	return -1;
+	return 1;
 }
 
-/* Go on with the check.  Returns 0 to wait, or -1 when another command, address
- * or clamd is next. */
 static int
-ping_step(struct target *t)
+ping_step(struct clamd *c)
 {
+	struct target *t = c->target;
+	struct peer *p = &ping.peer;
 	const char *command = ping.version ? "zVERSION" : "zPING";
-	int r;
 
-	if (ping.peer.fd == -1) {
-		if ((r = ping_address(t)) != 1)
-			return r;
-		buf_free(&ping.peer.out);	/* socket(2) failed before */
-		if (buf_ready(&ping.peer.out, strlen(command) + 1))
-			buf_put(&ping.peer.out, command, strlen(command) + 1);
+	if (p->fd == -1) {
+		ping.until = ping.clamd_until;
+		if (!ping.version)
+			ping.addr = target_next(t, ping.addrs_tried);
+		if (ping.addr == RESOLVING && now < ping.until)
+			return 0;
+		if (t->naddr == 0)
+			ping_why(t->resolving ?
+			    "the name is still being resolved" : no_address);
+		if (ping.addr < 0) {
+			ping_clamd(ping.which + 1);
+			return 1;
+		}
+		ping.addrs_tried |= 1U << ping.addr;
+		if (buf_ready(&p->out, strlen(command) + 1))
+			buf_put(&p->out, command, strlen(command) + 1);
 	}
-	if (buf_len(&ping.peer.out) == 0)	/* the command has left */
-		return ping_answer();
-	r = peer_connect(&ping.peer, &t->addr[ping.addr], &ping.until,
-	    (ping.clamd_until - now) / t->naddr);
-	if (r == -1 && ping.version)
-		ping_clamd(ping.which + 1);
-	else if (r == -1)
-		ping_why(errno == ETIMEDOUT ? "no answer to PING in time" :
-		    strerror(errno));
-	if (r != 1)
-		return r;
-	peer_drain(&ping.peer, 0);	/* errors show when it is read */
-	return ping_answer();
+	if (buf_len(&p->out) == 0)	/* the command has left */
+		return ping_answer(c);
+	switch (peer_connect(p, &t->addr[ping.addr], &ping.until,
+	    (ping.clamd_until - now) / t->naddr)) {
+	case 0:
+		return 0;
+	case -1:
+		if (ping.version)
+			ping_clamd(ping.which + 1);
+		else
+			ping_why(errno == ETIMEDOUT ?
+			    "no answer to PING in time" : strerror(errno));
+		return 1;
+	}
+	peer_drain(p, 0);		/* errors show when it is read */
+	return ping_answer(c);
 }
 
 static void
 ping_run(void)
 {
 	while (ping.which < ping.conf->nclamd)
-		if (ping_step(ping.conf->clamd[ping.which]->target) == 0)
+		if (!ping_step(ping.conf->clamd[ping.which]))
 			return;
-	ping_end();
+	if (!ping.well && ping.report)
+		logmsg(LOG_WARNING, "no clamd answers, and no message can be "
+		    "scanned until one does: %s", ping.why);
+	ping.conf = NULL;
+	ping.ended = now;
 }
 
 static void
@@ -846,25 +831,19 @@ ping_poll(void)
 	poll_deadline(ping.until);
 }
 
-void
-clamd_ping(const struct conf *c, int report, void (*done)(int, const char *))
+const char *
+clamd_ping(const struct conf *c, int report)
 {
-	if (!report && (ping.conf != NULL ? ping.well :
-	    ping.ended != 0 && now - ping.ended < SECOND)) {
-		done(ping.well, ping.why);
-		return;
-	}
-	if (!report && ping.conf != NULL)
-		return;
-	if (ping.conf != NULL)
+	if (report || (ping.conf == NULL &&
+	    (ping.ended == 0 || now - ping.ended >= SECOND))) {
 		peer_close(&ping.peer);
-	ping.peer.fd = -1;
-	ping.conf = c;
-	ping.well = 0;
-	ping.report = report;
-	ping.done = done;
-	ping_clamd(0);
-	ping_run();
+		ping.conf = c;
+		ping.report = report;
+		ping.well = 0;
+		ping_clamd(0);
+		ping_run();
+	}
+	return ping.well ? "" : ping.conf != NULL ? NULL : ping.why;
 }
 
 void

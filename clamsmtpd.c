@@ -631,7 +631,6 @@ listeners_log(const struct conf *c)
 
 static int reload_wanted;
 
-static void on_pong(int, const char *);
 static void log_counters(void);
 static int set_limits(const struct conf *);
 
@@ -738,7 +737,7 @@ reload(void)
 	logmsg(LOG_NOTICE, "%s: reloaded", conf->path);
 	listeners_log(conf);
 	resolve_all(conf);
-	clamd_ping(conf, 1, on_pong);
+	clamd_ping(conf, 1);
 }
 
 static void
@@ -1123,21 +1122,19 @@ http_metrics(struct http_client *v)
 		    outcome_names[i], count.messages[i]);
 	http_clamds(v);
 	http_scans(v);
-	clamd_ping(conf, 0, on_pong);	/* for the next request */
+	clamd_ping(conf, 0);	/* for the next request */
 }
 
-/* Reply to all clients that wait for clamd. */
 static void
-on_pong(int well, const char *why)
+http_health(struct http_client *v)
 {
-	struct http_client *v;
+	const char *why = clamd_ping(conf, 0);
 
-	for (v = http_clients; v < HTTP_END; v++)
-		if (v->awaits_ping) {
-			v->awaits_ping = 0;
-			http_head(v, well ? "200 OK" : "503 Service Unavailable");
-			http_print(v, "%s\n", well ? "ok" : why);
-		}
+	v->awaits_ping = why == NULL;
+	if (why == NULL)
+		return;
+	http_head(v, *why == '\0' ? "200 OK" : "503 Service Unavailable");
+	http_print(v, "%s\n", *why == '\0' ? "ok" : why);
 }
 
 /* Reply to a request, of which only the first line matters. */
@@ -1157,10 +1154,9 @@ http_reply(struct http_client *v, const char *line)
 		http_page(v);
 	else if (mem_equal(line, n, "/metrics"))
 		http_metrics(v);
-	else if (mem_equal(line, n, "/healthz")) {
-		v->awaits_ping = 1;
-		clamd_ping(conf, 0, on_pong);
-	} else
+	else if (mem_equal(line, n, "/healthz"))
+		http_health(v);
+	else
 		http_head(v, "404 Not Found");
 }
 
@@ -1211,6 +1207,8 @@ http_poll(void)
 	for (v = http_clients; v < HTTP_END; v++) {
 		if (v->deadline == 0)
 			continue;
+		if (v->awaits_ping)
+			http_health(v);
 		out = &v->peer.out;
 		if (now >= v->deadline || v->peer.err ||
 		    (v->peer.eof && !v->awaits_ping && buf_len(out) == 0)) {
@@ -1723,7 +1721,7 @@ start(int background, int level)
 	sandbox(conf);
 	listeners_log(conf);
 	resolve_all(conf);
-	clamd_ping(conf, 1, on_pong);
+	clamd_ping(conf, 1);
 	notify("READY=1", -1);
 	notify_ready = 1;
 	return 0;

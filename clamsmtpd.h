@@ -510,14 +510,13 @@ void clamd_cancel(struct session *);		/* abandon the scan, if any */
 void clamd_poll(void);				/* abandoned scans, checks */
 /*
  * Find out by PING whether a clamd answers, and with a status page by VERSION
- * which signatures each has (clamd(8)).  Calls done with 1 when one has answered,
- * at once, or with 0 and the reason when none has.  A result is used for a second.  All
- * callers must pass the same function, since it is called for all requests that
- * come while a check is under way.  If report is set, the settings are new: a
- * check under way is forgotten, and a warning is logged when no clamd answers.  c
- * must stay valid until the next call with report set.
+ * which signatures each has (clamd(8)).  Returns an empty text when one has
+ * answered, the reason when none has, or NULL while the check is under way.  A
+ * result is used for a second.  If report is set, the settings are new: a check
+ * under way is forgotten, and a warning is logged when no clamd answers.  c must
+ * stay valid until the next call with report set.
  */
-void clamd_ping(const struct conf *c, int report, void (*done)(int well, const char *why));
+const char *clamd_ping(const struct conf *c, int report);
 
 /* util.c */
 

@@ -1127,13 +1127,11 @@ peer_connect(struct peer *p, const struct addr *a, int64_t *deadline,
 	if (p->fd == -1) {
 		p->fd = socket(a->u.sa.sa_family,
 		    SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-		if (p->fd == -1)
-			return -1;
+		if (p->fd == -1 || connect(p->fd, &a->u.sa, a->len) == -1)
+			err = errno;
 		if (a->u.sa.sa_family != AF_UNIX)
 			setsockopt(p->fd, IPPROTO_TCP, TCP_NODELAY, &one,
 			    sizeof one);
-		if (connect(p->fd, &a->u.sa, a->len) == -1)
-			err = errno;
 		p->connecting = err == EINPROGRESS || err == EINTR;
 		if (p->connecting)
 			err = 0;

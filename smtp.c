@@ -105,12 +105,20 @@ struct reply {
  * on, 1 when it is dealt with.
  */
 struct verb {
-	const char *name;
+	char	 name[9];
 	int	(*on_command)(struct session *, char *line);
 	int	(*on_reply)(struct session *, const struct reply *);
 	int	 in_chunks;		/* may come between two BDATs */
 	int	 unnamed;		/* may come before XCLIENT */
 };
+
+static const struct verb *verb_find(const char *line);
+
+static int
+verb_is(const struct verb *v, const char *name)
+{
+	return v != NULL && strcmp(v->name, name) == 0;
+}
 
 /* A state lasts for TimeOut, unless s->deadline is changed after this. */
 static void
@@ -194,23 +202,25 @@ client_reply(struct session *s, const char *fmt, ...)
 
 /* Returns 1, or 0 when there is no memory for it now. */
 static int
-server_put(struct session *s, const char *p, size_t n)
+server_put(struct session *s, const char *line)
 {
+	size_t n = strlen(line);
+
 	if (!buf_ready(&s->server.peer.out, n))
 		return 0;
-	buf_put(&s->server.peer.out, p, n);
-	log_dialogue(s, "SERVER >", p, n);
+	buf_put(&s->server.peer.out, line, n);
+	log_dialogue(s, "SERVER >", line, n);
 	return 1;
 }
 
-/* Send a command of n bytes, CRLF included, and expect its reply.  Returns 1,
- * or 0 when there is no memory for it now. */
+/* Send a command, with its CRLF, and expect its reply.  Returns 1, or 0 when
+ * there is no memory for it now. */
 static int
-server_command(struct session *s, const struct verb *v, const char *p, size_t n)
+server_command(struct session *s, const char *line)
 {
-	if (!server_put(s, p, n))
+	if (!server_put(s, line))
 		return 0;
-	s->server.verb = v;
+	s->server.verb = verb_find(line);
 	return 1;
 }
 
@@ -313,7 +323,7 @@ server_close(struct session *s)
 	struct peer *p = &s->server.peer;
 
 	if (p->fd != -1 && s->server.verb == NULL && !p->eof && !p->err &&
-	    server_put(s, "QUIT\r\n", 6))
+	    server_put(s, "QUIT\r\n"))
 		peer_drain(p, 0);
 	peer_close(p);
 	str_free(&s->server.argument);
@@ -759,20 +769,17 @@ reply_clean(const struct reply *r)
 	return w - clean;
 }
 
+/* The reply to a message that was sent to the next hop decides its outcome. */
 static void
-settle_relay(struct session *s, enum outcome what, const struct reply *r)
+settle_relay(struct session *s, const struct reply *r)
 {
-	size_t n = reply_clean(r);
-
-	settle_text(s, what, clean, n);
+	settle_text(s, verdict_outcome(s), clean, reply_clean(r));
 }
 
 static void
 relay(struct session *s, const struct reply *r)
 {
-	size_t n = reply_clean(r);
-
-	client_put(s, clean, n);
+	client_put(s, clean, reply_clean(r));
 }
 
 /* Relay a reply that ends the session. */
@@ -802,8 +809,6 @@ await_reply(struct session *s,
 	return 1;
 }
 
-static const struct verb verb_noop = { "NOOP", NULL, NULL, 1, 1 };
-
 /* Returns 1 when input from the next hop, or its EOF, has been read. */
 static int
 server_spoke(const struct session *s)
@@ -830,7 +835,7 @@ server_idle(struct session *s)
 			server_drop(s, s->server.why);
 			break;
 		}
-		if (r.verb == &verb_noop && r.class == 2) {
+		if (verb_is(r.verb, "NOOP") && r.class == 2) {
 			s->server.noop_at = now + s->conf->keepalives;
 			reply_eat(s, &r);
 			continue;
@@ -867,7 +872,7 @@ keep_alive(struct session *s)
 	int64_t at = keep_alive_at(s);
 
 	if (at != 0 && now >= at) {
-		server_command(s, &verb_noop, "NOOP\r\n", 6);
+		server_command(s, "NOOP\r\n");
 		s->server.noop_at = now + s->conf->keepalives;
 	}
 	return idle;
@@ -1230,8 +1235,6 @@ st_greeting(struct session *s)
  * COMMAND: the verbs.
  */
 
-static const struct verb verb_xclient;
-
 static int
 no_memory(struct session *s)
 {
@@ -1493,15 +1496,13 @@ ehlo_line(struct session *s, const char *p)
 	return 0;
 }
 
-static int
-ehlo_add(struct session *s, const char *text)
+static void
+ehlo_add(struct session *s, const char *code, const char *text)
 {
-	if (str_add(&s->server.ehlo, "250-", 4) == 0 &&
-	    str_add(&s->server.ehlo, text, strlen(text)) == 0 &&
-	    str_add(&s->server.ehlo, "\r\n", 2) == 0)
-		return 0;
-	client_nomem(s);
-	return -1;
+	if (str_add(&s->server.ehlo, code, strlen(code)) == -1 ||
+	    str_add(&s->server.ehlo, text, strlen(text)) == -1 ||
+	    str_add(&s->server.ehlo, "\r\n", 2) == -1)
+		client_nomem(s);
 }
 
 /* Keep in server.ehlo what the client may see of a reply to HELO or EHLO. */
@@ -1512,10 +1513,11 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 
 	s->server.size = s->server.chunking = s->server.xclient = 0;
 	str_free(&s->server.ehlo);
-	if (ehlo_add(s, OUR_NAME) == -1)
+	ehlo_add(s, esmtp ? "250-" : "250 ", OUR_NAME);
+	if (!esmtp)
 		return;
 	reply_clean(r);
-	for (p = strchr(clean, '\n') + 1; *p != '\0' && esmtp; p = next + 1) {
+	for (p = strchr(clean, '\n') + 1; *p != '\0'; p = next + 1) {
 		next = strchr(p, '\n');
 		next[-1] = '\0';
 		if (!ehlo_line(s, p + 4))
@@ -1523,21 +1525,13 @@ ehlo_filter(struct session *s, const struct reply *r, int esmtp)
 		if (strncasecmp(p + 4, "SIZE", 4) == 0 && size_limit(s) > 0) {
 			format(size, sizeof size, "SIZE %lld",
 			    (long long)size_limit(s));
-			ehlo_add(s, size);
+			ehlo_add(s, "250-", size);
 		} else
-			ehlo_add(s, p + 4);
+			ehlo_add(s, "250-", p + 4);
 	}
-	if (esmtp) {
-		ehlo_add(s, "PIPELINING");
-		if (s->server.chunking)
-			ehlo_add(s, "CHUNKING");
-	}
-	if (s->client.err)
-		return;
-	p = s->server.ehlo.s + s->server.ehlo.len - 2;
-	while (p > s->server.ehlo.s && p[-1] != '\n')
-		p--;
-	p[3] = ' ';			/* the last line */
+	ehlo_add(s, s->server.chunking ? "250-" : "250 ", "PIPELINING");
+	if (s->server.chunking)
+		ehlo_add(s, "250 ", "CHUNKING");
 }
 
 /* Tell the next hop the client's address, for it sees ours.  Returns 1. */
@@ -1558,8 +1552,8 @@ xclient_send(struct session *s)
 	if ((x & X_PORT) && ip)
 		n += format(line + n, sizeof line - n, " PORT=%u",
 		    addr_port(&s->client_addr));
-	n += format(line + n, sizeof line - n, "\r\n");
-	if (!server_command(s, &verb_xclient, line, n))
+	format(line + n, sizeof line - n, "\r\n");
+	if (!server_command(s, line))
 		return server_lost(s, "out of memory");
 	enter(s, S_REPLY);
 	return 1;
@@ -1581,8 +1575,10 @@ ehlo_send(struct session *s)
  * list them.
  */
 static int
-hello_reply(struct session *s, const struct reply *r, int esmtp)
+hello_reply(struct session *s, const struct reply *r)
 {
+	int esmtp = verb_is(r->verb, "EHLO");
+
 	if (r->class != 2)
 		return 0;
 	transaction_end(s);
@@ -1601,24 +1597,13 @@ hello_reply(struct session *s, const struct reply *r, int esmtp)
 	return 1;
 }
 
-static int
-ehlo_reply(struct session *s, const struct reply *r)
-{
-	return hello_reply(s, r, 1);
-}
-
-static int
-helo_reply(struct session *s, const struct reply *r)
-{
-	return hello_reply(s, r, 0);
-}
-
+static int xclient_reply(struct session *, const struct reply *);
 static int data_command(struct session *, char *);
 static int bdat_command(struct session *, char *);
 
 static const struct verb verbs[] = {
-	{ "EHLO", helo_command, ehlo_reply, 1, 1 },
-	{ "HELO", helo_command, helo_reply, 1, 1 },
+	{ "EHLO", helo_command, hello_reply, 1, 1 },
+	{ "HELO", helo_command, hello_reply, 1, 1 },
 	{ "MAIL", mail_command, mail_reply, 0, 0 },
 	{ "RCPT", rcpt_command, rcpt_reply, 0, 0 },
 	{ "DATA", data_command, NULL, 0, 0 },
@@ -1632,7 +1617,7 @@ static const struct verb verbs[] = {
 	{ "HELP", NULL, NULL, 1, 1 },
 	{ "ETRN", NULL, NULL, 0, 0 },
 	{ "XFORWARD", xforward_command, xforward_reply, 0, 0 },
-	{ "XCLIENT", xclient_command, NULL, 1, 0 },
+	{ "XCLIENT", xclient_command, xclient_reply, 1, 0 },
 	{ "STARTTLS", starttls_command, NULL, 1, 0 },
 };
 
@@ -1646,12 +1631,6 @@ verb_find(const char *line)
 		if (word_equal(line, n, verbs[i].name))
 			return &verbs[i];
 	return NULL;
-}
-
-static int
-verb_is(const struct verb *v, const char *name)
-{
-	return v != NULL && strcmp(v->name, name) == 0;
 }
 
 /* These codes refuse the command.  Any other 4xx or 5xx refuses the client, in
@@ -1689,15 +1668,11 @@ xclient_reply(struct session *s, const struct reply *r)
 		return session_end(s, S_LINGER);
 	}
 	s->xclient_state = XC_DONE;
-	if (!server_command(s, verb_find(s->helo.s), s->helo.s, s->helo.len))
+	if (!server_command(s, s->helo.s))
 		return server_lost(s, "out of memory");
 	enter(s, S_REPLY);
 	return 1;
 }
-
-static const struct verb verb_xclient = {
-	"XCLIENT", NULL, xclient_reply, 0, 0
-};
 
 /*
  * Promise 10: returns 1 when the client sends HTTP, or a line that begins
@@ -2686,20 +2661,17 @@ begin_replay(struct session *s)
 	replay_extend(s);
 }
 
-static const struct verb verb_data = { "DATA", NULL, NULL, 0, 0 };
-
 /* Returns 1, or 0 when there is no memory for the command now. */
 static int
 data_send(struct session *s)
 {
 	char line[64];
-	int n;
 
 	if (!s->msg.relay_bdat)
-		return server_command(s, &verb_data, "DATA\r\n", 6);
-	n = format(line, sizeof line, "BDAT %lld LAST\r\n",
+		return server_command(s, "DATA\r\n");
+	format(line, sizeof line, "BDAT %lld LAST\r\n",
 	    (long long)(s->msg.size + s->replay.header.len));
-	if (!server_command(s, &verb_data, line, n))
+	if (!server_command(s, line))
 		return 0;
 	begin_replay(s);
 	return 1;
@@ -2709,13 +2681,13 @@ static void
 data_reply(struct session *s, const struct reply *r)
 {
 	if (r->code == 354) {
-		s->server.verb = &verb_data;	/* the final reply is due */
+		s->server.verb = r->verb;	/* the final reply is due */
 		begin_replay(s);
 	} else if (r->code < 400)
 		server_lost(s, "unexpected 3xx reply");
 	else {
 		log_refusal(s, r);
-		settle_relay(s, verdict_outcome(s), r);
+		settle_relay(s, r);
 		if (r->code == 421)
 			peer_close(&s->server.peer);
 		reject_message(s);
@@ -2727,7 +2699,7 @@ st_data(struct session *s)
 {
 	int idle;
 
-	if (s->server.verb == &verb_data)
+	if (verb_is(s->server.verb, "DATA"))
 		return await_reply(s, data_reply);
 	if (client_gone(s))
 		return abort_transaction(s);
@@ -2752,7 +2724,7 @@ early_reply(struct session *s, const struct reply *r)
 		return;
 	}
 	log_refusal(s, r);
-	settle_relay(s, verdict_outcome(s), r);
+	settle_relay(s, r);
 	message_log(s);
 	relay_and_close(s, r);
 }
@@ -2854,7 +2826,7 @@ replay_next(struct session *s)
 	if (left > 0)
 		return replay_copy(s, left);
 	if (s->replay.header_queued)
-		return s->replay.dot_queued = server_put(s, ".\r\n", 3);
+		return s->replay.dot_queued = server_put(s, ".\r\n");
 	if (!buf_ready(out, s->replay.header.len))
 		return 0;
 	buf_put(out, s->replay.header.s, s->replay.header.len);
@@ -2896,7 +2868,7 @@ final_reply(struct session *s, const struct reply *r)
 		server_lost(s, "unexpected 3xx reply");
 		return;
 	}
-	settle_relay(s, verdict_outcome(s), r);
+	settle_relay(s, r);
 	message_log(s);
 	if (r->class != 2)
 		log_refusal(s, r);
@@ -2913,8 +2885,6 @@ st_final(struct session *s)
  * RESET: the next hop forgets the transaction, then the client gets the reply.
  */
 
-static const struct verb verb_rset = { "RSET", NULL, NULL, 1, 1 };
-
 static void
 reset_reply(struct session *s, const struct reply *r)
 {
@@ -2928,13 +2898,13 @@ st_reset(struct session *s)
 
 	if (s->client.err)
 		return session_end(s, S_DEAD);
-	if (s->server.verb == &verb_rset)
+	if (verb_is(s->server.verb, "RSET"))
 		return await_reply(s, reset_reply);
 	if (!client_ready(s))
 		return 0;
 	if ((idle = server_idle(s)) == -1)
 		return message_done(s, 0);
-	return idle && server_command(s, &verb_rset, "RSET\r\n", 6);
+	return idle && server_command(s, "RSET\r\n");
 }
 
 /*

@@ -118,7 +118,7 @@ replay(struct session *s, const struct text *spooled, int flags)
 	s->replay.header_queued = s->replay.dot_queued = 0;
 	s->replay.off = 0;
 	s->replay.at_bol = 1;
-	s->server.verb = &verb_data;
+	s->server.verb = verb_find("DATA");
 	s->result.verdict = CLEAN;
 	s->msg.dot_at = now;
 	enter(s, S_REPLAY);

@@ -345,12 +345,11 @@ struct message {
 	off_t	 size;			/* bytes of the message */
 	int	 in_bdat;		/* it comes by BDAT */
 	int	 relay_bdat;		/* and goes out by BDAT, unchanged */
-	int	 discard;		/* BDAT without a transaction */
 	uint64_t chunk_left;		/* bytes of this chunk that are to come */
 	int	 chunk_last;		/* BDAT LAST */
 	enum eol body_state;
 	uint64_t held_bytes;		/* CRs or NULs that may have to go */
-	int	 has_dot_lines;		/* a line begins with a dot */
+	int	 has_dot_lines;		/* dots are to be stuffed */
 	enum header header_state;
 	off_t	 top;			/* end of the mbox lines at the top */
 	off_t	 header_end;		/* end of the header section */

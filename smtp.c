@@ -1137,15 +1137,6 @@ connect_failed(struct session *s, const char *why)
 	return session_end(s, S_LINGER);
 }
 
-/* Returns the number of addresses to try, for the time that each gets. */
-static int
-server_naddrs(const struct session *s)
-{
-	const struct target *t = s->conf->out;
-
-	return s->conf->transparent || t->naddr == 0 ? 1 : t->naddr;
-}
-
 /* End the session if the client left before the greeting.  A client that sent a
  * complete command before EOF is served.  Returns 1 when the session ended. */
 static int
@@ -1163,7 +1154,9 @@ static const struct verb verb_connect = { "connect", NULL, NULL, 0, 0 };
 static int
 st_connect(struct session *s)
 {
-	int got, err;
+	struct target *t = s->conf->out;
+	int got, err, naddr = s->conf->transparent || t->naddr == 0 ? 1 :
+	    t->naddr;
 
 	if (gone_early(s))
 		return 1;
@@ -1179,12 +1172,12 @@ st_connect(struct session *s)
 		server_set_local(s, -1);
 	}
 	got = peer_connect(&s->server.peer, &s->server.addr, &s->deadline,
-	    s->conf->timeout / server_naddrs(s));
+	    s->conf->timeout / naddr);
 	if (got == -1) {
 		err = errno;
 		s->server.addrs_tried |= 1U << s->server.addr_index;
 		if (s->conf->transparent ||
-		    target_next(s->conf->out, s->server.addrs_tried) < 0)
+		    target_next(t, s->server.addrs_tried) < 0)
 			return connect_failed(s, strerror(err));
 		return 1;
 	}
@@ -1633,14 +1626,6 @@ verb_find(const char *line)
 	return NULL;
 }
 
-/* These codes refuse the command.  Any other 4xx or 5xx refuses the client, in
- * place of the greeting that the next hop would send it. */
-static int
-is_xclient_refused(const struct reply *r)
-{
-	return (r->code >= 500 && r->code <= 504) || r->code == 550;
-}
-
 /* XCLIENT resets the next hop to the state before HELO, so HELO or EHLO is sent
  * again, and the client gets the second reply. */
 static int
@@ -1652,7 +1637,9 @@ xclient_reply(struct session *s, const struct reply *r)
 		s->server.xclient &= ~X_NAME;
 		return xclient_send(s);
 	}
-	if (is_xclient_refused(r)) {
+	/* These codes refuse the command.  Any other 4xx or 5xx refuses the
+	 * client, in place of the greeting that the next hop would send it. */
+	if ((r->code >= 500 && r->code <= 504) || r->code == 550) {
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
 		    first_line(r));
 		s->xclient_state = helo ? XC_EHLO : XC_DONE;
@@ -1763,6 +1750,16 @@ log_command(struct session *s, const char *who, const struct verb *v,
 		log_dialogue(s, who, p, n);
 }
 
+/* Pass a line of the client on.  st_command() has made room. */
+static void
+line_relay(struct session *s, const char *line, size_t n)
+{
+	buf_put(&s->server.peer.out, line, n);
+	buf_put(&s->server.peer.out, "\r\n", 2);
+	enter(s, S_REPLY);
+}
+
+/* Returns 1. */
 static int
 command(struct session *s, char *line, size_t n)
 {
@@ -1788,11 +1785,9 @@ command(struct session *s, char *line, size_t n)
 		return refuse(s, r_sequence);
 	if (v->on_command != NULL && v->on_command(s, line))
 		return 1;
-	buf_put(&s->server.peer.out, line, n);
-	buf_put(&s->server.peer.out, "\r\n", 2);
 	log_command(s, "SERVER >", v, line, n);
 	s->server.verb = v;
-	enter(s, S_REPLY);
+	line_relay(s, line, n);
 	return 1;
 }
 
@@ -1826,26 +1821,33 @@ unasked_reply(struct session *s, const struct reply *r)
 		relay_and_close(s, r);
 }
 
+/* For COMMAND and AUTH. */
 static int
 st_command(struct session *s)
 {
+	int auth = s->state == S_AUTH, got;
 	char *line;
 	size_t n;
-	int r;
 
 	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
 		return 0;
 	if (server_spoke(s))
 		return await_reply(s, unasked_reply) || client_ended(s);
-	if (is_not_smtp(s))
+	if (!auth && is_not_smtp(s))
 		return not_smtp(s);
-	r = client_line(s, &line, &n);
-	if (r == 1) {
-		r = command(s, line, n);
-		buf_eat(&s->client.in, 0);
-		return r;
-	}
-	return r != 0 || client_ended(s);
+	if ((got = client_line(s, &line, &n)) == 0)
+		return client_ended(s);
+	if (got == -1)			/* AUTH cannot go on after that */
+		return auth ? session_end(s, S_LINGER) : 1;
+	if (auth) {
+		/* A response, whatever it looks like; it may be a password. */
+		slog(s, LOG_DEBUG, "CLIENT < ***");
+		slog(s, LOG_DEBUG, "SERVER > ***");
+		line_relay(s, line, n);
+	} else
+		command(s, line, n);
+	buf_eat(&s->client.in, 0);
+	return 1;
 }
 
 /*
@@ -1880,35 +1882,6 @@ st_reply(struct session *s)
 		return await_reply(s, command_reply);
 	log_closed(s);
 	return session_end(s, S_DEAD);
-}
-
-/*
- * AUTH: the line is a response to a 334, whatever it looks like.
- */
-
-static int
-st_auth(struct session *s)
-{
-	char *line;
-	size_t n;
-
-	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
-		return 0;
-	if (server_spoke(s))
-		return await_reply(s, unasked_reply) || client_ended(s);
-	switch (client_line(s, &line, &n)) {
-	case 1:
-		slog(s, LOG_DEBUG, "CLIENT < ***");
-		slog(s, LOG_DEBUG, "SERVER > ***");
-		buf_put(&s->server.peer.out, line, n);
-		buf_put(&s->server.peer.out, "\r\n", 2);
-		buf_eat(&s->client.in, 0);
-		enter(s, S_REPLY);
-		return 1;
-	case -1:		/* AUTH cannot go on */
-		return session_end(s, S_LINGER);
-	}
-	return client_ended(s);
 }
 
 /*
@@ -2304,11 +2277,10 @@ bdat_command(struct session *s, char *line)
 	if (!s->msg.in_bdat && has_recipients(s))
 		message_begin(s);
 	s->msg.in_bdat = 1;
-	s->msg.discard = !has_recipients(s);
 	s->msg.relay_bdat = s->server.chunking;
 	s->msg.chunk_left = size;
 	s->msg.chunk_last = last;
-	if (limit > 0 && size > limit - s->msg.size && !s->msg.discard)
+	if (limit > 0 && size > limit - s->msg.size && has_recipients(s))
 		fail_message(s, OUT_OVERSIZE, r_too_big, (long long)limit);
 	enter_body(s, S_CHUNK);
 	return 1;
@@ -2319,7 +2291,7 @@ static void
 chunk_end(struct session *s)
 {
 	s->msg.dot_at = now;
-	if (s->msg.discard) {
+	if (!has_recipients(s)) {
 		message_reset(&s->msg);
 		if (s->server.peer.fd == -1 && !s->rejected) {
 			client_reply(s, r_server_lost, s->server.why);
@@ -2338,25 +2310,15 @@ chunk_end(struct session *s)
 	}
 }
 
-static void
-chunk_store(struct session *s, const char *p, size_t n)
-{
-	int end;
-
-	if (s->msg.relay_bdat)
-		spool_append(s, p, n);
-	else
-		body_filter(s, p, n, &end);
-	spool_flush(s);
-}
-
+/* Without accepted recipients the chunk is discarded. */
 static int
 st_chunk(struct session *s)
 {
 	struct buf *in = &s->client.in;
 	size_t n = buf_len(in);
+	int end;
 
-	if (keep_alive(s) == -1 && !s->msg.discard)
+	if (keep_alive(s) == -1 && has_recipients(s))
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
@@ -2370,8 +2332,13 @@ st_chunk(struct session *s)
 		return s->client.eof && abort_transaction(s);
 	if (n > s->msg.chunk_left)
 		n = s->msg.chunk_left;
-	if (!s->msg.discard)
-		chunk_store(s, buf_head(in), n);
+	if (has_recipients(s)) {
+		if (s->msg.relay_bdat)
+			spool_append(s, buf_head(in), n);
+		else
+			body_filter(s, buf_head(in), n, &end);
+		spool_flush(s);
+	}
 	s->msg.chunk_left -= n;
 	buf_eat(in, n);
 	return 1;
@@ -2656,9 +2623,8 @@ begin_replay(struct session *s)
 {
 	enter(s, S_REPLAY);
 	s->replay.reply_deadline = s->msg.dot_at + FINAL_TIME;
-	if (s->replay.reply_deadline < now + s->conf->timeout)
-		s->replay.reply_deadline = now + s->conf->timeout;
-	replay_extend(s);
+	if (s->replay.reply_deadline < s->deadline)
+		s->replay.reply_deadline = s->deadline;
 }
 
 /* Returns 1, or 0 when there is no memory for the command now. */
@@ -2748,7 +2714,7 @@ replay_copy(struct session *s, off_t left)
 	if (n <= 0)
 		return server_lost(s, "cannot read TempDirectory");
 	s->replay.off += n;
-	if (!s->msg.has_dot_lines || s->msg.relay_bdat) {
+	if (!s->msg.has_dot_lines) {
 		buf_put(out, chunk, n);
 		return 1;
 	}
@@ -2802,14 +2768,6 @@ replay_queued(const struct session *s)
 	    (s->msg.relay_bdat || s->replay.dot_queued);
 }
 
-/* Returns 1 when the last bytes have left, else 0. */
-static int
-replay_sent(const struct session *s)
-{
-	return replay_queued(s) && buf_len(&s->server.peer.out) == 0 &&
-	    !s->server.peer.err;
-}
-
 /* Queue the next piece: message, our header, or the end of data.  Returns 1,
  * or 0 when there is no room for it now. */
 static int
@@ -2820,8 +2778,7 @@ replay_next(struct session *s)
 	    s->replay.header_off;
 	off_t left = stop - s->replay.off;
 
-	if (left > TAIL && s->msg.spool.mem == NULL &&
-	    (!s->msg.has_dot_lines || s->msg.relay_bdat))
+	if (left > TAIL && s->msg.spool.mem == NULL && !s->msg.has_dot_lines)
 		return replay_file(s, left - TAIL);
 	if (left > 0)
 		return replay_copy(s, left);
@@ -2836,12 +2793,15 @@ replay_next(struct session *s)
 static int
 st_replay(struct session *s)
 {
-	if (replay_sent(s)) {
+	int queued = replay_queued(s);
+
+	if (queued && buf_len(&s->server.peer.out) == 0 &&
+	    !s->server.peer.err) {
 		enter(s, S_FINAL);
 		s->deadline = s->replay.reply_deadline;
 		return 1;
 	}
-	if (replay_queued(s))
+	if (queued)
 		recheck_peers(s);
 	if (client_gone(s))
 		return abort_transaction(s);
@@ -2853,7 +2813,7 @@ st_replay(struct session *s)
 		s->server.peer.err = 1;	/* send nothing more */
 		return await_reply(s, early_reply);
 	}
-	return replay_queued(s) ? 0 : replay_next(s);
+	return !queued && replay_next(s);
 }
 
 /*
@@ -2949,7 +2909,7 @@ static const struct {
 	[S_GREETING] =	{ "greeting", CLIENT | SERVER | RESET, st_greeting },
 	[S_COMMAND] =	{ "command", CLIENT | SERVER | IDLE, st_command },
 	[S_REPLY] =	{ "reply", SERVER | RESET, st_reply },
-	[S_AUTH] =	{ "auth", CLIENT | SERVER | IDLE, st_auth },
+	[S_AUTH] =	{ "auth", CLIENT | SERVER | IDLE, st_command },
 	[S_BODY] =	{ "body", CLIENT | SERVER | IDLE, st_body },
 	[S_CHUNK] =	{ "chunk", CLIENT | SERVER | IDLE, st_chunk },
 	[S_SCAN] =	{ "scan", CLIENT | SERVER | CLAMD, st_scan },
@@ -3114,16 +3074,6 @@ wants(const struct session *s, const struct peer *p, int who)
 	return events;
 }
 
-/* Returns 1 when poll() is to report only a reset of the client.  Not for
- * a unix socket, for which poll() reports EOF in the same way, again and
- * again. */
-static int
-wants_reset(const struct session *s)
-{
-	return (states[s->state].flags & RESET) &&
-	    s->peer_addr.u.sa.sa_family != AF_UNIX;
-}
-
 static void
 sooner(struct session *s, int64_t t)
 {
@@ -3138,12 +3088,16 @@ session_poll(struct session *s)
 	int client = wants(s, &s->client, CLIENT);
 	int server = wants(s, &s->server.peer, SERVER);
 	int clamd = wants(s, &s->scan.peer, CLAMD);
+	/* Not for a unix socket, of which poll() reports EOF in the same way,
+	 * again and again. */
+	int reset = (states[s->state].flags & RESET) &&
+	    s->peer_addr.u.sa.sa_family != AF_UNIX;
 
 	if (s->state == S_REPLAY && buf_len(&s->server.peer.in) == 0)
 		server |= POLLOUT;
 	if (s->scan.phase == SC_SEND)
 		clamd |= POLLOUT;
-	if (client != 0 || wants_reset(s))
+	if (client != 0 || reset)
 		poll_add(s->client.fd, client, on_client, s);
 	if (server != 0)
 		poll_add(s->server.peer.fd, server, on_server, s);
@@ -3267,48 +3221,32 @@ table_reserve(void)
 	return 0;
 }
 
-static void
-table_add(struct session *s)
-{
-	s->index = table.n;
-	table.v[table.n++] = s;
-	session_activate(s);
-	count.open = table.n;
-	if (count.open > count.most_open)
-		count.most_open = count.open;
-}
-
-static void
-table_remove(struct session *s)
-{
-	session_idle(s);
-	table_move(s, --table.n);
-	count.open = table.n;
-}
-
 void
 session_accept(int fd, const struct addr *a, struct conf *conf)
 {
-	static unsigned id = FIRST_ID;
-	struct session *s;
+	static unsigned id = FIRST_ID - 1;
+	struct session *s = NULL;
 
-	if (table.n >= conf->maxconn) {
+	if (++id > 0xFFFFFF)
+		id = FIRST_ID;
+	if (table.n >= conf->maxconn)
 		logmsg(LOG_WARNING, "%06X: refused %s: MaxConnections (%d) "
-		    "reached", id++, addr_text(a), (int)conf->maxconn);
-		count.refused++;
-		session_refuse(fd);
-		return;
-	}
-	s = table_reserve() == 0 ? session_new(fd, a, conf, id) : NULL;
-	if (s == NULL) {
+		    "reached", id, addr_text(a), (int)conf->maxconn);
+	else if (table_reserve() == -1 ||
+	    (s = session_new(fd, a, conf, id)) == NULL)
 		logmsg(LOG_ERR, "refused %s:", addr_text(a));
+	if (s == NULL) {
 		count.refused++;
 		session_refuse(fd);
 		return;
 	}
-	id = id >= 0xFFFFFF ? FIRST_ID : id + 1;
+	s->index = table.n;
+	table.v[table.n++] = s;
+	session_activate(s);
 	count.sessions++;
-	table_add(s);
+	count.open = table.n;
+	if (count.open > count.most_open)
+		count.most_open = count.open;
 	session_wake(s);
 }
 
@@ -3373,7 +3311,9 @@ sessions_reap(void)
 	for (i = table.nactive; i-- > 0;) {
 		s = table.v[i];
 		if (s->state == S_DEAD) {
-			table_remove(s);
+			session_idle(s);
+			table_move(s, --table.n);
+			count.open = table.n;
 			session_free(s);
 		}
 	}

@@ -230,7 +230,6 @@ struct conf {
 	struct rule *rules;
 	int	 nclamd;
 	struct clamd *clamd[MAXCLAMDS];
-	int	 clamd_default;		/* no ClamAddress: the usual paths */
 	int	 debug_files;
 	char	*header;		/* NULL: none */
 	int64_t	 keepalives;		/* ms; 0: none */

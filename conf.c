@@ -14,14 +14,6 @@
 #define MAXFILE		(1 << 20)	/* bytes of a configuration file */
 #define MAXCONFLINE	4096
 
-/* Without a ClamAddress the first of these that exists is used. */
-static const char clamd_paths[][26] = {
-	"/run/clamav/clamd.sock",	/* upstream, Alpine */
-	"/var/run/clamav/clamd.ctl",	/* Debian */
-	"/var/run/clamav/clamd",	/* the default of ClamSMTP 1.10 */
-};
-#define NPATHS	((int)(sizeof clamd_paths / sizeof clamd_paths[0]))
-
 /* The kind of a value. */
 enum kind {
 	K_ON_OFF, K_FAILURE, K_FORMAT,		/* a word, stored as an int */
@@ -41,9 +33,14 @@ struct keyword {
 	int	 min, max;		/* an address: lowest and default port */
 };
 
-/* Promise 9: the defaults of the original. */
+/*
+ * Promise 9: the defaults of the original.  The first path of ClamAddress that
+ * exists is used: upstream's and Alpine's, Debian's, and the original's default.
+ */
 static const char defaults[] =
 	"Listen: 10025\n"
+	"ClamAddress: /run/clamav/clamd.sock, /var/run/clamav/clamd.ctl, "
+	    "/var/run/clamav/clamd\n"
 	"Header: X-Virus-Scanned: ClamAV using ClamSMTP\n"
 	"MaxScans: 10\n"
 	"MaxConnections: 64\n"
@@ -83,6 +80,9 @@ static const struct keyword keywords[] = {
 	{ "Bounce", K_ON_OFF, OFF(action), .now_called = "Action" },
 };
 #define NKEYWORDS	(sizeof keywords / sizeof keywords[0])
+
+/* The source of a setting.  A later one overrides an earlier one. */
+enum source { BY_DEFAULT, BY_FLAG, BY_FILE, BY_ENVIRONMENT };
 
 static void *
 field(const struct conf *c, const struct keyword *k)
@@ -471,13 +471,22 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 {
 	struct target *t;
 	struct clamd *new;
-	const char *why;
+	const char *why, *p;
+	char path[64];
+	size_t n;
 	int i;
 
 	if (c->nclamd == MAXCLAMDS)
 		return too_many;
 	if ((why = set_target(&t, k, v)) != NULL)
 		return why;
+	if (c->source == BY_DEFAULT)	/* several paths */
+		for (p = v, t->naddr = 0; *p != '\0'; t->naddr++) {
+			n = strcspn(p, ",");
+			format(path, sizeof path, "%.*s", (int)n, p);
+			addr_path(&t->addr[t->naddr], path);
+			p += n + strspn(p + n, ", ");
+		}
 	if ((new = clamd_get(t)) == NULL)
 		return no_memory;
 	for (i = 0; i < c->nclamd; i++)
@@ -701,12 +710,15 @@ show_value(const struct conf *c, const struct keyword *k)
 			show_text(k, c->listen[i]->text);
 		break;
 	case K_CLAMD:
-		if (c->clamd_default)
-			put("# %s: the first of these that exists\n", k->name);
-		for (i = 0; c->clamd_default && i < NPATHS; i++)
-			put("# %s: %s\n", k->name, clamd_paths[i]);
-		for (i = 0; !c->clamd_default && i < c->nclamd; i++)
-			show_text(k, c->clamd[i]->target->text);
+		if (c->seen[k - keywords] != BY_DEFAULT) {
+			for (i = 0; i < c->nclamd; i++)
+				show_text(k, c->clamd[i]->target->text);
+			break;
+		}
+		put("# %s: the first of these that exists\n", k->name);
+		t = c->clamd[0]->target;
+		for (i = 0; i < t->naddr; i++)
+			put("# %s: %s\n", k->name, addr_text(&t->addr[i]));
 		break;
 	case K_NETWORKS:
 		if (c->nproxies == 0)
@@ -723,9 +735,6 @@ show_value(const struct conf *c, const struct keyword *k)
 /*
  * Reading.
  */
-
-/* The source of a setting.  A later one overrides an earlier one. */
-enum source { BY_DEFAULT, BY_FLAG, BY_FILE, BY_ENVIRONMENT };
 
 /* Returns the place of the setting that is being read, for messages. */
 static const char *
@@ -927,24 +936,6 @@ read_environment(struct conf *c)
 	}
 }
 
-/* Without a ClamAddress there is one clamd, which has the usual paths. */
-static void
-usual_clamd(struct conf *c)
-{
-	char text[ADDRTEXT];
-	struct target *t;
-
-	format(text, sizeof text, "%s, %s, %s", clamd_paths[0], clamd_paths[1],
-	    clamd_paths[2]);
-	assign(c, "ClamAddress", text);
-	if (c->nclamd == 0)
-		return;			/* out of memory, already logged */
-	c->clamd_default = 1;
-	t = c->clamd[0]->target;
-	for (t->naddr = 0; t->naddr < NPATHS; t->naddr++)
-		addr_path(&t->addr[t->naddr], clamd_paths[t->naddr]);
-}
-
 struct conf *
 conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile)
@@ -983,8 +974,6 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 	c->source = BY_FLAG;
 	if (pidfile != NULL)
 		assign(c, "PidFile", pidfile);
-	if (c->nclamd == 0)
-		usual_clamd(c);
 	if (c->scantimeout == 0)
 		c->scantimeout = c->timeout;
 	c->listen[c->nlisten] = c->status;

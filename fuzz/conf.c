@@ -74,6 +74,8 @@ check_header(const char *p)
 static void
 check(const struct conf *c)
 {
+	int usual = c->seen[find_keyword("ClamAddress") - keywords] ==
+	    BY_DEFAULT;
 	int i;
 
 	CHECK(c->maxconn >= 2 && c->maxconn <= 65535, "%d", (int)c->maxconn);
@@ -98,9 +100,9 @@ check(const struct conf *c)
 		CHECK(c->listen[i]->naddr == 1 || c->listen[i]->name != NULL,
 		    "Listen has no address");
 	}
-	CHECK(!c->clamd_default || (c->nclamd == 1 &&
+	CHECK(!usual || (c->nclamd == 1 &&
 	    c->clamd[0]->target->naddr == 3), "the default ClamAddress");
-	for (i = 0; i < c->nclamd && !c->clamd_default; i++)
+	for (i = 0; i < c->nclamd && !usual; i++)
 		check_target(c->clamd[i]->target, 1);
 	for (i = 1; i < c->nclamd; i++)
 		CHECK(c->clamd[i] != c->clamd[i - 1],

@@ -703,16 +703,19 @@ try_tempdir(const struct conf *c)
 	return fd == -1 ? -1 : 0;
 }
 
-/* Look names up now, so that the first message need not wait. */
+/* Begin to use the settings.  Names are looked up now, so that the first message
+ * need not wait. */
 static void
-resolve_all(struct conf *c)
+settings_begin(void)
 {
 	int i;
 
-	if (c->out != NULL && !c->transparent)
-		target_resolve(c->out, 0);
-	for (i = 0; i < c->nclamd; i++)
-		target_resolve(c->clamd[i]->target, 0);
+	listeners_log(conf);
+	if (conf->out != NULL && !conf->transparent)
+		target_resolve(conf->out, 0);
+	for (i = 0; i < conf->nclamd; i++)
+		target_resolve(conf->clamd[i]->target, 0);
+	clamd_ping(conf, 1);
 }
 
 static void
@@ -735,9 +738,7 @@ reload(void)
 	conf = c;
 	log_format(conf->json);
 	logmsg(LOG_NOTICE, "%s: reloaded", conf->path);
-	listeners_log(conf);
-	resolve_all(conf);
-	clamd_ping(conf, 1);
+	settings_begin();
 }
 
 static void
@@ -843,17 +844,14 @@ notify(const char *state, int fd)
 	union {
 		struct cmsghdr head;
 		char	 space[CMSG_SPACE(sizeof fd)];
-	} control;
+	} control = { .head = { .cmsg_len = CMSG_LEN(sizeof fd),
+	    .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
 	struct iovec iov = { (void *)(uintptr_t)state, strlen(state) };
 	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1 };
 
 	if (fd != -1) {
-		memset(&control, 0, sizeof control);
 		m.msg_control = &control;
 		m.msg_controllen = sizeof control;
-		control.head.cmsg_level = SOL_SOCKET;
-		control.head.cmsg_type = SCM_RIGHTS;
-		control.head.cmsg_len = CMSG_LEN(sizeof fd);
 		memcpy(CMSG_DATA(&control.head), &fd, sizeof fd);
 	}
 	if (notify_fd == -1 || sendmsg(notify_fd, &m, MSG_NOSIGNAL |
@@ -1269,9 +1267,8 @@ check_health(const struct conf *c)
 		logmsg(LOG_ERR, "StatusListen is not set, but -C needs it");
 		return 2;
 	}
-	if (t->name != NULL && (t->naddr =
-	    addr_lookup(t->name, t->port, t->addr)) == 0)
-		errno = ENOENT;
+	listen_resolve(t, 1);
+	errno = ENOENT;			/* no address */
 	for (i = 0; i < t->naddr && n == -1; i++)
 		n = health_ask(&t->addr[i], answer, sizeof answer - 1);
 	if (n == -1) {
@@ -1719,9 +1716,7 @@ start(int background, int level)
 	if (geteuid() == 0)
 		logmsg(LOG_WARNING, "running as root is NOT recommended");
 	sandbox(conf);
-	listeners_log(conf);
-	resolve_all(conf);
-	clamd_ping(conf, 1);
+	settings_begin();
 	notify("READY=1", -1);
 	notify_ready = 1;
 	return 0;

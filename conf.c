@@ -178,35 +178,24 @@ set_text(char **to, const char *v)
 	return *to == NULL ? no_memory : NULL;
 }
 
-/* Write the path from the root to full.  A relative path means the directory of
- * the start, also at a reload.  Returns 0, or -1 when that directory is gone. */
-static int
-absolute(const char *path, char full[2 * PATH_MAX])
-{
-	static char start[PATH_MAX];
-
-	if (start[0] == '\0' && getcwd(start, sizeof start) == NULL &&
-	    *path != '/')
-		return -1;
-	if (*path == '/')
-		format(full, 2 * PATH_MAX, "%s", path);
-	else
-		format(full, 2 * PATH_MAX, "%s/%s", start, path);
-	return 0;
-}
-
+/* Set a path from the root.  A relative one means the directory of the start, also
+ * at a reload. */
 static const char *
 set_path(char **to, const char *v)
 {
+	static char start[PATH_MAX];
 	char path[2 * PATH_MAX];
+	int rooted = *v == '/';
 	size_t n;
 
-	if (absolute(v, path) == -1)
+	if (start[0] == '\0' && getcwd(start, sizeof start) == NULL && !rooted)
 		return "usable: the current directory is gone";
 	if (strlen(v) >= PATH_MAX)
 		return "a path of this system: it is too long";
-	for (n = strlen(path); n > 1 && path[n - 1] == '/'; n--)
-		path[n - 1] = '\0';
+	n = format(path, sizeof path, "%s%s%s", rooted ? "" : start,
+	    rooted ? "" : "/", v);
+	while (n > 1 && path[n - 1] == '/')
+		path[--n] = '\0';
 	return set_text(to, path);
 }
 
@@ -941,13 +930,12 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
     const char *pidfile)
 {
 	struct conf *c = calloc(1, sizeof *c);
-	char full[2 * PATH_MAX], text[sizeof defaults];
+	char text[sizeof defaults];
 	const unsigned char *out_seen;
 	int n, there;
 
-	if (absolute(path, full) == 0)
-		path = full;
-	if (c == NULL || (c->path = strdup(path)) == NULL) {
+	if (c == NULL || (set_path(&c->path, path) != NULL &&
+	    set_text(&c->path, path) != NULL)) {
 		logmsg(LOG_ERR, "settings:");
 		free(c);
 		return NULL;
@@ -965,10 +953,11 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 	/* An unreadable file may have an OutAddress, and its value may be bad. */
 	out_seen = &c->seen[find_keyword("OutAddress") - keywords];
 	if (there == 0 && *out_seen != BY_ENVIRONMENT)
-		logmsg(LOG_WARNING, "%s: no such file", path);
+		logmsg(LOG_WARNING, "%s: no such file", c->path);
 	if (there != -1 && *out_seen == BY_DEFAULT && !c->transparent) {
 		logmsg(LOG_ERR, "%s: OutAddress is missing; set it to the mail "
-		    "server that gets the mail, such as 127.0.0.1:10026", path);
+		    "server that gets the mail, such as 127.0.0.1:10026",
+		    c->path);
 		c->errors++;
 	}
 	c->source = BY_FLAG;

@@ -234,43 +234,34 @@ set_action(struct conf *c, const char *v)
 	return NULL;
 }
 
-/* Match c against the set at *p, which is a '[', and advance *p past it.  A '['
- * without ']' is an ordinary character. */
-static int
-in_set(const char **p, char c)
-{
-	const char *q = *p + 1;
-	int not = *q == '!' || *q == '^', found = 0, first = 1;
-
-	for (q += not; *q != '\0' && (*q != ']' || first); q++, first = 0)
-		if (q[1] == '-' && q[2] != ']' && q[2] != '\0') {
-			found |= q[0] <= c && c <= q[2];
-			q += 2;
-		} else
-			found |= *q == c;
-	if (*q == '\0')
-		return *(*p)++ == c;
-	*p = q + 1;
-	return found != not;
-}
-
-/* Match c against the pattern element at *p (not a star), and advance *p. */
+/* Match c against the element at *p of a pattern, which is no star, and advance
+ * *p.  A '[' without ']' is an ordinary character. */
 static int
 matches_one(const char **p, char c)
 {
-	switch (**p) {
-	case '\0':
-		return 0;
-	case '?':
-		(*p)++;
-		return 1;
-	case '[':
-		return in_set(p, c);
-	case '\\':
-		if ((*p)[1] != '\0')
-			(*p)++;
-	}
-	return *(*p)++ == c;
+	const char *q = *p, *set;
+	int not, found = 0;
+
+	if (*q == '[') {
+		not = q[1] == '!' || q[1] == '^';
+		set = q + 1 + not;
+		for (q = set; *q != '\0' && (*q != ']' || q == set); q++)
+			if (q[1] == '-' && q[2] != ']' && q[2] != '\0') {
+				found |= q[0] <= c && c <= q[2];
+				q += 2;
+			} else
+				found |= *q == c;
+		if (*q == ']') {
+			*p = q + 1;
+			return found != not;
+		}
+		q = *p;
+	} else if (*q == '\\' && q[1] != '\0')
+		q++;
+	else if (*q == '?')
+		c = '?';
+	*p = q + 1;
+	return *q == c;
 }
 
 /* As fnmatch(3) without flags, which would add 17 KB to the static binary. */

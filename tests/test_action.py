@@ -247,7 +247,7 @@ def test_quarantine_copy_whose_client_is_gone_is_logged(site, start_halting):
     log."""
     start_halting()
     client = site.session()
-    client.begin(BAD + b".\r\n")
+    client.submit(BAD)
     with copy_halted(site):
         client.reset()
         turns(site)                     # the daemon has noticed
@@ -266,7 +266,7 @@ def test_client_gone_while_a_copy_is_made_ends_the_message(site, start_halting, 
     ran = site.path("ran")
     start_halting(Action=action, VirusAction=": >> " + ran)
     client = site.session()
-    client.begin(BAD + b".\r\n")
+    client.submit(BAD)
     with copy_halted(site):
         client.reset()
         turns(site)
@@ -284,7 +284,7 @@ def test_daemon_end_while_a_copy_is_made_leaves_none(site, start_halting):
     made."""
     start_halting()
     client = site.session()
-    client.begin(BAD + b".\r\n")
+    client.submit(BAD)
     with copy_halted(site):
         site.daemon.send_signal(signal.SIGTERM)
         site.daemon.wait_log("stopping when")
@@ -301,7 +301,7 @@ def test_copy_that_takes_longer_than_time_out_is_killed(site, start_halting):
     is left."""
     start_halting(TimeOut="1")
     client = site.session()
-    client.begin(BAD + b".\r\n")
+    client.submit(BAD)
     until(lambda: halted(site), "a copy is made")
     name, = os.listdir(site.spool)
     assert re.fullmatch(r"clamsmtpd\.\w{6}", name)
@@ -319,7 +319,7 @@ def test_copies_more_than_eight_wait(site, faulty_build):
     site.start(Quarantine="on", binary=faulty_build, env={"FAULT": "link:1:1:-1"})
     clients = [site.session() for _ in range(COPIES + 3)]
     for i, client in enumerate(clients):    # the last one has to wait
-        client.begin(BAD + b".\r\n")
+        client.submit(BAD)
         until(lambda: len(halted(site)) == min(i + 1, COPIES), "the first copies")
     never(lambda: len(site.daemon.children()) > COPIES, "one more")
     clients[-1].reset()
@@ -342,7 +342,7 @@ def test_copy_that_waits_longer_than_time_out_is_451(site, faulty_clock):
     site.start(Quarantine="on", **settings)
     clients = [site.session() for _ in range(COPIES + 1)]
     for client in clients:
-        client.begin(BAD + b".\r\n")
+        client.submit(BAD)
     until(lambda: len(halted(site)) == COPIES, "the first copies")
     site.clamd.wait_scans(COPIES + 1)
     turns(site)
@@ -387,7 +387,7 @@ def test_quarantine_without_link_killed_halfway_leaves_nothing(site, faulty_buil
     site.start(Quarantine="on", TimeOut="1", binary=faulty_build,
                env={"FAULT": "link:1:1:1 rename:1:0:-1"})
     client = site.session()
-    client.begin(BAD + b".\r\n")
+    client.submit(BAD)
     until(lambda: halted(site), "a copy is made")
     assert len(os.listdir(site.spool)) == 2
     client.expect("451 4.3.0 Local Error")
@@ -401,7 +401,7 @@ def test_quarantine_killed_between_link_and_unlink_leaves_nothing(
     site.start(Quarantine="on", TimeOut="1", binary=faulty_build,
                env=Faults(site.path("faults"), "unlink:1:0:-1").env)
     client = site.session()
-    client.begin(BAD + b".\r\n")
+    client.submit(BAD)
     until(lambda: halted(site), "a copy is made")
     assert len(os.listdir(site.spool)) == 2
     client.expect("451 4.3.0 Local Error")
@@ -447,7 +447,7 @@ def test_virus_reply_is_sent_whatever_the_next_hop_says(
     site.clamd.verdict = [verdict]
     site.start(Action=action, Quarantine="on", KeepAlives="1")
     client = site.session()
-    client.begin(GOOD + b".\r\n")
+    client.submit(GOOD)
     noop.reached()
     verdict.go()
     site.daemon.wait_log("status=VIRUS")
@@ -465,7 +465,7 @@ def test_next_hop_gone_while_a_copy_is_made_changes_no_reply(
     site.clamd.verdict = [verdict]
     start_halting(KeepAlives="1")
     client = site.session()
-    client.begin(GOOD + b".\r\n")
+    client.submit(GOOD)
     noop.reached()
     verdict.reached()
     verdict.go()

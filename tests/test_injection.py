@@ -281,7 +281,7 @@ def test_text_in_an_unexpected_reply_is_harmless(site, text):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    client.begin(GOOD + b".\r\n")
+    client.submit(GOOD)
     hold.reached()
     site.hop.session.sock.sendall(b"421 " + text + b"\r\n")
     got = whole(client)

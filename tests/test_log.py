@@ -156,7 +156,7 @@ def test_json_times_are_those_of_scan_and_next_hop(site, clock):
     site.hop.on(".", [hop])
     daemon = start(site, **clock.settings())
     client = site.session()
-    client.begin(GOOD + b".\r\n")
+    client.submit(GOOD)
     scan.reached()
     clock.go(daemon, 3)
     scan.go()

@@ -362,7 +362,7 @@ def test_sigterm_waits_a_second_for_a_client_that_does_not_close(site, clock, wa
         client.cmd("QUIT", "221")
         client.eof()
     elif way == "in a message":
-        client.begin(BODY + b".\r\n")
+        client.submit(BODY)
         hold.reached()
     site.daemon.send_signal(signal.SIGTERM)
     site.daemon.wait_log("^stopping")
@@ -383,7 +383,7 @@ def test_sigterm_lets_a_message_under_way_finish(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     site.daemon.send_signal(signal.SIGTERM)
     idle = site.daemon.address
@@ -436,7 +436,7 @@ def test_sigterm_twice_ends_at_once(site, clock):
     site.clamd.verdict = Hold("OK")
     site.start(**clock.settings())
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     site.clamd.verdict.reached()
     site.daemon.send_signal(signal.SIGTERM)
     site.daemon.send_signal(signal.SIGTERM)
@@ -459,9 +459,9 @@ def test_sigterm_waits_eight_seconds_at_most(site, clock):
     site.clamd.verdict = [None, verdict]
     site.hop.on(".", [final])
     taken, scanned, body, between = (site.session() for _ in range(4))
-    taken.begin(BODY + b".\r\n")
+    taken.submit(BODY)
     final.reached()
-    scanned.begin(BODY + b".\r\n")
+    scanned.submit(BODY)
     verdict.reached()
     body.begin(SOME)
     between.envelope()
@@ -871,7 +871,7 @@ def test_sighup_with_another_clamd_while_scans_wait_keeps_both(site):
     site.start(Listen=site.path("in.sock"), MaxScans="1")
     old = [site.session() for _ in range(2)]
     for client in old:
-        client.begin(BODY + b".\r\n")
+        client.submit(BODY)
     hold.reached()
     site.reload(Listen=site.path("in.sock"), MaxScans="1",
            ClamAddress=other.address)
@@ -895,13 +895,13 @@ def test_sighup_with_another_temp_directory_uses_it(site):
     os.mkdir(other)
     site.start(Listen=listen, VirusAction="true")       # then there is no sandbox
     old = site.session()
-    old.begin(LARGE + b".\r\n")
+    old.submit(LARGE)
     final.reached()
     site.reload(Listen=listen, VirusAction="true", TempDirectory=other)
     final.go()
     old.expect("250 2.0.0 queued")
     new = site.session()
-    new.begin(LARGE + b".\r\n")
+    new.submit(LARGE)
     scan.reached()
     files = site.daemon.open_files()
     assert [name for name in files if name.startswith(other)]
@@ -932,9 +932,9 @@ def test_sighup_lets_a_message_under_way_finish(site):
     listen = site.path("in.sock")
     site.start(Listen=listen)
     at_the_hop, at_clamd, in_body = (site.session() for _ in range(3))
-    at_the_hop.begin(BODY + b".\r\n")
+    at_the_hop.submit(BODY)
     final.reached()
-    at_clamd.begin(BODY + b".\r\n")
+    at_clamd.submit(BODY)
     scan.reached()
     in_body.begin(SOME)
     site.reload(Listen=listen, OutAddress=other_hop.address,
@@ -1121,7 +1121,7 @@ def test_descriptors_are_closed_on_exec(site):
     site.clamd.verdict = [hold]
     site.start(Listen=["127.0.0.1:0", site.path("in.sock")], PidFile=site.path("pid"))
     clients = [site.session(address=a) for a in site.daemon.addresses]
-    clients[0].begin(BODY + b".\r\n")
+    clients[0].submit(BODY)
     clients[1].begin(SOME)
     hold.reached()
     left = []
@@ -1239,7 +1239,7 @@ def test_sandbox_writes_copies_in_temp_directory_only(site, landlock):
     other = site.path("elsewhere")
     os.mkdir(other, 0o777)
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     os.rename(site.spool, site.spool + ".away")
     os.symlink(other, site.spool)
@@ -1321,7 +1321,7 @@ def test_name_of_clamd_unresolved_makes_its_messages_wait(site, names, late):
     site.clamd = site.new_clamd(tcp=True)
     start_named(site, names, ClamAddress="clamd.example.org:%d" % site.clamd.port)
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     other = site.session()
     other.cmd("NOOP", "250")
     if late:

@@ -74,7 +74,7 @@ def test_no_file_is_in_temp_directory_while_clamd_scans(site):
     hold = Hold("OK")
     site.clamd.verdict = hold
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     assert os.listdir(site.spool) == []
     hold.go()

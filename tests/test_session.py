@@ -384,7 +384,7 @@ def test_final_reply_is_awaited_for_ten_minutes(site, clock):
     site.hop.on(".", final)
     site.start(TimeOut="1", ScanTimeOut="600", **clock.settings())
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     scan.reached()
     clock.go(site.daemon, 300)
     scan.go()
@@ -437,7 +437,7 @@ def test_final_reply_after_a_long_scan_is_awaited(site, clock, body):
     site.hop.on(".", final)
     site.start(ScanTimeOut="3600", **clock.settings())
     client = site.session()
-    client.begin(body + b".\r\n")
+    client.submit(body)
     scan.reached()
     clock.go(site.daemon, 700)
     scan.go()
@@ -453,7 +453,7 @@ def test_final_reply_that_comes_late_is_relayed(site, clock):
     site.hop.on(".", hold)
     site.start(TimeOut="1", **clock.settings())
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     clock.go(site.daemon, 590)
     hold.go()
@@ -467,7 +467,7 @@ def test_wall_clock_set_changes_no_deadline(site, clock, by):
     site.clamd.verdict = [hold]
     site.start(TimeOut="60", Header="X-Date: %d", **clock.settings())
     idle, client = site.session(), site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     clock.go(site.daemon, 0, real=by)
     turns(site)
@@ -567,7 +567,7 @@ def test_keepalives_while_clamd_is_slow_are_sent(site):
     site.clamd.verdict = [hold]
     site.start(KeepAlives="1")
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
     hold.go()
     client.expect("250 2.0.0 queued")
@@ -723,7 +723,7 @@ def test_reply_in_the_middle_of_the_replay_ends_it(site, narrow, reply, want):
     sent."""
     site.hop.on("body", [Early(reply, after=1000)])
     client = site.session()
-    client.begin(LONG + b".\r\n")
+    client.submit(LONG)
     got = client.reply()
     if want:
         assert got.text == want
@@ -744,7 +744,7 @@ def test_reply_in_the_middle_of_the_replay_ends_it(site, narrow, reply, want):
 def test_next_hop_gone_in_the_replay_is_451(site, narrow, ending, after):
     site.hop.on("body", [Early(ending, after=after)])
     client = site.session()
-    client.begin(LONG + b".\r\n")
+    client.submit(LONG)
     got = client.reply()
     assert got.code in ("451", "421")
     assert site.hop.messages == []
@@ -796,7 +796,7 @@ def stall(hop):
 def test_next_hop_slow_gets_the_whole_message(site, narrow):
     gate = stall(narrow)
     client = site.session()
-    client.begin(LONG + b".\r\n")
+    client.submit(LONG)
     gate.reached()
     turns(site)
     gate.go()
@@ -831,7 +831,7 @@ def test_commands_without_end_during_the_scan_use_no_cpu(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     client.send(b"NOOP\r\n" * 20000)
     turns(site)
@@ -907,7 +907,7 @@ class Clogged:
     def start(self, client, body):
         hold = Hold()
         self.site.hop.on("DATA", [hold])
-        client.begin(body + b".\r\n")
+        client.submit(body)
         hold.reached()
         until(lambda: self.site.daemon.proc("State").startswith("S"),
               "the daemon sleeps in poll()")
@@ -989,7 +989,7 @@ def test_spool_cut_short_is_451_at_once(site):
     site.hop.on("DATA", [hold])
     site.start(DebugFiles="on")
     client = site.session()
-    client.begin(LONG + b".\r\n")
+    client.submit(LONG)
     hold.reached()
     name, = os.listdir(site.spool)
     site.daemon.allowed.add(name)
@@ -1119,7 +1119,7 @@ def test_eof_soon_after_the_dot_is_served_during_the_scan(
     site.hop.on(".", [final])
     site.start(Action=action, **clock.settings())
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     goes(site, clock, client, ending, seconds)
     clock.go(site.daemon, 100)
@@ -1142,7 +1142,7 @@ def test_reset_after_an_early_eof_is_gone(site):
     hold = Hold("OK")
     site.clamd.verdict = [hold]
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     hold.reached()
     client.half_close()
     turns(site)
@@ -1212,7 +1212,7 @@ def test_client_gone_in_the_replay_delivers_nothing(
     gate = stall(narrow)
     site.start(**clock.settings())
     client = site.session()
-    client.begin(LONG + b".\r\n")
+    client.submit(LONG)
     gate.reached()
     turns(site)
     goes(site, clock, client, ending, seconds)
@@ -1228,7 +1228,7 @@ def test_eof_soon_after_the_dot_is_served_in_the_replay(
     gate = stall(narrow)
     site.start(**clock.settings())
     client = site.session()
-    client.begin(LONG + b".\r\n")
+    client.submit(LONG)
     gate.reached()
     turns(site)
     goes(site, clock, client, ending, seconds)
@@ -1243,7 +1243,7 @@ def test_reset_after_a_full_buffer_in_the_replay_delivers_nothing(site, narrow):
     """Commands that cannot be read yet hide the reset from poll()."""
     gate = stall(narrow)
     client = site.session()
-    client.begin(LONG + b".\r\n")
+    client.submit(LONG)
     gate.reached()
     client.send(b"NOOP\r\n" * 10000)
     turns(site)
@@ -1263,24 +1263,29 @@ def test_client_gone_after_the_last_bytes_leaves_the_reply_awaited(site, ending)
     hold = Hold()
     site.hop.on(".", [hold])
     client = site.session()
-    client.begin(BODY + b".\r\n")
+    client.submit(BODY)
     leaves(site, client, ending, hold)
     site.daemon.wait_log(r"from=a@example.com, to=b@example.com, status=CLEAN$")
     assert len(site.hop.messages) == 1
+
+
+def goes_while_data_is_out(site, clock, ending, seconds):
+    """The client goes between the daemon's DATA and the 354 of the next hop."""
+    hold = Hold()
+    site.hop.on("DATA", [hold])
+    site.start(**clock.settings())
+    client = site.session()
+    client.submit(BODY)
+    hold.reached()
+    goes(site, clock, client, ending, seconds)
+    hold.go()
 
 
 @pytest.mark.parametrize("ending, seconds", GONE)
 def test_client_gone_while_data_is_out_delivers_nothing(
         site, clock, ending, seconds):
     """The next hop sends 354, and gets no byte of the message."""
-    hold = Hold()
-    site.hop.on("DATA", [hold])
-    site.start(**clock.settings())
-    client = site.session()
-    client.begin(BODY + b".\r\n")
-    hold.reached()
-    goes(site, clock, client, ending, seconds)
-    hold.go()
+    goes_while_data_is_out(site, clock, ending, seconds)
     site.hop.sessions[0].wait_end()
     assert site.hop.messages == [] and not site.hop.sessions[0].partial
 
@@ -1289,14 +1294,7 @@ def test_client_gone_while_data_is_out_delivers_nothing(
 def test_eof_soon_after_the_dot_is_served_while_data_is_out(
         site, clock, ending, seconds):
     """The message is sent after the next hop's 354."""
-    hold = Hold()
-    site.hop.on("DATA", [hold])
-    site.start(**clock.settings())
-    client = site.session()
-    client.begin(BODY + b".\r\n")
-    hold.reached()
-    goes(site, clock, client, ending, seconds)
-    hold.go()
+    goes_while_data_is_out(site, clock, ending, seconds)
     site.hop.wait_messages(1)
     site.hop.sessions[0].wait_end()
 

@@ -86,7 +86,7 @@ def test_page_shows_sessions_messages_and_clamds(site, run):
     site.session().mail(body=BAD)
     site.clamd.verdict = hold
     for client in (site.session(), site.session()):
-        client.begin(GOOD + b".\r\n")
+        client.submit(GOOD)
     text = until(lambda: (lambda page: page if "1 waiting" in page else None)(
         get(address).text), "a scan waits")
     version = run("-v").stdout.split("\n")[0]
@@ -304,7 +304,7 @@ def test_healthz_needs_no_free_slot(site):
     site.clamd.verdict = [hold]
     address = start(site, MaxScans="1")
     client = site.session()
-    client.begin(GOOD + b".\r\n")
+    client.submit(GOOD)
     hold.reached()
     assert get(address, "/healthz").status == 200
     hold.go()
@@ -612,7 +612,7 @@ def test_metrics_have_scans_running_and_waiting(site):
     address = start(site, MaxScans="2")
     clients = [site.session() for _ in range(5)]
     for client in clients:
-        client.begin(GOOD + b".\r\n")
+        client.submit(GOOD)
     until(lambda: (metrics(address)["scans_running"],
                    metrics(address)["scans_waiting"]) == (2, 3), "2 and 3 scans")
     hold.go()
@@ -686,7 +686,7 @@ def test_clamd_up_stays_0_for_a_clamd_that_timed_out(site, clock):
                     **clock.settings())
     up = 'clamd_up{address="%s"}' % clamd.address
     client = site.session()
-    client.begin(GOOD + b".\r\n")
+    client.submit(GOOD)
     hold.reached()
     clock.go(site.daemon, 6)
     client.expect("451")
@@ -788,7 +788,7 @@ def test_metrics_histogram_has_the_time_from_dot_to_verdict(site, clock):
     site.clamd.verdict = [hold]
     address = start(site, **clock.settings())
     client = site.session()
-    client.begin(GOOD + b".\r\n")
+    client.submit(GOOD)
     hold.reached()
     clock.go(site.daemon, 2)
     hold.go()

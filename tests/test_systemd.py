@@ -172,7 +172,7 @@ def test_restart_refuses_no_connection(site, systemd, number):
     one = systemd.start(Listen=listen)
     inode = os.stat(path).st_ino
     busy = site.session(address=path)
-    busy.begin(BODY + b".\r\n")
+    busy.submit(BODY)
     hold.reached()
     waiting = []
     if number == signal.SIGTERM:

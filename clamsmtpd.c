@@ -17,7 +17,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
-#include <libgen.h>
 #include <limits.h>
 #include <poll.h>
 #include <pwd.h>
@@ -243,6 +242,8 @@ socket_listen(const struct addr *a, int transparent, int v6only)
 	if (r == 0 && listen(fd, BACKLOG) == 0)
 		return fd;
 	err = errno;
+	if (r == 0 && a->u.sa.sa_family == AF_UNIX)
+		unlink(a->u.un.sun_path);
 	close(fd);
 	errno = err;
 	return -1;
@@ -1450,9 +1451,11 @@ landlock_allow(int ruleset, uint64_t access, const char *path, int is_dir)
 	int r;
 
 	format(dir, sizeof dir, "%s", path);
+	if (!is_dir)
+		strrchr(dir, '/')[1] = '\0';
 	rule.access = access & (LL_WRITE_FILE | LL_REMOVE_FILE | LL_MAKE_REG |
 	    LL_TRUNCATE | (is_dir ? 0 : LL_MAKE_SOCK));
-	rule.fd = open(is_dir ? dir : dirname(dir), O_PATH | O_DIRECTORY | O_CLOEXEC);
+	rule.fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (rule.fd == -1)
 		return -1;
 	r = syscall(SYS_landlock_add_rule, ruleset, 1, &rule, 0);
@@ -1633,6 +1636,7 @@ detach(void)
 {
 	int p[2], status;
 	char ready;
+	ssize_t n;
 	pid_t pid;
 
 	if (pipe2(p, O_CLOEXEC) == -1)
@@ -1645,7 +1649,10 @@ detach(void)
 		return p[1];
 	}
 	close(p[1]);
-	if (read(p[0], &ready, 1) == 1)
+	do
+		n = read(p[0], &ready, 1);
+	while (n == -1 && errno == EINTR);
+	if (n == 1)
 		_exit(0);
 	if (waitpid(pid, &status, 0) == pid && WIFEXITED(status))
 		_exit(WEXITSTATUS(status));

@@ -744,9 +744,9 @@ find_keyword(const char *name)
 }
 
 /*
- * Record that c->source sets keyword k.  The first line of a list discards the
- * lines of earlier sources.  A setting that is no list is warned about when it
- * is set twice.
+ * Record that c->source sets keyword k.  The value discards an earlier one, but
+ * the lines of a list only those of earlier sources.  A warning says when the
+ * same source sets a value twice.
  */
 static void
 note_source(struct conf *c, const struct keyword *k, const char *value)
@@ -754,15 +754,13 @@ note_source(struct conf *c, const struct keyword *k, const char *value)
 	unsigned char *seen = &c->seen[k - keywords];
 	int is_list = k->kind >= K_ACTION;
 
-	if (is_list && *seen != c->source) {
+	if (!is_list || *seen != c->source)
 		clear_value(c, k);
+	if (is_list)
 		*seen = c->source;
-	}
-	if (k->kind == K_ACTION) {	/* a line with patterns adds rules */
-		if (value[strcspn(value, blanks)] != '\0')
-			return;
-		seen = &c->action_seen;
-	} else if (is_list)
+	if (k->kind == K_ACTION && value[strcspn(value, blanks)] == '\0')
+		seen = &c->action_seen;	/* a line without patterns */
+	else if (is_list)
 		return;
 	if (*seen == c->source && c->source != BY_DEFAULT)
 		logmsg(LOG_WARNING, "%s: %s is set twice; the last one counts",
@@ -791,8 +789,6 @@ assign(struct conf *c, const char *name, const char *value)
 		    k->name, k->now_called);
 	note_source(c, *k->now_called == '\0' ? k :
 	    find_keyword(k->now_called), value);
-	if (k->kind < K_ACTION)
-		clear_value(c, k);
 	if (*value == '\0' && k->kind != K_HEADER) {
 		logmsg(LOG_ERR, "%s: %s: the value is missing", place(c),
 		    k->name);

@@ -120,12 +120,14 @@ verb_is(const struct verb *v, const char *name)
 	return v != NULL && strcmp(v->name, name) == 0;
 }
 
-/* A state lasts for TimeOut, unless s->deadline is changed after this. */
-static void
+/* A state lasts for TimeOut, unless s->deadline is changed after this.  Returns
+ * 1, as a step does. */
+static int
 enter(struct session *s, enum state state)
 {
 	s->state = state;
 	s->deadline = now + s->conf->timeout;
+	return 1;
 }
 
 /*
@@ -186,10 +188,7 @@ format_line(char line[NOTESZ], const char *fmt, va_list ap)
 	return len;
 }
 
-static void client_reply(struct session *, const char *, ...)
-    __attribute__((format(printf, 2, 3)));
-
-static void
+static void __attribute__((format(printf, 2, 3)))
 client_reply(struct session *s, const char *fmt, ...)
 {
 	char line[NOTESZ];
@@ -237,13 +236,6 @@ envelope_reset(struct envelope *e)
 }
 
 static void
-xforward_reset(struct xforward *x)
-{
-	str_free(&x->addr);
-	str_free(&x->helo);
-}
-
-static void
 message_reset(struct message *m)
 {
 	spool_close(&m->spool);
@@ -267,22 +259,17 @@ result_reset(struct result *r)
 	*r = (struct result){ .outcome = OUT_NONE };
 }
 
-static void
-replay_reset(struct replay *r)
-{
-	str_free(&r->header);
-	*r = (struct replay){ .at_bol = 1 };
-}
-
 /* XFORWARD lasts as long as its transaction (Postfix XFORWARD_README). */
 static void
 transaction_end(struct session *s)
 {
 	envelope_reset(&s->env);
-	xforward_reset(&s->xforward);
+	str_free(&s->xforward.addr);
+	str_free(&s->xforward.helo);
 	message_reset(&s->msg);
 	result_reset(&s->result);
-	replay_reset(&s->replay);
+	str_free(&s->replay.header);
+	s->replay = (struct replay){ .at_bol = 1 };
 	str_free(&s->server.argument);
 }
 
@@ -341,8 +328,7 @@ session_end(struct session *s, enum state state)
 	server_close(s);
 	clamd_cancel(s);
 	transaction_end(s);
-	enter(s, state);
-	return 1;
+	return enter(s, state);
 }
 
 /* Send a last reply and end the session.  Returns 1. */
@@ -400,24 +386,14 @@ settle_text(struct session *s, enum outcome what, const char *p, size_t n)
 		client_nomem(s);
 }
 
-static void
-vsettle(struct session *s, enum outcome what, const char *fmt, va_list ap)
-{
-	char line[NOTESZ];
-
-	settle_text(s, what, line, format_line(line, fmt, ap));
-}
-
-static void settle(struct session *, enum outcome, const char *, ...)
-    __attribute__((format(printf, 3, 4)));
-
-static void
+static void __attribute__((format(printf, 3, 4)))
 settle(struct session *s, enum outcome what, const char *fmt, ...)
 {
+	char line[NOTESZ];
 	va_list ap;
 
 	va_start(ap, fmt);
-	vsettle(s, what, fmt, ap);
+	settle_text(s, what, line, format_line(line, fmt, ap));
 	va_end(ap);
 }
 
@@ -501,8 +477,7 @@ static int
 reject_message(struct session *s)
 {
 	message_log(s);
-	enter(s, S_RESET);
-	return 1;
+	return enter(s, S_RESET);
 }
 
 /* Send the reply to a message.  The session may go on or end.  Returns 1. */
@@ -513,25 +488,22 @@ message_done(struct session *s, int go_on)
 	if (!go_on)
 		return session_end(s, S_LINGER);
 	transaction_end(s);
-	enter(s, S_COMMAND);
-	return 1;
+	return enter(s, S_COMMAND);
 }
-
-static void fail_message(struct session *, enum outcome, const char *, ...)
-    __attribute__((format(printf, 3, 4)));
 
 /* Settle a message as failed, unless it is settled.  Between 354 and the end of
  * data the client gets no reply: the rest of the message is discarded, and the
  * reply to the end of data is the first error. */
-static void
+static void __attribute__((format(printf, 3, 4)))
 fail_message(struct session *s, enum outcome what, const char *fmt, ...)
 {
+	char line[NOTESZ];
 	va_list ap;
 
 	if (s->result.outcome != OUT_NONE)
 		return;
 	va_start(ap, fmt);
-	vsettle(s, what, fmt, ap);
+	settle_text(s, what, line, format_line(line, fmt, ap));
 	va_end(ap);
 	if (s->result.reply.len > 2)
 		slog(s, LOG_WARNING, "message will be refused: %.*s",
@@ -1548,17 +1520,16 @@ xclient_send(struct session *s)
 	format(line + n, sizeof line - n, "\r\n");
 	if (!server_command(s, line))
 		return server_lost(s, "out of memory");
-	enter(s, S_REPLY);
-	return 1;
+	return enter(s, S_REPLY);
 }
 
-static void
+static int
 ehlo_send(struct session *s)
 {
 	if (!s->client.err)
 		client_put(s, s->server.ehlo.s, s->server.ehlo.len);
 	str_free(&s->server.ehlo);
-	enter(s, S_COMMAND);
+	return enter(s, S_COMMAND);
 }
 
 /*
@@ -1586,8 +1557,7 @@ hello_reply(struct session *s, const struct reply *r)
 		    "XCLIENT, and treats the client as this host");
 		s->xclient_state = XC_DONE;
 	}
-	ehlo_send(s);
-	return 1;
+	return ehlo_send(s);
 }
 
 static int xclient_reply(struct session *, const struct reply *);
@@ -1643,8 +1613,7 @@ xclient_reply(struct session *s, const struct reply *r)
 		slog(s, LOG_WARNING, "SERVER: refused XCLIENT: %s",
 		    first_line(r));
 		s->xclient_state = helo ? XC_EHLO : XC_DONE;
-		ehlo_send(s);
-		return 1;
+		return ehlo_send(s);
 	}
 	if (r->class != 2) {
 		slog(s, LOG_NOTICE, "SERVER: refused the client: %s",
@@ -1657,47 +1626,38 @@ xclient_reply(struct session *s, const struct reply *r)
 	s->xclient_state = XC_DONE;
 	if (!server_command(s, s->helo.s))
 		return server_lost(s, "out of memory");
-	enter(s, S_REPLY);
-	return 1;
+	return enter(s, S_REPLY);
 }
 
 /*
- * Promise 10: returns 1 when the client sends HTTP, or a line that begins
+ * Promise 10: end the session when the client sends HTTP, or a line that begins
  * with a byte that is neither a letter nor a blank, as a TLS ClientHello does.
- * The line need not be complete.  An empty line returns 0.  Postfix has
- * smtpd_forbidden_commands for that.
+ * The line need not be complete, and may be empty.  Postfix has
+ * smtpd_forbidden_commands for that.  Returns 1 when the session ended.
  */
 static int
-is_not_smtp(const struct session *s)
+not_smtp(struct session *s)
 {
-	static const char *const words[] = { "CONNECT", "GET", "POST" };
+	static const char words[][8] = { "CONNECT", "GET", "POST" };
 	const char *p = buf_head(&s->client.in);
 	size_t len = buf_len(&s->client.in), i, n;
+	int bad;
 
 	if (s->skipping || len == 0 || *p == ' ' || *p == '\t' || *p == '\n' ||
 	    (*p == '\r' && (len == 1 || p[1] == '\n')))
 		return 0;
-	if ((*p < 'A' || *p > 'Z') && (*p < 'a' || *p > 'z'))
-		return 1;
+	bad = (*p < 'A' || *p > 'Z') && (*p < 'a' || *p > 'z');
 	for (n = 0; n < len && memchr(" \t\r\n", p[n], 4) == NULL; n++)
 		;
 	for (i = 0; i < sizeof words / sizeof words[0]; i++)
 		if (n < len && word_equal(p, n, words[i]))
-			return 1;
-	return 0;
-}
-
-static int
-not_smtp(struct session *s)
-{
-	const char *p = buf_head(&s->client.in);
-	size_t n = buf_len(&s->client.in);
-	const char *nl = memchr(p, '\n', n);
-
-	if (nl != NULL)
-		n = nl - p;
+			bad = 1;
+	if (!bad)
+		return 0;
+	for (n = 0; n < len && n < 60 && p[n] != '\n'; n++)
+		;
 	slog(s, LOG_WARNING, "CLIENT: does not speak SMTP, session ends: %s",
-	    printable(p, n < 60 ? n : 60));
+	    printable(p, n));
 	return hang_up(s, r_not_smtp);
 }
 
@@ -1750,13 +1710,13 @@ log_command(struct session *s, const char *who, const struct verb *v,
 		log_dialogue(s, who, p, n);
 }
 
-/* Pass a line of the client on.  st_command() has made room. */
-static void
+/* Pass a line of the client on.  st_command() has made room.  Returns 1. */
+static int
 line_relay(struct session *s, const char *line, size_t n)
 {
 	buf_put(&s->server.peer.out, line, n);
 	buf_put(&s->server.peer.out, "\r\n", 2);
-	enter(s, S_REPLY);
+	return enter(s, S_REPLY);
 }
 
 /* Returns 1. */
@@ -1787,8 +1747,7 @@ command(struct session *s, char *line, size_t n)
 		return 1;
 	log_command(s, "SERVER >", v, line, n);
 	s->server.verb = v;
-	line_relay(s, line, n);
-	return 1;
+	return line_relay(s, line, n);
 }
 
 static void
@@ -1833,8 +1792,8 @@ st_command(struct session *s)
 		return 0;
 	if (server_spoke(s))
 		return await_reply(s, unasked_reply) || client_ended(s);
-	if (!auth && is_not_smtp(s))
-		return not_smtp(s);
+	if (!auth && not_smtp(s))
+		return 1;
 	if ((got = client_line(s, &line, &n)) == 0)
 		return client_ended(s);
 	if (got == -1)			/* AUTH cannot go on after that */
@@ -2113,13 +2072,6 @@ body_filter(struct session *s, const char *p, size_t n, int *end)
 			break;
 		case TEXT:
 			run = plain_text(q, stop);
-			if (stop - run >= 2 && run[0] == '\r' &&
-			    run[1] == '\n') {
-				spool_append(s, q, run + 2 - q);
-				m->body_state = BOL;
-				q = run + 2;
-				break;
-			}
 			spool_append(s, q, run - q);
 			q = run;
 			if (q == stop)
@@ -2213,22 +2165,23 @@ data_command(struct session *s, char *line)
 	return 1;
 }
 
-static void
+static int
 message_end(struct session *s)
 {
 	int64_t max = scan_limit(s);
 
-	body_end(s);
-	if (s->result.outcome != OUT_NONE) {
-		reject_message(s);
-		return;
-	}
+	s->msg.dot_at = now;
+	if (s->result.outcome == OUT_NONE)
+		body_end(s);
+	if (s->result.outcome != OUT_NONE)
+		return reject_message(s);
 	enter(s, S_SCAN);
 	s->deadline = s->msg.dot_at + s->conf->scantimeout;
 	if ((max > 0 && s->msg.size > max) || s->msg.size > MAXSTREAM)
 		s->result.verdict = TOOBIG;
 	else
 		clamd_begin(s);
+	return 1;
 }
 
 static int
@@ -2246,11 +2199,7 @@ st_body(struct session *s)
 		n = body_filter(s, buf_head(in), buf_len(in), &end);
 		spool_flush(s);
 		buf_eat(in, n);
-		if (end) {
-			s->msg.dot_at = now;
-			message_end(s);
-		}
-		return 1;
+		return end ? message_end(s) : 1;
 	}
 	return s->client.eof && abort_transaction(s);
 }
@@ -2287,27 +2236,22 @@ bdat_command(struct session *s, char *line)
 }
 
 /* A refused chunk ends the transaction, so further chunks get 503. */
-static void
+static int
 chunk_end(struct session *s)
 {
-	s->msg.dot_at = now;
-	if (!has_recipients(s)) {
-		message_reset(&s->msg);
-		if (s->server.peer.fd == -1 && !s->rejected) {
-			client_reply(s, r_server_lost, s->server.why);
-			session_end(s, S_LINGER);
-		} else {
-			enter(s, S_COMMAND);
-			refuse(s, r_no_rcpt);
-		}
-	} else if (s->result.outcome != OUT_NONE)
-		reject_message(s);
-	else if (s->msg.chunk_last)
-		message_end(s);
-	else {
+	if (has_recipients(s)) {
+		if (s->result.outcome != OUT_NONE || s->msg.chunk_last)
+			return message_end(s);
 		client_reply(s, r_chunk, (unsigned long long)s->msg.size);
-		enter(s, S_COMMAND);
+		return enter(s, S_COMMAND);
 	}
+	message_reset(&s->msg);
+	if (s->server.peer.fd == -1 && !s->rejected) {
+		client_reply(s, r_server_lost, s->server.why);
+		return session_end(s, S_LINGER);
+	}
+	enter(s, S_COMMAND);
+	return refuse(s, r_no_rcpt);
 }
 
 /* Without accepted recipients the chunk is discarded. */
@@ -2323,10 +2267,8 @@ st_chunk(struct session *s)
 	if (!client_ready(s))
 		return 0;
 	if (s->msg.chunk_left == 0) {
-		if (s->server.verb != NULL)	/* a NOOP: commands must wait */
-			return 0;
-		chunk_end(s);
-		return 1;
+		/* A NOOP may be outstanding: commands must wait. */
+		return s->server.verb == NULL && chunk_end(s);
 	}
 	if (n == 0)
 		return s->client.eof && abort_transaction(s);
@@ -2354,34 +2296,23 @@ static int
 expand(struct str *to, const struct session *s, const char *fmt)
 {
 	const char *v;
-	int bad = 0;
 
-	for (; *fmt != '\0' && !bad; fmt++) {
+	for (; *fmt != '\0'; fmt++) {
 		if (*fmt == '.' && !s->msg.relay_bdat &&
 		    (to->len == 0 || to->s[to->len - 1] == '\n') &&
 		    str_add(to, ".", 1) == -1)
 			return -1;
-		if (*fmt != '%' || fmt[1] == '\0' ||
-		    strchr("ild%", fmt[1]) == NULL) {
-			bad = str_add(to, fmt, 1);
-			continue;
-		}
-		switch (*++fmt) {
-		case 'i':
-			v = addr_text(&s->client_addr);
-			break;
-		case 'l':
-			v = addr_text(&s->local_addr);
-			break;
-		case 'd':
-			v = rfc5322_date();
-			break;
-		default:
-			v = "%";
-		}
-		bad = str_add(to, v, strlen(v));
+		v = *fmt != '%' ? NULL :
+		    fmt[1] == 'i' ? addr_text(&s->client_addr) :
+		    fmt[1] == 'l' ? addr_text(&s->local_addr) :
+		    fmt[1] == 'd' ? rfc5322_date() :
+		    fmt[1] == '%' ? "%" : NULL;
+		if (str_add(to, v != NULL ? v : fmt,
+		    v != NULL ? strlen(v) : 1) == -1)
+			return -1;
+		fmt += v != NULL;
 	}
-	return bad != 0 || str_add(to, crlf, 2) == -1 ? -1 : 0;
+	return str_add(to, crlf, 2);
 }
 
 /* Build the header that goes into the message.  Returns 0, or -1 without
@@ -2418,16 +2349,14 @@ place_header(struct session *s)
 	    str_add(&s->replay.header, crlf, 2) : 0;
 }
 
-static void
+static int
 forward(struct session *s)
 {
-	if (choose_header(s) == -1 || place_header(s) == -1) {
-		errno = ENOMEM;
-		fail_message_errno(s, "header");
-		reject_message(s);
-		return;
-	}
-	enter(s, S_DATA);
+	if (choose_header(s) == 0 && place_header(s) == 0)
+		return enter(s, S_DATA);
+	errno = ENOMEM;
+	fail_message_errno(s, "header");
+	return reject_message(s);
 }
 
 /* Promise 8: append a variable for the VirusAction, its name and its value, each
@@ -2474,7 +2403,7 @@ virus_env(struct session *s)
 }
 
 /* Act on a virus, after the quarantine copy is on disk if one is wanted. */
-static void
+static int
 virus_found(struct session *s)
 {
 	char *env;
@@ -2488,15 +2417,13 @@ virus_found(struct session *s)
 			virusaction_start(s->id, s->conf->virusaction, env,
 			    s->conf->timeout);
 	}
-	if (s->result.action == PASS) {
-		forward(s);
-		return;
-	}
+	if (s->result.action == PASS)
+		return forward(s);
 	if (s->result.action == BOUNCE)
 		settle(s, OUT_VIRUS, r_virus_bounce, s->result.text);
 	else
 		settle(s, OUT_VIRUS, r_virus_drop);
-	reject_message(s);
+	return reject_message(s);
 }
 
 /* A child made a copy, and the answer is its path, or the reason why not.  A
@@ -2518,28 +2445,23 @@ on_quarantined(void *ctx, const char *answer, size_t n)
 }
 
 /* The verdict is known: forward the message, or act on it. */
-static void
+static int
 judge(struct session *s)
 {
 	struct result *r = &s->result;
 
-	if (r->verdict == CLEAN || (r->verdict != VIRUS && s->conf->failopen)) {
-		forward(s);
-		return;
-	}
+	if (r->verdict == CLEAN || (r->verdict != VIRUS && s->conf->failopen))
+		return forward(s);
 	if (r->verdict == VIRUS) {
 		r->action = conf_action(s->conf, r->text);
-		if (s->conf->quarantine)
-			enter(s, S_QUARANTINE);
-		else
-			virus_found(s);
-		return;
+		return s->conf->quarantine ? enter(s, S_QUARANTINE) :
+		    virus_found(s);
 	}
 	if (r->verdict == TOOBIG)
 		settle(s, OUT_OVERSIZE, r_not_scanned, (long long)s->msg.size);
 	else
 		settle(s, OUT_CLAMD_ERROR, r_no_scan, r->text);
-	reject_message(s);
+	return reject_message(s);
 }
 
 static int
@@ -2554,8 +2476,7 @@ st_scan(struct session *s)
 	}
 	if (s->result.verdict == UNKNOWN && !clamd_scan(s))
 		return 0;
-	judge(s);
-	return 1;
+	return judge(s);
 }
 
 /*
@@ -2599,8 +2520,7 @@ st_quarantine(struct session *s)
 	    s->result.quarantined.s);
 	if (client_gone(s))
 		return abort_transaction(s);
-	virus_found(s);
-	return 1;
+	return virus_found(s);
 }
 
 /*
@@ -2618,28 +2538,13 @@ replay_extend(struct session *s)
 
 /* Allow 10 minutes from the end of data (RFC 5321 4.5.3.2.6), and TimeOut from
  * now if that is later. */
-static void
+static int
 begin_replay(struct session *s)
 {
 	enter(s, S_REPLAY);
 	s->replay.reply_deadline = s->msg.dot_at + FINAL_TIME;
 	if (s->replay.reply_deadline < s->deadline)
 		s->replay.reply_deadline = s->deadline;
-}
-
-/* Returns 1, or 0 when there is no memory for the command now. */
-static int
-data_send(struct session *s)
-{
-	char line[64];
-
-	if (!s->msg.relay_bdat)
-		return server_command(s, "DATA\r\n");
-	format(line, sizeof line, "BDAT %lld LAST\r\n",
-	    (long long)(s->msg.size + s->replay.header.len));
-	if (!server_command(s, line))
-		return 0;
-	begin_replay(s);
 	return 1;
 }
 
@@ -2663,6 +2568,7 @@ data_reply(struct session *s, const struct reply *r)
 static int
 st_data(struct session *s)
 {
+	char line[64];
 	int idle;
 
 	if (verb_is(s->server.verb, "DATA"))
@@ -2673,7 +2579,11 @@ st_data(struct session *s)
 		fail_server_lost(s);
 		return reject_message(s);
 	}
-	return idle && data_send(s);
+	if (!s->msg.relay_bdat)
+		return idle && server_command(s, "DATA\r\n");
+	format(line, sizeof line, "BDAT %lld LAST\r\n",
+	    (long long)(s->msg.size + s->replay.header.len));
+	return idle && server_command(s, line) && begin_replay(s);
 }
 
 /*

@@ -610,8 +610,7 @@ size_t text_char(const char *p, size_t n);
 const char *escape(const char *, size_t n, int lowest);
 #define printable(p, n)		escape(p, n, ' ')
 #define printable_word(p, n)	escape(p, n, ' ' + 1)	/* and a blank \x20 */
-const char *rfc5322_date(void);			/* now; in a static buffer */
-const char *rfc3339_date(time_t);		/* the same */
+const char *rfc3339_date(time_t);		/* in a static buffer */
 
 static inline size_t
 buf_len(const struct buf *p)

@@ -2290,6 +2290,22 @@ st_chunk(struct session *s)
  * SCAN: and the actions that follow from the verdict.
  */
 
+static const char *
+rfc5322_date(void)
+{
+	static const char day[] = "SunMonTueWedThuFriSat";
+	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	static char text[64];
+	time_t t = time(NULL);
+	struct tm tm;
+
+	gmtime_r(&t, &tm);
+	format(text, sizeof text, "%.*s, %d %.*s %d %02d:%02d:%02d +0000", 3,
+	    day + tm.tm_wday * 3, tm.tm_mday, 3, month + tm.tm_mon * 3,
+	    tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
+	return text;
+}
+
 /* Append a header with its % sequences replaced and, for DATA, its dots
  * stuffed.  Returns 0, or -1 without memory. */
 static int

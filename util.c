@@ -629,22 +629,6 @@ rfc3339_date(time_t t)
 	return text;
 }
 
-const char *
-rfc5322_date(void)
-{
-	static const char day[] = "SunMonTueWedThuFriSat";
-	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-	static char text[64];
-	time_t t = time(NULL);
-	struct tm tm;
-
-	gmtime_r(&t, &tm);
-	format(text, sizeof text, "%.*s, %d %.*s %d %02d:%02d:%02d +0000", 3,
-	    day + tm.tm_wday * 3, tm.tm_mday, 3, month + tm.tm_mon * 3,
-	    tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
-	return text;
-}
-
 /*
  * Buffers.  All have one size, so that the memory of an empty one is used
  * again.  Only the pages that were touched take memory.

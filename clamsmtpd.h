@@ -443,7 +443,7 @@ struct session {
 
 struct child;				/* a child process (util.c) */
 
-extern const char *const outcome_names[NOUTCOMES];	/* (smtp.c) */
+extern const char outcome_names[NOUTCOMES][12];	/* (smtp.c) */
 
 #define NBUCKETS 9
 

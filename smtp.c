@@ -313,7 +313,6 @@ server_close(struct session *s)
 	    server_put(s, "QUIT\r\n"))
 		peer_drain(p, 0);
 	peer_close(p);
-	str_free(&s->server.argument);
 	str_free(&s->server.ehlo);
 	str_free(&s->server.farewell);
 	server_set_local(s, -1);
@@ -359,7 +358,7 @@ refuse(struct session *s, const char *reply)
  * from there.
  */
 
-const char *const outcome_names[NOUTCOMES] = {
+const char outcome_names[NOUTCOMES][12] = {
 	"clean", "virus", "clamd_error", "unscanned", "oversize", "error"
 };
 
@@ -401,7 +400,7 @@ settle(struct session *s, enum outcome what, const char *fmt, ...)
 static void
 message_log_line(struct session *s)
 {
-	static const char *const status[NOUTCOMES] = {
+	static const char status[NOUTCOMES][16] = {
 		"CLEAN", "VIRUS:", "CLAMAV-ERROR", "UNSCANNED", "OVERSIZE",
 		"ERROR"
 	};
@@ -754,20 +753,20 @@ relay(struct session *s, const struct reply *r)
 	client_put(s, clean, reply_clean(r));
 }
 
-/* Relay a reply that ends the session. */
-static void
+/* Relay a reply that ends the session.  Returns 1. */
+static int
 relay_and_close(struct session *s, const struct reply *r)
 {
 	relay(s, r);
 	peer_close(&s->server.peer);
-	session_end(s, S_LINGER);
+	return session_end(s, S_LINGER);
 }
 
-/* Pass the reply of the next hop to on_reply().  Returns 1, or 0 when it is not
- * complete. */
+/* Pass the reply of the next hop to on_reply(), which returns 1.  Returns 1, or
+ * 0 when the reply is not complete. */
 static int
 await_reply(struct session *s,
-    void (*on_reply)(struct session *, const struct reply *))
+    int (*on_reply)(struct session *, const struct reply *))
 {
 	struct reply r;
 	int got;
@@ -1164,7 +1163,7 @@ st_connect(struct session *s)
  * GREETING.
  */
 
-static void
+static int
 greeting_reply(struct session *s, const struct reply *r)
 {
 	switch (r->class) {
@@ -1172,21 +1171,18 @@ greeting_reply(struct session *s, const struct reply *r)
 		if (!s->conf->transparent)
 			target_worked(s->conf->out, &s->server.addr);
 		client_reply(s, "%d " OUR_NAME, r->code);
-		enter(s, S_COMMAND);
-		break;
+		return enter(s, S_COMMAND);
 	case 3:
-		server_lost(s, "unexpected 3xx greeting");
-		break;
+		return server_lost(s, "unexpected 3xx greeting");
 	case 4:
-		relay_and_close(s, r);
-		break;
+		return relay_and_close(s, r);
 	default:			/* RFC 5321 3.1: 503 until QUIT */
 		slog(s, LOG_NOTICE, "SERVER: refused the session: %s",
 		    first_line(r));
 		relay(s, r);
 		s->rejected = 1;
 		server_close(s);
-		enter(s, S_COMMAND);
+		return enter(s, S_COMMAND);
 	}
 }
 
@@ -1417,7 +1413,7 @@ xforward_reply(struct session *s, const struct reply *r)
  * EHLO: only extensions pass that keep the message where we can see it.  An
  * unknown extension may be a way around clamd.
  */
-static const char *const ehlo_keywords[] = {
+static const char ehlo_keywords[][20] = {
 	"SIZE", "8BITMIME", "DSN", "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH",
 	"ETRN", "VRFY", "EXPN", "HELP", "XFORWARD", "DELIVERBY",
 };
@@ -1770,14 +1766,13 @@ client_ended(struct session *s)
 }
 
 /* A reply without a command ends the session. */
-static void
+static int
 unasked_reply(struct session *s, const struct reply *r)
 {
 	slog(s, LOG_NOTICE, "SERVER: unexpected reply: %s", first_line(r));
 	if (r->code < 400)	/* the client must not get it as a reply */
-		server_lost(s, "reply without a command");
-	else
-		relay_and_close(s, r);
+		return server_lost(s, "reply without a command");
+	return relay_and_close(s, r);
 }
 
 /* For COMMAND and AUTH. */
@@ -1813,25 +1808,21 @@ st_command(struct session *s)
  * REPLY.
  */
 
-static void
+static int
 command_reply(struct session *s, const struct reply *r)
 {
 	int auth = verb_is(r->verb, "AUTH") && r->code == 334;
 
-	if (r->class == 3 && !auth) {
-		server_lost(s, "unexpected 3xx reply");
-		return;
-	}
+	if (r->class == 3 && !auth)
+		return server_lost(s, "unexpected 3xx reply");
 	if (r->verb->on_reply != NULL && r->verb->on_reply(s, r))
-		return;
-	if (verb_is(r->verb, "QUIT") || r->code == 421) {
-		relay_and_close(s, r);
-		return;
-	}
+		return 1;
+	if (verb_is(r->verb, "QUIT") || r->code == 421)
+		return relay_and_close(s, r);
 	relay(s, r);
 	if (auth)
 		s->server.verb = r->verb;	/* AUTH goes on */
-	enter(s, auth ? S_AUTH : S_COMMAND);
+	return enter(s, auth ? S_AUTH : S_COMMAND);
 }
 
 static int
@@ -2564,21 +2555,20 @@ begin_replay(struct session *s)
 	return 1;
 }
 
-static void
+static int
 data_reply(struct session *s, const struct reply *r)
 {
 	if (r->code == 354) {
 		s->server.verb = r->verb;	/* the final reply is due */
-		begin_replay(s);
-	} else if (r->code < 400)
-		server_lost(s, "unexpected 3xx reply");
-	else {
-		log_refusal(s, r);
-		settle_relay(s, r);
-		if (r->code == 421)
-			peer_close(&s->server.peer);
-		reject_message(s);
+		return begin_replay(s);
 	}
+	if (r->code < 400)
+		return server_lost(s, "unexpected 3xx reply");
+	log_refusal(s, r);
+	settle_relay(s, r);
+	if (r->code == 421)
+		peer_close(&s->server.peer);
+	return reject_message(s);
 }
 
 static int
@@ -2608,17 +2598,15 @@ st_data(struct session *s)
 
 /* The next hop replies before it has the whole message, and gets no more of it.
  * An early 4xx or 5xx is final.  An early 2xx or 3xx is a protocol error. */
-static void
+static int
 early_reply(struct session *s, const struct reply *r)
 {
-	if (r->code < 400) {
-		server_lost(s, "early 2xx, before the end of the message");
-		return;
-	}
+	if (r->code < 400)
+		return server_lost(s, "early 2xx, before the end of the message");
 	log_refusal(s, r);
 	settle_relay(s, r);
 	message_log(s);
-	relay_and_close(s, r);
+	return relay_and_close(s, r);
 }
 
 /*
@@ -2747,18 +2735,16 @@ st_replay(struct session *s)
  * logged even if the client has gone.
  */
 
-static void
+static int
 final_reply(struct session *s, const struct reply *r)
 {
-	if (r->class == 3) {
-		server_lost(s, "unexpected 3xx reply");
-		return;
-	}
+	if (r->class == 3)
+		return server_lost(s, "unexpected 3xx reply");
 	settle_relay(s, r);
 	message_log(s);
 	if (r->class != 2)
 		log_refusal(s, r);
-	message_done(s, r->code != 421);
+	return message_done(s, r->code != 421);
 }
 
 static int
@@ -2771,10 +2757,10 @@ st_final(struct session *s)
  * RESET: the next hop forgets the transaction, then the client gets the reply.
  */
 
-static void
+static int
 reset_reply(struct session *s, const struct reply *r)
 {
-	message_done(s, r->class == 2);
+	return message_done(s, r->class == 2);
 }
 
 static int
@@ -2854,7 +2840,6 @@ timed_out(struct session *s)
 	slog(s, LOG_DEBUG, "%s: time is up", states[s->state].name);
 	switch (s->state) {
 	case S_CONNECT:			/* st_connect() checks it */
-	case S_DEAD:
 		break;
 	case S_PROXY:
 		s->client.eof = 1;	/* read no more of it */

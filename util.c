@@ -41,12 +41,6 @@ struct counters count;
  * Text.
  */
 
-/* The arguments of format(), in a struct because the address of a va_list that
- * is a parameter has another type. */
-struct args {
-	va_list	 ap;
-};
-
 /* Write the digits of n before end, with leading zeros up to width.  ten is the
  * digit for 10.  Returns the first digit. */
 static char *
@@ -67,7 +61,7 @@ digits(char *end, unsigned long long n, unsigned base, int width, char ten)
 /* Convert one argument; fmt begins with its `%'.  Returns the length of the text
  * at *p, and in *next the rest of the format. */
 static size_t
-convert(const char *fmt, struct args *args, char number[32], const char **p,
+convert(const char *fmt, va_list *ap, char number[32], const char **p,
     const char **next)
 {
 	char *end = number + 32, *q = end - 1;
@@ -77,7 +71,7 @@ convert(const char *fmt, struct args *args, char number[32], const char **p,
 	for (fmt++; *fmt >= '0' && *fmt <= '9'; fmt++)
 		width = width * 10 + *fmt - '0';
 	if (*fmt == '.') {
-		precision = va_arg(args->ap, int);
+		precision = va_arg(*ap, int);
 		fmt += 2;
 	}
 	for (; *fmt == 'l'; fmt++)
@@ -85,11 +79,11 @@ convert(const char *fmt, struct args *args, char number[32], const char **p,
 	*next = fmt + 1;
 	switch (*fmt) {
 	case 's':
-		*p = va_arg(args->ap, const char *);
+		*p = va_arg(*ap, const char *);
 		return strnlen(*p, precision);
 	case 'd':
-		v = longs == 0 ? va_arg(args->ap, int) : longs == 1 ?
-		    va_arg(args->ap, long) : va_arg(args->ap, long long);
+		v = longs == 0 ? va_arg(*ap, int) : longs == 1 ?
+		    va_arg(*ap, long) : va_arg(*ap, long long);
 		q = digits(end, v < 0 ? 0 - (unsigned long long)v :
 		    (unsigned long long)v, 10, width, 0);
 		if (v < 0)
@@ -98,13 +92,13 @@ convert(const char *fmt, struct args *args, char number[32], const char **p,
 	case 'u':
 	case 'x':
 	case 'X':
-		q = digits(end, longs == 0 ? va_arg(args->ap, unsigned) :
-		    longs == 1 ? va_arg(args->ap, unsigned long) :
-		    va_arg(args->ap, unsigned long long),
+		q = digits(end, longs == 0 ? va_arg(*ap, unsigned) :
+		    longs == 1 ? va_arg(*ap, unsigned long) :
+		    va_arg(*ap, unsigned long long),
 		    *fmt == 'u' ? 10 : 16, width, *fmt == 'x' ? 'a' : 'A');
 		break;
 	case 'c':
-		*q = va_arg(args->ap, int);
+		*q = va_arg(*ap, int);
 		break;
 	default:		/* %%; the compiler checks the others */
 		*q = '%';
@@ -116,12 +110,12 @@ convert(const char *fmt, struct args *args, char number[32], const char **p,
 size_t
 vformat(char *to, size_t size, const char *fmt, va_list ap)
 {
-	struct args args;
+	va_list args;		/* &ap has another type if va_list is an array */
 	char number[32];
 	const char *p, *next;
 	size_t n = 0, len;
 
-	va_copy(args.ap, ap);
+	va_copy(args, ap);
 	for (; *fmt != '\0'; fmt = next) {
 		if (*fmt == '%')
 			len = convert(fmt, &args, number, &p, &next);
@@ -138,7 +132,7 @@ vformat(char *to, size_t size, const char *fmt, va_list ap)
 		memcpy(to + n, p, len);
 		n += len;
 	}
-	va_end(args.ap);
+	va_end(args);
 	to[n] = '\0';
 	return n;
 }
@@ -155,35 +149,26 @@ format(char *to, size_t size, const char *fmt, ...)
 	return n;
 }
 
-/* Returns the length of the UTF-8 character in the n bytes at p, or 0 when they
- * do not begin with one. */
-static size_t
-utf8_length(const char *p, size_t n)
+size_t
+text_char(const char *p, size_t n)
 {
 	const unsigned char *u = (const unsigned char *)p;
-	size_t i, len = u[0] < 0x80 ? 1 : u[0] >= 0xc2 && u[0] < 0xe0 ? 2 :
-	    (u[0] & 0xf0) == 0xe0 ? 3 : u[0] >= 0xf0 && u[0] < 0xf5 ? 4 : 0;
+	size_t i, len = u[0] < ' ' || u[0] == 127 ? 0 : u[0] < 0x80 ? 1 :
+	    u[0] >= 0xc2 && u[0] < 0xe0 ? 2 : (u[0] & 0xf0) == 0xe0 ? 3 :
+	    u[0] >= 0xf0 && u[0] < 0xf5 ? 4 : 0;
 
 	if (len == 0 || len > n)
 		return 0;
 	for (i = 1; i < len; i++)
 		if ((u[i] & 0xc0) != 0x80)
 			return 0;
-	if ((u[0] == 0xe0 && u[1] < 0xa0) ||	/* overlong, */
+	if ((u[0] == 0xc2 && u[1] < 0xa0) ||	/* C1, */
+	    (u[0] == 0xe0 && u[1] < 0xa0) ||	/* overlong, */
 	    (u[0] == 0xed && u[1] > 0x9f) ||	/* a surrogate, */
 	    (u[0] == 0xf0 && u[1] < 0x90) ||
 	    (u[0] == 0xf4 && u[1] > 0x8f))	/* beyond U+10FFFF */
 		return 0;
 	return len;
-}
-
-size_t
-text_char(const char *p, size_t n)
-{
-	size_t len = utf8_length(p, n);
-
-	return (unsigned char)*p < ' ' || *p == 127 ||
-	    (len == 2 && p[0] == '\xc2' && (unsigned char)p[1] < 0xa0) ? 0 : len;
 }
 
 /*
@@ -201,8 +186,9 @@ text_copy(char *to, const char *last, const char *p, size_t n, int lowest)
 			return to + format(to, 4, "...");
 		len = text_char(p, n);
 		if (len == 0 || (len == 1 && *p < lowest)) {
-			/* JSON has a control character of two bytes as one. */
-			len = lowest == 0 && utf8_length(p, n) == 2 ? 2 : 1;
+			/* JSON has the two bytes of a C1 character as one. */
+			len = lowest == 0 && n > 1 && *p == '\xc2' &&
+			    (p[1] & 0xe0) == 0x80 ? 2 : 1;
 			to += format(to, 8, lowest == 0 ? "\\u%04x" : "\\x%02X",
 			    (unsigned char)p[len - 1]);
 			continue;
@@ -354,7 +340,7 @@ log_flush(void)
 	size_t len;
 	ssize_t n;
 
-	while (buf_len(&log_buf) > 0 && !log_held) {
+	while (buf_len(&log_buf) > 0) {
 		if (log_syslog && log_fd == -1) {
 			if (connects-- == 0 || now < connect_at)
 				break;
@@ -1081,11 +1067,9 @@ addr_path(struct addr *a, const char *path)
 int
 addr_lookup(const char *name, unsigned port, struct addr *addr)
 {
-	struct addrinfo hints, *list, *ai;
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *list, *ai;
 	int n = 0;
 
-	memset(&hints, 0, sizeof hints);
-	hints.ai_socktype = SOCK_STREAM;
 	if (getaddrinfo(name, NULL, &hints, &list) != 0)
 		return 0;
 	for (ai = list; ai != NULL && n < MAXADDRS; ai = ai->ai_next) {
@@ -1306,10 +1290,8 @@ child_start(void (*work)(void *), void *arg, struct quarantine *files,
 	if (pipe2(p, O_CLOEXEC | O_NONBLOCK) == -1 ||
 	    (c->pid = fork_blocked()) == -1) {
 		err = errno;
-		if (p[0] != -1) {
-			close(p[0]);
-			close(p[1]);
-		}
+		close(p[0]);
+		close(p[1]);
 		free(c);
 		errno = err;
 		return NULL;
@@ -1881,23 +1863,21 @@ spool_close(struct spool *sp)
 	sp->fd = -1;
 }
 
-/* Write left bytes from v on to the file, after sp->size bytes. */
 static int
-spool_write_file(struct spool *sp, struct iovec *v, int nv, size_t left)
+spool_write_file(struct spool *sp, struct iovec *v, int nv)
 {
 	ssize_t n;
 
-	while (left > 0) {
+	while (nv > 0) {
 		n = pwritev(sp->fd, v, nv, sp->size);
 		if (n == -1 && errno == EINTR)
 			continue;
 		if (n == -1)
 			return -1;
 		sp->size += n;
-		left -= n;
-		for (; left > 0 && (size_t)n >= v->iov_len; v++, nv--)
+		for (; nv > 0 && (size_t)n >= v->iov_len; v++, nv--)
 			n -= v->iov_len;
-		if (left > 0) {
+		if (nv > 0) {
 			v->iov_base = (char *)v->iov_base + n;
 			v->iov_len -= n;
 		}
@@ -1914,7 +1894,7 @@ spool_move(struct spool *sp)
 
 	if (file.fd == -1)
 		return -1;
-	if (spool_write_file(&file, &v, 1, v.iov_len) == -1) {
+	if (spool_write_file(&file, &v, 1) == -1) {
 		close(file.fd);
 		return -1;
 	}
@@ -1935,7 +1915,7 @@ spool_write(struct spool *sp, struct iovec *v, int n)
 	    in_memory + total > MAXMEMORY) && spool_move(sp) == -1)
 		return -1;
 	if (sp->mem == NULL)
-		return spool_write_file(sp, v, n, total);
+		return spool_write_file(sp, v, n);
 	for (i = 0; i < n; i++) {
 		memcpy(sp->mem + sp->size, v[i].iov_base, v[i].iov_len);
 		sp->size += v[i].iov_len;

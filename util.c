@@ -1894,7 +1894,7 @@ spool_move(struct spool *sp)
 
 	if (file.fd == -1)
 		return -1;
-	if (spool_write_file(&file, &v, 1) == -1) {
+	if (spool_write_file(&file, &v, sp->size > 0) == -1) {
 		close(file.fd);
 		return -1;
 	}
@@ -2003,28 +2003,6 @@ quarantine_work(void *arg)
 	(void)!write(ANSWER, q->copy, strlen(q->copy));
 }
 
-/* Create the scratch file and choose a free name for the copy: virus. and the
- * last six letters of the scratch file. */
-static int
-quarantine_names(struct quarantine *q)
-{
-	struct stat st;
-	int try;
-
-	for (try = 0; try < 100; try++) {
-		if ((q->to = spool_named(q->dir, q->scratch)) == -1)
-			return -1;
-		format(q->copy, sizeof q->copy, "%s/virus.%s", q->dir,
-		    strrchr(q->scratch, '.') + 1);
-		if (lstat(q->copy, &st) == -1 && errno == ENOENT)
-			return 0;
-		unlink(q->scratch);
-		close(q->to);
-	}
-	errno = EEXIST;
-	return -1;
-}
-
 struct child *
 spool_quarantine(const struct spool *sp, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
@@ -2043,15 +2021,15 @@ spool_quarantine(const struct spool *sp, const char *dir,
 		return NULL;
 	q->from = *sp;
 	q->dir = dir;
-	if (quarantine_names(q) == -1) {
-		err = errno;
-	} else {
+	if ((q->to = spool_named(dir, q->scratch)) != -1) {
+		format(q->copy, sizeof q->copy, "%s/virus.%s", dir,
+		    strrchr(q->scratch, '.') + 1);
 		c = child_start(quarantine_work, q, q, done, ctx, ms);
-		err = errno;
-		close(q->to);
-		if (c == NULL)
-			unlink(q->scratch);
 	}
+	err = errno;
+	if (c == NULL && q->to != -1)
+		unlink(q->scratch);
+	close(q->to);
 	if (c == NULL)
 		free(q);
 	errno = err;

@@ -34,7 +34,6 @@ FAULTS = {
     "getsockopt": "ENOBUFS",
     "link": "EIO ENOSPC EEXIST",
     "listen": "EADDRINUSE",
-    "lstat": "EACCES",
     "malloc": "ENOMEM",
     "mkostemp": "ENOSPC EMFILE EACCES",
     "open": "EMFILE EINTR ENOSPC EACCES",

@@ -33,7 +33,7 @@ def test_action_drop_sends_250_and_forwards_nothing(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Infected",
-    "clamsmtpd.conf.5 Action: bounce")
+    "clamsmtpd.conf.5 Action", "clamsmtpd.conf.5 Action: bounce")
 @pytest.mark.core
 @pytest.mark.parametrize("word", ["bounce", "reject", "Bounce"])
 def test_action_bounce_sends_550_with_the_name_and_forwards_nothing(site, word):
@@ -83,10 +83,12 @@ def test_bounce_setting_is_an_action(site):
     ("PUA.Andr", "250 2.0.0 queued"),
     ("XPUA.Andr", "250 2.0.0 Virus"),
     ("Bracket1", "550 5.7.1"), ("Bracket9", "250 2.0.0 Virus"),
+    ("Bracket11", "250 2.0.0 Virus"), ("One", "550 5.7.1"), ("Oone", "250 2.0.0 Virus"),
+    ("Oe", "250 2.0.0 Virus"),
 ])
 def test_action_patterns_first_match_counts(site, name, want):
     site.start(Action=["drop", "pass PUA.* Heuristics.Phishing.*",
-                       "bounce Eicar* PUA.Andr Bracket[1-5]"])
+                       "bounce Eicar* PUA.Andr Bracket[1-5] O?e"])
     site.clamd.verdict = name + " FOUND"
     client = site.session()
     client.mail(want=want)

@@ -353,7 +353,7 @@ def test_above_max_file_size_is_found_with_alert_exceeds_max(site, own_clamd):
     """With AlertExceedsMax clamd reports a message that it did not scan."""
     clamd = own_clamd(MaxFileSize="100K", StreamMaxLength="100M", AlertExceedsMax="yes")
     site.start(ClamAddress=clamd.path,
-               Action=["bounce Heuristics.Limits.Exceeded*", "drop"])
+               Action=["bounce Heuristics.Limits.Exceeded.*", "drop"])
     client = site.session()
     client.mail(body=BIG, want=REJECTED % "Heuristics.Limits.Exceeded.MaxFileSize")
     client.quit()

@@ -672,6 +672,16 @@ def places(site):
     return lambda text: [one.replace("PORT", port) for one in text.split()]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 Listen: IPv6")
+@pytest.mark.parametrize("listen, v4, v6", [
+    ("[::]:PORT", True, True), ("[::]:PORT 0.0.0.0:PORT", True, True),
+    ("0.0.0.0:PORT [::]:PORT", True, True), ("[::]:PORT 127.0.0.2:PORT", False, True),
+])
+def test_listener_of_ipv6_includes_ipv4_unless_a_line_has_it(site, places, listen, v4, v6):
+    site.start(Listen=places(listen))
+    assert served(site, *places("127.0.0.1:PORT [::1]:PORT")) == [v4, v6]
+
+
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: overlapping listeners")
 @pytest.mark.parametrize("before, after, v4, v6", [
     ("127.0.0.1:PORT", "0.0.0.0:PORT", True, False),

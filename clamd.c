@@ -622,8 +622,8 @@ on_abandoned(void *arg, int revents)
 
 /*
  * The health check, at the start and for the status page.  The clamds get a PING
- * one after the other, until one answers.  With a status page all of them do, and
- * each that answers gets a VERSION as well.  Concurrent requests share one check.
+ * one after the other, until one answers.  With a status page all of them do,
+ * and each that answers gets a VERSION as well.
  */
 static struct {
 	const struct conf *conf;	/* NULL: none is under way */
@@ -717,10 +717,8 @@ ping_pong(struct clamd *c)
 		ping_clamd(ping.conf->nclamd);
 }
 
-/*
- * The steps of a check.  Each returns 0 to wait, or 1 to go on with the command,
- * address and clamd that are next.
- */
+/* The steps of a check.  Each returns 0 to wait, or 1 when another command,
+ * address or clamd is next. */
 
 static int
 ping_answer(struct clamd *c)

@@ -133,11 +133,9 @@
 #define CONNECT_RETRY	100		/* when the backlog of clamd is full */
 #define SLOWEST_BODY	100		/* bytes a second, over TimeOut */
 
-/*
- * Bytes b[r] .. b[w-1] wait, 0 <= r <= w <= size.  An empty buffer may have no
- * memory: b is NULL then.  While a session runs, b of one peer's `in' may be
- * the buffer that all peers share (peer_fill(), peer_settle()).
- */
+/* Bytes b[r] .. b[w-1] wait, 0 <= r <= w <= size.  b may be NULL if there are
+ * none.  While a session runs, b of one peer's `in' may be the buffer that all
+ * peers share (peer_fill(), peer_settle()). */
 struct buf {
 	char	*b;
 	unsigned r, w, size;
@@ -191,9 +189,7 @@ struct target {
 	int64_t	 resolved_at;	/* when it began last; 0: never */
 };
 
-/*
- * A ClamAddress and its health, which a reload of the settings does not reset.
- */
+/* A ClamAddress and its health, which a reload does not reset. */
 struct clamd {
 	int	 refs;
 	struct target *target;
@@ -463,8 +459,7 @@ extern const int scan_limits[NBUCKETS - 1];	/* ms (clamd.c) */
 /* smtp.c */
 
 /* Begin a session with the client at the other end of fd, or send it a 421 if
- * MaxConnections are open or memory is short.  Takes fd; takes a reference to
- * the settings. */
+ * MaxConnections are open or memory is short.  Takes fd. */
 void session_accept(int fd, const struct addr *, struct conf *);
 
 /* Add sessions to the poll set: all of them, or only those that ran lately.
@@ -510,9 +505,9 @@ void clamd_poll(void);				/* abandoned scans, checks */
  * Find out by PING whether a clamd answers, and with a status page by VERSION
  * which signatures each has (clamd(8)).  Returns an empty text when one has
  * answered, the reason when none has, or NULL while the check is under way.  A
- * result is used for a second.  If report is set, the settings are new: a check
- * under way is forgotten, and a warning is logged when no clamd answers.  c must
- * stay valid until the next call with report set.
+ * result is used for a second.  report: the settings are new, so a new check
+ * begins, and a warning is logged when no clamd answers.  c must stay valid
+ * until the next call with report set.
  */
 const char *clamd_ping(const struct conf *c, int report);
 
@@ -528,10 +523,8 @@ size_t format(char *, size_t, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 size_t vformat(char *, size_t, const char *fmt, va_list);
 
-/*
- * The log.  After a format that ends in a colon errno's text is appended.
- * slog() preserves errno; the session may be NULL.
- */
+/* The log.  After a format that ends in a colon errno's text is appended.
+ * slog() preserves errno; the session may be NULL. */
 extern int log_level;		/* lines up to this LOG_ level are written */
 extern int log_json;		/* LogFormat: json */
 extern int log_echo;		/* errors and warnings go to stderr as well */
@@ -545,38 +538,29 @@ void slog(const struct session *, int level, const char *fmt, ...)
  * as text or JSON. */
 void log_format(int json);
 
-/*
- * Log a line of JSON about a message: json_begin(), fields, json_end().  A long
+/* Log a line of JSON about a message: json_begin(), fields, json_end().  A long
  * text is cut and ends in "...".  json_lines() writes the lines of p as a list,
- * and "..." in place of those for which there is no room.
- */
+ * and "..." in place of those for which there is no room. */
 void json_begin(const struct session *, int level);
 void json_text(const char *name, const char *p, size_t n);
 void json_number(const char *name, long long);
 void json_lines(const char *name, const char *p);
 void json_end(int level);
 
-/*
- * Returns the name of the effective user, or the number if it has none.  The
- * first call reads passwd(5), so it must be after the last change of the user
- * and before the loop.
- */
+/* Returns the name of the effective user, or the number.  The first call, after
+ * the last change of the user and before the loop, reads passwd(5). */
 const char *user_name(void);
 
-/*
- * Read the decimal digits at p; a NUL or a character of ends must follow them.
- * Returns 1 and the number in *n, 0 and INT64_MAX in *n when the number is too
- * large, or -1 when there is no such number.
- */
+/* Read the decimal digits at p; a NUL or a character of ends must follow them.
+ * Returns 1 and the number in *n, 0 and INT64_MAX when the number is too large,
+ * or -1 when there is no such number. */
 int parse_number(const char *p, const char *ends, int64_t *n);
 
 /* Promise 8: replace each of n bytes that is neither visible ASCII nor one of
  * blanks with mark. */
 void ascii_clean(char *p, size_t n, const char *blanks, char mark);
 
-/*
- * Returns 1 when the n bytes at p are text, else 0.  word_equal() ignores case.
- */
+/* Returns 1 when the n bytes at p are text.  word_equal() ignores case. */
 static inline int
 mem_equal(const char *p, size_t n, const char *text)
 {
@@ -589,9 +573,7 @@ word_equal(const char *p, size_t n, const char *word)
 	return n == strlen(word) && strncasecmp(p, word, n) == 0;
 }
 
-/*
- * Returns 1 when c may be in the name of a header field (RFC 5322 2.2), else 0.
- */
+/* Returns 1 when c may be in the name of a header field (RFC 5322 2.2). */
 static inline int
 is_name_char(char c)
 {
@@ -602,11 +584,9 @@ is_name_char(char c)
  * they begin with a control character (C0, DEL, C1) or no UTF-8. */
 size_t text_char(const char *p, size_t n);
 
-/*
- * Return n bytes as text for the log, in one of a few static buffers that are
+/* Returns n bytes as text for the log, in one of a few static buffers that are
  * used in turn.  Each byte of control characters, of invalid UTF-8 and below
- * lowest becomes \xHH.  A long text is cut and ends in "...".
- */
+ * lowest becomes \xHH.  A long text is cut and ends in "...". */
 const char *escape(const char *, size_t n, int lowest);
 #define printable(p, n)		escape(p, n, ' ')
 #define printable_word(p, n)	escape(p, n, ' ' + 1)	/* and a blank \x20 */
@@ -619,9 +599,7 @@ buf_len(const struct buf *p)
 }
 
 char *buf_head(const struct buf *);		/* the first byte that waits */
-/* Returns 1 when n more bytes fit, or 0 when the buffer is full or memory
- * short. */
-int buf_ready(struct buf *, size_t n);
+int buf_ready(struct buf *, size_t n);		/* 1: n more bytes fit */
 void buf_put(struct buf *, const void *, size_t n);	/* after buf_ready() */
 void buf_eat(struct buf *, size_t n);
 void buf_free(struct buf *);
@@ -630,10 +608,8 @@ int str_add(struct str *, const char *, size_t n);	/* -1: no memory */
 int str_set(struct str *, const char *, size_t n);
 void str_free(struct str *);
 
-/*
- * Read once, up to BUFSZ bytes, or BODYSZ if body is set.  Returns 1 after
- * bytes, EOF or an error, 0 when there was nothing.
- */
+/* Read once, up to BUFSZ bytes, or BODYSZ if body is set.  Returns 1 after
+ * bytes, EOF or an error, 0 when there was nothing. */
 int peer_fill(struct peer *, int body);
 /* Copy unread input out of the shared buffer, after the session has run.
  * Returns 0, or -1 without memory: the input is lost. */
@@ -645,9 +621,7 @@ int peer_drain(struct peer *, int more);
  * when the socket is full. */
 int peer_sendfile(struct peer *, int fd, off_t *at, off_t n);
 void peer_close(struct peer *);
-/*
- * Returns true when the connection has failed, as far as the kernel knows now.
- */
+/* Returns 1 when the connection has failed, as far as the kernel knows now. */
 int peer_reset(struct peer *);
 /* Returns 1 when the kernel has bytes that were not read, -1 at EOF or after an
  * error, or 0.  Reads nothing and needs no memory. */
@@ -679,9 +653,8 @@ addr_set_port(struct addr *a, unsigned port)
 
 int addr_ip(struct addr *, const char *text, unsigned port);	/* -1: not numeric */
 int addr_path(struct addr *, const char *path);	/* -1: too long */
-/* Look name up, which blocks.  Returns the number of addresses in
- * addr[MAXADDRS]. */
-int addr_lookup(const char *name, unsigned port, struct addr *addr);
+/* Look name up, which blocks.  Returns the number of addresses in addr. */
+int addr_lookup(const char *name, unsigned port, struct addr addr[MAXADDRS]);
 /*
  * Returns the index of the address to try next, RESOLVING while there is none
  * yet, or NO_ADDR.  The one that worked last comes first, then those that
@@ -693,31 +666,24 @@ int target_next(struct target *, unsigned tried);
 /* Returns the name of a target for messages: its text, or of several paths the
  * one that is in use, if there is one. */
 const char *target_text(struct target *);
-/*
- * Record that this address works, so that it is tried first from now on, and
- * log a change.  Does nothing when the target does not have the address any
- * more.
- */
+/* Record that this address works, so that it is tried first from now on, and
+ * log a change.  The target may not have the address any more. */
 void target_worked(struct target *, const struct addr *);
 void target_put(struct target *);		/* drop a reference; may be NULL */
 /* Look the target's name up in a child unless that was done in the last minute;
  * force: in the last 5 s, for a target whose address was of no use.  Returns at
  * once; all sessions run when there is a result. */
 void target_resolve(struct target *, int force);
-/*
- * Connect p to this address.  The first call begins and sets *deadline to ms
- * from now; later calls go on.  Returns 1 when p is connected, 0 when it is not
- * yet, or -1 and errno when the attempt has failed (ETIMEDOUT: at the
- * deadline).
- */
+/* Connect p to this address.  The first call begins and sets *deadline to ms
+ * from now; later calls go on.  Returns 1 when p is connected, 0 when not yet,
+ * or -1 and errno when the attempt has failed (ETIMEDOUT: at the deadline). */
 int peer_connect(struct peer *, const struct addr *, int64_t *deadline, int64_t ms);
 
 /*
- * The poll set.  poll_add(): until poll_wait() has returned, call ready(arg)
- * (unless it is NULL) when one of events is there, or an error.  poll_deadline(): sleep no longer
- * than until time t; 0 is no time.  poll_wait(): sleep, call the ready
- * functions in the order in which they were added, and empty the set; it sets
- * now, and returns what poll() did.
+ * The poll set.  poll_add(): call ready (unless it is NULL) if one of events or
+ * an error comes.  poll_deadline(): sleep until t at most; 0 is no time.
+ * poll_wait(): sleep, set now, call the ready functions in the order in which
+ * they were added, and empty the set.  Returns what poll() did.
  */
 extern int64_t now;			/* CLOCK_MONOTONIC, ms; one time per pass */
 void poll_add(int fd, int events, void (*ready)(void *arg, int revents), void *arg);
@@ -734,22 +700,18 @@ void session_rest(struct session *);
 /* The child's caller is gone: it gets no answer. */
 void child_forget(struct child *);
 
-/*
- * Run the shell command for at most ms, after those that wait already.  env has
+/* Run the shell command for at most ms, after those that wait already.  env has
  * variables for it: name, NUL, value, NUL, and after the last one more NUL.  A
- * variable without a value is unset.  Takes env, which is freed with free().
- */
+ * variable without a value is unset.  Takes env, which is freed with free(). */
 void virusaction_start(unsigned id, const char *command, char *env, int64_t ms);
 extern int virusactions;	/* how many run or wait */
 
 void children_reap(void);	/* after SIGCHLD */
 void children_kill(void);	/* the daemon ends: kill and reap them all */
-/*
- * At the start: keep nothing of the program that started us, neither its signal
+/* At the start: keep nothing of the program that started us, neither its signal
  * mask and ignored signals, nor its descriptors above 2, which may hold a lock,
- * except the first nkept.  Descriptors 0 to 2 are opened if need be, so that no
- * socket becomes one of them.  Also set now.
- */
+ * but the first nkept.  Open descriptors 0 to 2 if need be, so that no socket
+ * becomes one of them.  Set now. */
 void process_begin(int nkept);
 
 extern const char scan_line[];			/* precedes the message */
@@ -757,11 +719,9 @@ extern const size_t scan_line_len;
 /* Open a file in dir, without a name, or with one if keep is set (DebugFiles).
  * Returns a descriptor, or -1 with errno set. */
 int spool_file(const char *dir, int keep);
-/*
- * Open a spool.  A message of up to MEMSPOOL bytes stays in memory, unless keep
+/* Open a spool.  A message of up to MEMSPOOL bytes stays in memory, unless keep
  * is set or the messages in memory would have more than MAXMEMORY bytes.  dir
- * must last as long as the spool.  Returns 0, or -1 with errno set.
- */
+ * must last as long as the spool.  Returns 0, or -1 with errno set. */
 int spool_open(struct spool *, const char *dir, int keep);
 /* Append n pieces, which spool_write() may modify.  Returns 0, or -1 with errno
  * set; the spool is of no more use then. */
@@ -771,11 +731,10 @@ int spool_write(struct spool *, struct iovec *, int n);
 ssize_t spool_read(const struct spool *, void *, size_t n, off_t at);
 void spool_close(struct spool *);
 /*
- * Start a child that copies the message to dir.  done is called as for
- * child_start().  The answer is the path of the copy, which begins with a
- * slash, or the reason of a failure, or empty.  Returns NULL and errno when the
- * child cannot be started: EBUSY when MAXCOPIES run.  All sessions run when one
- * has ended.
+ * Start a child that copies the message to dir.  When it has ended, done(ctx,
+ * answer, n) is called with the path of the copy, which begins with a slash, or
+ * the reason of a failure, or nothing.  Returns NULL and errno when the child
+ * cannot be started: EBUSY when MAXCOPIES run.  All sessions run when one ends.
  */
 struct child *spool_quarantine(const struct spool *, const char *dir,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms);

@@ -110,7 +110,7 @@ convert(const char *fmt, va_list *ap, char number[32], const char **p,
 size_t
 vformat(char *to, size_t size, const char *fmt, va_list ap)
 {
-	va_list args;		/* &ap has another type if va_list is an array */
+	va_list args;		/* if va_list is an array, &ap is no va_list * */
 	char number[32];
 	const char *p, *next;
 	size_t n = 0, len;
@@ -923,7 +923,9 @@ peer_peek(const struct peer *p)
 	char c;
 	ssize_t n = recv(p->fd, &c, 1, MSG_PEEK);
 
-	return n == 1 ? 1 : n == -1 && (errno == EAGAIN || errno == EINTR) ? 0 : -1;
+	if (n == -1 && (errno == EAGAIN || errno == EINTR))
+		return 0;
+	return n == 1 ? 1 : -1;
 }
 
 /*
@@ -1065,7 +1067,7 @@ addr_path(struct addr *a, const char *path)
 }
 
 int
-addr_lookup(const char *name, unsigned port, struct addr *addr)
+addr_lookup(const char *name, unsigned port, struct addr addr[MAXADDRS])
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *list, *ai;
 	int n = 0;
@@ -1272,11 +1274,11 @@ child_signal(struct child *c, int sig)
 }
 
 /*
- * Run work(arg) in a child.  When it has ended, done(ctx, answer, n) is called in
- * the loop with the n bytes that it wrote to ANSWER, and a NUL; n is 0 if it
- * failed or took longer than ms.  Then the files are removed, unless the answer is
- * the name of the copy and done was called.  Takes the files (NULL: none).
- * Returns NULL and sets errno if there can be no child.
+ * Run work(arg) in a child.  When it has ended, done(ctx, answer, n) is called
+ * with the n bytes that it wrote to ANSWER, and a NUL; n is 0 if it failed or
+ * took longer than ms.  Then the files are removed, unless the answer is the name
+ * of the copy and done was called.  Takes the files (NULL: none).  Returns NULL
+ * and sets errno if there can be no child.
  */
 static struct child *
 child_start(void (*work)(void *), void *arg, struct quarantine *files,

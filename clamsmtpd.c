@@ -108,8 +108,8 @@ enum use { NONE, SESSIONS, STATUS };
 
 struct listener {
 	int	 fd;			/* -1: shut to make room for another */
-	enum use use;			/* by the settings in effect; NONE: new */
-	enum use wanted;		/* by new settings; NONE: to be closed */
+	enum use use;			/* by the settings in effect, or new */
+	enum use wanted;		/* by new settings; NONE: to close */
 	struct addr asked;		/* of the setting; its port may be 0 */
 	struct addr addr;
 	int	 v6only;		/* [::], and IPv4 has a line of its own */
@@ -670,19 +670,20 @@ differ(const char *a, const char *b)
 	return a == NULL || b == NULL ? a != b : strcmp(a, b) != 0;
 }
 
-/* Returns the name of a setting that a reload cannot change, or NULL. */
-static const char *
+/* Returns 1 and logs it if a setting differs that a reload cannot change. */
+static int
 needs_restart(const struct conf *c)
 {
-	if (differ(c->user, conf->user))
-		return "User";
-	if (differ(c->pidfile, conf->pidfile))
-		return "PidFile";
-	if (sandboxed && differ(c->tempdir, conf->tempdir))
-		return "TempDirectory";
-	if (sandboxed && c->virusaction != NULL)
-		return "VirusAction";
-	return NULL;
+	const char *name =
+	    differ(c->user, conf->user) ? "User" :
+	    differ(c->pidfile, conf->pidfile) ? "PidFile" :
+	    sandboxed && differ(c->tempdir, conf->tempdir) ? "TempDirectory" :
+	    sandboxed && c->virusaction != NULL ? "VirusAction" : NULL;
+
+	if (name != NULL)
+		logmsg(LOG_ERR, "%s: %s cannot be changed without a restart",
+		    conf->path, name);
+	return name != NULL;
 }
 
 /* Returns 0 if a file can be made in TempDirectory, else -1, which has been
@@ -704,8 +705,8 @@ try_tempdir(const struct conf *c)
 	return fd == -1 ? -1 : 0;
 }
 
-/* Begin to use the settings.  Names are looked up now, so that the first message
- * need not wait. */
+/* Begin to use the settings.  Names are looked up now, so that the first
+ * message need not wait. */
 static void
 settings_begin(void)
 {
@@ -723,12 +724,8 @@ static void
 reload(void)
 {
 	struct conf *c = conf_load(conf->path, flags, nflags, given['p']);
-	const char *what = c != NULL ? needs_restart(c) : NULL;
 
-	if (what != NULL)
-		logmsg(LOG_ERR, "%s: %s cannot be changed without a restart",
-		    conf->path, what);
-	if (c == NULL || what != NULL || try_tempdir(c) == -1 ||
+	if (c == NULL || needs_restart(c) || try_tempdir(c) == -1 ||
 	    set_limits(c) == -1 || listeners_open(c, 0) == -1) {
 		logmsg(LOG_ERR, "%s: reload failed, keeping the old settings",
 		    conf->path);
@@ -827,8 +824,7 @@ notify_open(void)
 	setsockopt(notify_fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
 	if (notify_fd == -1 || connect(notify_fd, &a.u.sa, a.len) == -1) {
 		logmsg(LOG_WARNING, "NOTIFY_SOCKET: %s:", path);
-		if (notify_fd != -1)
-			close(notify_fd);
+		close(notify_fd);
 		notify_fd = -1;
 		return;
 	}
@@ -937,12 +933,9 @@ http_accept(int fd)
 	on_http(place, POLLIN);		/* most requests are here already */
 }
 
-static void http_print(struct http_client *, const char *, ...)
-    __attribute__((format(printf, 2, 3)));
-
 /* Add to the reply; output beyond one buffer is dropped.  Promise 8: only ASCII
  * is sent. */
-static void
+static void __attribute__((format(printf, 2, 3)))
 http_print(struct http_client *v, const char *fmt, ...)
 {
 	char line[NOTESZ];
@@ -1514,9 +1507,7 @@ sandbox(const struct conf *c)
  * Options.
  */
 
-static void usage(void) __attribute__((noreturn));
-
-static void
+static void __attribute__((noreturn))
 usage(void)
 {
 	static const char text[] =

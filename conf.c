@@ -19,7 +19,7 @@ enum kind {
 	K_ON_OFF, K_FAILURE, K_FORMAT,		/* a word, stored as an int */
 	K_COUNT, K_SECONDS, K_SIZE,		/* int64_t; K_SECONDS: in ms */
 	K_TEXT, K_PATH, K_HEADER,		/* char *; NULL: none */
-	K_TARGET,				/* struct target *; NULL: none */
+	K_TARGET,				/* struct target *; or NULL */
 	K_ACTION, K_LISTEN, K_CLAMD, K_NETWORKS	/* lists, may be repeated */
 };
 
@@ -30,12 +30,12 @@ struct keyword {
 	unsigned short off;		/* of the field; lists do not need it */
 	char	 now_called[7];		/* of an old name: the new one */
 	char	 host[10];		/* an address: for a port alone */
-	int	 min, max;		/* an address: lowest and default port */
+	int	 min, max;		/* address: lowest and default port */
 };
 
 /*
- * Promise 9: the defaults of the original.  The first path of ClamAddress that
- * exists is used: upstream's and Alpine's, Debian's, and the original's default.
+ * Promise 9: the defaults of the original.  Of the paths of ClamAddress the first
+ * that exists is used: upstream's and Alpine's, Debian's, or the original's.
  */
 static const char defaults[] =
 	"Listen: 10025\n"
@@ -178,8 +178,8 @@ set_text(char **to, const char *v)
 	return *to == NULL ? no_memory : NULL;
 }
 
-/* Set a path from the root.  A relative one means the directory of the start, also
- * at a reload. */
+/* Set a path from the root.  A relative one means the directory of the start,
+ * also at a reload. */
 static const char *
 set_path(char **to, const char *v)
 {
@@ -602,10 +602,8 @@ clear_value(struct conf *c, const struct keyword *k)
 	}
 }
 
-static void put(const char *, ...) __attribute__((format(printf, 1, 2)));
-
 /* Print to standard output, for -n. */
-static void
+static void __attribute__((format(printf, 1, 2)))
 put(const char *fmt, ...)
 {
 	char line[MAXCONFLINE + 64];
@@ -937,7 +935,7 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 	there = read_file(c);
 	c->source = BY_ENVIRONMENT;
 	read_environment(c);
-	/* An unreadable file may have an OutAddress, and its value may be bad. */
+	/* A bad value counts, and an unreadable file may have one. */
 	out_seen = &c->seen[find_keyword("OutAddress") - keywords];
 	if (there == 0 && *out_seen != BY_ENVIRONMENT)
 		logmsg(LOG_WARNING, "%s: no such file", c->path);

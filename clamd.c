@@ -603,15 +603,6 @@ clamd_timeout(struct session *s)
 }
 
 static void
-abandoned_free(struct abandoned *a)
-{
-	peer_close(&a->peer);
-	a->at->abandoned--;
-	slot_free(a->at);
-	free(a);
-}
-
-static void
 on_abandoned(void *arg, int revents)
 {
 	struct abandoned *a = arg;
@@ -861,7 +852,10 @@ clamd_poll(void)
 	while ((a = *p) != NULL) {
 		if (now >= a->until) {
 			*p = a->next;
-			abandoned_free(a);
+			peer_close(&a->peer);
+			a->at->abandoned--;
+			slot_free(a->at);
+			free(a);
 			continue;
 		}
 		poll_add(a->peer.fd, POLLIN, on_abandoned, a);

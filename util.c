@@ -41,18 +41,17 @@ struct counters count;
  * Text.
  */
 
-/* Write the digits of n before end, with leading zeros up to width.  ten is the
- * digit for 10.  Returns the first digit. */
+/* Write n before end in digits of set, with leading zeros up to width.  Returns
+ * the first digit. */
 static char *
-digits(char *end, unsigned long long n, unsigned base, int width, char ten)
+digits(char *end, unsigned long long n, unsigned base, int width,
+    const char *set)
 {
 	char *p = end;
-	unsigned d;
 
-	do {
-		d = n % base;
-		*--p = d < 10 ? '0' + d : ten + d - 10;
-	} while ((n /= base) != 0);
+	do
+		*--p = set[n % base];
+	while ((n /= base) != 0);
 	while (end - p < width)
 		*--p = '0';
 	return p;
@@ -85,7 +84,7 @@ convert(const char *fmt, va_list *ap, char number[32], const char **p,
 		v = longs == 0 ? va_arg(*ap, int) : longs == 1 ?
 		    va_arg(*ap, long) : va_arg(*ap, long long);
 		q = digits(end, v < 0 ? 0 - (unsigned long long)v :
-		    (unsigned long long)v, 10, width, 0);
+		    (unsigned long long)v, 10, width, "0123456789");
 		if (v < 0)
 			*--q = '-';
 		break;
@@ -95,7 +94,8 @@ convert(const char *fmt, va_list *ap, char number[32], const char **p,
 		q = digits(end, longs == 0 ? va_arg(*ap, unsigned) :
 		    longs == 1 ? va_arg(*ap, unsigned long) :
 		    va_arg(*ap, unsigned long long),
-		    *fmt == 'u' ? 10 : 16, width, *fmt == 'x' ? 'a' : 'A');
+		    *fmt == 'u' ? 10 : 16, width, *fmt == 'x' ?
+		    "0123456789abcdef" : "0123456789ABCDEF");
 		break;
 	case 'c':
 		*q = va_arg(*ap, int);
@@ -277,9 +277,8 @@ syslog_connect(void)
 	for (log_stream = 0; log_stream < 2; log_stream++) {
 		fd = socket(AF_UNIX, type[log_stream] | SOCK_NONBLOCK |
 		    SOCK_CLOEXEC, 0);
-		if (fd == -1)
-			return -1;
-		if (connect(fd, (const struct sockaddr *)&un, sizeof un) == 0)
+		if (fd == -1 ||
+		    connect(fd, (const struct sockaddr *)&un, sizeof un) == 0)
 			return fd;
 		err = errno;
 		close(fd);
@@ -1246,10 +1245,9 @@ child_free(struct child *c)
 {
 	struct child **p;
 
-	for (p = &children; *p != NULL && *p != c; p = &(*p)->next)
+	for (p = &children; *p != c; p = &(*p)->next)
 		;
-	if (*p == c)
-		*p = c->next;
+	*p = c->next;
 	virusactions -= c->command != NULL;
 	free(c->files);
 	free(c->command);
@@ -1380,9 +1378,7 @@ command_text(const struct child *c)
 	return printable(c->command, strlen(c->command));
 }
 
-static void virusaction_exec(const struct child *) __attribute__((noreturn));
-
-static void
+__attribute__((noreturn)) static void
 virusaction_exec(const struct child *c)
 {
 	int none;
@@ -1718,16 +1714,6 @@ poll_deadline(int64_t t)
 		poll_until = t;
 }
 
-/* Only time brings memory back, so every session tries again after a pause.  A
- * signal ends it, for the pipe of the signals is the first in the set. */
-static void
-nomem_pause(void)
-{
-	poll(fds, nfds > 0, NOMEM_PAUSE);
-	nomem = 0;
-	run_all = 1;
-}
-
 int
 poll_wait(void)
 {
@@ -1738,8 +1724,13 @@ poll_wait(void)
 	children_poll();
 	if (nspare > 0 || shared_used)
 		poll_deadline(now + IDLE_TIME);
-	if (nomem)
-		nomem_pause();
+	if (nomem) {
+		/* Only time brings memory back, so every session tries again
+		 * after a pause.  A signal ends it: their pipe is first. */
+		poll(fds, nfds > 0, NOMEM_PAUSE);
+		nomem = 0;
+		run_all = 1;
+	}
 	if (run_all || runnable != NULL)
 		poll_until = 0;
 	n = poll(fds, nfds, poll_until > now ? poll_until - now : 0);

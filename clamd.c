@@ -23,11 +23,9 @@ static struct clamd *clamds;		/* of all confs and scans */
 /* Sessions that wait for a slot, the oldest first. */
 static struct session *queue, **queue_end = &queue;
 
-/*
- * An abandoned scan: its session has ended or timed out.  clamd finishes the
+/* An abandoned scan: its session has ended or timed out.  clamd finishes the
  * scan even when the socket is closed, so the scan keeps its slot until clamd
- * answers or closes the connection.
- */
+ * answers or closes the connection. */
 struct abandoned {
 	struct peer peer;
 	struct clamd *at;
@@ -154,11 +152,9 @@ queue_leave(struct session *s)
 	s->scan.next = NULL;
 }
 
-/*
- * Returns 1 when this clamd may get another scan, else 0.  On trial it gets one
+/* Returns 1 when this clamd may get another scan, else 0.  On trial it gets one
  * at a time.  Abandoned scans do not count then, or one message that clamd
- * cannot finish would keep out all others.
- */
+ * cannot finish would keep out all others. */
 static int
 has_slot(const struct clamd *c, const struct conf *conf)
 {
@@ -166,12 +162,10 @@ has_slot(const struct clamd *c, const struct conf *conf)
 	    (!c->on_trial || c->running == c->abandoned);
 }
 
-/*
- * Returns the first clamd in file order that is alive, has a free slot and has
+/* Returns the first clamd in file order that is alive, has a free slot and has
  * not failed this message.  If none is alive, returns the first dead one with a
  * free slot, since it may have recovered.  Otherwise returns NULL, and sets
- * *busy when the session should wait for a slot.
- */
+ * *busy when the session should wait for a slot. */
 static struct clamd *
 clamd_choose(struct session *s, int *busy)
 {
@@ -365,11 +359,9 @@ scan_connect(struct session *s)
 	    err != ENOMEM && err != ENOBUFS, why);
 }
 
-/*
- * Copy the last n bytes of the message to `out' and append the empty chunk that
+/* Copy the last n bytes of the message to `out' and append the empty chunk that
  * ends the stream.  A small message leaves in one write with everything before
- * it.
- */
+ * it. */
 static int
 send_tail(struct session *s, size_t n)
 {
@@ -433,11 +425,9 @@ scan_send(struct session *s)
 	return 1;
 }
 
-/*
- * Promise 4: returns CLEAN only when the n bytes of the answer (without
+/* Promise 4: returns CLEAN only when the n bytes of the answer (without
  * terminator) are exactly an OK.  VIRUS: name has it.  Anything not understood
- * is FAILED.
- */
+ * is FAILED. */
 static enum verdict
 clamd_parse(const char *p, size_t n, char name[NAMESZ])
 {
@@ -616,6 +606,7 @@ on_abandoned(void *arg, int revents)
  * one after the other, until one answers.  With a status page all of them do,
  * and each that answers gets a VERSION as well.
  */
+
 static struct {
 	const struct conf *conf;	/* NULL: none is under way */
 	int	 report;		/* log a warning if none answers */
@@ -674,11 +665,9 @@ asctime_parse(const char *p)
 	return t.tm_mon == 12 || t.tm_year < 70 ? 0 : timegm(&t);
 }
 
-/*
- * Read the signatures from an answer such as "ClamAV 1.4.3/27800/Tue Nov 25
+/* Read the signatures from an answer such as "ClamAV 1.4.3/27800/Tue Nov 25
  * 08:31:09 2026".  Without a database clamd names its version only, and clamd 1.5
- * may have VERSION switched off.
- */
+ * may have VERSION switched off. */
 static void
 ping_signatures(struct clamd *c, const char *p)
 {

@@ -171,11 +171,9 @@ text_char(const char *p, size_t n)
 	return len;
 }
 
-/*
- * Promise 8: copy n bytes as text, for escape(), or for a string of JSON if
+/* Promise 8: copy n bytes as text, for escape(), or for a string of JSON if
  * lowest is 0.  If a character would begin after last, "..." ends the copy.
- * Returns its end.
- */
+ * Returns its end. */
 static char *
 text_copy(char *to, const char *last, const char *p, size_t n, int lowest)
 {
@@ -250,12 +248,10 @@ int log_wait = 5000;
 static int log_syslog;			/* lines go to /dev/log, */
 static int log_stream;			/* which is a stream socket */
 
-/*
- * The lines that wait, the oldest first.  Each is in its final form, or while
+/* The lines that wait, the oldest first.  Each is in its final form, or while
  * log_held is set a digit for the level and the text.  A NUL follows.  A line for
  * which there is no room is lost, and so are those after it until all others are
- * written.  Then a line says how many were lost.
- */
+ * written.  Then a line says how many were lost. */
 static char log_lines[BUFSZ];
 static struct buf log_buf = { log_lines, 0, 0, sizeof log_lines };
 static int log_begun;			/* a part of the first line is written */
@@ -289,12 +285,10 @@ syslog_connect(void)
 	return -1;
 }
 
-/*
- * Promise 5: neither syslog nor a full pipe at stderr may stop the loop.  If
+/* Promise 5: neither syslog nor a full pipe at stderr may stop the loop.  If
  * possible stderr is opened again, since O_NONBLOCK would otherwise affect all
  * processes that share it.  A regular file is not: it never blocks, and its
- * offset must stay shared.
- */
+ * offset must stay shared. */
 void
 log_open(int level, int console)
 {
@@ -450,6 +444,7 @@ log_poll(void)
 /*
  * JSON.  One line is built at a time, in json.
  */
+
 static char json[JSONSZ];
 static size_t json_n;
 
@@ -753,11 +748,9 @@ str_free(struct str *p)
  * Peers.
  */
 
-/*
- * Reads go to the one shared buffer, unless the peer has unread input.  Input
+/* Reads go to the one shared buffer, unless the peer has unread input.  Input
  * that the session consumes in the same pass is never copied; peer_settle()
- * copies the rest.
- */
+ * copies the rest. */
 int
 peer_fill(struct peer *p, int body)
 {
@@ -1271,13 +1264,11 @@ child_signal(struct child *c, int sig)
 	c->deadline = now + KILL_TIME;
 }
 
-/*
- * Run work(arg) in a child.  When it has ended, done(ctx, answer, n) is called
+/* Run work(arg) in a child.  When it has ended, done(ctx, answer, n) is called
  * with the n bytes that it wrote to ANSWER, and a NUL; n is 0 if it failed or
  * took longer than ms.  Then the files are removed, unless the answer is the name
  * of the copy and done was called.  Takes the files (NULL: none).  Returns NULL
- * and sets errno if there can be no child.
- */
+ * and sets errno if there can be no child. */
 static struct child *
 child_start(void (*work)(void *), void *arg, struct quarantine *files,
     void (*done)(void *, const char *, size_t), void *ctx, int64_t ms)
@@ -1322,12 +1313,10 @@ child_forget(struct child *c)
 	c->ctx = NULL;
 }
 
-/*
- * Promise 7: a copy that no session has taken is removed.  The scratch file
+/* Promise 7: a copy that no session has taken is removed.  The scratch file
  * becomes the copy by link() and unlink(), or by rename() in place of an empty
  * file.  So the copy is this child's, and not an older file of that name, if
- * the scratch file is gone, if both are one file, or if the copy is empty.
- */
+ * the scratch file is gone, if both are one file, or if the copy is empty. */
 static void
 files_remove(const struct quarantine *q)
 {
@@ -1783,11 +1772,9 @@ session_rest(struct session *s)
  * The spool.
  */
 
-/*
- * libclamav recognizes mail by its first header fields, and with some orders of
+/* libclamav recognizes mail by its first header fields, and with some orders of
  * fields it does not find the attachments.  After this line it always does.
- * The line is never forwarded or quarantined.
- */
+ * The line is never forwarded or quarantined. */
 const char scan_line[] = "Received: by smtp.passthru\r\n";
 const size_t scan_line_len = sizeof scan_line - 1;
 
@@ -1945,11 +1932,9 @@ copy_file(struct spool *from)
 	return n;
 }
 
-/*
- * link(2) never overwrites another file.  On a file system without links (FAT,
+/* link(2) never overwrites another file.  On a file system without links (FAT,
  * some FUSE) O_EXCL reserves the name with an empty file, and rename(2)
- * replaces that.
- */
+ * replaces that. */
 static int
 copy_name(const struct quarantine *q)
 {

@@ -1026,9 +1026,11 @@ static const struct metric {
 static void
 metric_head(struct http_client *v, const char *name, const char *help)
 {
+	const char *last = strrchr(name, '_');
+
 	http_print(v, "# HELP clamsmtpd_%s %s\n# TYPE clamsmtpd_%s %s\n", name,
 	    help, name, strcmp(name, "scan_seconds") == 0 ? "histogram" :
-	    strstr(name, "_total") != NULL ? "counter" : "gauge");
+	    last != NULL && strcmp(last, "_total") == 0 ? "counter" : "gauge");
 }
 
 /* Returns text as a label's value; text of the configuration file has no control

@@ -929,29 +929,22 @@ peer_peek(const struct peer *p)
 static size_t
 ipv6_format(char *to, size_t size, const unsigned char *ip)
 {
-	int i, run, best = 0, start = -1;
-	size_t n = 0;
+	static const char zeros[] = ":0:0:0:0:0:0:0:0";
+	char text[48], *run, *rest;
+	size_t n = 0, i;
 
-	for (i = 0; i < 8; i += run + 1) {
-		for (run = 0; i + run < 8 && ip[2 * (i + run)] == 0 &&
-		    ip[2 * (i + run) + 1] == 0; run++)
-			;
-		if (run > best && run > 1) {
-			best = run;
-			start = i;
-		}
-	}
-	for (i = 0; i < 8; i++) {
-		if (i == start) {
-			n += format(to + n, size - n, "::");
-			i += best - 1;
+	for (i = 0; i < 16; i += 2)
+		n += format(text + n, sizeof text - n, ":%x",
+		    ip[i] << 8 | ip[i + 1]);
+	for (i = 0; i <= 12; i += 2) {		/* a run of eight, ... two */
+		if ((run = strstr(text, zeros + i)) == NULL)
 			continue;
-		}
-		n += format(to + n, size - n,
-		    i > 0 && i != start + best ? ":%x" : "%x",
-		    ip[2 * i] << 8 | ip[2 * i + 1]);
+		rest = run + strlen(zeros + i);
+		*run = '\0';
+		return format(to, size, "%s::%s", text + (run > text),
+		    rest + (*rest == ':'));
 	}
-	return n;
+	return format(to, size, "%s", text + 1);
 }
 
 static const unsigned char *

@@ -126,7 +126,7 @@ def test_next_hop_gone_while_a_virus_is_refused_changes_no_reply(site):
 # ---------------------------------------------------------------- Quarantine
 
 @pytest.mark.covers("clamsmtpd.8 FILES: /tmp/virus.XXXXXX",
-    "clamsmtpd.conf.5 Quarantine")
+    "clamsmtpd.conf.5 Quarantine", "clamsmtpd.conf.5 TempDirectory")
 @pytest.mark.core
 @pytest.mark.parametrize("action, want", [
     ("drop", "250 2.0.0 Virus Detected"), ("bounce", "550 5.7.1 Virus"),
@@ -357,6 +357,7 @@ def test_copy_that_waits_longer_than_time_out_is_451(site, faulty_clock):
     until(lambda: not site.daemon.children(), "the children are killed")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxConnections: descriptors")
 def test_copies_are_counted_in_the_limit_of_descriptors(site):
     """The pipe of each copy takes one of the daemon's descriptors."""
     def needed(**settings):
@@ -595,6 +596,17 @@ def test_action_runs_for_each_virus_and_for_no_clean_mail(site):
     until(lambda: os.path.exists(out) and
           open(out).read() == "x\n" * 3, "three actions have run")
     client.quit()
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 VirusAction")
+def test_action_is_run_by_bin_sh(site):
+    out = site.path("out")
+    command = finish_file("readlink /proc/$$/exe; tr '\\0' '\\n' < /proc/$$/cmdline", out)
+    site.start(VirusAction=command)
+    site.session().mail(body=BAD, want="250 2.0.0 Virus")
+    program, name, *rest = wait_file(out).decode().splitlines()
+    assert program == os.path.realpath("/bin/sh") and os.path.basename(name) == "sh"
+    assert rest == ["-c", command]
 
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: each virus")

@@ -437,15 +437,19 @@ def test_header_long_arrives_whole(site):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 Header: %i", "clamsmtpd.conf.5 Header: %l",
-    "clamsmtpd.conf.5 Header: %%", "clamsmtpd.conf.5 Header: \\r, \\n, \\t",
+    "clamsmtpd.conf.5 Header: %%", "clamsmtpd.conf.5 Header: \\r\\n, \\n, \\r",
+    "clamsmtpd.conf.5 Header: \\t",
     "clamsmtpd.conf.5 Header: newline")
 def test_header_escapes_are_replaced(site):
-    site.start(Header=r"X-Seen: from %i at %l 100%%;\r\n\tsecond line")
-    client = site.session(source="127.0.0.5")
+    """Any other percent sign and any other backslash are unchanged."""
+    site.start(Listen="0.0.0.0:0",
+               Header=r"X-Seen: from %i at %l 100%% 5%;\r\n\tsecond\nX-B: \a%I\n c\rX-D: e")
+    client = site.session(source="127.0.0.5", address=site.daemon.address.replace(
+        "0.0.0.0", "127.0.0.6"))
     client.mail(body=b"A: b\r\n\r\nx\r\n")
     same(site.hop.messages[0].body,
-         b"A: b\r\nX-Seen: from 127.0.0.5 at 127.0.0.1 100%;\r\n"
-         b"\tsecond line\r\n\r\nx\r\n")
+         b"A: b\r\nX-Seen: from 127.0.0.5 at 127.0.0.6 100% 5%;\r\n"
+         b"\tsecond\r\nX-B: \\a%I\r\n c\r\nX-D: e\r\n\r\nx\r\n")
     client.quit()
 
 

@@ -63,10 +63,14 @@ def test_listen_unset_is_port_10025(check):
     assert effective(check(MINIMAL))["listen"] == ["10025"]
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: -n")
-@pytest.mark.parametrize("name", ["PidFile", "User", "VirusAction"])
-def test_setting_without_a_default_is_unset(check, name):
-    assert name.lower() not in effective(check(MINIMAL))
+@pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: -n", "clamsmtpd.conf.5 PidFile",
+    "clamsmtpd.conf.5 VirusAction")
+@pytest.mark.parametrize("name", ["PidFile", "User", "VirusAction", "ProxyFrom",
+                                  "StatusListen"])
+def test_setting_without_a_default_is_a_comment(check, name):
+    result = check(MINIMAL)
+    assert name.lower() not in effective(result)
+    assert "\n# %s:\n" % name in result.stdout
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ScanTimeOut: range and default")
@@ -399,6 +403,15 @@ def test_setting_repeated_is_taken_32_times(check, name, value):
     result = check(MINIMAL + "".join(lines))
     assert result.returncode == 2
     assert "%s:34: %s: " % (check.file, name) in result.stderr
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: 32 networks")
+def test_proxyfrom_lines_with_several_networks_are_taken_for_32_in_all(check):
+    lines = ["ProxyFrom: 10.0.%d.0/24 10.1.%d.0/24\n" % (n, n) for n in range(16)]
+    assert check(MINIMAL + "".join(lines)).returncode == 0
+    result = check(MINIMAL + "".join(lines) + "ProxyFrom: unix\n")
+    assert result.returncode == 2
+    assert "%s:18: ProxyFrom: " % check.file in result.stderr
 
 
 @pytest.mark.parametrize("name, values", [

@@ -211,7 +211,8 @@ def test_proxy_header_of_a_stranger_is_an_unknown_command(site, header, reply):
     assert accepted(site) == ["127.0.0.2"]
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: networks")
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: networks",
+    "clamsmtpd.conf.5 ProxyFrom: 32 networks")
 @pytest.mark.parametrize("networks, source, believed", [
     ("127.0.0.1", "127.0.0.1", True), ("127.0.0.1", "127.0.0.2", False),
     ("127.0.0.0/30", "127.0.0.3", True), ("127.0.0.0/30", "127.0.0.4", False),
@@ -230,6 +231,7 @@ def test_proxyfrom_networks_match_their_addresses(site, networks, source, believ
     assert accepted(site) == [V4 if believed else source]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: networks")
 @pytest.mark.parametrize("listen, networks, source", [
     ("[::1]:0", "::1", "::1"), ("[::1]:0", "::/1", "::1"),
     ("[::]:0", "127.0.0.0/8", "127.0.0.1")])

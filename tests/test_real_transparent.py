@@ -188,7 +188,24 @@ def passes(site, net, family, clamd, **kw):
 def test_redirect_leads_to_the_original_destination(open_site, net, family, real_clamd):
     """SO_ORIGINAL_DST has the address to which the client connected."""
     redirect(net)
-    passes(open_site, net, family, real_clamd)
+    passes(open_site, net, family, real_clamd, OutAddress="127.0.0.1:1")
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 ProxyFrom: next hop")
+@pytest.mark.parametrize("family", [4, 6])
+def test_redirect_with_a_proxy_header_leads_to_the_original_destination(
+        open_site, net, family):
+    """The next hop is not at the destination that the header names."""
+    redirect(net)
+    listen(open_site, net, family)
+    start(open_site, net, ProxyFrom=CLIENT[family])
+    c = client(open_site, net, at(SERVER[family]))
+    c.send(b"PROXY TCP4 192.0.2.7 127.0.0.1 4711 25\r\n")
+    c.hello()
+    c.mail(body=BODY)
+    c.quit()
+    assert len(open_site.hop.messages) == 1
+    open_site.daemon.wait_log(r"accepted connection from: 192\.0\.2\.7$")
 
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENT PROXY FEATURE: original destination",

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, RESET, Then, bind, build,
-                     full_listener, mounting, same, turns, until)
+from harness import (BAD, CLOSE, Clamd, Drip, HEADER, Hold, LARGE, RESET, Then, bind,
+                     build, full_listener, mounting, same, turns, until)
 
 LINE = 28       # bytes of the line before the message
 BODY = b"Subject: x\r\n\r\nhello\r\n.dot\r\n"
@@ -84,17 +84,25 @@ def test_no_file_is_in_temp_directory_while_clamd_scans(site):
 
 @pytest.mark.covers("clamsmtpd.8 FILES: /tmp/clamsmtpd.XXXXXX",
     "clamsmtpd.conf.5 DebugFiles")
-def test_debugfiles_keeps_the_message(site):
+def test_debugfiles_keeps_every_message(site):
+    """The files of a clean, a large and an infected message are there after the end
+    of the daemon."""
     site.start(DebugFiles="on")
     client = site.session()
-    client.mail(body=BODY)
+    kept = []
+    for body, want in (BODY, "250 2.0.0 queued"), (LARGE, "250 2.0.0 queued"), (
+            BAD, "250 2.0.0 Virus"):
+        client.mail(body=body, want=want)
+        name, = set(os.listdir(site.spool)) - set(kept)
+        kept.append(name)
+        assert re.fullmatch(r"clamsmtpd\.\w{6}", name)
+        with open(os.path.join(site.spool, name), "rb") as file:
+            same(file.read(), site.clamd.scans[0].first + body)
+        assert os.stat(os.path.join(site.spool, name)).st_mode & 0o777 == 0o600
     client.quit()
-    name, = os.listdir(site.spool)
-    assert re.fullmatch(r"clamsmtpd\.\w{6}", name)
-    with open(os.path.join(site.spool, name), "rb") as file:
-        assert file.read() == site.clamd.scans[0].first + BODY
-    assert os.stat(os.path.join(site.spool, name)).st_mode & 0o777 == 0o600
-    site.daemon.allowed.add(name)
+    site.daemon.allowed.update(kept)
+    site.daemon.stop()
+    assert sorted(os.listdir(site.spool)) == sorted(kept)
 
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: line for clamd")
@@ -1166,10 +1174,11 @@ def test_waiting_scan_counts_for_the_scan_time_out(site, clock):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 MaxScans: given up")
-def test_abandoned_scan_counts_until_clamd_answers(site, clock):
+@pytest.mark.parametrize("end", ["OK", CLOSE], ids=["answers", "closes"])
+def test_abandoned_scan_counts_until_clamd_ends_it(site, clock, end):
     """clamd continues an abandoned scan, for instance after a reload of its
     signatures."""
-    hold = Hold("OK")
+    hold = Hold(end)
     site.clamd.verdict = [hold]
     site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
     one, two = site.session(), site.session()

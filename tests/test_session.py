@@ -249,6 +249,7 @@ def test_command_that_never_ends_gets_421_after_time_out(site, clock):
     client.expect("421 4.4.2")
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut")
 def test_client_silent_in_the_body_gets_421(site, clock):
     site.start(**clock.settings())
     client = site.session()
@@ -299,8 +300,9 @@ def test_end_of_a_client_that_ends_lines_with_lf_is_named(site, ending):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 TimeOut: slow client")
+@pytest.mark.parametrize("sent", [1, 8800], ids=["a byte", "98 bytes a second"])
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
-def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
+def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how, sent):
     """PROMISE 6: single bytes do not keep a session open."""
     site.start(**clock.settings())
     client = site.session()
@@ -310,13 +312,14 @@ def test_client_slower_than_100_bytes_a_second_gets_421(site, clock, how):
     else:
         client.line("BDAT 100000 LAST")
     for _ in range(2):
-        client.send(b"x")
+        client.send(sent * b"x")
         turns(site)
         clock.go(site.daemon, 90)
     client.expect("421 4.4.2")
     assert site.hop.messages == []
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut: slow client")
 def test_client_that_is_slow_but_not_too_slow_is_waited_for(site, clock):
     """The client sends a little more than 100 bytes a second, for longer than
     TimeOut."""
@@ -373,6 +376,21 @@ def test_next_hop_without_a_whole_reply_gives_4xx_after_time_out(
     client.expect("451 4.4.2" if verb == "DATA" else "421 4.4")
     client.eof()
     clock.go(site.daemon, 300)      # the other one's greeting may be due later
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 TimeOut")
+def test_next_hop_without_a_connection_gives_421_after_time_out(site, clock):
+    with full_listener() as address:
+        site.start(OutAddress=address, TimeOut="300", **clock.settings())
+        client = site.client()
+        site.daemon.wait_log("accepted connection")
+        clock.go(site.daemon, 299)
+        site.client()
+        site.daemon.wait_log("accepted connection", 2)
+        assert not client.stream.more()
+        clock.go(site.daemon, 1)
+        client.expect("421 4.4")
+        client.eof()
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 TimeOut: 600 seconds")
@@ -547,13 +565,24 @@ def test_clients_of_single_bytes_delay_nobody(site):
 
 # ---------------------------------------------------------------- KeepAlives
 
+def two_noops(site, clock):
+    """The next hop gets a NOOP after 60 seconds, and another one after 60 more."""
+    for count in 0, 1:
+        turns(site)
+        clock.go(site.daemon, 59)
+        turns(site)
+        assert site.hop.commands.count("NOOP") == count
+        clock.go(site.daemon, 1)
+        until(lambda: site.hop.commands.count("NOOP") == count + 1, "a NOOP")
+
+
 @pytest.mark.covers("clamsmtpd.conf.5 KeepAlives")
 @pytest.mark.core
-def test_keepalives_while_the_client_is_slow_are_sent(site):
-    site.start(KeepAlives="1")
+def test_keepalives_while_the_client_is_slow_are_sent(site, clock):
+    site.start(KeepAlives="60", **clock.settings())
     client = site.session()
     client.begin(SOME)
-    until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
+    two_noops(site, clock)
     client.send(b"end\r\n.\r\n")
     client.expect("250 2.0.0 queued")
     client.cmd("NOOP", "250 2.0.0 noop")
@@ -562,13 +591,14 @@ def test_keepalives_while_the_client_is_slow_are_sent(site):
 
 @pytest.mark.covers("clamsmtpd.conf.5 KeepAlives")
 @pytest.mark.core
-def test_keepalives_while_clamd_is_slow_are_sent(site):
+def test_keepalives_while_clamd_is_slow_are_sent(site, clock):
     hold = Hold()
     site.clamd.verdict = [hold]
-    site.start(KeepAlives="1")
+    site.start(KeepAlives="60", **clock.settings())
     client = site.session()
     client.submit(BODY)
-    until(lambda: site.hop.commands.count("NOOP") >= 2, "two NOOPs")
+    hold.reached()
+    two_noops(site, clock)
     hold.go()
     client.expect("250 2.0.0 queued")
     client.quit()

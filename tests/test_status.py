@@ -136,7 +136,8 @@ def test_statuslisten_of_each_form_is_opened(site, form, where):
             pytest.skip("no such address here")
         raise
     assert "status on " + here(where) in site.daemon.log()
-    assert get(here(where)).status == 200
+    for path in "/", "/healthz", "/metrics":
+        assert get(here(where), path).status == 200
 
 
 @pytest.mark.core

@@ -100,6 +100,7 @@ def helo(site):
     return client
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient: first HELO or EHLO")
 @pytest.mark.core
 def test_xclient_after_helo_has_name_and_address(site):
     """HELO lists no attributes, so the daemon sends those that most next hops
@@ -154,14 +155,15 @@ def test_xclient_refused_after_helo_is_sent_at_the_first_ehlo(site, xhop):
 @pytest.mark.core
 @pytest.mark.parametrize("command", [
     "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "VRFY a", "EXPN a", "ETRN a",
-    "AUTH PLAIN AA==", "XFORWARD ADDR=1.2.3.4", "STARTTLS"])
+    "AUTH PLAIN AA==", "XFORWARD ADDR=1.2.3.4", "STARTTLS", "XCLIENT ADDR=1.2.3.4",
+    "BDAT 0", "TURN"])
 def test_xclient_withheld_helo_gets_503(site, xhop, command):
     """PROMISE 10: without XCLIENT the next hop would take the client for the
     filter."""
     site.start(XClient="on")
     client = site.client()
     client.expect("220")
-    client.cmd(command, "503 5.5.1")
+    client.cmd(command, "500 5.5.1" if command == "TURN" else "503 5.5.1")
     assert site.hop.commands == []
     client.cmd("EHLO me", "250")
     client.mail()
@@ -209,6 +211,7 @@ def test_xclient_withheld_while_hello_is_refused(site, xhop, hello):
     assert site.hop.session.verbs()[:5] == [hello, "EHLO", "XCLIENT", "EHLO", "MAIL"]
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 XClient: first HELO or EHLO")
 @pytest.mark.core
 def test_xclient_is_not_sent_at_a_later_ehlo(site, xhop):
     site.start(XClient="on")

@@ -2129,12 +2129,12 @@ message_begin(struct session *s)
 		fail_message_errno(s, "TempDirectory");
 }
 
-static void
+static int
 enter_body(struct session *s, enum state state)
 {
-	enter(s, state);
 	s->msg.rate_check_at = now + s->conf->timeout;
 	s->msg.rate_bytes = 0;
+	return enter(s, state);
 }
 
 static int
@@ -2152,8 +2152,7 @@ data_command(struct session *s, char *line)
 		return refuse(s, r_no_rcpt);
 	message_begin(s);
 	client_reply(s, r_ready);
-	enter_body(s, S_BODY);
-	return 1;
+	return enter_body(s, S_BODY);
 }
 
 static int
@@ -2210,10 +2209,9 @@ bdat_command(struct session *s, char *line)
 	p += strcspn(p, " \t");
 	p += strspn(p, " \t");
 	last = strcasecmp(p, "LAST") == 0;
-	if (!valid || (*p != '\0' && !last)) {
-		/* The start of the next command is unknown. */
+	/* The start of the next command would be unknown. */
+	if (!valid || (*p != '\0' && !last))
 		return hang_up(s, r_bad_size);
-	}
 	if (!s->msg.in_bdat && has_recipients(s))
 		message_begin(s);
 	s->msg.in_bdat = 1;
@@ -2222,8 +2220,7 @@ bdat_command(struct session *s, char *line)
 	s->msg.chunk_last = last;
 	if (limit > 0 && size > limit - s->msg.size && has_recipients(s))
 		fail_message(s, OUT_OVERSIZE, r_too_big, (long long)limit);
-	enter_body(s, S_CHUNK);
-	return 1;
+	return enter_body(s, S_CHUNK);
 }
 
 /* A refused chunk ends the transaction, so further chunks get 503. */
@@ -2257,10 +2254,8 @@ st_chunk(struct session *s)
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
-	if (s->msg.chunk_left == 0) {
-		/* A NOOP may be outstanding: commands must wait. */
+	if (s->msg.chunk_left == 0)	/* commands must wait for a NOOP */
 		return s->server.verb == NULL && chunk_end(s);
-	}
 	if (n == 0)
 		return s->client.eof && abort_transaction(s);
 	if (n > s->msg.chunk_left)

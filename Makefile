@@ -4,7 +4,7 @@
 #
 # Smaller, for a router with no room, and without the hardening:
 #   make HARDEN= CFLAGS='-Os -fno-pie' \
-#       LDFLAGS='-static -s -Wl,--gc-sections,-z,norelro,-z,noseparate-code'
+#       LDFLAGS='-static -s -Wl,-z,norelro,-z,noseparate-code'
 
 PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
@@ -28,21 +28,23 @@ STATIC = $(shell \
 		echo -static-pie -fPIE -Wl,-z,pack-relative-relocs; \
 	else echo -static; fi)
 
-# Each comes before the packager's flags, which can therefore undo it.
+# Both come before the packager's flags, which can therefore undo them.
 HARDEN = -fstack-protector-strong -Wl,-z,relro,-z,now
-# -Oz is -Os and a little more; gcc has it since 12.
-CFLAGS ?= $(shell $(CC) -Oz -x c -S -o /dev/null /dev/null 2>/dev/null && \
-	echo -Oz || echo -Os)
-# binutils 2.44 can put all that is only read into one segment, a page less.
-LDFLAGS ?= $(STATIC) -s -Wl,--gc-sections$(shell \
+# Leave out functions that are not used.  binutils 2.44 can put all that is only
+# read into one segment, a page less.
+SECTIONS = -ffunction-sections -fdata-sections -Wl,--gc-sections$(shell \
 	$(CC) -Wl,--help 2>/dev/null | grep -q -e ' --rosegment' && \
 	echo ,--rosegment)
 
+# -Oz is -Os and a little more; gcc has it since 12.
+CFLAGS ?= $(shell $(CC) -Oz -x c -S -o /dev/null /dev/null 2>/dev/null && \
+	echo -Oz || echo -Os)
+LDFLAGS ?= $(STATIC) -s
+
 ALL_CFLAGS = -std=c99 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 \
 	-DCONFFILE='"$(SYSCONFDIR)/clamsmtpd.conf"' -Wall -Wextra \
-	-ffunction-sections -fdata-sections \
 	-fno-unwind-tables -fno-asynchronous-unwind-tables \
-	$(HARDEN) $(CPPFLAGS) $(CFLAGS)
+	$(HARDEN) $(SECTIONS) $(CPPFLAGS) $(CFLAGS)
 SRC = clamsmtpd.c smtp.c clamd.c conf.c util.c
 
 all: $(BIN)

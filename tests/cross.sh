@@ -58,7 +58,7 @@ program=$dir/$cpu.elf
 # zig also builds musl, and keeps the result.
 ZIG_GLOBAL_CACHE_DIR=$dir/cache ZIG_LOCAL_CACHE_DIR=$dir/cache \
     make -s -C "$top" CC="$zig -m ziglang cc -target $target" BIN="$program" \
-    LDFLAGS='-static-pie -fPIE -s -Wl,--gc-sections' \
+    LDFLAGS='-static-pie -fPIE -s' \
     CPPFLAGS='-Werror -Wno-unused-command-line-argument' >"$log" 2>&1 ||
     stop 2 "clamsmtpd cannot be built"
 

@@ -822,8 +822,10 @@ read_line(struct conf *c, char *line, size_t n)
 	line = trim(line);
 	if (why == NULL && (*line == '\0' || *line == '#'))
 		return;
+	/* C0, DEL, and C1 in UTF-8.  Other text may be in any 8-bit set. */
 	for (p = line; why == NULL && *p != '\0'; p++)
-		if ((unsigned char)*p < ' ' && *p != '\t')
+		if (((unsigned char)*p < ' ' && *p != '\t') || *p == 127 ||
+		    ((*p & 0xff) == 0xc2 && (p[1] & 0xe0) == 0x80))
 			why = "contains a control character";
 	colon = strchr(line, ':');
 	if (why == NULL && colon == NULL)

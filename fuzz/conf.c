@@ -67,8 +67,8 @@ check_header(const char *p)
 			    p[i + 1 + strspn(p + i + 1, " \t\r")] != '\0',
 			    "an empty line would end the header section");
 		} else
-			CHECK((unsigned char)p[i] >= ' ' || p[i] == '\t',
-			    "a control character");
+			CHECK(((unsigned char)p[i] >= ' ' || p[i] == '\t') &&
+			    p[i] != 127, "a control character");
 }
 
 static void

@@ -323,7 +323,8 @@ def test_errors_quote_control_characters_harmlessly(check):
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: errors")
-@pytest.mark.parametrize("value", ["A: b\rc", "A: \x1b[2J", "A:\x0bb"], ids=repr)
+@pytest.mark.parametrize("value", ["A: b\rc", "A: \x1b[2J", "A:\x0bb", "A: b\x7f",
+                                   "A: b\x85c"], ids=repr)
 def test_control_characters_in_the_file_are_errors(check, value):
     """Control characters would be sent on with every mail."""
     result = check(MINIMAL + "Header: %s\n" % value)

@@ -126,7 +126,8 @@ def test_next_hop_gone_while_a_virus_is_refused_changes_no_reply(site):
 # ---------------------------------------------------------------- Quarantine
 
 @pytest.mark.covers("clamsmtpd.8 FILES: /tmp/virus.XXXXXX",
-    "clamsmtpd.conf.5 Quarantine", "clamsmtpd.conf.5 TempDirectory")
+    "clamsmtpd.conf.5 Quarantine", "clamsmtpd.conf.5 TempDirectory",
+    "clamsmtpd.8 TRANSPARENCY: line for clamd")
 @pytest.mark.core
 @pytest.mark.parametrize("action, want", [
     ("drop", "250 2.0.0 Virus Detected"), ("bounce", "550 5.7.1 Virus"),

@@ -182,12 +182,24 @@ def test_body_bytes_held_back_have_a_limit(site, plain):
     written all at once."""
     for byte in (b"\0", b"\r"):
         plain.begin(b"Subject: x\r\n\r\n")
-        for _ in range(20):
-            plain.send(byte * (1 << 20))
+        plain.send(byte * ((1 << 24) + 1))
+        site.daemon.rests()             # it has read and counted them
         plain.send(b"x\r\n.\r\n")
         plain.expect("554")
         assert site.hop.messages == [] and "DATA" not in site.hop.commands
-    relay(site, plain, b"\0" * 100000 + b"x\r\n")
+
+
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: 16 MiB")
+@pytest.mark.parametrize("wire, want", [
+    (b"\r\n" + b"\0" * (1 << 24), None), (b"\r" * (1 << 24), b" " * (1 << 24)),
+    (b"x" + b"\0" * ((1 << 24) + 1), None),
+], ids=["NULs", "CRs", "NULs within a line"])
+def test_body_bytes_held_back_up_to_the_limit_arrive(site, plain, wire, want):
+    plain.begin(wire)
+    site.daemon.rests()
+    plain.send(b"x\r\n.\r\n")
+    plain.expect("250")
+    same(site.hop.messages[0].body, (want or wire) + b"x\r\n")
     plain.quit()
 
 
@@ -205,7 +217,7 @@ def test_body_of_bare_crs_costs_no_more_than_other_bytes(site, plain):
 # ---------------------------------------------------------------- newlines
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: bare LF",
-    "clamsmtpd.8 TRANSPARENCY: CRs before LF", "clamsmtpd.8 TRANSPARENCY: bare CR",
+    "clamsmtpd.8 TRANSPARENCY: dots", "clamsmtpd.8 TRANSPARENCY: CRs before LF", "clamsmtpd.8 TRANSPARENCY: bare CR",
     "clamsmtpd.8 TRANSPARENCY: NULs")
 @pytest.mark.core
 @pytest.mark.parametrize("wire, want", [
@@ -278,7 +290,7 @@ LINE = b"X-Test: yes\r\n"
 
 
 @pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: place of the header",
-    "clamsmtpd.8 TRANSPARENCY: no blank line")
+    "clamsmtpd.8 TRANSPARENCY: no blank line", "clamsmtpd.8 TRANSPARENCY: mailbox lines")
 @pytest.mark.core
 @pytest.mark.parametrize("head, rest", [
     (b"Subject: x\r\n", b"\r\nbody\r\n"),
@@ -407,7 +419,8 @@ def test_header_with_bare_line_feeds_around_it_stands_right(site):
     client.quit()
 
 
-@pytest.mark.covers("clamsmtpd.conf.5 Header")
+@pytest.mark.covers("clamsmtpd.conf.5 Header",
+    "clamsmtpd.8 TRANSPARENCY: what was scanned is forwarded")
 def test_header_default_is_added(site):
     client = site.session()
     client.mail(body=b"Subject: x\r\n\r\nbody\r\n")

@@ -379,6 +379,7 @@ HIDDEN = {
 }
 
 
+@pytest.mark.covers("clamsmtpd.8 TRANSPARENCY: line for clamd")
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_attachment_hidden_by_header_order_is_found(site, clamd, address, kind):
     """libclamav recognises mail by its first headers.  With these orders of headers

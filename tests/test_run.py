@@ -1397,9 +1397,33 @@ def test_name_to_listen_on_needs_one_working_address(site, names, reload):
                            "address|Address not available)$")
     if reload:
         before = site.daemon.fds()
+        names.asked.clear()
         site.reload(Listen="filter.example.org:%s" % address.split(":")[1])
-        assert site.daemon.fds() == before
+        assert site.daemon.fds() == before and not names.asked.is_set()
     site.session(address=address).quit()
+
+
+@pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: name that cannot be resolved")
+def test_name_that_cannot_be_resolved_gives_4xx_until_it_can(site, names, clock):
+    """A clamd's name gives 451, and a next hop's name 421."""
+    names.addresses = []
+    names.go()
+    clamd = site.new_clamd(tcp=True)
+    where = "clamd.example.org:%d" % clamd.port
+    start_named(site, names, ClamAddress=where, Listen=site.path("in.sock"),
+                **clock.settings())
+    client = site.session()
+    client.mail(want="451 4.3.0")
+    names.addresses = ["127.0.0.1"]
+    clock.go(site.daemon, 5)
+    client.mail(want="250 2.0.0 queued")
+    names.addresses = []
+    hop = "hop.example.org:%d" % site.hop.port
+    site.reload(ClamAddress=where, Listen=site.path("in.sock"), OutAddress=hop)
+    site.client().expect("421 4.4.1")
+    names.addresses = ["127.0.0.1"]
+    clock.go(site.daemon, 5)
+    until(lambda: site.client().reply().code == "220", "a session")
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: no address of a name works")

@@ -39,20 +39,17 @@ clamd_get(struct target *t)
 {
 	struct clamd *c;
 
-	for (c = clamds; c != NULL; c = c->next)
-		if (strcmp(c->target->text, t->text) == 0) {
-			target_put(t);
-			c->refs++;
-			return c;
-		}
-	if ((c = calloc(1, sizeof *c)) == NULL) {
-		target_put(t);
-		return NULL;
+	for (c = clamds; c != NULL && strcmp(c->target->text, t->text) != 0;)
+		c = c->next;
+	if (c == NULL && (c = calloc(1, sizeof *c)) != NULL) {
+		c->target = t;
+		t->refs++;
+		c->next = clamds;
+		clamds = c;
 	}
-	c->refs = 1;
-	c->target = t;
-	c->next = clamds;
-	clamds = c;
+	if (c != NULL)
+		c->refs++;
+	target_put(t);
 	return c;
 }
 
@@ -140,16 +137,13 @@ queue_leave(struct session *s)
 {
 	struct session **p;
 
-	for (p = &queue; *p != NULL; p = &(*p)->scan.next)
-		if (*p == s) {
-			*p = s->scan.next;
-			if (queue_end == &s->scan.next)
-				queue_end = p;
-			s->conf->waiting--;
-			count.scans_waiting--;
-			break;
-		}
-	s->scan.next = NULL;
+	for (p = &queue; *p != s; p = &(*p)->scan.next)
+		;
+	*p = s->scan.next;
+	if (*p == NULL)
+		queue_end = p;
+	s->conf->waiting--;
+	count.scans_waiting--;
 }
 
 /* Returns 1 when this clamd may get another scan, else 0.  On trial it gets one
@@ -218,9 +212,7 @@ queue_run(void)
 	}
 }
 
-/*
- * Append the session to the queue, or put it at the head when it tries again.
- */
+/* Append the session to the queue, or put it first when it tries again. */
 static void
 queue_join(struct session *s, int again)
 {

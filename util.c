@@ -576,13 +576,10 @@ user_name(void)
 	static char name[64];
 	struct passwd *pw;
 
-	if (name[0] == '\0') {
-		if ((pw = getpwuid(geteuid())) != NULL)
-			format(name, sizeof name, "%s", pw->pw_name);
-		else
-			format(name, sizeof name, "%lu",
-			    (unsigned long)geteuid());
-	}
+	if (name[0] == '\0' && (pw = getpwuid(geteuid())) != NULL)
+		format(name, sizeof name, "%s", pw->pw_name);
+	else if (name[0] == '\0')
+		format(name, sizeof name, "%lu", (unsigned long)geteuid());
 	return name;
 }
 
@@ -804,24 +801,18 @@ peer_settle(struct peer *p)
 	return 0;
 }
 
+/* Keep reading after an error of the connection: clamd explains why it stopped
+ * reading. */
 static int
-send_impossible(struct peer *p)
+send_failed(struct peer *p, int err)
 {
-	p->err = PEER_LOCAL;
-	p->eof = 1;
-	buf_free(&p->out);
-	return 1;
-}
-
-/* Keep reading after a write error: clamd explains why it stopped reading. */
-static int
-send_failed(struct peer *p)
-{
-	if (errno == EAGAIN || errno == EINTR)
+	if (err == EAGAIN || err == EINTR)
 		return 0;
-	if (errno != EPIPE && errno != ECONNRESET && errno != ETIMEDOUT)
-		return send_impossible(p);
 	p->err = 1;
+	if (err != EPIPE && err != ECONNRESET && err != ETIMEDOUT) {
+		p->err = PEER_LOCAL;
+		p->eof = 1;
+	}
 	buf_free(&p->out);
 	return 1;
 }
@@ -843,7 +834,7 @@ peer_drain(struct peer *p, int more)
 		w = send(p->fd, out->b + out->r, n,
 		    MSG_NOSIGNAL | (more ? MSG_MORE : 0));
 		if (w == -1)
-			return send_failed(p);
+			return send_failed(p, errno);
 		buf_eat(out, w);
 	}
 	return 1;
@@ -859,7 +850,7 @@ send_copy(struct peer *p, int fd, off_t *at, off_t n)
 		return 0;
 	r = pread(fd, p->out.b + p->out.w, n < BUFSZ / 2 ? n : BUFSZ / 2, *at);
 	if (r <= 0)
-		return send_impossible(p);
+		return send_failed(p, EIO);
 	p->out.w += r;
 	*at += r;
 	return peer_drain(p, 1);
@@ -876,9 +867,9 @@ peer_sendfile(struct peer *p, int fd, off_t *at, off_t n)
 	case -1:
 		if (errno == EINVAL || errno == ENOSYS)
 			return send_copy(p, fd, at, n);
-		return send_failed(p);
+		return send_failed(p, errno);
 	case 0:			/* the file has been cut short */
-		return send_impossible(p);
+		return send_failed(p, EIO);
 	}
 	return 1;
 }
@@ -1321,37 +1312,31 @@ files_remove(const struct quarantine *q)
 	unlink(q->scratch);
 }
 
-/* The worker has closed its pipe: it runs no more, and has answered whatever it
+/* A worker that has closed its pipe runs no more, and has answered whatever it
  * can.  One that was killed has not. */
-static void
-worker_end(struct child *c)
-{
-	int taken = c->ctx != NULL && c->files != NULL && !c->signalled &&
-	    strcmp(c->answer, c->files->copy) == 0;
-
-	close(c->fd);
-	if (c->ctx != NULL)
-		c->done(c->ctx, c->answer, c->signalled ? 0 : c->n);
-	if (c->files != NULL) {
-		if (!taken)
-			files_remove(c->files);
-		run_all = 1;		/* another session may make a copy */
-	}
-	child_free(c);
-}
-
 static void
 on_worker(void *arg, int revents)
 {
 	struct child *c = arg;
+	struct quarantine *q = c->files;
 	ssize_t n;
 
 	(void)revents;
 	while ((n = read(c->fd, c->answer + c->n,
 	    sizeof c->answer - 1 - c->n)) > 0)
 		c->n += n;
-	if (n == 0 || (errno != EAGAIN && errno != EINTR))
-		worker_end(c);
+	if (n == -1 && (errno == EAGAIN || errno == EINTR))
+		return;
+	close(c->fd);
+	if (c->ctx != NULL)
+		c->done(c->ctx, c->answer, c->signalled ? 0 : c->n);
+	if (q != NULL) {
+		if (c->ctx == NULL || c->signalled ||
+		    strcmp(c->answer, q->copy) != 0)
+			files_remove(q);
+		run_all = 1;		/* another session may make a copy */
+	}
+	child_free(c);
 }
 
 static const char *
@@ -1571,11 +1556,9 @@ lookup_work(void *arg)
 {
 	struct target *t = arg;
 	struct addr addr[MAXADDRS];
-	int n;
+	int n = addr_lookup(t->name, t->port, addr);
 
-	n = addr_lookup(t->name, t->port, addr);
-	if (write(ANSWER, addr, n * sizeof addr[0]) == -1)
-		_exit(1);
+	(void)!write(ANSWER, addr, n * sizeof addr[0]);
 }
 
 static void
@@ -1774,13 +1757,8 @@ const size_t scan_line_len = sizeof scan_line - 1;
 static int
 spool_named(const char *dir, char path[PATH_MAX])
 {
-	static const char name[] = "/clamsmtpd.XXXXXX";
-
-	if (strlen(dir) + sizeof name > PATH_MAX) {
-		errno = ENAMETOOLONG;
-		return -1;
-	}
-	format(path, PATH_MAX, "%s%s", dir, name);
+	/* A name that is too long loses its last X, which is EINVAL. */
+	format(path, PATH_MAX, "%s/clamsmtpd.XXXXXX", dir);
 	return mkostemp(path, O_CLOEXEC);
 }
 

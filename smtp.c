@@ -564,7 +564,7 @@ server_lost(struct session *s, const char *why)
 }
 
 /*
- * The client during a message.
+ * The client's connection.
  */
 
 static int
@@ -591,12 +591,19 @@ line_waits(const struct session *s)
 	return memchr(buf_head(in), '\n', buf_len(in)) != NULL;
 }
 
-/* Returns 1 when the client's connection ended and no complete line of it
- * waits, else 0. */
+/* End the session if the client's connection ended and no complete line of it
+ * waits.  Returns 1 when the session ended. */
 static int
-has_ended(const struct session *s)
+client_ended(struct session *s)
 {
-	return s->client.err || (s->client.eof && !line_waits(s));
+	if (!s->client.err && (!s->client.eof || line_waits(s)))
+		return 0;
+	if (s->state == S_CONNECT || s->state == S_GREETING)
+		slog(s, LOG_DEBUG, "CLIENT: gone before the greeting");
+	if (s->env.have_mail)
+		slog(s, LOG_NOTICE, "CLIENT: closed the connection "
+		    "in the middle of a transaction");
+	return session_end(s, S_LINGER);	/* it may be a half-close */
 }
 
 /*
@@ -787,16 +794,29 @@ server_spoke(const struct session *s)
 	return buf_len(&s->server.peer.in) > 0 || s->server.peer.eof;
 }
 
+/* Returns the time at which a NOOP is to be sent, or 0 when none is.  NOOPs are
+ * sent while the next hop waits for the client or for clamd. */
+static int64_t
+keep_alive_at(const struct session *s)
+{
+	if ((!is_body(s) && s->state != S_SCAN && s->state != S_QUARANTINE) ||
+	    s->server.peer.fd == -1 || s->server.verb != NULL ||
+	    buf_len(&s->server.peer.in) > 0 || s->result.outcome != OUT_NONE)
+		return 0;
+	return s->server.noop_at;
+}
+
 /*
- * Read what the next hop sends while the session waits for the client or clamd:
- * the reply to a NOOP.  Anything else ends the connection.  Returns 1 when the
- * next hop can take a command, 0 when it owes us a reply, -1 when the
- * connection has ended: server.why, server.farewell.
+ * Read what the next hop sends while the session waits for the client or clamd,
+ * the reply to a NOOP, and send a NOOP when it is due.  Any other reply ends the
+ * connection.  Returns 1 when the next hop can take a command, 0 when it owes us
+ * a reply, -1 when the connection has ended: server.why, server.farewell.
  */
 static int
 server_idle(struct session *s)
 {
 	struct reply r;
+	int64_t at;
 	int got;
 
 	while (s->server.peer.fd != -1 && server_spoke(s)) {
@@ -820,33 +840,11 @@ server_idle(struct session *s)
 	}
 	if (s->server.peer.fd == -1)
 		return -1;
-	return s->server.verb == NULL;
-}
-
-/* Returns the time at which a NOOP is to be sent, or 0 when none is.  NOOPs are
- * sent while the next hop waits for the client or for clamd. */
-static int64_t
-keep_alive_at(const struct session *s)
-{
-	if ((!is_body(s) && s->state != S_SCAN && s->state != S_QUARANTINE) ||
-	    s->server.peer.fd == -1 || s->server.verb != NULL ||
-	    buf_len(&s->server.peer.in) > 0 || s->result.outcome != OUT_NONE)
-		return 0;
-	return s->server.noop_at;
-}
-
-/* As server_idle(), but also send a NOOP when it is due. */
-static int
-keep_alive(struct session *s)
-{
-	int idle = server_idle(s);
-	int64_t at = keep_alive_at(s);
-
-	if (at != 0 && now >= at) {
+	if ((at = keep_alive_at(s)) != 0 && now >= at) {
 		server_command(s, "NOOP\r\n");
 		s->server.noop_at = now + s->conf->keepalives;
 	}
-	return idle;
+	return s->server.verb == NULL;
 }
 
 /*
@@ -1108,17 +1106,6 @@ connect_failed(struct session *s, const char *why)
 	return session_end(s, S_LINGER);
 }
 
-/* End the session if the client left before the greeting.  A client that sent a
- * complete command before EOF is served.  Returns 1 when the session ended. */
-static int
-gone_early(struct session *s)
-{
-	if (!has_ended(s))
-		return 0;
-	slog(s, LOG_DEBUG, "CLIENT: gone before the greeting");
-	return session_end(s, S_DEAD);
-}
-
 /* The greeting is the reply to this. */
 static const struct verb verb_connect = { "connect", NULL, NULL, 0, 0 };
 
@@ -1129,7 +1116,7 @@ st_connect(struct session *s)
 	int got, err, naddr = s->conf->transparent || t->naddr == 0 ? 1 :
 	    t->naddr;
 
-	if (gone_early(s))
+	if (client_ended(s))
 		return 1;
 	if (s->server.peer.fd == -1) {
 		switch (server_next_addr(s)) {
@@ -1189,7 +1176,7 @@ greeting_reply(struct session *s, const struct reply *r)
 static int
 st_greeting(struct session *s)
 {
-	return gone_early(s) || await_reply(s, greeting_reply);
+	return client_ended(s) || await_reply(s, greeting_reply);
 }
 
 /*
@@ -1746,25 +1733,6 @@ command(struct session *s, char *line, size_t n)
 	return line_relay(s, line, n);
 }
 
-static void
-log_closed(const struct session *s)
-{
-	if (s->env.have_mail)
-		slog(s, LOG_NOTICE, "CLIENT: closed the connection "
-		    "in the middle of a transaction");
-}
-
-/* End the session if the client's connection ended and no complete line of it
- * waits.  Returns 1 when the session ended. */
-static int
-client_ended(struct session *s)
-{
-	if (!has_ended(s))
-		return 0;
-	log_closed(s);
-	return session_end(s, S_LINGER);	/* it may be a half-close */
-}
-
 /* A reply without a command ends the session. */
 static int
 unasked_reply(struct session *s, const struct reply *r)
@@ -1828,10 +1796,7 @@ command_reply(struct session *s, const struct reply *r)
 static int
 st_reply(struct session *s)
 {
-	if (!s->client.err)
-		return await_reply(s, command_reply);
-	log_closed(s);
-	return session_end(s, S_DEAD);
+	return s->client.err ? client_ended(s) : await_reply(s, command_reply);
 }
 
 /*
@@ -2181,7 +2146,7 @@ st_body(struct session *s)
 	size_t n;
 	int end = 0;
 
-	if (keep_alive(s) == -1)
+	if (server_idle(s) == -1)
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
@@ -2250,7 +2215,7 @@ st_chunk(struct session *s)
 	size_t n = buf_len(in);
 	int end;
 
-	if (keep_alive(s) == -1 && has_recipients(s))
+	if (server_idle(s) == -1 && has_recipients(s))
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
@@ -2471,7 +2436,7 @@ st_scan(struct session *s)
 {
 	if (client_gone(s))
 		return abort_transaction(s);
-	if (keep_alive(s) == -1) {
+	if (server_idle(s) == -1) {
 		fail_server_lost(s);
 		clamd_cancel(s);
 		return reject_message(s);
@@ -2503,7 +2468,7 @@ copy_start(struct session *s)
 static int
 st_quarantine(struct session *s)
 {
-	keep_alive(s);
+	server_idle(s);
 	if (!s->result.copying) {
 		if (client_gone(s))
 			return abort_transaction(s);

@@ -2332,9 +2332,12 @@ forward(struct session *s)
 static int
 env_add(struct str *env, const char *name, const char *value, char sep)
 {
-	size_t len, n = value == NULL ? 0 : strlen(value);
+	size_t len, n;
 	char *v;
 
+	if (value == NULL)
+		value = "";
+	n = strlen(value);
 	if (n > 0 && value[n - 1] == sep)
 		n--;
 	if (str_add(env, name, strlen(name) + 1) == -1 ||

@@ -128,6 +128,7 @@ vformat(char *to, size_t size, const char *fmt, va_list ap)
 			len = size - 1 - n;
 			while (len > 0 && (p[len] & 0xc0) == 0x80)
 				len--;	/* no half of a character */
+			next = "";
 		}
 		memcpy(to + n, p, len);
 		n += len;

@@ -34,15 +34,18 @@ number_at(const uint8_t *p)
 	return n >> (p[0] & 56);	/* small ones as often as large */
 }
 
+/* A text that is too long is cut, but not inside a character. */
 #define BOTH(...) do {							\
-	char a[300], b[300];						\
-	size_t got;							\
+	char a[300], b[1000];						\
+	size_t got, i;							\
 									\
 	memset(a, '#', sizeof a);					\
 	got = format(a, size, __VA_ARGS__);				\
-	snprintf(b, size, __VA_ARGS__);					\
-	same("format", a, got, b, strlen(b));				\
+	snprintf(b, sizeof b, __VA_ARGS__);				\
+	same("format", a, got, b, got < strlen(b) ? got : strlen(b));	\
 	CHECK(a[got] == '\0' && a[size] == '#', "no NUL, or too long");	\
+	for (i = got + 1; i < size && i <= strlen(b); i++)		\
+		CHECK((b[i] & 0xc0) == 0x80, "cut too early");		\
 } while (0)
 
 /* The input contains the size of the buffer, a width, a character, a number and

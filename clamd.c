@@ -424,12 +424,11 @@ static enum verdict
 clamd_parse(const char *p, size_t n, char name[NAMESZ])
 {
 	static const char stream[] = "stream: ", found[] = " FOUND";
-	static const char too_big[] = "INSTREAM size limit exceeded";
 	size_t label = sizeof stream - 1, len = sizeof found - 1;
 
 	if (memchr(p, '\n', n) != NULL)
 		return FAILED;		/* several lines */
-	if (memmem(p, n, too_big, sizeof too_big - 1) != NULL)
+	if (strstr(printable(p, n), "INSTREAM size limit exceeded") != NULL)
 		return TOOBIG;
 	if (n <= label || memcmp(p, stream, label) != 0)
 		return FAILED;

@@ -261,9 +261,7 @@ static unsigned long long log_told;	/* of count.log_lost */
 /* -d's 0..4 are syslog's LOG_ERR .. LOG_DEBUG. */
 #define LEVEL_BASE	LOG_ERR
 
-/*
- * syslogd may be restarted.  Most have a datagram socket, some a stream socket.
- */
+/* Most syslogds have a datagram socket, some a stream socket. */
 static int
 syslog_connect(void)
 {
@@ -1787,13 +1785,10 @@ static size_t in_memory;		/* bytes of all spools */
 int
 spool_open(struct spool *sp, const char *dir, int keep)
 {
-	sp->dir = dir;
-	sp->fd = -1;
-	sp->size = 0;
-	if (!keep && (sp->mem = mem_get()) != NULL)
-		return 0;
-	sp->fd = spool_file(dir, keep);
-	return sp->fd == -1 ? -1 : 0;
+	*sp = (struct spool){ .dir = dir, .fd = -1 };
+	if (keep || (sp->mem = mem_get()) == NULL)
+		sp->fd = spool_file(dir, keep);
+	return sp->mem == NULL && sp->fd == -1 ? -1 : 0;
 }
 
 static void

@@ -240,6 +240,7 @@ def test_bdat_after_one_without_recipients_is_delivered(site, chunky):
     assert len(site.daemon.log(r"status=")) == 1
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: BDAT size")
 def test_bdat_without_a_size_is_501_and_ends_the_session(site, chunky):
     chunky.envelope()
     chunky.cmd("BDAT", "501 5.5.4")
@@ -269,24 +270,29 @@ def test_rset_between_chunks_forgets_them(site, chunky):
 
 
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: XFORWARD in a transaction")
-@pytest.mark.parametrize("command", ["DATA", "MAIL FROM:<x@y>"])
+@pytest.mark.parametrize("command", ["DATA", "MAIL FROM:<x@y>", "RCPT TO:<x@y>",
+                                     "AUTH PLAIN AA==", "ETRN x", "XFORWARD HELO=x"])
 def test_other_commands_between_chunks_are_503(site, chunky, command):
     site.hop.on("MAIL", lambda s, line: "503 nested" if s.mail else None)
     chunky.envelope()
     chunky.chunk(b"Subject: x\r\n")
     chunky.expect("250")
-    chunky.cmd(command, "503")
+    before = len(site.hop.commands)
+    chunky.cmd(command, "503 5.5.1")
+    assert len(site.hop.commands) == before
     chunky.cmd("RSET", "250")
     send_chunks(chunky, [BODY])
     assert len(site.hop.messages) == 1
     chunky.quit()
 
 
-def test_noop_between_chunks_changes_nothing(site, chunky):
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: XFORWARD in a transaction")
+@pytest.mark.parametrize("command", ["NOOP", "VRFY x", "EXPN x", "HELP"])
+def test_harmless_command_between_chunks_changes_nothing(site, chunky, command):
     chunky.envelope()
     chunky.chunk(BODY[:20])
     chunky.expect("250")
-    chunky.cmd("NOOP", "250")
+    chunky.cmd(command, "2")
     chunky.chunk(BODY[20:], last=True)
     chunky.expect("250")
     same(site.hop.messages[0].body, with_header(BODY))

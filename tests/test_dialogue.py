@@ -37,18 +37,21 @@ def test_greeting_of_any_form_is_relayed(site, greeting):
     client.quit()
 
 
-@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: greeting 4xx")
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: greeting 4xx",
+    "clamsmtpd.8 THE SMTP DIALOGUE: greeting 5xx")
+@pytest.mark.parametrize("ending", ["stays", "closes"])
 @pytest.mark.parametrize("greeting", [
     "421 4.3.2 come later", "450-not\n450-just\n450 yet",
 ])
-def test_greeting_4xx_is_relayed_whole_and_ends_the_session(site, greeting):
-    site.hop.on("greeting", Then(greeting, CLOSE))
+def test_greeting_4xx_is_relayed_whole_and_ends_the_session(site, greeting, ending):
+    site.hop.on("greeting", Then(greeting, CLOSE) if ending == "closes" else greeting)
     client = site.client()
     assert client.reply().text == greeting
     client.eof()
 
 
-@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: greeting 5xx",
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: greeting 4xx",
+    "clamsmtpd.8 THE SMTP DIALOGUE: greeting 5xx",
     "clamsmtpd.8 DIAGNOSTICS: SERVER: ...")
 @pytest.mark.parametrize("ending", ["stays", "closes"])
 @pytest.mark.parametrize("greeting", [
@@ -298,6 +301,7 @@ def test_command_that_ends_in_lf_is_relayed(site):
     assert site.hop.session.raw.count(b"\r\n") == 4
 
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Malformed commands")
 @pytest.mark.parametrize("end", ["\r\n", "\n"], ids=["CRLF", "LF"])
 def test_line_of_12_kib_passes_whatever_its_end(site, end):
     client = site.session()
@@ -993,8 +997,13 @@ def test_pipelined_thousand_recipients_are_answered_and_logged(site):
 @pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: one command at a time")
 @pytest.mark.core
 def test_lock_step_only_one_command_is_outstanding(site):
-    hold = Hold()
-    site.hop.on("MAIL", hold)
+    """The next command waits for the last line of the reply."""
+    hold = Hold("250 2.1.0 whole")
+
+    def half(s, line):
+        s.hop.send(s.sock, b"250-2.1.0 half\r\n")
+        return hold
+    site.hop.on("MAIL", half)
     client = site.session()
     client.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nNOOP\r\n")
     hold.reached()
@@ -1049,6 +1058,7 @@ def test_client_that_does_not_read_is_waited_for(site):
 
 # ---------------------------------------------------------------- endings
 
+@pytest.mark.covers("clamsmtpd.8 THE SMTP DIALOGUE: Relayed commands")
 @pytest.mark.core
 def test_quit_is_relayed_and_both_sides_close(site):
     client = site.session()

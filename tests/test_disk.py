@@ -109,7 +109,7 @@ def test_message_up_to_a_buffer_needs_no_file(site, size, files, how):
         client.expect("250")
         client.chunk(body[size // 2:], last=True)
     hold.reached()
-    assert spool_files(site) == files
+    assert spool_files(site) == files and os.listdir(site.spool) == []
     hold.go()
     client.expect("250 2.0.0 queued")
     same(site.hop.messages[0].body.replace(HEADER, b""), body)

@@ -18,10 +18,10 @@ import threading
 
 import pytest
 
-from harness import (BAD, CLAMSMTPD, CLOSE, Faults, HEADER, Hold, LARGE, Names, READ_AGAIN,
-                     Server, VIRUS, WAIT, connect, finish_file, full_listener, has_ipv6,
-                     mounting, processes, sanitized, turns, until, wait_file,
-                     wait_listener)
+from harness import (BAD, CLAMSMTPD, CLOSE, Faults, HEADER, Hold, LARGE, Names,
+                     READ_AGAIN, Server, VIRUS, WAIT, connect, finish_file,
+                     full_listener, has_ipv6, mounting, never, processes, sanitized,
+                     turns, until, wait_file, wait_listener)
 
 BODY = b"Subject: x\r\n\r\nhello\r\n"
 SOME = b"Subject: x\r\n\r\nsome\r\n"
@@ -103,14 +103,27 @@ def exposed(site):
 
 # ---------------------------------------------------------------- what it inherits
 
+def block(signals):
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+
+def ignore(signals):
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.mark.covers("clamsmtpd.8 SECURITY: signals and descriptors")
-def test_blocked_signals_inherited_are_unblocked(site):
-    """A program that has blocked signals starts the daemon.  The daemon still obeys
-    them, and reaps its children."""
-    blocked = {signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1}
+@pytest.mark.parametrize("how", [block, ignore])
+def test_blocked_or_ignored_signals_inherited_are_obeyed(site, how):
+    """A program that has blocked or ignored signals starts the daemon.  The daemon
+    still obeys them, and reaps its children."""
+    signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1,
+               signal.SIGUSR2}
     ran = site.path("ran")
     site.start(VirusAction=": > " + ran, Listen=site.path("in.sock"),
-               preexec=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked))
+               preexec=lambda: how(signals))
+    for field in "SigBlk", "SigIgn":
+        assert int(site.daemon.proc(field), 16) & 1 << signal.SIGUSR2 - 1 == 0
     site.session().mail(body=BAD, want="250 2.0.0 Virus")
     wait_file(ran)
     until(lambda: not site.daemon.children(), "the action is reaped")
@@ -450,8 +463,9 @@ def test_sigterm_twice_ends_at_once(site, clock):
     assert site.hop.messages == []
 
 
-@pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT")
-def test_sigterm_waits_eight_seconds_at_most(site, clock):
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGTERM, SIGINT",
+    "clamsmtpd.8 Restart and upgrade")
+def test_sigterm_waits_eight_seconds(site, clock):
     """All clients have 8 seconds, and then get a reply in place of the one they
     wait for."""
     site.start(**clock.settings())
@@ -467,7 +481,12 @@ def test_sigterm_waits_eight_seconds_at_most(site, clock):
     between.envelope()
     site.daemon.send_signal(signal.SIGTERM)
     site.daemon.wait_log("^stopping")
-    clock.go(site.daemon, 8)
+    with pytest.raises(ConnectionRefusedError):
+        connect(site.daemon.address)
+    clock.go(site.daemon, 7)
+    never(lambda: any(client.stream.more() for client in (taken, scanned, body, between)),
+          "a reply before the eight seconds are over")
+    clock.go(site.daemon, 1)
     for client in (taken, scanned, body, between):
         assert client.reply().code in ("421", "451")
         client.rest()
@@ -1378,6 +1397,20 @@ def listen_named(site, names, *addresses, **settings):
     return "127.0.0.1:%d" % port
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -n opens nothing")
+def test_n_opens_no_address_and_resolves_no_name(site, names, run):
+    paths = [site.path(name) for name in ("pid", "in.sock", "status.sock")]
+    with open(site.path("conf"), "w") as file:
+        file.write("OutAddress: hop.example.org\nClamAddress: clamd.example.org\n"
+                   "Listen: filter.example.org\nListen: %s\nPidFile: %s\n"
+                   "StatusListen: %s\nListen: %s\n" % (
+                       site.hop.address, paths[0], paths[2], paths[1]))
+    result = run("-n", "-f", site.path("conf"), preexec_fn=names.preexec)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not names.asked.is_set() and site.hop.accepted == 0
+    assert not [path for path in paths if os.path.exists(path)]
+
+
 def test_name_to_listen_on_with_a_doubled_address_is_opened_once(site, names):
     """/etc/hosts often has two lines for localhost."""
     address = listen_named(site, names, "127.0.0.1", "127.0.0.1")
@@ -1649,7 +1682,8 @@ def test_sigterm_during_a_look_up_logs_no_failure(site, names):
 
 # ---------------------------------------------------------------- syslog
 
-@pytest.mark.covers("clamsmtpd.8 LOGGING: syslog", "clamsmtpd.8 FILES: /dev/log")
+@pytest.mark.covers("clamsmtpd.8 LOGGING: syslog", "clamsmtpd.8 FILES: /dev/log",
+    "clamsmtpd.8 OPTIONS: -d")
 @pytest.mark.core
 def test_syslog_lines_have_facility_severity_and_name(site, background, syslog):
     log, preexec = syslog

@@ -3047,7 +3047,7 @@ session_new(int fd, const struct addr *peer, struct conf *conf, unsigned id)
 		original_target(fd, &s->local_addr, &s->server.addr);
 	if (peer->u.sa.sa_family != AF_UNIX)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-	s->state = S_PROXY;
+	enter(s, S_PROXY);
 	s->deadline = now + PROXY_TIME;
 	return s;
 }

@@ -137,8 +137,10 @@ set_word(int *to, const struct keyword *k, const char *v)
 	};
 	int i = find_word(words[k->kind], v, strlen(v));
 
+	if (i == -1)
+		return wanted[k->kind];
 	*to = i & 1;
-	return i == -1 ? wanted[k->kind] : NULL;
+	return NULL;
 }
 
 static const char *

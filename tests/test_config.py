@@ -470,6 +470,13 @@ def test_outaddress_is_not_required_when_transparent(check):
     assert check("TransparentProxy: on\n").returncode == 0
 
 
+def test_outaddress_is_required_with_a_bad_transparentproxy(check):
+    """A bad value of TransparentProxy does not hide that OutAddress is missing."""
+    result = check("TransparentProxy: maybe\n")
+    assert '"maybe" is not on or off' in result.stderr
+    assert "OutAddress is missing" in result.stderr
+
+
 @pytest.mark.covers("clamsmtpd.conf.5 DESCRIPTION: missing file")
 def test_missing_file_is_a_warning_and_outaddress_is_missing(run, tmp_path):
     missing = str(tmp_path / "nothing.conf")

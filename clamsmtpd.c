@@ -1432,7 +1432,7 @@ drop_capabilities(void)
 #define LL_TRUNCATE	(1 << 14)	/* since version 3 */
 #define LL_ALL_WRITES	(0x1ff2)	/* those, and all other makes and removes */
 
-#ifndef SYS_landlock_create_ruleset	/* old headers; -1 is no system call */
+#ifndef SYS_landlock_create_ruleset	/* old headers */
 #define SYS_landlock_create_ruleset	-1
 #define SYS_landlock_add_rule		-1
 #define SYS_landlock_restrict_self	-1
@@ -1465,6 +1465,9 @@ landlock(const struct conf *c)
 	struct target *const *t;
 	int version, set, r;
 
+	/* On 32-bit ARM, system call -1 ends the program with SIGILL. */
+	if (SYS_landlock_create_ruleset == -1)
+		return -1;
 	version = syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
 	if (version < 1)
 		return -1;

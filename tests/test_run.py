@@ -19,7 +19,7 @@ import threading
 import pytest
 
 from harness import (BAD, CLAMSMTPD, CLOSE, Faults, HEADER, Hold, LARGE, Names,
-                     READ_AGAIN, Server, VIRUS, WAIT, connect, finish_file,
+                     READ_AGAIN, Server, VIRUS, WAIT, build, connect, finish_file,
                      full_listener, has_ipv6, mounting, never, processes, sanitized,
                      turns, until, wait_file, wait_listener)
 
@@ -1232,6 +1232,24 @@ def test_sandbox_off_with_a_virus_action_lets_setgid_programs_work(site):
     site.start(VirusAction="/bin/true")
     assert site.daemon.proc("NoNewPrivs") == "0"
     assert site.daemon.log("^sandbox: none because of VirusAction$")
+
+
+def test_sandbox_built_with_headers_without_landlock_makes_no_call(site, tmp_path):
+    """A program that was built with headers older than Landlock makes no system call
+    for it: Linux on 32-bit ARM ends a program that calls number -1."""
+    (tmp_path / "sys").mkdir()
+    (tmp_path / "sys" / "syscall.h").write_text("""
+        #include_next <sys/syscall.h>
+        #include <unistd.h>
+        #undef SYS_landlock_create_ruleset
+        #undef SYS_landlock_add_rule
+        #undef SYS_landlock_restrict_self
+        #define syscall(number, ...) \\
+            ((number) < 0 ? __builtin_trap(), -1L : syscall(number, __VA_ARGS__))
+        """)
+    program = build(site.path("old-headers"), CPPFLAGS="-I" + str(tmp_path))
+    site.start(binary=program)
+    assert site.daemon.log("^sandbox: no new privileges .kernel without Landlock.$")
 
 
 def has_landlock():

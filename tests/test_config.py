@@ -601,14 +601,19 @@ def test_v_prints_version_and_default_file(run):
     assert result.stderr == ""
 
 
-@pytest.mark.covers("clamsmtpd.8 FILES: /etc/clamsmtpd.conf",
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -f", "clamsmtpd.8 FILES: /etc/clamsmtpd.conf",
     "clamsmtpd.conf.5 FILES: /etc/clamsmtpd.conf")
 def test_configuration_without_f_is_the_default_file(run, mounts, tmp_path):
-    """The file is the one that -v prints.  In a usual build it is in /etc."""
+    """The file is the one that -v prints.  In a usual build it is in /etc.  With -f it
+    is not read."""
     path = re.search(r"/\S*clamsmtpd\.conf", run("-v").stdout)[0]
-    (tmp_path / "clamsmtpd.conf").write_text(MINIMAL + "TimeOut: 71\n")
-    result = run("-n", preexec_fn=mounting(bind(str(tmp_path), os.path.dirname(path))))
-    assert effective(result)["timeout"] == ["71"]
+    (tmp_path / "clamsmtpd.conf").write_text(MINIMAL + "TimeOut: 71\nMaxScans: 5\n")
+    (tmp_path / "other.conf").write_text(MINIMAL + "TimeOut: 72\n")
+    there = mounting(bind(str(tmp_path), os.path.dirname(path)))
+    got = effective(run("-n", preexec_fn=there))
+    assert (got["timeout"], got["maxscans"]) == (["71"], ["5"])
+    got = effective(run("-n", "-f", str(tmp_path / "other.conf"), preexec_fn=there))
+    assert (got["timeout"], got["maxscans"]) == (["72"], ["10"])
 
 
 @pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 2")

@@ -155,7 +155,8 @@ def test_memory_for_messages_is_shared_by_their_sizes(site):
     end_messages(clients)
 
 
-@pytest.mark.covers("clamsmtpd.8 When something fails: disk full")
+@pytest.mark.covers("clamsmtpd.8 When something fails: disk full",
+    "clamsmtpd.8 DESCRIPTION: temporary error")
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["DATA", "BDAT"])
 def test_disk_full_in_a_message_gives_452(site, small, how):

@@ -27,6 +27,7 @@ PORT = 10025            # free, since the namespace is new
 SERVER = {4: "10.9.2.2", 6: "fd09:2::2"}
 CLIENT = {4: "10.9.1.2", 6: "fd09:1::2"}
 GATEWAY = {4: "10.9.1.1", 6: "fd09:1::1"}
+TO_SERVER = {4: "10.9.2.1", 6: "fd09:2::1"}
 
 
 def call(name, *args):
@@ -173,6 +174,7 @@ def passes(site, net, family, clamd, **kw):
     c.mail(body=BODY, want="451 4.3.0 Local Error (clamd: ")
     clamd.start()
     c.mail(body=BODY)
+    assert site.hop.session.sock.getpeername()[0] == TO_SERVER[family]
     c.quit()
     assert len(site.hop.messages) == 2
     for message in site.hop.messages:

@@ -29,7 +29,7 @@ SOME = b"Subject: x\r\n\r\nsome\r\n"
 
 # ---------------------------------------------------------------- daemonising
 
-@pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 0")
+@pytest.mark.covers("clamsmtpd.8 EXIT STATUS: 0", "clamsmtpd.8 OPTIONS: -d")
 @pytest.mark.core
 def test_it_becomes_a_daemon_and_the_parent_exits_with_0(site, background):
     one = background()
@@ -67,7 +67,14 @@ def test_start_that_fails_gives_the_parent_status_1(site, background, settings):
     until(lambda: not processes(one.daemon.mark), "no process is left")
 
 
-@pytest.mark.covers("clamsmtpd.8 OPTIONS: -f")
+@pytest.mark.covers("clamsmtpd.8 LOGGING: messages at start")
+def test_warning_of_a_daemon_that_starts_is_on_standard_error(background):
+    one = background(TimeOut=["5", "6"])
+    assert one.status == 0
+    assert "TimeOut is set twice" in one.daemon.text()
+    one.end()
+
+
 def test_bad_configuration_is_reported_before_the_fork(site, background):
     one = background(TimeOut="x")
     assert one.status == 2 and '"x"' in one.daemon.text()
@@ -573,9 +580,10 @@ def test_sighup_gives_new_sessions_the_new_settings(site):
 @pytest.mark.core
 @pytest.mark.parametrize("change, why", [
     ({"TimeOut": "x"}, r"conf:6: .*TimeOut"), ({"Nonsense": "1"}, r"conf:6: .*Nonsense"),
-    ({"User": "nobody"}, "User"), ({"PidFile": "/run/xyz"}, "PidFile"),
-    ({"VirusAction": "/bin/true"}, "VirusAction"),
-    ({"TempDirectory": "/proc/1"}, "TempDirectory"),
+    ({"User": "nobody"}, "conf: User cannot be changed without a restart$"),
+    ({"PidFile": "/run/xyz"}, "conf: PidFile cannot be changed without a restart$"),
+    ({"VirusAction": "/bin/true"}, "conf: VirusAction cannot be changed without a restart$"),
+    ({"TempDirectory": "/tmp"}, "conf: TempDirectory cannot be changed without a restart$"),
     ({"Listen": None}, r"Listen: 127\.0\.0\.1:\d+: "),
 ], ids=["TimeOut", "Nonsense", "User", "PidFile", "VirusAction", "TempDirectory",
           "Listen"])
@@ -628,6 +636,7 @@ def test_sighup_with_a_listener_that_needs_a_restart_says_so(open_site, setting,
     site.session(address=listen).quit()
 
 
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: only a restart can change")
 def test_sighup_with_more_connections_than_descriptors_says_how_to_go_on(open_site):
     """Without root's rights a reload cannot raise the limit, but a restart can."""
     site, listen = open_site, os.path.join(open_site.spool, "in.sock")
@@ -1346,9 +1355,10 @@ def test_sandbox_refuses_a_unix_listener_elsewhere_at_sighup(site, landlock):
 def test_outaddress_port_alone_beyond_loopback_is_a_warning(site):
     """A listener beyond loopback with a port alone as OutAddress relays mail of any
     client."""
-    site.start(Listen="0.0.0.0:0", OutAddress=str(site.hop.port))
-    assert site.daemon.log(r"^0\.0\.0\.0:\d+ can be reached from other hosts, "
-                           "and OutAddress has no host")
+    site.start(Listen=["0.0.0.0:0", "127.0.0.1:0"], OutAddress=str(site.hop.port))
+    line, = site.daemon.log("can be reached from other hosts")
+    assert re.match(r"0\.0\.0\.0:\d+ can be reached from other hosts, "
+                    "and OutAddress has no host", line)
 
 
 # ---------------------------------------------------------------- names
@@ -1452,6 +1462,22 @@ def test_name_to_listen_on_needs_one_working_address(site, names, reload):
         site.reload(Listen="filter.example.org:%s" % address.split(":")[1])
         assert site.daemon.fds() == before and not names.asked.is_set()
     site.session(address=address).quit()
+
+
+@pytest.mark.covers("clamsmtpd.8 SIGNALS: only a restart can change",
+    "clamsmtpd.conf.5 ADDRESSES: names to listen on")
+def test_sighup_with_a_new_name_to_listen_on_changes_nothing(site, names):
+    """A look-up would stop the loop."""
+    listen = site.path("in.sock")
+    site.start(Listen=listen, preexec=names.preexec)
+    name = "filter.example.org:%d" % site.port()
+    site.daemon.write(site.settings(Listen=[listen, name], Header="X-New: yes"))
+    site.daemon.send_signal(signal.SIGHUP)
+    site.daemon.wait_log("^Listen: %s: " % name)
+    site.daemon.wait_log("reload failed, keeping the old settings")
+    assert not names.asked.is_set()
+    site.session().mail()
+    assert HEADER in site.hop.messages[0].body
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 ADDRESSES: name that cannot be resolved")

@@ -1102,6 +1102,7 @@ def test_C_tries_all_addresses_of_a_name(site, run, mounts):
                       preexec_fn=mounting(bind(hosts, "/etc/hosts"))))
 
 
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -C", "clamsmtpd.8 EXIT STATUS: 1")
 @pytest.mark.parametrize("where, why", [
     ("127.0.0.1:PORT", "Connection refused"), ("PORT", "Connection refused"),
     ("/no/such/status", "No such file or directory")])

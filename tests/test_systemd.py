@@ -566,7 +566,8 @@ def test_journal_gets_levels_and_no_second_tag(tmp_path, here):
 
 # ---------------------------------------------------------------- capabilities
 
-@pytest.mark.covers("clamsmtpd.8 SECURITY: capabilities")
+@pytest.mark.covers("clamsmtpd.8 SECURITY: capabilities",
+    "clamsmtpd.8 TRANSPARENT PROXY FEATURE: TPROXY")
 def test_capabilities_of_a_unit_are_given_up(open_site):
     """The capabilities are for ports below 1024, and are dropped when those are
     open."""

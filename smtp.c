@@ -668,10 +668,16 @@ reply_code(const char *p, size_t n)
 	return (p[0] - '0') * 100 + (p[1] - '0') * 10 + p[2] - '0';
 }
 
+/* The state of a reply. */
+enum got {
+	LOST = -1,			/* it will not come: server.why */
+	WAIT,				/* the rest is still to come */
+	REPLY				/* it is complete */
+};
+
 /* Look for a complete reply in the input from the next hop.  reply_eat()
- * removes it from there.  Returns 1 with the reply, 0 when the rest is still to
- * come, -1 when it will not come: server.why. */
-static int
+ * removes it from there. */
+static enum got
 server_reply(struct session *s, struct reply *r)
 {
 	struct buf *in = &s->server.peer.in;
@@ -689,7 +695,7 @@ server_reply(struct session *s, struct reply *r)
 		r->class = r->code / 100;
 		if (code == 0 || code != r->code) {
 			s->server.why = "not an SMTP reply";
-			return -1;
+			return LOST;
 		}
 		s->server.reply_seen = nl + 1 - r->text;
 		if (line[3] != '-' && s->server.reply_seen <= REPLYSZ) {
@@ -697,7 +703,7 @@ server_reply(struct session *s, struct reply *r)
 			r->verb = s->server.verb;
 			s->server.verb = NULL;
 			log_dialogue(s, "SERVER <", r->text, r->len);
-			return 1;
+			return REPLY;
 		}
 	}
 	if (buf_len(in) > REPLYSZ)		/* promise 6 */
@@ -705,8 +711,8 @@ server_reply(struct session *s, struct reply *r)
 	else if (s->server.peer.eof)
 		s->server.why = "connection closed";
 	else
-		return 0;
-	return -1;
+		return WAIT;
+	return LOST;
 }
 
 static void
@@ -776,12 +782,12 @@ await_reply(struct session *s,
     int (*on_reply)(struct session *, const struct reply *))
 {
 	struct reply r;
-	int got;
+	enum got got;
 
 	if (!client_ready(s))
 		return 0;
-	if ((got = server_reply(s, &r)) != 1)
-		return got == -1 && server_lost(s, s->server.why);
+	if ((got = server_reply(s, &r)) != REPLY)
+		return got == LOST && server_lost(s, s->server.why);
 	on_reply(s, &r);
 	reply_eat(s, &r);
 	return 1;
@@ -789,7 +795,7 @@ await_reply(struct session *s,
 
 /* Returns 1 when input from the next hop, or its EOF, has been read. */
 static int
-server_spoke(const struct session *s)
+server_input(const struct session *s)
 {
 	return buf_len(&s->server.peer.in) > 0 || s->server.peer.eof;
 }
@@ -806,23 +812,29 @@ keep_alive_at(const struct session *s)
 	return s->server.noop_at;
 }
 
+/* Whether the next hop can take a command. */
+enum idle {
+	GONE = -1,			/* server.why, server.farewell */
+	WAITING,			/* it owes us a reply */
+	READY
+};
+
 /*
- * Read what the next hop sends while the session waits for the client or clamd,
- * the reply to a NOOP, and send a NOOP when it is due.  Any other reply ends the
- * connection.  Returns 1 when the next hop can take a command, 0 when it owes us
- * a reply, -1 when the connection has ended: server.why, server.farewell.
+ * Read what the next hop sends while the session waits for the client or clamd:
+ * the reply to a NOOP.  Any other reply ends the connection.  Send a NOOP when it
+ * is due.
  */
-static int
+static enum idle
 server_idle(struct session *s)
 {
 	struct reply r;
 	int64_t at;
-	int got;
+	enum got got;
 
-	while (s->server.peer.fd != -1 && server_spoke(s)) {
-		if ((got = server_reply(s, &r)) == 0)
-			return 0;
-		if (got == -1) {
+	while (s->server.peer.fd != -1 && server_input(s)) {
+		if ((got = server_reply(s, &r)) == WAIT)
+			return WAITING;
+		if (got == LOST) {
 			server_drop(s, s->server.why);
 			break;
 		}
@@ -839,12 +851,12 @@ server_idle(struct session *s)
 		server_drop(s, "NOOP refused");
 	}
 	if (s->server.peer.fd == -1)
-		return -1;
+		return GONE;
 	if ((at = keep_alive_at(s)) != 0 && now >= at) {
 		server_command(s, "NOOP\r\n");
 		s->server.noop_at = now + s->conf->keepalives;
 	}
-	return s->server.verb == NULL;
+	return s->server.verb == NULL ? READY : WAITING;
 }
 
 /*
@@ -1753,7 +1765,7 @@ st_command(struct session *s)
 
 	if (!client_ready(s) || !buf_ready(&s->server.peer.out, LINESZ + 2))
 		return 0;
-	if (server_spoke(s))
+	if (server_input(s))
 		return await_reply(s, unasked_reply) || client_ended(s);
 	if (!auth && not_smtp(s))
 		return 1;
@@ -2146,7 +2158,7 @@ st_body(struct session *s)
 	size_t n;
 	int end = 0;
 
-	if (server_idle(s) == -1)
+	if (server_idle(s) == GONE)
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
@@ -2215,7 +2227,7 @@ st_chunk(struct session *s)
 	size_t n = buf_len(in);
 	int end;
 
-	if (server_idle(s) == -1 && has_recipients(s))
+	if (server_idle(s) == GONE && has_recipients(s))
 		fail_server_lost(s);
 	if (!client_ready(s))
 		return 0;
@@ -2439,7 +2451,7 @@ st_scan(struct session *s)
 {
 	if (client_gone(s))
 		return abort_transaction(s);
-	if (server_idle(s) == -1) {
+	if (server_idle(s) == GONE) {
 		fail_server_lost(s);
 		clamd_cancel(s);
 		return reject_message(s);
@@ -2538,21 +2550,21 @@ static int
 st_data(struct session *s)
 {
 	char line[64];
-	int idle;
+	enum idle idle;
 
 	if (verb_is(s->server.verb, "DATA"))
 		return await_reply(s, data_reply);
 	if (client_gone(s))
 		return abort_transaction(s);
-	if ((idle = server_idle(s)) == -1) {
+	if ((idle = server_idle(s)) == GONE) {
 		fail_server_lost(s);
 		return reject_message(s);
 	}
 	if (!s->msg.relay_bdat)
-		return idle && server_command(s, "DATA\r\n");
+		return idle == READY && server_command(s, "DATA\r\n");
 	format(line, sizeof line, "BDAT %lld LAST\r\n",
 	    (long long)(s->msg.size + s->replay.header.len));
-	return idle && server_command(s, line) && begin_replay(s);
+	return idle == READY && server_command(s, line) && begin_replay(s);
 }
 
 /*
@@ -2683,10 +2695,10 @@ st_replay(struct session *s)
 	if (client_gone(s))
 		return abort_transaction(s);
 	if (s->server.peer.err == PEER_LOCAL || (s->server.peer.err &&
-	    !server_spoke(s) && !peer_fill(&s->server.peer, 0)))
+	    !server_input(s) && !peer_fill(&s->server.peer, 0)))
 		return server_lost(s, s->server.peer.err == PEER_LOCAL ?
 		    "no memory, or TempDirectory cannot be read" : "write failed");
-	if (server_spoke(s)) {
+	if (server_input(s)) {
 		s->server.peer.err = 1;	/* send nothing more */
 		return await_reply(s, early_reply);
 	}
@@ -2729,7 +2741,7 @@ reset_reply(struct session *s, const struct reply *r)
 static int
 st_reset(struct session *s)
 {
-	int idle;
+	enum idle idle;
 
 	if (s->client.err)
 		return session_end(s, S_DEAD);
@@ -2737,9 +2749,9 @@ st_reset(struct session *s)
 		return await_reply(s, reset_reply);
 	if (!client_ready(s))
 		return 0;
-	if ((idle = server_idle(s)) == -1)
+	if ((idle = server_idle(s)) == GONE)
 		return message_done(s, 0);
-	return idle && server_command(s, "RSET\r\n");
+	return idle == READY && server_command(s, "RSET\r\n");
 }
 
 /*

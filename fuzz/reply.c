@@ -62,9 +62,9 @@ ref_is_line(const char *p, size_t n)
 	return n == 3 || p[3] == ' ' || p[3] == '-' || p[3] == '\r';
 }
 
-/* Returns what server_reply() must return for p.  For 1 it sets the length and
+/* Returns what server_reply() must return for p.  For REPLY it sets the length and
  * the code. */
-static int
+static enum got
 ref_reply(const char *p, size_t len, size_t *n, int *code)
 {
 	size_t i = 0, k;
@@ -73,14 +73,14 @@ ref_reply(const char *p, size_t len, size_t *n, int *code)
 		for (k = i; k < len && p[k] != '\n'; k++)
 			;
 		if (k == len)
-			return 0;
+			return WAIT;
 		if (!ref_is_line(p + i, k - i) || memcmp(p, p + i, 3) != 0)
-			return -1;
+			return LOST;
 		if (k - i < 4 || p[i + 3] != '-') {
 			*n = k + 1;
 			*code = (p[0] - '0') * 100 + (p[1] - '0') * 10 +
 			    p[2] - '0';
-			return 1;
+			return REPLY;
 		}
 	}
 }
@@ -227,7 +227,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct session *s;
 	struct reply r;
 	size_t i, at = 0, sent = 0, n = 0;
-	int flags, code = 0, got, want, eof = 0, lost = 0;
+	int flags, code = 0, eof = 0, lost = 0;
+	enum got got, want;
 
 	if (size < 1)
 		return 0;
@@ -245,13 +246,13 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		do {
 			got = server_reply(s, &r);
 			want = ref_reply(in.p + at, sent - at, &n, &code);
-			if (want == 1 && n > REPLYSZ)
-				want = -1;
-			if (want == 0 && (sent - at > REPLYSZ || eof))
-				want = -1;
+			if (want == REPLY && n > REPLYSZ)
+				want = LOST;
+			if (want == WAIT && (sent - at > REPLYSZ || eof))
+				want = LOST;
 			CHECK(got == want, "server_reply: %d, reference: %d", got,
 			    want);
-			if (got == 1) {
+			if (got == REPLY) {
 				CHECK(r.code == code, "code %d", r.code);
 				check_reply(s, &r, in.p + at, n, flags);
 				reply_eat(s, &r);

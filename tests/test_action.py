@@ -600,7 +600,7 @@ def test_action_variables_have_no_control_characters(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 VIRUS ACTIONS: each virus",
-    "clamsmtpd.conf.5 VirusAction")
+    "clamsmtpd.8 VIRUS ACTIONS: exit status", "clamsmtpd.conf.5 VirusAction")
 def test_action_runs_for_each_virus_and_for_no_clean_mail(site):
     out = site.path("count")
     site.start(VirusAction="echo x >> %s" % out)
@@ -612,6 +612,8 @@ def test_action_runs_for_each_virus_and_for_no_clean_mail(site):
     until(lambda: os.path.exists(out) and
           open(out).read() == "x\n" * 3, "three actions have run")
     client.quit()
+    site.daemon.settle()
+    assert not site.daemon.log("VirusAction: ")
 
 
 @pytest.mark.covers("clamsmtpd.conf.5 VirusAction",

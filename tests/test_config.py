@@ -181,7 +181,8 @@ def test_last_line_needs_no_newline(check):
     assert effective(check(MINIMAL + "TimeOut: 9"))["timeout"] == ["9"]
 
 
-@pytest.mark.covers("clamsmtpd.8 OPTIONS: -n", "clamsmtpd.conf.5 DESCRIPTION: -n")
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -n", "clamsmtpd.conf.5 DESCRIPTION: -n",
+    "clamsmtpd.8 EXIT STATUS: 0")
 def test_output_of_n_is_a_configuration_file(check):
     """The output of -n can be read back and gives the same settings."""
     first = check(MINIMAL + "TimeOut: 9\nListen: 127.0.0.1:1\nAction: pass P*\n"
@@ -592,7 +593,7 @@ def test_old_name_still_works_with_a_note(check, old, name, value):
 
 # ------------------------------------------------------------ command line
 
-@pytest.mark.covers("clamsmtpd.8 OPTIONS: -v")
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -v", "clamsmtpd.8 EXIT STATUS: 0")
 def test_v_prints_version_and_default_file(run):
     result = run("-v")
     assert result.returncode == 0

@@ -995,16 +995,32 @@ def test_sighup_lets_a_message_under_way_finish(site):
 @pytest.mark.covers("clamsmtpd.8 SIGNALS: SIGUSR1")
 @pytest.mark.core
 def test_sigusr1_writes_the_counters(site):
-    client = site.session()
-    client.mail()
-    client.mail()
-    client.mail(body=BAD, want="250 2.0.0 Virus")
-    client.quit()
-    site.daemon.settle()
-    site.daemon.send_signal(signal.SIGUSR1)
-    site.daemon.wait_log(
-        r"^sessions=0 of 1 refused=0 messages=3 bytes=\d+ clean=2 virus=1 "
-        "clamd_error=0 unscanned=0 oversize=0 error=0$")
+    """Each counter has its own number of messages."""
+    site.start(MaxConnections="2", MaxScanSize="1000")
+    client, other = site.session(), site.session()
+    site.client().expect("421")
+    for _ in range(6):
+        client.mail(body=BODY)
+    for _ in range(5):
+        client.mail(body=BAD, want="250 2.0.0 Virus")
+    site.clamd.verdict = ["sick ERROR"] * 4
+    for _ in range(4):
+        client.mail(body=BODY, want="451")
+    for _ in range(2):
+        client.mail(body=LARGE, want="552")
+    site.hop.on(".", [CLOSE])
+    client.mail(body=BODY, want="451")
+    client.eof()
+    client.close()
+
+    def counters():
+        site.daemon.send_signal(signal.SIGUSR1)
+        return site.daemon.log("^sessions=1 of 2 ")
+    line = until(counters, "the first session has ended")[-1]
+    found = re.fullmatch(r"sessions=1 of 2 refused=1 messages=18 bytes=(\d+) clean=6 "
+                         "virus=5 clamd_error=4 unscanned=0 oversize=2 error=1", line)
+    assert found and int(found[1]) >= 11 * len(BODY) + 5 * len(BAD)
+    other.quit()
 
 
 # ---------------------------------------------------------------- the user

@@ -1058,7 +1058,7 @@ def one_line_and(status, result):
     return line
 
 
-@pytest.mark.covers("clamsmtpd.8 OPTIONS: -C")
+@pytest.mark.covers("clamsmtpd.8 OPTIONS: -C", "clamsmtpd.8 EXIT STATUS: 0")
 @pytest.mark.core
 @pytest.mark.parametrize("where", ["PATH", "127.0.0.1:PORT", "PORT",
                                    localhost() + ":PORT", "0.0.0.0:PORT"])

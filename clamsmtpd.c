@@ -891,6 +891,7 @@ listen_fds(void)
 
 static struct http_client {
 	struct peer peer;
+	unsigned long long number;	/* the oldest has the lowest */
 	int64_t	 deadline;		/* 0: no client */
 	int	 awaits_ping;		/* /healthz: clamd has not answered yet */
 	int	 head;			/* HEAD: the reply has no body */
@@ -911,6 +912,7 @@ http_close(struct http_client *v)
 static void
 http_accept(int fd)
 {
+	static unsigned long long accepted;
 	struct http_client *v, *place = NULL;
 	struct pollfd p = { 0 };
 
@@ -919,7 +921,7 @@ http_accept(int fd)
 		if (v->deadline != 0 && poll(&p, 1, 0) == 1)
 			http_close(v);		/* reset or closed by it */
 		if (!v->awaits_ping &&
-		    (place == NULL || v->deadline < place->deadline))
+		    (place == NULL || v->number < place->number))
 			place = v;
 	}
 	if (place == NULL) {
@@ -929,6 +931,7 @@ http_accept(int fd)
 	if (place->deadline != 0)
 		http_close(place);
 	place->peer.fd = fd;
+	place->number = ++accepted;
 	place->deadline = now + HTTP_TIME;
 	on_http(place, POLLIN);		/* most requests are here already */
 }

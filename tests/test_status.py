@@ -946,6 +946,22 @@ def test_status_client_after_eight_replaces_the_oldest(site):
 
 
 @pytest.mark.covers("clamsmtpd.8 STATUS PAGE: further client")
+def test_status_clients_of_one_turn_replace_the_oldest(site):
+    """The oldest client goes, also if all have connected in the same turn."""
+    address = start(site)
+    site.daemon.pause()
+    socks = [connect(address) for _ in range(VISITORS + 4)]
+    site.daemon.resume()
+    for sock in socks[:4]:
+        with sock:
+            assert sock.recv(1) == b""
+    for sock in socks[4:]:
+        with sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert answer_on(sock).status == 200
+
+
+@pytest.mark.covers("clamsmtpd.8 STATUS PAGE: further client")
 def test_status_crowd_replaces_no_client_that_waits_for_clamd(site):
     path, sock = silent(site)
     address = start(site, ClamAddress=path)

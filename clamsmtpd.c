@@ -108,7 +108,7 @@ enum use { NONE, SESSIONS, STATUS };
 
 struct listener {
 	int	 fd;			/* -1: shut to make room for another */
-	enum use use;			/* by the settings in effect, or new */
+	enum use use;			/* by the settings in effect; NONE: new */
 	enum use wanted;		/* by new settings; NONE: to close */
 	struct addr asked;		/* of the setting; its port may be 0 */
 	struct addr addr;

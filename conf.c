@@ -14,7 +14,8 @@
 #define MAXFILE		(1 << 20)	/* bytes of a configuration file */
 #define MAXCONFLINE	4096
 
-/* The kind of a value. */
+/* The kind of a value.  The kinds of words are first: they are the indices of
+ * three tables. */
 enum kind {
 	K_ON_OFF, K_FAILURE, K_FORMAT,		/* a word, stored as an int */
 	K_COUNT, K_SECONDS, K_SIZE,		/* int64_t; K_SECONDS: in ms */
@@ -258,10 +259,11 @@ matches_one(const char **p, char c)
 			return found != not;
 		}
 		q = *p;
+	} else if (*q == '?') {
+		*p = q + 1;
+		return 1;
 	} else if (*q == '\\' && q[1] != '\0')
 		q++;
-	else if (*q == '?')
-		c = '?';
 	*p = q + 1;
 	return *q == c;
 }
@@ -408,7 +410,7 @@ target_parse(struct target *t, const struct keyword *k, const char *v)
 	    (parse_number(digits, "", &port) == -1 || port > 65535))
 		return not_address;
 	t->port = port;
-	if (v == k->host && n == 0)
+	if (v == k->host && n == 0)	/* OutAddress: the client's host */
 		return NULL;
 	if (*v == '[' && first != NULL && first < v + n && v[n - 1] == ']') {
 		v++;
@@ -462,7 +464,8 @@ set_clamd(struct conf *c, const struct keyword *k, const char *v)
 		return too_many;
 	if ((why = set_target(&t, k, v)) != NULL)
 		return why;
-	if (c->source == BY_DEFAULT)	/* several paths */
+	/* The default is several paths, which set_target() took for one. */
+	if (c->source == BY_DEFAULT)
 		for (p = v, t->naddr = 0; *p != '\0'; t->naddr++) {
 			n = strcspn(p, ",");
 			format(path, sizeof path, "%.*s", (int)n, p);
@@ -939,7 +942,8 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 	there = read_file(c);
 	c->source = BY_ENVIRONMENT;
 	read_environment(c);
-	/* A bad value counts, and an unreadable file may have one. */
+	/* An OutAddress with a bad value is not missing.  A file that cannot be
+	 * read may have one. */
 	out_seen = &c->seen[find_keyword("OutAddress") - keywords];
 	if (there == 0 && *out_seen != BY_ENVIRONMENT)
 		logmsg(LOG_WARNING, "%s: no such file", c->path);
@@ -949,7 +953,7 @@ conf_load(const char *path, const char *const (*flags)[2], int nflags,
 		    c->path);
 		c->errors++;
 	}
-	c->source = BY_FLAG;
+	c->source = BY_FLAG;		/* -p overrides all */
 	if (pidfile != NULL)
 		assign(c, "PidFile", pidfile);
 	if (c->scantimeout == 0)

@@ -1267,7 +1267,11 @@ check_health(const struct conf *c)
 		return 2;
 	}
 	listen_resolve(t, 1);
-	errno = ENOENT;			/* no address */
+	if (t->naddr == 0) {
+		logmsg(LOG_ERR, "StatusListen: %s: no address found for this "
+		    "name", t->text);
+		return 1;
+	}
 	for (i = 0; i < t->naddr && n == -1; i++)
 		n = health_ask(&t->addr[i], answer, sizeof answer - 1);
 	if (n == -1) {

@@ -1121,7 +1121,8 @@ def test_C_tries_all_addresses_of_a_name(site, run, mounts):
 @pytest.mark.covers("clamsmtpd.8 OPTIONS: -C", "clamsmtpd.8 EXIT STATUS: 1")
 @pytest.mark.parametrize("where, why", [
     ("127.0.0.1:PORT", "Connection refused"), ("PORT", "Connection refused"),
-    ("/no/such/status", "No such file or directory")])
+    ("/no/such/status", "No such file or directory"),
+    ("no-such-status.invalid", "no address found for this name")])
 def test_C_without_a_daemon_gives_the_reason(site, run, where, why):
     where = where.replace("PORT", str(site.port()))
     file = site.path("conf")

@@ -1528,7 +1528,7 @@ ehlo_send(struct session *s)
 }
 
 /*
- * Promise 10:  XCLIENT is sent at the first HELO or EHLO that is accepted.
+ * Promise 10: XCLIENT is sent at the first HELO or EHLO that is accepted.
  * Later it would undo an AUTH.  The reply to HELO lists no attributes, so NAME
  * and ADDR are tried.  If the next hop refuses them, a later EHLO may still
  * list them.
@@ -1614,7 +1614,7 @@ xclient_reply(struct session *s, const struct reply *r)
 		slog(s, LOG_NOTICE, "SERVER: refused the client: %s",
 		    first_line(r));
 		if (r->code == 421)
-			return 0;
+			return 0;	/* command_reply() knows what to do */
 		relay(s, r);
 		return session_end(s, S_LINGER);
 	}
@@ -1723,7 +1723,7 @@ command(struct session *s, char *line, size_t n)
 	log_command(s, "CLIENT <", v, line, n);
 	if (v == NULL)
 		return refuse(s, r_unknown);
-	/* Promise 10:  DATA is the last command of a group (RFC 2920 3.1).  A
+	/* Promise 10: DATA is the last command of a group (RFC 2920 3.1).  A
 	 * body that comes with it would be read as commands if DATA is
 	 * refused. */
 	if (verb_is(v, "DATA") && (buf_len(&s->client.in) > 0 ||
@@ -1736,7 +1736,7 @@ command(struct session *s, char *line, size_t n)
 		return hang_up(s, r_bye);
 	if ((s->msg.in_bdat && !v->in_chunks) ||
 	    (s->xclient_state == XC_WANTED && !v->unnamed) ||
-	    (s->rejected && !verb_is(v, "BDAT")))
+	    (s->rejected && !verb_is(v, "BDAT")))	/* BDAT: chunk_end() */
 		return refuse(s, r_sequence);
 	if (v->on_command != NULL && v->on_command(s, line))
 		return 1;
@@ -2316,8 +2316,8 @@ choose_header(struct session *s)
 	    str_add(&s->replay.header, crlf, 2) == -1 ? -1 : 0;
 }
 
-/* Find its place.  A first line that begins with a blank would continue our
- * header, so an empty line separates them.  Returns 0, or -1 without memory. */
+/* Find the place of our header.  A first line that begins with a blank would
+ * continue it, so an empty line separates them.  Returns 0, or -1 without memory. */
 static int
 place_header(struct session *s)
 {
@@ -2694,6 +2694,7 @@ st_replay(struct session *s)
 		recheck_peers(s);
 	if (client_gone(s))
 		return abort_transaction(s);
+	/* After a failed write the reason may be here, or still unread. */
 	if (s->server.peer.err == PEER_LOCAL || (s->server.peer.err &&
 	    !server_input(s) && !peer_fill(&s->server.peer, 0)))
 		return server_lost(s, s->server.peer.err == PEER_LOCAL ?
@@ -2834,7 +2835,7 @@ timed_out(struct session *s)
 	case S_QUARANTINE:
 		slog(s, LOG_ERR, "quarantine in %s: no copy was %s within TimeOut",
 		    s->conf->tempdir, s->result.copying ? "made" : "begun");
-		s->result.copying = 1;
+		s->result.copying = 1;	/* st_quarantine() finds no copy */
 		copy_forget(&s->result);
 		break;
 	case S_LINGER:
@@ -2979,6 +2980,7 @@ session_poll(struct session *s)
 	int reset = (states[s->state].flags & RESET) &&
 	    s->peer_addr.u.sa.sa_family != AF_UNIX;
 
+	/* What sendfile(2) is to send is in no buffer. */
 	if (s->state == S_REPLAY && buf_len(&s->server.peer.in) == 0)
 		server |= POLLOUT;
 	if (s->scan.phase == SC_SEND)
@@ -2997,6 +2999,8 @@ session_poll(struct session *s)
 	poll_deadline(s->next_time);
 }
 
+/* End the session if at_once is set, or if it has no mail under way and has not
+ * run for idle_time. */
 static void
 session_shutdown(struct session *s, int64_t idle_time, int at_once)
 {
@@ -3194,6 +3198,7 @@ sessions_reap(void)
 	struct session *s;
 	int i;
 
+	/* A session that has ended ran lately, so it is an active one. */
 	for (i = table.nactive; i-- > 0;) {
 		s = table.v[i];
 		if (s->state == S_DEAD) {

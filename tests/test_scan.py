@@ -1170,11 +1170,12 @@ def test_abandoned_scan_counts_until_clamd_ends_it(site, clock, end):
     site.clamd.verdict = [hold]
     site.start(MaxScans="1", ScanTimeOut="60", **clock.settings())
     one, two = site.session(), site.session()
-    for client in one, two:
+    for client, reason in (one, "verdict"), (two, "free slot"):
         client.submit(BODY)
         turns(site)
         clock.go(site.daemon, 60)
-        client.expect("451 4.3.0")
+        client.expect("451 4.3.0 Local Error (clamd: no %s within" % reason)
+    hold.reached()
     two.submit(BODY)
     turns(site)
     assert site.clamd.accepted == 1

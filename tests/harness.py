@@ -1399,17 +1399,17 @@ class Daemon:
             fields = file.read().rsplit(")", 1)[1].split()
         return int(fields[11]) + int(fields[12])
 
+    def sleeps(self):
+        """Whether the daemon waits for an event at this moment."""
+        return self.proc("State").startswith("S")
+
     def rests(self):
         """The daemon sleeps while nothing happens.  A busy loop never sleeps, however
         little CPU time a busy machine gives it."""
-        def sleeps():
-            with open("/proc/%d/stat" % self.pid) as file:
-                return file.read().rsplit(")", 1)[1].split()[0] == "S"
-
         def idle():
             before = self.ticks()
             for _ in range(25):
-                if not sleeps():
+                if not self.sleeps():
                     return False
                 time.sleep(0.02)        # the interval measured
             return self.ticks() - before < os.sysconf("SC_CLK_TCK") / 20
@@ -1585,16 +1585,15 @@ class Site:
               binary=None, **settings):
         directory = self.path("daemon%d" % len(self.daemons))
         os.mkdir(directory)
-        checks = self.checks(settings)
+        wait_check = self.health_check(settings)
         daemon = Daemon(directory, args=args, level=level, env=env, wait=False,
                         preexec=preexec, binary=binary, **self.settings(**settings))
         self.daemons.append(daemon)
         self.daemon = daemon
         if wait:
             daemon.wait_listening()
-            if "ClamAddress" not in settings:
-                self.wait_check(settings, checks)
-                daemon.idle = daemon.fds()
+            wait_check()
+            daemon.idle = daemon.fds()
         return daemon
 
     def start_on_pipe(self, **settings):
@@ -1610,29 +1609,45 @@ class Site:
         daemon.address = listen
         return read
 
-    def checks(self, settings):
-        """How many health checks of the usual clamd have ended.  A health check is a
-        PING, and with a status page a VERSION after it."""
-        if "ClamAddress" in settings:
-            return 0
-        return self.clamd.versions if "StatusListen" in settings else self.clamd.pings
+    def health_check(self, settings, warnings=0):
+        """Call this before a health check.  Returns a function that waits for its end,
+        or for a further warning than those in the log.  The function does not wait if
+        one of the clamds is not scripted."""
+        named = settings.get("ClamAddress", [])
+        named = named if isinstance(named, list) else [named]
+        known = {clamd.address: clamd for clamd in self.servers
+                 if isinstance(clamd, Clamd)}
+        if not all(address in known for address in named):
+            return lambda: None
+        clamds = [known[address] for address in named]
+        clamds = [clamd for clamd in clamds if clamd.listener and
+                  clamd.deny_all is None] if named else [self.clamd]
+        # The first clamd that answers PING ends the check.  With a status page, each
+        # clamd gets a PING and a VERSION.
+        kind = "versions" if "StatusListen" in settings else "pings"
+        if kind == "pings":
+            del clamds[1:]
+        before = [getattr(clamd, kind) for clamd in clamds]
 
-    def wait_check(self, settings, checks, warnings=0):
-        """Wait for the end of the health check at the start or after a reload."""
-        until(lambda: self.checks(settings) > checks or not self.daemon.alive() or
-              len(self.daemon.log("no clamd answers")) > warnings,
-              "the daemon has sent its PING")
+        def ended():
+            if not self.daemon.alive() or \
+                    len(self.daemon.log("no clamd answers")) > warnings:
+                return True
+            # The clamd receives EOF before the daemon closes its descriptor.  The
+            # daemon sleeps after that.
+            return clamds and all(getattr(clamd, kind) > count for clamd, count in
+                                  zip(clamds, before)) and self.daemon.sleeps()
+        return lambda: until(ended, "the health check ends")
 
     def reload(self, **settings):
         """Write new settings, SIGHUP, wait for the log to say so."""
         before = len(self.daemon.log(READ_AGAIN))
-        warnings = len(self.daemon.log("no clamd answers"))
-        checks = self.checks(settings)
+        wait_check = self.health_check(
+            settings, len(self.daemon.log("no clamd answers")))
         self.daemon.write(self.settings(**settings))
         self.daemon.send_signal(signal.SIGHUP)
         self.daemon.wait_log(READ_AGAIN, before + 1)
-        if "ClamAddress" not in settings:
-            self.wait_check(settings, checks, warnings)
+        wait_check()
 
     def refused(self, status=1, **settings):
         """Run a daemon that does not start."""

@@ -64,7 +64,8 @@ static void on_signals(void *, int), watchdog_poll(void), http_poll(void),
 static int sigpipe[2];			/* of on_signal() to on_signals() */
 
 /* Build the poll set, in the order in which those that are ready are served:
- * sessions, which may end and make room, before new clients. */
+ * sessions, which may end and make room, before new clients.  in_vain: nothing
+ * of the last set was ready. */
 static void
 collect(int in_vain)
 {
@@ -1122,6 +1123,7 @@ http_metrics(struct http_client *v)
 	clamd_ping(conf, 0);	/* for the next request */
 }
 
+/* Begin a health check, or reply if the one that is under way has a result. */
 static void
 http_health(struct http_client *v)
 {

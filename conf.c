@@ -30,8 +30,9 @@ struct keyword {
 	unsigned char kind;
 	unsigned short off;		/* of the field; lists do not need it */
 	char	 now_called[7];		/* of an old name: the new one */
-	char	 host[10];		/* an address: for a port alone */
-	int	 min, max;		/* address: lowest and default port */
+	int	 min, max;		/* of a number; min: or of a port */
+	char	 host[10];		/* of an address that is a port alone, */
+	unsigned short port;		/* and of one without a port */
 };
 
 /*
@@ -52,9 +53,9 @@ static const char defaults[] =
 
 /* Promise 9: all settings of the original. */
 static const struct keyword keywords[] = {
-	{ "OutAddress", K_TARGET, OFF(out), .min = 1, .max = 25 },
-	{ "Listen", K_LISTEN, .max = 10025, .host = "0.0.0.0" },
-	{ "ClamAddress", K_CLAMD, .min = 1, .max = 3310, .host = "127.0.0.1" },
+	{ "OutAddress", K_TARGET, OFF(out), .min = 1, .port = 25 },
+	{ "Listen", K_LISTEN, .host = "0.0.0.0", .port = 10025 },
+	{ "ClamAddress", K_CLAMD, .min = 1, .host = "127.0.0.1", .port = 3310 },
 	{ "Action", K_ACTION, OFF(action) },
 	{ "Header", K_HEADER, OFF(header) },
 	{ "Quarantine", K_ON_OFF, OFF(quarantine) },
@@ -72,8 +73,8 @@ static const struct keyword keywords[] = {
 	{ "PidFile", K_PATH, OFF(pidfile) },
 	{ "User", K_TEXT, OFF(user) },
 	{ "ProxyFrom", K_NETWORKS, OFF(proxies) },
-	{ "StatusListen", K_TARGET, OFF(status), .min = 1, .max = 10080,
-	  .host = "127.0.0.1" },
+	{ "StatusListen", K_TARGET, OFF(status), .min = 1,
+	  .host = "127.0.0.1", .port = 10080 },
 	{ "LogFormat", K_FORMAT, OFF(json) },
 	{ "DebugFiles", K_ON_OFF, OFF(debug_files) },
 	{ "ScanHeader", K_HEADER, OFF(header), .now_called = "Header" },
@@ -329,17 +330,19 @@ is_header(const char *h)
 	return 1;
 }
 
+#define EXPANDED	64		/* bytes that a % sequence counts as */
+
 static const char *
 set_header(char **to, const char *v)
 {
 	char *h = malloc(2 * strlen(v) + 1), *w = h;
-	size_t room = BUFSZ / 4;	/* for the % sequences, too */
+	size_t room = BUFSZ / 4;
 	const char *wrong = NULL;
 
 	if (h == NULL)
 		return no_memory;
-	for (; *v != '\0' && room > 64; v++) {
-		room -= *v == '%' ? 64 : 1;
+	for (; *v != '\0' && room > EXPANDED; v++) {
+		room -= *v == '%' ? EXPANDED : 1;
 		if (strncmp(v, "\\r\\n", 4) == 0)
 			v += 2;
 		if (v[0] == '\\' && v[1] == 't') {
@@ -389,7 +392,7 @@ target_parse(struct target *t, const struct keyword *k, const char *v)
 	const char *digits = NULL;
 	char host[254];
 	size_t n = strlen(v);
-	int64_t port = k->max;
+	int64_t port = k->port;
 
 	if (*v == '/') {
 		t->naddr = 1;

@@ -223,7 +223,7 @@ ref_target(const char *v, struct addr *ip, char *name, int *port)
 static void
 check_target(const uint8_t *p, size_t n)
 {
-	static const struct keyword k77 = { .max = 77 };
+	static const struct keyword k77 = { .port = 77 };
 	struct target *t = calloc(1, sizeof *t);
 	struct addr ip;
 	char v[400], name[400];

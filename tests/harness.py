@@ -33,6 +33,9 @@ LARGE = GOOD + 600 * (70 * b"x" + b"\r\n")    # does not stay in memory
 EICAR = b"EICAR"            # what the scripted clamd calls a virus
 VIRUS = "Eicar-Test-Signature"
 HEADER = b"X-Virus-Scanned: ClamAV using ClamSMTP\r\n"
+# Qemu passes the kernel's number of the error on, which MIPS does not know.
+REFUSED = "Connection refused" if "TEST_QEMU" not in os.environ else \
+    "(Connection refused|No error information)"
 INFECTED = b"X-Virus-Infected: "
 REPORT = re.compile(r"(Address|Leak|UndefinedBehavior|Memory)Sanitizer"
                     r"|runtime error:|Assertion .* failed|\bbug\b:")

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from harness import CLOSE, Drip, Hold, RESET, Then, WAIT, stuff, turns, until
+from harness import CLOSE, Drip, Hold, REFUSED, RESET, Then, WAIT, stuff, turns, until
 
 BODY = b"Subject: hello\r\n\r\nworld\r\n"
 
@@ -105,8 +105,8 @@ def test_next_hop_unreachable_gives_421(site):
     client = site.client()
     client.expect("421 4.4.1")
     client.eof()
-    assert site.daemon.log("^100000: SERVER: couldn't connect to: %s: Connection refused$"
-                           % site.hop.address)
+    assert site.daemon.log("^100000: SERVER: couldn't connect to: %s: %s$"
+                           % (site.hop.address, REFUSED))
 
 
 def test_next_hop_back_after_an_outage_is_used(site):

@@ -15,7 +15,7 @@ import time
 import pytest
 
 import real
-from harness import (BAD, CLOSE, Failed, GOOD, Hold, Server, WAIT,
+from harness import (BAD, CLOSE, Failed, GOOD, Hold, REFUSED, Server, WAIT,
                      bind, connect, full_listener, localhost, mounting, own_host,
                      reset, since, turns, until)
 
@@ -178,7 +178,7 @@ USUAL = "/run/clamav/clamd.sock, /var/run/clamav/clamd.ctl, /var/run/clamav/clam
 # name: (address, clamd's answer, the reason)
 SICK = {
     "no socket": ("/no/such/socket", None, "No such file"),
-    "nobody listens": ("127.0.0.1:PORT", None, "cannot be reached|refused"),
+    "nobody listens": ("127.0.0.1:PORT", None, REFUSED),
     "another word": (None, b"PANG\0", '"PANG'),
     "an error": (None, b"UNKNOWN COMMAND\0", '"UNKNOWN COMMAND'),
     "more": (None, b"PONG\0PONG\0", '"PONG\\\\x00PO'),

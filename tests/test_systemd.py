@@ -566,6 +566,7 @@ def test_journal_gets_levels_and_no_second_tag(tmp_path, here):
 
 # ---------------------------------------------------------------- capabilities
 
+@pytest.mark.skipif("TEST_QEMU" in os.environ, reason="qemu has no IP_TRANSPARENT")
 @pytest.mark.covers("clamsmtpd.8 SECURITY: capabilities",
     "clamsmtpd.8 TRANSPARENT PROXY FEATURE: TPROXY")
 def test_capabilities_of_a_unit_are_given_up(open_site):

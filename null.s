@@ -1,0 +1,4 @@
+	.file	"null"
+	.ident	"clang version 22.1.8"
+	.section	".note.GNU-stack","",@progbits
+	.addrsig

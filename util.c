@@ -1756,8 +1756,13 @@ const size_t scan_line_len = sizeof scan_line - 1;
 static int
 spool_named(const char *dir, char path[PATH_MAX])
 {
-	/* A name that is too long loses its last X, which is EINVAL. */
-	format(path, PATH_MAX, "%s/clamsmtpd.XXXXXX", dir);
+	static const char name[] = "/clamsmtpd.XXXXXX";
+
+	if (strlen(dir) + sizeof name > PATH_MAX) {
+		errno = ENAMETOOLONG;
+		return -1;
+	}
+	format(path, PATH_MAX, "%s%s", dir, name);
 	return mkostemp(path, O_CLOEXEC);
 }
 

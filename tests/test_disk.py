@@ -299,6 +299,17 @@ def test_file_system_without_o_tmpfile_has_a_name_for_a_moment(site, faulty_buil
     assert os.listdir(site.spool) == []
 
 
+def test_file_name_that_would_be_too_long_is_named(site):
+    """The directory has a valid path, to which no file name can be added."""
+    spool = site.spool
+    while len(spool) < 4080:
+        spool += "/" + "d" * min(250, 4079 - len(spool))
+    os.makedirs(spool)
+    site.start(TempDirectory=spool, DebugFiles="on")
+    site.session().mail(want="451 4.3.0 Local Error (TempDirectory: ")
+    assert site.daemon.log("TempDirectory: File ?name too long")
+
+
 def test_start_without_proc_serves(site, mounts):
     if sanitized():
         pytest.skip("the address sanitizer cannot do without it")

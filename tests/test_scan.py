@@ -39,6 +39,7 @@ def test_clamd_on_any_socket_gets_a_stream(site, clamd):
     client.quit()
 
 
+@pytest.mark.covers("clamsmtpd.conf.5 MaxScanSize: default")
 @pytest.mark.parametrize("size, want", [(2000, "250"), (2001, "552 5.3.4 Message too big")])
 def test_message_longer_than_a_chunk_is_too_big(site, tmp_path, size, want):
     """clamd gets no message whose length has more than 32 bits.  The limit of this
